@@ -1,0 +1,493 @@
+"""From records to batches: tokenise once into memory-mapped arrays, order the examples, collate.
+
+The order of the data is a pure function of (seed, epoch) and the loader's state is two integers. How a batch is laid
+out in rows is decided here alone: every batch says, for each scored token, where its hidden state sits, which token it
+is and which response owns it, so that losses and log-probs never see rows.
+"""
+
+import json
+from collections.abc import Iterator
+from dataclasses import dataclass, field, fields
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from preference_datasets import Record, Source
+from utils import DataError, atomic_directory, content_hash
+
+STORE_VERSION = 1  # raise it whenever what is stored, or how text is cut, changes
+CHUNK = 512  # records tokenised at a time; fast tokenizers spread a chunk over all cores
+
+
+# ------------------------------------------------------------------------------------------------ tokens on disk
+
+
+@dataclass
+class TokenStore:
+    """One dataset split, tokenised: flat arrays, memory-mapped.
+
+    tokens (all tokens,) int32. prompts (prompts, 2) and responses (responses, 2): begin and end in `tokens`.
+    response_prompt (responses,): the prompt of each. cut (responses,): text was cut, so there is no EOS.
+    scores (responses,) float64, NaN where the data has none. pairs (pairs, 2): chosen and rejected response.
+    targets (prompts,): the response to imitate. columns: further numbers, (pairs,) by name.
+    """
+
+    name: str
+    truncation: str
+    tokens: np.ndarray
+    prompts: np.ndarray
+    responses: np.ndarray
+    response_prompt: np.ndarray
+    cut: np.ndarray
+    scores: np.ndarray
+    pairs: np.ndarray
+    targets: np.ndarray
+    columns: dict[str, np.ndarray]
+    sources: list[str] | np.ndarray
+    counts: dict
+
+
+ARRAYS = ("tokens", "prompts", "responses", "response_prompt", "cut", "scores", "pairs", "targets", "sources")
+
+
+def prepare(source: Source, tokenizer, *, max_length: int, max_prompt_length: int, cache_dir: str | Path) -> TokenStore:
+    """Tokenise a dataset split, or map the copy an earlier run left in `cache_dir` under the hash of its content."""
+    key = content_hash(
+        f"store {STORE_VERSION}", source.fingerprint(), tokenizer_hash(tokenizer), f"{max_length} {max_prompt_length}"
+    )
+    folder = Path(cache_dir) / "tokens" / key
+    if not folder.is_dir():
+        with atomic_directory(folder) as temporary:
+            _write_store(source, tokenizer, max_length, max_prompt_length, temporary)
+    return _load_store(folder)
+
+
+def tokenizer_hash(tokenizer) -> str:
+    """Changes when the tokenizer would produce other ids."""
+    special = json.dumps([tokenizer.bos_token_id, tokenizer.eos_token_id, tokenizer.chat_template])
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    body = backend.to_str() if backend is not None else json.dumps(sorted(tokenizer.get_vocab().items()))
+    return content_hash(type(tokenizer).__name__, special, body)
+
+
+def _write_store(source: Source, tokenizer, max_length: int, max_prompt_length: int, folder: Path) -> None:
+    rows = {key: [] for key in ARRAYS if key != "tokens"}
+    columns: dict[str, list[float]] = {}
+    truncated = {"truncated_prompts": 0, "truncated_responses": 0}
+    written = 0
+    progress = tqdm(desc=f"tokenise {source.name} {source.split}", unit=" prompts", mininterval=1.0, delay=2.0)
+    with open(folder / "tokens.bin", "wb") as out:
+        for records in _chunks(source.records(), CHUNK):
+            for record, prompt, responses in zip(records, *_tokenise(records, tokenizer)):
+                prompt, responses, cut = truncate(
+                    prompt, responses, tokenizer, source.truncation, max_length, max_prompt_length
+                )
+                truncated["truncated_prompts"] += cut[0]
+                truncated["truncated_responses"] += sum(cut[1])
+                first = len(rows["responses"])
+                rows["prompts"].append((written, written + len(prompt)))
+                rows["sources"].append(record.source)
+                rows["targets"].append(first + record.sft_target)
+                rows["pairs"].extend((first + chosen, first + rejected) for chosen, rejected in record.pairs)
+                for name, values in record.columns.items():
+                    columns.setdefault(name, []).extend(values)
+                flat = list(prompt)
+                for tokens, was_cut in zip(responses, cut[1]):
+                    rows["responses"].append((written + len(flat), written + len(flat) + len(tokens)))
+                    rows["response_prompt"].append(len(rows["prompts"]) - 1)
+                    rows["cut"].append(was_cut)
+                    flat.extend(tokens)
+                rows["scores"].extend(record.scores or [float("nan")] * len(responses))
+                out.write(np.asarray(flat, dtype=np.int32).tobytes())
+                written += len(flat)
+            progress.update(len(records))
+    progress.close()
+    counts = {"name": source.name, "split": source.split, **source.counts, **truncated}
+    if not rows["prompts"]:
+        raise DataError(f"datasets: {source.name} ({source.split}) holds no usable prompt; counts: {json.dumps(counts)}")
+    for name, values in columns.items():
+        if len(values) != len(rows["pairs"]):
+            raise DataError(f"datasets: {source.name} has column {name!r} for some pairs only; give it for all or none")
+    kinds = {"cut": np.bool_, "scores": np.float64, "sources": np.str_}
+    for key, values in rows.items():
+        array = np.asarray(values, dtype=kinds.get(key, np.int64))
+        np.save(folder / f"{key}.npy", array.reshape(-1, 2) if key in ("prompts", "responses", "pairs") else array)
+    for name, values in columns.items():
+        np.save(folder / f"column-{content_hash(name)}.npy", np.asarray(values, dtype=np.float64))
+    meta = {"name": source.name, "truncation": source.truncation, "counts": counts, "columns": sorted(columns)}
+    (folder / "meta.json").write_text(json.dumps(meta, indent=1), encoding="utf-8")
+
+
+def _load_store(folder: Path) -> TokenStore:
+    meta = json.loads((folder / "meta.json").read_text(encoding="utf-8"))
+    arrays = {key: np.load(folder / f"{key}.npy", mmap_mode="r") for key in ARRAYS if key != "tokens"}
+    arrays["tokens"] = np.memmap(folder / "tokens.bin", dtype=np.int32, mode="r")
+    columns = {name: np.load(folder / f"column-{content_hash(name)}.npy") for name in meta["columns"]}
+    return TokenStore(meta["name"], meta["truncation"], columns=columns, counts=meta["counts"], **arrays)
+
+
+def _chunks(items: Iterator, size: int) -> Iterator[list]:
+    chunk = []
+    for item in items:
+        chunk.append(item)
+        if len(chunk) == size:
+            yield chunk
+            chunk = []
+    if chunk:
+        yield chunk
+
+
+def _tokenise(records: list[Record], tokenizer) -> tuple[list, list]:
+    """Token ids of each record's prompt, and of each of its responses: no special tokens, nothing cut."""
+    texts = [render_prompt(record, tokenizer) for record in records]
+    for record in records:
+        texts.extend(record.responses)
+    ids = iter(tokenizer(texts, add_special_tokens=False, verbose=False)["input_ids"])
+    prompts = [next(ids) for _ in records]
+    return prompts, [[next(ids) for _ in record.responses] for record in records]
+
+
+def render_prompt(record: Record, tokenizer) -> str:
+    """The prompt as text; chat messages go through the tokenizer's own template, up to where the answer begins."""
+    if isinstance(record.prompt, str):
+        return record.prompt
+    if tokenizer.chat_template is None:
+        raise DataError(
+            f"{record.source}: the prompt is a list of chat messages, but the tokenizer {tokenizer.name_or_path} has no "
+            f"chat template; use a chat model's tokenizer (model.tokenizer_name_or_path) or give prompts as text"
+        )
+    text = tokenizer.apply_chat_template(record.prompt, add_generation_prompt=True, tokenize=False)
+    bos = tokenizer.bos_token or ""
+    return text[len(bos) :] if bos and text.startswith(bos) else text  # the BOS is put in front by `truncate`
+
+
+def truncate(prompt, responses, tokenizer, truncation, max_length, max_prompt_length):
+    """Add BOS and EOS and cut to length. All responses of a prompt share one truncation of it.
+
+    The prompt is cut to max_prompt_length only when it and the longest response do not fit into max_length; then each
+    response is cut to what is left. A response that was cut has no EOS.
+    Returns prompt, responses, (prompt was cut, [response was cut]).
+    """
+    bos = [tokenizer.bos_token_id] if tokenizer.bos_token_id is not None else []
+    longest = max(len(response) for response in responses) + 1
+    prompt_cut = False
+    if len(bos) + len(prompt) + longest > max_length:
+        cut = cut_prompt(prompt, max_prompt_length - len(bos), truncation)
+        prompt_cut = len(cut) < len(prompt)
+        prompt = cut
+    prompt = bos + list(prompt)
+    room = max_length - len(prompt)
+    cuts = [len(response) + 1 > room for response in responses]
+    responses = [
+        list(response[:room]) if cut else [*response, tokenizer.eos_token_id] for response, cut in zip(responses, cuts)
+    ]
+    return prompt, responses, (prompt_cut, cuts)
+
+
+def cut_prompt(prompt, limit: int, truncation: str):
+    """At most `limit` tokens of the prompt: its start ("keep_start") or its end ("keep_end")."""
+    if len(prompt) <= limit:
+        return prompt
+    return prompt[:limit] if truncation == "keep_start" else prompt[len(prompt) - limit :]
+
+
+# ----------------------------------------------------------------------------------------------------- examples
+
+
+class PreferenceData:
+    """One or several token stores read as one: examples are pairs, or prompts with the response to imitate.
+
+    kind: "pairs" or "targets". `len(data)` counts examples.
+    """
+
+    def __init__(self, stores: list[TokenStore], kind: str, name: str):
+        self.stores, self.kind = stores, kind
+        sizes = [len(store.pairs if kind == "pairs" else store.targets) for store in stores]
+        self.begins = np.cumsum([0, *sizes])
+        prompts = np.cumsum([0, *(len(store.prompts) for store in stores)])
+        self.groups = np.concatenate([self._example_prompts(store) + n for store, n in zip(stores, prompts)])
+        if not len(self):
+            raise DataError(f"datasets: {name} hold no {kind}; counts: {json.dumps([store.counts for store in stores])}")
+
+    def __len__(self) -> int:
+        return int(self.begins[-1])
+
+    def _example_prompts(self, store: TokenStore) -> np.ndarray:
+        """(examples,): the prompt each example belongs to."""
+        responses = store.pairs[:, 0] if self.kind == "pairs" else store.targets
+        return np.asarray(store.response_prompt)[responses]
+
+    def locate(self, example: int) -> tuple[TokenStore, int]:
+        part = int(np.searchsorted(self.begins, example, side="right")) - 1
+        return self.stores[part], int(example - self.begins[part])
+
+    def responses_of(self, example: int) -> tuple[TokenStore, list[int]]:
+        """The store and the response indices of an example: [chosen, rejected], or [target]."""
+        store, i = self.locate(example)
+        return store, [int(r) for r in store.pairs[i]] if self.kind == "pairs" else [int(store.targets[i])]
+
+    def describe(self, example: int) -> str:
+        """Where an example came from, for messages."""
+        store, responses = self.responses_of(example)
+        return f"{store.sources[store.response_prompt[responses[0]]]} (example {example})"
+
+    def check_for(self, loss) -> str | None:
+        """Whether these data hold what a loss reads, before a model loads; returns what the loss says of the scores."""
+        for column in sorted(loss.columns):
+            for store in self.stores:
+                if column not in store.columns:
+                    has = ", ".join(store.columns) or "none"
+                    raise DataError(f"loss={loss.name} reads the column {column!r}, which {store.name} does not have; it has: {has}")
+        if "scores" not in loss.reads:
+            return None
+        chosen, rejected = self.pair_scores()
+        for i in np.flatnonzero(~(np.isfinite(chosen) & np.isfinite(rejected)))[:1]:
+            raise DataError(f"loss={loss.name} needs scores, but {self.describe(int(i))} has none")
+        return loss.inspect_scores(torch.from_numpy(chosen), torch.from_numpy(rejected), ExampleNames(self, range(len(self))))
+
+    def pair_scores(self) -> tuple[np.ndarray, np.ndarray]:
+        """Scores of the chosen and of the rejected responses, (pairs,) each; NaN where the data has none."""
+        both = [np.asarray(store.scores)[np.asarray(store.pairs)] for store in self.stores]
+        return tuple(np.concatenate([part[:, side] for part in both]) for side in (0, 1))
+
+
+class ExampleNames:
+    """Descriptions of some examples, looked up only when an error message asks for one."""
+
+    def __init__(self, data: PreferenceData, examples):
+        self.data, self.examples = data, examples
+
+    def __getitem__(self, i: int) -> str:
+        return self.data.describe(self.examples[i])
+
+    def __len__(self) -> int:
+        return len(self.examples)
+
+
+@dataclass
+class PromptToSample:
+    """A prompt for sampling, cut to max_prompt_length, and the best response the data has for it."""
+
+    tokens: list[int]
+    chosen: list[int]
+    key: int
+
+
+def prompts_to_sample(data: PreferenceData, n: int, max_prompt_length: int) -> list[PromptToSample]:
+    """The first `n` distinct prompts of the fixed evaluation order, the same whatever the seed of the run."""
+    found: dict[int, PromptToSample] = {}
+    for example in evaluation_order(data.groups):
+        group = int(data.groups[example])
+        if group in found:
+            continue
+        store, responses = data.responses_of(int(example))
+        chosen = responses[0]
+        begin, end = store.prompts[store.response_prompt[chosen]]
+        prompt = store.tokens[begin:end].tolist()
+        if len(prompt) > max_prompt_length:
+            head = 1 if store.truncation == "keep_end" else 0  # a BOS stays in front
+            prompt = prompt[:head] + list(cut_prompt(prompt[head:], max_prompt_length - head, store.truncation))
+        begin, end = store.responses[chosen]
+        found[group] = PromptToSample(prompt, store.tokens[begin:end].tolist(), group)
+        if len(found) == n:
+            break
+    return list(found.values())
+
+
+# -------------------------------------------------------------------------------------------------------- order
+
+
+def epoch_order(groups: np.ndarray, seed: int, epoch: int) -> np.ndarray:
+    """A permutation of the examples, a pure function of (seed, epoch), examples of one group spread out.
+
+    groups (examples,): the prompt of each example. The m examples of a prompt sit at u/m, (1+u)/m, ... of the epoch for
+    one random u a prompt, so two of them meet in a batch only when the batch is longer than an m-th of the epoch.
+    """
+    rng = np.random.default_rng([seed, epoch])
+    shuffled = rng.permutation(len(groups))
+    by_group = shuffled[np.argsort(groups[shuffled], kind="stable")]
+    _, first, inverse, count = np.unique(groups[by_group], return_index=True, return_inverse=True, return_counts=True)
+    rank = np.arange(len(groups)) - first[inverse]
+    place = (rank + rng.random(len(count))[inverse]) / count[inverse]
+    return by_group[np.argsort(place, kind="stable")]
+
+
+def evaluation_order(groups: np.ndarray) -> np.ndarray:
+    """One fixed order for all runs, so that runs with different seeds are evaluated on the same examples."""
+    return epoch_order(groups, 0, 0)
+
+
+class Loader:
+    """Yields the example indices of one optimizer step at a time, each example once an epoch.
+
+    Stops after `n_epochs` epochs or `n_examples` examples, whichever comes first (null means no limit, not both). The
+    last batch of an epoch, and the last of all, may be smaller. State: (epoch, cursor).
+    """
+
+    def __init__(self, groups, *, batch_size: int, seed: int, n_epochs: int | None, n_examples: int | None):
+        self.groups, self.batch_size, self.seed = groups, batch_size, seed
+        limits = [n for n in (n_examples, n_epochs and n_epochs * len(groups)) if n is not None]
+        self.total = min(limits)
+        self.epoch = self.cursor = 0
+        self._order: tuple[int, np.ndarray] | None = None
+
+    @property
+    def examples(self) -> int:
+        """How many examples were yielded since the start of the run."""
+        return self.epoch * len(self.groups) + self.cursor
+
+    def __iter__(self) -> Iterator[np.ndarray]:
+        return self
+
+    def __next__(self) -> np.ndarray:
+        if self.examples >= self.total:
+            raise StopIteration
+        if self._order is None or self._order[0] != self.epoch:
+            self._order = self.epoch, epoch_order(self.groups, self.seed, self.epoch)
+        size = min(self.batch_size, self.total - self.examples)
+        indices = self._order[1][self.cursor : self.cursor + size]
+        self.cursor += len(indices)
+        if self.cursor == len(self.groups):
+            self.epoch, self.cursor = self.epoch + 1, 0
+        return indices
+
+    def state_dict(self) -> dict:
+        return {"epoch": self.epoch, "cursor": self.cursor}
+
+    def load_state_dict(self, state: dict) -> None:
+        self.epoch, self.cursor = state["epoch"], state["cursor"]
+
+
+# ------------------------------------------------------------------------------------------------------ batches
+
+
+@dataclass
+class Batch:
+    """Examples as a model sees them, and the map from scored tokens back to responses.
+
+    input_ids, attention_mask (rows, width). For every scored token: `positions` (tokens,), where in rows*width the
+    hidden state sits that predicts it; `targets` (tokens,), its id; `owners` (tokens,), the response it belongs to,
+    in order. `ends` (responses,): where the last token of each response sits. lengths (responses,) in scored tokens.
+    chosen, rejected (examples,): responses of each example; rejected is None for targets.
+    scores (responses,), NaN where the data has none. columns: (examples,) by name. examples: indices into the data.
+    """
+
+    input_ids: Tensor
+    attention_mask: Tensor
+    positions: Tensor
+    targets: Tensor
+    owners: Tensor
+    ends: Tensor
+    lengths: Tensor
+    chosen: Tensor
+    rejected: Tensor | None
+    scores: Tensor
+    columns: dict[str, Tensor] = field(default_factory=dict)
+    examples: list[int] = field(default_factory=list)
+    n_tokens: int = 0  # input tokens, padding excluded
+
+    def to(self, device) -> "Batch":
+        moved = {f.name: getattr(self, f.name) for f in fields(self)}
+        for key, value in moved.items():
+            if isinstance(value, Tensor):
+                moved[key] = value.to(device, non_blocking=True)
+        moved["columns"] = {name: value.to(device, non_blocking=True) for name, value in self.columns.items()}
+        return Batch(**moved)
+
+
+def collate(data: PreferenceData, examples: np.ndarray, pad_id: int) -> Batch:
+    """The padded layout: one row for each distinct response of the batch, prompt in front, padding behind."""
+    index: dict[tuple[int, int], int] = {}  # (store, response) -> response of this batch
+    sequences, scores = [], []
+    members = []
+    for example in examples:
+        store, responses = data.responses_of(int(example))
+        for r in responses:
+            if index.setdefault((id(store), r), len(sequences)) == len(sequences):
+                prompt, response = (store.tokens[begin:end] for begin, end in (store.prompts[store.response_prompt[r]], store.responses[r]))
+                sequences.append((prompt, response))
+                scores.append(float(store.scores[r]))
+        members.append([index[id(store), r] for r in responses])
+    columns = {}
+    if data.kind == "pairs":
+        located = [data.locate(int(example)) for example in examples]
+        shared = set.intersection(*(set(store.columns) for store, _ in located))
+        columns = {name: torch.tensor([float(store.columns[name][i]) for store, i in located], dtype=torch.float64) for name in shared}
+    batch = collate_sequences(sequences, pad_id)
+    batch.chosen = torch.tensor([pair[0] for pair in members])
+    batch.rejected = torch.tensor([pair[1] for pair in members]) if data.kind == "pairs" else None
+    batch.scores = torch.tensor(scores, dtype=torch.float64)
+    batch.columns = columns
+    batch.examples = [int(example) for example in examples]
+    return batch
+
+
+def collate_sequences(sequences: list[tuple], pad_id: int) -> Batch:
+    """(prompt tokens, response tokens) pairs as rows of a padded batch in which each response is its own example."""
+    prompts = np.array([len(prompt) for prompt, _ in sequences])
+    lengths = np.array([len(response) for _, response in sequences])
+    width = int((prompts + lengths).max())
+    input_ids = np.full((len(sequences), width), pad_id, dtype=np.int64)
+    for row, (prompt, response) in zip(input_ids, sequences):
+        row[: len(prompt)] = prompt
+        row[len(prompt) : len(prompt) + len(response)] = response
+    starts = np.arange(len(sequences)) * width + prompts
+    owners = np.repeat(np.arange(len(sequences)), lengths)
+    within = np.arange(int(lengths.sum())) - np.repeat(np.cumsum(lengths) - lengths, lengths)
+    places = starts[owners] + within  # where each response token sits; it is predicted one position earlier
+    return Batch(
+        input_ids=torch.from_numpy(input_ids),
+        attention_mask=torch.from_numpy((np.arange(width) < (prompts + lengths)[:, None]).astype(np.int64)),
+        positions=torch.from_numpy(places - 1),
+        targets=torch.from_numpy(input_ids.reshape(-1)[places]),
+        owners=torch.from_numpy(owners),
+        ends=torch.from_numpy(starts + lengths - 1),
+        lengths=torch.from_numpy(lengths),
+        chosen=torch.arange(len(sequences)),
+        rejected=None,
+        scores=torch.full((len(sequences),), float("nan"), dtype=torch.float64),
+        examples=list(range(len(sequences))),
+        n_tokens=int((prompts + lengths).sum()),
+    )
+
+
+# ------------------------------------------------------------------------------------------- what the data are like
+
+
+def describe_data(stores: list[TokenStore]) -> dict:
+    """Counts of a split's datasets and histograms of its lengths (tokens) and score gaps, for data.json."""
+    lengths = {
+        "prompt_tokens": np.concatenate([np.diff(store.prompts, axis=1)[:, 0] for store in stores]),
+        "response_tokens": np.concatenate([np.diff(store.responses, axis=1)[:, 0] for store in stores]),
+    }
+    gaps = [np.asarray(store.scores)[store.pairs[:, 0]] - np.asarray(store.scores)[store.pairs[:, 1]] for store in stores]
+    gaps = np.concatenate(gaps)
+    gaps = gaps[np.isfinite(gaps)]
+    histograms = {name: _histogram(values, whole=True) for name, values in lengths.items()}
+    if len(gaps):
+        histograms["score_gap"] = _histogram(gaps, whole=False)
+    return {"datasets": [store.counts for store in stores], "histograms": histograms}
+
+
+def _histogram(values: np.ndarray, *, whole: bool, bins: int = 30) -> dict:
+    low, high = float(values.min()), float(values.max())
+    if whole:  # edges between whole numbers, so that no bin is wider by chance
+        width = max(1, int(np.ceil((high - low + 1) / bins)))
+        edges = np.arange(low - 0.5, high + width, width)
+    else:
+        edges = np.linspace(low, high if high > low else low + 1, bins + 1)
+    counts, edges = np.histogram(values, bins=edges)
+    return {"edges": [round(float(e), 6) for e in edges], "counts": counts.tolist()}
+
+
+def counts_line(counts: dict) -> str:
+    """One line for the console: what was read from a dataset split, cut and skipped."""
+    told = ", ".join(f"{counts[key]:,} {key}" for key in ("rows", "prompts", "responses", "pairs") if key in counts)
+    cut = f"{counts['truncated_prompts']:,} prompts and {counts['truncated_responses']:,} responses truncated"
+    if counts.get("empty_responses"):
+        told += f" ({counts['empty_responses']:,} responses are empty: EOS alone)"
+    skipped = "; ".join(f"skipped {n:,}: {why}" for why, n in counts.get("skipped", {}).items() if n)
+    return f"{counts['name']} {counts['split']}: " + "; ".join(filter(None, [told, cut, skipped, counts.get("note")]))

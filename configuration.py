@@ -1,0 +1,269 @@
+"""What a config may say: its keys, the checks across them, the run folder. All of it before a model loads."""
+
+import getpass
+import hashlib
+import re
+import sys
+import time
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+
+import torch
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.core.override_parser.types import ChoiceSweep
+from omegaconf import DictConfig, OmegaConf
+
+from losses import COMMON_KEYS, BoundLoss, bind_loss
+from preference_datasets import DATASETS, Source, open_dataset
+from rewards import check_reward
+from utils import ConfigError, nearest
+
+ROOT = Path(__file__).resolve().parent
+CONFIG_DIR = ROOT / "config"
+GROUPS = ("model", "loss", "reward", "experiment")
+
+# Keys that do not change what is trained, so a run may be continued with other values of them.
+MAY_CHANGE = {
+    "n_epochs", "n_examples", "eval_batch_size", "n_eval_examples", "n_eval_model_samples", "eval_every", "save_every",
+    "sample_during_eval", "do_first_eval", "wandb", "minimum_log_interval_secs", "keep_checkpoints", "local_dirs",
+    "local_run_dir", "resume", "temperature", "topp", "max_new_tokens", "cache_dir", "data_dir", "exp_name", "reward",
+}  # fmt: skip
+
+
+def register_resolvers() -> None:
+    """The `${here:...}`, `${run_dir:...}` and `${run_name:...}` of config.yaml."""
+    OmegaConf.register_new_resolver("here", lambda path: str(ROOT / path), replace=True)
+    OmegaConf.register_new_resolver("run_dir", choose_run_dir, replace=True, use_cache=True)
+    OmegaConf.register_new_resolver("run_name", name_of_run, replace=True)
+
+
+def choose_run_dir(local_run_dir: str | None, resume: str | None, local_dirs: Sequence[str], exp_name: str) -> str:
+    """`resume`, else `local_run_dir`, else a new folder `<first usable of local_dirs>/<user>/<exp_name>_<timestamp>`."""
+    if resume or local_run_dir:
+        return str(resume or local_run_dir)
+    stamp = time.strftime("%Y-%m-%d_%H-%M-%S") + f"_{time.time_ns() // 1000 % 10**6:06d}"
+    for base in local_dirs:
+        folder = Path(base) / getpass.getuser()
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            (folder / f".write-{stamp}").touch()
+            (folder / f".write-{stamp}").unlink()
+        except OSError:
+            continue
+        return str(folder / f"{exp_name}_{stamp}")
+    raise ConfigError(f"local_dirs={list(local_dirs)}: none of these can be written to; give local_run_dir=DIR")
+
+
+def name_of_run(overrides: Sequence[str]) -> str:
+    """Folder of one run of a sweep: its overrides, made safe for a file name."""
+    telling = [o for o in overrides if not o.startswith(("local_run_dir=", "local_dirs=", "exp_name="))]
+    name = ",".join(re.sub(r"[^\w.,=+\-\[\]]+", "_", o) for o in telling) or "default"
+    if len(name) > 150:
+        name = name[:130] + "-" + hashlib.sha256(name.encode()).hexdigest()[:12]
+    return name
+
+
+# ------------------------------------------------------------------------------------------------ keys and options
+
+
+def flat_keys(config: DictConfig) -> set[str]:
+    """Dotted names of all values and all groups of values."""
+    keys = set()
+    for key in config:
+        keys.add(str(key))
+        if OmegaConf.is_dict(config) and not OmegaConf.is_missing(config, key) and OmegaConf.is_dict(config._get_node(key)):
+            keys |= {f"{key}.{inner}" for inner in flat_keys(config._get_node(key))}
+    return keys
+
+
+def options(group: str) -> set[str]:
+    return {path.stem for path in (CONFIG_DIR / group).glob("*.yaml")}
+
+
+def _default_options() -> dict[str, list]:
+    """The option that config.yaml takes for each group."""
+    entries = OmegaConf.load(CONFIG_DIR / "config.yaml").defaults
+    pairs = [next(iter(entry.items())) for entry in entries if OmegaConf.is_dict(entry)]
+    return {group: [value for key, value in pairs if key == group] for group in GROUPS}
+
+
+def check_overrides(arguments: Sequence[str]) -> None:
+    """Refuse unknown keys and options of a command line, naming the nearest valid ones."""
+    own_config = any(a.split("=")[0] in ("--config-dir", "-cd", "--config-path", "-cp") for a in arguments)
+    words = [a for a in arguments if "=" in a and not a.startswith("-")]
+    overrides = OverridesParser.create().parse_overrides(words)
+    chosen = _default_options()
+    for override in overrides:
+        if override.key_or_group in GROUPS:
+            value = override.value()
+            chosen[override.key_or_group] = value.list if isinstance(value, ChoiceSweep) else [value]
+    if own_config:
+        return  # hydra knows the options of a folder of the user's own, and refuses the rest
+    for group, values in chosen.items():
+        for value in values:
+            if isinstance(value, str) and value not in options(group):
+                raise ConfigError(f"{group}={value}: no such file in config/{group}/; {nearest(value, options(group))}")
+    keys = _known_keys(chosen)
+    for override in overrides:
+        key = override.key_or_group
+        if key not in keys and key not in GROUPS and not key.startswith("hydra"):
+            raise ConfigError(f"unknown key {key}; {nearest(key, keys)}")
+
+
+def _known_keys(chosen: dict[str, Iterable]) -> set[str]:
+    keys = {key for key in flat_keys(OmegaConf.load(CONFIG_DIR / "config.yaml")) if not key.startswith(("hydra", "defaults"))}
+    for group in ("loss", "reward"):
+        names = [v for v in chosen[group] if isinstance(v, str)] or options(group)
+        for name in names:
+            keys |= {f"{group}.{key}" for key in OmegaConf.load(CONFIG_DIR / group / f"{name}.yaml")}
+    return keys
+
+
+def check_keys(config: DictConfig) -> None:
+    """The composed config has exactly the keys of config.yaml; `loss` and `reward` are matched with their functions."""
+    known = flat_keys(OmegaConf.load(CONFIG_DIR / "config.yaml")) | {"reward"}
+    for key in flat_keys(config):
+        if key not in known and not key.startswith(("loss.", "reward.")):
+            raise ConfigError(f"unknown key {key}; {nearest(key, known)}")
+
+
+# --------------------------------------------------------------------------------------------------------- checks
+
+
+def check_config(config: DictConfig, trainers: Iterable[str]) -> tuple[BoundLoss, dict[str, list[Source]]]:
+    """All checks within and across fields; returns the loss and the opened datasets by split.
+
+    Raises ConfigError or DataError that says what came, what is accepted and what to change.
+    """
+    check_keys(config)
+    _check_choice("function", config.function, ("train", "eval"))
+    _check_choice("trainer", config.trainer, trainers)
+    _check_numbers(config)
+    _check_lengths(config)
+    _check_optimizer(config.optimizer)
+    for key in ("policy_dtype", "reference_dtype", "fsdp_policy_mp"):
+        if config.model[key] is not None or key != "fsdp_policy_mp":
+            _check_choice(f"model.{key}", config.model[key], ("float32", "bfloat16", "float16", "float64"))
+    if not config.model.name_or_path:
+        raise ConfigError("model.name_or_path is not set; give a folder or a hub name, or choose model=tiny")
+    for key in ("archive", "reference_archive"):
+        if config.model[key] and not Path(config.model[key]).exists():
+            raise ConfigError(f"model.{key}={config.model[key]}: no such file or folder")
+    check_reward(config.reward)
+    loss = bind_loss(OmegaConf.to_container(config.loss, resolve=True))
+    if loss.couples_batch and config.gradient_accumulation_steps > 1:
+        raise ConfigError(
+            f"loss={loss.name} couples the pairs of a batch, so the batch must not be split; set gradient_accumulation_steps=1"
+        )
+    return loss, _open_datasets(config, loss)
+
+
+def _check_choice(key: str, value, accepted: Iterable[str]) -> None:
+    if value not in accepted:
+        raise ConfigError(f"{key}={value}; {nearest(str(value), accepted)}")
+
+
+def _check_numbers(config: DictConfig) -> None:
+    whole = {
+        "seed": 0, "batch_size": 1, "eval_batch_size": 1, "gradient_accumulation_steps": 1, "warmup_steps": 0, "max_length": 2,
+        "max_prompt_length": 2, "n_eval_examples": 1, "n_eval_model_samples": 1, "eval_every": 1, "model.lora.r": 0,
+    }  # fmt: skip
+    optional = {"n_epochs": 1, "n_examples": 1, "max_new_tokens": 1, "save_every": 1, "keep_checkpoints": 1, "world_size": 1}
+    for key, smallest in {**whole, **optional}.items():
+        value = OmegaConf.select(config, key)
+        if value is None and key in optional:
+            continue
+        if isinstance(value, bool) or not isinstance(value, int) or value < smallest:
+            raise ConfigError(f"{key}={value} must be a whole number of at least {smallest}")
+    for key in ("lr", "max_grad_norm", "temperature", "topp", "min_gap", "minimum_log_interval_secs", "test_fraction"):
+        value = config[key]
+        if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 <= value < float("inf"):
+            raise ConfigError(f"{key}={value} must be a number of at least 0")
+    if not 0 < config.topp <= 1:
+        raise ConfigError(f"topp={config.topp} must lie in (0, 1]; 1 draws from the whole vocabulary")
+    if not 0 < config.test_fraction < 1:
+        raise ConfigError(f"test_fraction={config.test_fraction} must lie between 0 and 1")
+    for key in ("lr", "max_grad_norm"):
+        if config[key] == 0:
+            raise ConfigError(f"{key}=0 would train nothing; it must be greater than 0")
+    if config.n_epochs is None and config.n_examples is None:
+        raise ConfigError("n_epochs and n_examples are both null: the run would never end; set one of them")
+    if config.trainer == "BasicTrainer" and (config.world_size or 1) > 1:
+        raise ConfigError(f"world_size={config.world_size} needs a distributed trainer; BasicTrainer is one process")
+
+
+def _check_lengths(config: DictConfig) -> None:
+    if config.max_prompt_length >= config.max_length:
+        raise ConfigError(
+            f"max_prompt_length={config.max_prompt_length} must be smaller than max_length={config.max_length}, or no room "
+            f"is left for a response; try max_prompt_length={config.max_length // 2}"
+        )
+    if config.max_new_tokens is not None and config.max_prompt_length + config.max_new_tokens > config.max_length:
+        raise ConfigError(
+            f"max_prompt_length={config.max_prompt_length} and max_new_tokens={config.max_new_tokens} exceed "
+            f"max_length={config.max_length}; lower one or raise max_length"
+        )
+    parts = config.gradient_accumulation_steps * (config.world_size or 1)
+    if config.batch_size % parts:
+        lower = max(parts, config.batch_size // parts * parts)
+        raise ConfigError(
+            f"batch_size={config.batch_size} must be divisible by gradient_accumulation_steps*world_size={parts}; "
+            f"try {lower} or {lower + parts}"
+        )
+
+
+def _check_optimizer(name: str) -> None:
+    usable = {
+        key
+        for key, value in vars(torch.optim).items()
+        if isinstance(value, type) and issubclass(value, torch.optim.Optimizer)
+    } - {"Optimizer", "LBFGS", "SparseAdam"}  # these need a closure, or sparse gradients
+    if name not in usable:
+        raise ConfigError(f"optimizer={name}; {nearest(str(name), usable)}")
+
+
+def _open_datasets(config: DictConfig, loss: BoundLoss) -> dict[str, list[Source]]:
+    if isinstance(config.datasets, str) or not config.datasets:
+        raise ConfigError(f"datasets={config.datasets} must be a list in brackets, such as datasets=[hh,shp]")
+    settings = dict(
+        data_dir=config.data_dir,
+        pairing=config.pairing,
+        min_gap=config.min_gap,
+        test_fraction=config.test_fraction,
+        columns={ours: theirs for ours, theirs in config.dataset_columns.items() if theirs},
+    )
+    splits = ("train", "test") if config.function == "train" else ("test",)
+    sources = {split: [open_dataset(name, split, **settings) for name in config.datasets] for split in splits}
+    for source in (source for split in sources.values() for source in split):
+        for need, wanted in (("pairs", loss.examples == "pairs"), ("scores", "scores" in loss.reads)):
+            if wanted and need not in source.provides:
+                able = sorted(name for name, entry in DATASETS.items() if need in entry.provides)
+                raise ConfigError(
+                    f"loss={loss.name} needs {need}, and datasets=[{source.name}] has none; with {need}: {', '.join(able)}"
+                )
+    return sources
+
+
+def must_match(saved: DictConfig, config: DictConfig) -> None:
+    """Refuse to continue a run with settings that would train something else."""
+    before, now = (OmegaConf.to_container(c, resolve=True) for c in (saved, config))
+    different = [
+        key
+        for key in sorted(flat_keys(OmegaConf.create(before)) | flat_keys(OmegaConf.create(now)))
+        if key.split(".")[0] not in MAY_CHANGE and _value(before, key) != _value(now, key) and not isinstance(_value(now, key), dict)
+    ]
+    if different:
+        told = ", ".join(f"{key} was {_value(before, key)} and is now {_value(now, key)}" for key in different)
+        raise ConfigError(f"{told}: the run folder holds another run; take another local_run_dir, or leave these as they were")
+
+
+def _value(tree: dict, key: str):
+    for part in key.split("."):
+        tree = tree.get(part) if isinstance(tree, dict) else None
+    return tree
+
+
+def fail(error: Exception) -> None:
+    """Print what is wrong, without a traceback, and leave with exit code 2."""
+    print(f"error: {error}", file=sys.stderr)
+    raise SystemExit(2)

@@ -1,0 +1,70 @@
+"""Entry point: `python generate.py model=... datasets=[hh] model.archive=RUN/LATEST/policy.pt` writes samples of a policy.
+
+One line a prompt of the test split, in `generations.jsonl` of the run folder: {"prompt", "response", "chosen"}.
+"""
+
+import json
+import sys
+from pathlib import Path
+
+import hydra
+from hydra.core.hydra_config import HydraConfig
+from omegaconf import DictConfig
+
+from batching import PreferenceData, counts_line, prepare, prompts_to_sample
+from configuration import check_config, check_overrides, fail, register_resolvers
+from models import build_policy, check_model, load_tokenizer
+from sampling import sample
+from trainers import TRAINERS
+from utils import PrefLabError, atomic_write
+
+register_resolvers()
+
+
+def main() -> None:
+    try:
+        check_overrides(sys.argv[1:])
+    except PrefLabError as error:
+        fail(error)
+    # Sampling needs prompts only, so any data set will do; these come first, and what the user says wins.
+    sys.argv[1:1] = ["function=eval", "loss=sft"]
+    run()
+
+
+@hydra.main(version_base="1.3", config_path="config", config_name="config")
+def run(config: DictConfig) -> None:
+    try:
+        print(f"samples: {generate(config, Path(HydraConfig.get().runtime.output_dir))}")
+    except PrefLabError as error:
+        fail(error)
+
+
+def generate(config: DictConfig, run_dir: Path) -> Path:
+    """Sample one response for each of `n_eval_examples` test prompts; returns the file."""
+    _, sources = check_config(config, TRAINERS)
+    check_model(config)
+    tokenizer = load_tokenizer(config.model)
+    lengths = dict(max_length=config.max_length, max_prompt_length=config.max_prompt_length, cache_dir=config.cache_dir)
+    stores = [prepare(source, tokenizer, **lengths) for source in sources["test"]]
+    for store in stores:
+        print(counts_line(store.counts))
+    data = PreferenceData(stores, "targets", ", ".join(config.datasets))
+    prompts = prompts_to_sample(data, config.n_eval_examples, config.max_prompt_length)
+    policy = build_policy(config.model, trainable=False)
+    responses = sample(
+        policy, tokenizer, [p.tokens for p in prompts],
+        keys=[p.key for p in prompts],
+        max_new_tokens=config.max_new_tokens or config.max_length - config.max_prompt_length,
+        temperature=config.temperature, top_p=config.topp, seed=config.seed, batch_size=config.eval_batch_size,
+    )  # fmt: skip
+    with atomic_write(run_dir / "generations.jsonl") as f:
+        for prompt, response in zip(prompts, responses):
+            texts = (tokenizer.decode(tokens, skip_special_tokens=True) for tokens in (prompt.tokens, response, prompt.chosen))
+            row = dict(zip(("prompt", "response", "chosen"), texts))
+            row |= {"temperature": config.temperature, "top_p": config.topp, "seed": config.seed}
+            f.write(json.dumps(row, ensure_ascii=False) + "\n")
+    return run_dir / "generations.jsonl"
+
+
+if __name__ == "__main__":
+    main()

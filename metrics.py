@@ -1,0 +1,114 @@
+"""Metrics: sums on the device, one read-back a flush; JSON lines first, then wandb and the progress bar."""
+
+import json
+import math
+import netrc
+import os
+import sys
+import time
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from utils import atomic_write
+
+
+class Sums:
+    """Sums of per-example metrics, kept on the device until they are read."""
+
+    def __init__(self):
+        self._sums: dict[str, Tensor] = {}
+        self._counts: dict[str, int] = {}
+
+    def add(self, metrics: dict[str, Tensor]) -> None:
+        """metrics: (examples,) tensors by name."""
+        for name, values in metrics.items():
+            total = values.detach().double().sum()
+            self._sums[name] = self._sums[name] + total if name in self._sums else total
+            self._counts[name] = self._counts.get(name, 0) + len(values)
+
+    def flush(self) -> dict[str, float]:
+        """Means over all examples added since the last flush, read back in one transfer."""
+        if not self._sums:
+            return {}
+        totals = torch.stack(list(self._sums.values())).tolist()
+        means = {name: total / self._counts[name] for name, total in zip(self._sums, totals)}
+        self._sums, self._counts = {}, {}
+        return means
+
+
+class MetricLog:
+    """metrics.jsonl, every row; wandb, at most once in `interval` seconds for train rows."""
+
+    def __init__(self, run_dir: Path, wandb_run=None, interval: float = 1.0):
+        self.path = run_dir / "metrics.jsonl"
+        self.wandb_run, self.interval = wandb_run, interval
+        self._last = -math.inf
+
+    def write(self, row: dict) -> None:
+        row = {key: None if isinstance(value, float) and not math.isfinite(value) else value for key, value in row.items()}
+        with open(self.path, "a", encoding="utf-8") as f:
+            f.write(json.dumps(row) + "\n")
+        now = time.monotonic()
+        if self.wandb_run is not None and (row.get("split") != "train" or now - self._last >= self.interval):
+            self._last = now
+            numbers = {key: value for key, value in row.items() if isinstance(value, (int, float))}
+            self.wandb_run.log(numbers, step=row["step"])
+
+    def finish(self) -> None:
+        if self.wandb_run is not None:
+            self.wandb_run.finish()
+
+
+def rewind(path: Path, examples: int) -> None:
+    """Drop the rows of a JSON-lines file written after `examples` examples, and a last line that a kill cut short."""
+    if not path.is_file():
+        return
+    kept = []
+    for line in path.read_text(encoding="utf-8").splitlines():
+        try:
+            row = json.loads(line)
+        except json.JSONDecodeError:
+            continue
+        if row["examples"] <= examples:
+            kept.append(line)
+    with atomic_write(path) as f:
+        f.writelines(line + "\n" for line in kept)
+
+
+def start_wandb(config, run_dir: Path, resolved: dict):
+    """A wandb run, or None when it is off or does not start: logging elsewhere never stops a run, nor asks anything.
+
+    Without a configured key it runs offline, into the run folder; `wandb sync` uploads it later.
+    """
+    if not config.enabled:
+        return None
+    os.environ.setdefault("WANDB_SILENT", "true")
+    if "WANDB_MODE" not in os.environ and not _has_wandb_key():
+        os.environ["WANDB_MODE"] = "offline"
+    try:
+        import wandb  # slow to import
+
+        return wandb.init(
+            entity=config.entity,
+            project=config.project,
+            name=run_dir.name,
+            dir=str(run_dir),
+            config=resolved,
+            resume="allow",
+            settings=wandb.Settings(init_timeout=30, console="off", x_disable_stats=True),
+        )
+    except Exception as error:  # whatever goes wrong there, the run and its metrics.jsonl go on
+        print(f"wandb did not start, the run goes on without it: {error}", file=sys.stderr)
+        return None
+
+
+def _has_wandb_key() -> bool:
+    if os.environ.get("WANDB_API_KEY"):
+        return True
+    try:
+        hosts = netrc.netrc().hosts
+    except (OSError, netrc.NetrcParseError):
+        return False
+    return any("wandb" in host for host in hosts)

@@ -1,0 +1,228 @@
+"""Tokenizer, policy and reference: from a name, a path or an archive to models ready to score."""
+
+import contextlib
+import copy
+from pathlib import Path
+
+import torch
+from safetensors.torch import load_file
+from torch import nn
+from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
+from transformers.core_model_loading import revert_weight_conversion
+from transformers.utils import logging
+
+from logprobs import Scorer
+from utils import ConfigError
+
+# Masks and tables that old transformers versions kept in checkpoints; none of them is a weight.
+OLD_BUFFERS = (".attn.bias", ".attn.masked_bias", ".attention.bias", ".attention.masked_bias", "rotary_emb.inv_freq")
+
+
+def check_model(config) -> None:
+    """Refuse, from the model's config alone, lengths that it has no positions for. Loads no weights."""
+    logging.disable_progress_bar()  # saving a shard shows a bar of its own otherwise, in the middle of ours
+    with _readable("model.name_or_path", config.model.name_or_path):
+        model = AutoConfig.from_pretrained(config.model.name_or_path, trust_remote_code=config.model.trust_remote_code)
+    limit = getattr(model.get_text_config(), "max_position_embeddings", None)
+    if limit is not None and config.max_length > limit:
+        raise ConfigError(f"max_length={config.max_length} exceeds the {limit} positions of {config.model.name_or_path}; lower it")
+
+
+def load_tokenizer(config):
+    """The tokenizer of `model.tokenizer_name_or_path`, by default that of the model.
+
+    Masks come from lengths, so a pad token that equals EOS is harmless. Raises ConfigError when there is no tokenizer
+    or it has no EOS, without which a response cannot end.
+    """
+    path = config.tokenizer_name_or_path or config.name_or_path
+    with _readable("model.tokenizer_name_or_path", path):
+        tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=config.trust_remote_code)
+    if tokenizer.eos_token_id is None:
+        raise ConfigError(f"the tokenizer of {path} has no EOS token, so no response could end; set its eos_token")
+    if tokenizer.pad_token_id is None:
+        tokenizer.pad_token = tokenizer.eos_token
+    return tokenizer
+
+
+@contextlib.contextmanager
+def _readable(key: str, path: str):
+    """Turn the many ways in which a folder or a hub name can fail to load into one message."""
+    try:
+        yield
+    except (OSError, ValueError) as error:
+        where = "is a folder that cannot be read as such" if Path(path).is_dir() else "is neither a folder here nor a name on a reachable hub"
+        raise ConfigError(f"{key}={path} {where}: {str(error).splitlines()[0]}") from error
+
+
+def build_policy(config, *, scalar_head: bool = False, trainable: bool = True) -> Scorer:
+    """The policy: weights of `name_or_path` (random with from_scratch), then of `archive`, then LoRA if asked for."""
+    model = load_model(config, config.policy_dtype, scalar_head=scalar_head)
+    if config.archive:
+        load_archive(model, config.archive)
+    if trainable and config.lora.r:
+        model = _add_lora(model, config.lora, scalar_head)
+    return _ready(Scorer(model, autocast=_autocast(config)), scalar_head)
+
+
+def build_reference(config, policy: Scorer, *, function: str) -> Scorer:
+    """The frozen reference. For a LoRA policy it is the same model with the adapter off.
+
+    In training it starts where the policy starts (`archive`), unless `reference_archive` says otherwise; in evaluation
+    it is `name_or_path` or `reference_archive`.
+    """
+    archive = config.reference_archive or (config.archive if function == "train" else None)
+    if hasattr(policy.model, "peft_config") and not config.reference_archive:
+        return Scorer(policy.model, adapter_off=True, autocast=policy.autocast)
+    model = load_model(config, config.reference_dtype)
+    if archive:
+        load_archive(model, archive)
+    model.requires_grad_(False)
+    return _ready(Scorer(model, autocast=_autocast(config)), scalar_head=False)
+
+
+def _ready(scorer: Scorer, scalar_head: bool) -> Scorer:
+    disable_dropout(scorer.model)
+    scorer.model.eval()
+    if not scalar_head:
+        scorer.check()
+    return scorer
+
+
+def dtype_of(name: str) -> torch.dtype:
+    return getattr(torch, name)
+
+
+def _autocast(config) -> torch.dtype | None:
+    return dtype_of(config.fsdp_policy_mp) if config.fsdp_policy_mp else None
+
+
+def load_model(config, dtype: str, *, scalar_head: bool = False) -> nn.Module:
+    """A transformers model in `dtype`, on the GPU if there is one, split over the GPUs if there are several."""
+    path, kind = config.name_or_path, AutoModelForSequenceClassification if scalar_head else AutoModelForCausalLM
+    options = {"dtype": dtype_of(dtype), "trust_remote_code": config.trust_remote_code}
+    if config.attn_implementation:
+        options["attn_implementation"] = config.attn_implementation
+    if scalar_head:
+        options["num_labels"] = 1
+    gpus = torch.cuda.device_count()
+    with _readable("model.name_or_path", path):
+        if config.from_scratch:
+            model = kind.from_config(AutoConfig.from_pretrained(path, trust_remote_code=config.trust_remote_code), **options)
+            return model.to("cuda") if gpus else model
+        if gpus > 1:
+            return kind.from_pretrained(path, device_map="balanced", **options)
+        model = kind.from_pretrained(path, **options)
+    return model.to("cuda") if gpus else model
+
+
+def disable_dropout(model: nn.Module) -> None:
+    """Every dropout rate to 0: log-ratios compare two models, and noise in either is noise in the loss."""
+    for module in model.modules():
+        if isinstance(module, nn.modules.dropout._DropoutNd):
+            module.p = 0.0
+        for name, value in vars(module).items():
+            if "dropout" in name and isinstance(value, float):
+                setattr(module, name, 0.0)
+
+
+def _add_lora(model: nn.Module, lora, scalar_head: bool) -> nn.Module:
+    from peft import LoraConfig, TaskType, get_peft_model  # slow to import, and most runs have no LoRA
+
+    targets = lora.target_modules if isinstance(lora.target_modules, str) else list(lora.target_modules)
+    settings = LoraConfig(
+        r=lora.r,
+        lora_alpha=lora.alpha,
+        lora_dropout=0.0,
+        target_modules=targets,
+        task_type=TaskType.SEQ_CLS if scalar_head else TaskType.CAUSAL_LM,
+    )
+    try:
+        return get_peft_model(model, settings)
+    except ValueError as error:
+        raise ConfigError(f"model.lora.target_modules={targets} does not fit {type(model).__name__}: {error}") from error
+
+
+def full_model(scorer: Scorer) -> nn.Module:
+    """The plain transformers model of a policy; a LoRA adapter is folded into a copy, the live weights stay untouched."""
+    if hasattr(scorer.model, "peft_config"):
+        return copy.deepcopy(scorer.model).merge_and_unload()
+    return scorer.model
+
+
+# ----------------------------------------------------------------------------------------------------- archives
+
+
+def read_archive(path: str | Path) -> dict[str, torch.Tensor]:
+    """The weights in an archive, on the CPU.
+
+    Accepted: a `policy.pt` of this or of the original family of repositories ({step_idx, state, metrics}), a plain
+    state dict, a safetensors file, a `save_pretrained` folder, a run or a checkpoint folder of ours. Nothing is
+    unpickled but tensors and plain containers.
+    """
+    path = Path(path)
+    found = next((p for p in (path / "policy.pt", path / "LATEST" / "policy.pt") if p.is_file()), path)
+    if found.is_dir():
+        files = sorted(found.glob("*.safetensors")) or sorted(found.glob("pytorch_model*.bin"))
+        if not files:
+            raise ConfigError(
+                f"archive {path}: a folder without policy.pt, LATEST/policy.pt or *.safetensors; give a policy.pt, a run "
+                f"folder or a save_pretrained folder"
+            )
+        return {key: value for file in files for key, value in _read_tensors(file).items()}
+    if not found.is_file():
+        raise ConfigError(f"archive {path}: no such file or folder")
+    return _read_tensors(found)
+
+
+def _read_tensors(path: Path) -> dict[str, torch.Tensor]:
+    if path.suffix == ".safetensors":
+        return load_file(path)
+    try:
+        content = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:  # torch raises many kinds; all mean the same to the user
+        raise ConfigError(
+            f"archive {path} is not a file of tensors that can be read safely (weights_only): {str(error).splitlines()[0]}"
+        ) from error
+    state = content.get("state", content) if isinstance(content, dict) else None
+    if not isinstance(state, dict) or not all(isinstance(value, torch.Tensor) for value in state.values()):
+        raise ConfigError(f"archive {path} holds no state dict; expected {{step_idx, state, metrics}} or names to tensors")
+    return state
+
+
+def load_archive(model: nn.Module, path: str | Path) -> None:
+    """Copy an archive's weights into a model of the same architecture.
+
+    Raises ConfigError naming the first tensors that are missing, unknown or of another shape.
+    """
+    state = {key.removeprefix("module."): value for key, value in read_archive(path).items()}
+    # Through transformers, which knows the names that earlier versions gave to the same tensors.
+    with _silent():
+        loaded, info = type(model).from_pretrained(
+            None, config=model.config, state_dict=state, dtype=model.dtype, output_loading_info=True, ignore_mismatched_sizes=True
+        )
+    scalar = hasattr(model, "score")  # a reward model that starts from a language model keeps its body and has a new head
+    unknown = [k for k in info["unexpected_keys"] if not k.endswith(OLD_BUFFERS) and not (scalar and k.startswith("lm_head."))]
+    missing = [k for k in info["missing_keys"] if not (scalar and k.startswith("score."))]
+    shapes = [f"{key} {tuple(theirs)} against {tuple(ours)}" for key, theirs, ours in info["mismatched_keys"]]
+    problems = [("of another shape", shapes), ("unknown to the model", unknown), ("missing from the archive", missing)]
+    if any(names for _, names in problems):
+        told = "; ".join(f"{len(names)} {what}: {', '.join(sorted(names)[:3])}" for what, names in problems if names)
+        raise ConfigError(f"archive {path} does not fit {type(model).__name__} ({told}); is model= the model it was trained from?")
+    model.load_state_dict(loaded.state_dict())
+
+
+@contextlib.contextmanager
+def _silent():
+    """transformers logs a table of what did not fit; our own message says it."""
+    level = logging.get_verbosity()
+    logging.set_verbosity_error()
+    try:
+        yield
+    finally:
+        logging.set_verbosity(level)
+
+
+def archive_state(model: nn.Module) -> dict[str, torch.Tensor]:
+    """All weights on the CPU, under the names that the model's published checkpoints use."""
+    state = {key: value.detach().cpu() for key, value in model.state_dict().items()}
+    return revert_weight_conversion(model, state)

@@ -1,0 +1,77 @@
+"""From a batch to its losses, and to the numbers that are logged for every loss alike."""
+
+import torch
+from torch import Tensor
+
+from batching import Batch, ExampleNames, PreferenceData
+from logprobs import Scorer, pad_by_owner, score_responses
+from losses import BoundLoss, LossOutput, Pair, Target
+
+
+def compute_loss(
+    loss: BoundLoss, policy: Scorer, reference: Scorer | None, batch: Batch, data: PreferenceData, split: str
+) -> tuple[LossOutput, dict[str, Tensor]]:
+    """Losses of a batch's examples, with gradient, and its metrics: (examples,) each, without.
+
+    split: "train" or "eval", the middle part of the metric names.
+    """
+    if "scalar_head" in loss.reads:
+        inputs = _values_as_pair(policy, batch)
+    else:
+        inputs = _logps_as_inputs(loss, policy, reference, batch)
+    if loss.examples == "pairs":
+        inputs.names = ExampleNames(data, batch.examples)
+        inputs.columns = batch.columns
+        if "scores" in loss.reads:
+            scores = batch.scores.to(batch.chosen.device)
+            inputs.chosen_scores, inputs.rejected_scores = scores[batch.chosen], scores[batch.rejected]
+    output = loss(inputs)
+    with torch.no_grad():
+        return output, _metrics(inputs, output, split)
+
+
+def _values_as_pair(policy: Scorer, batch: Batch) -> Pair:
+    values = policy.values(batch)
+    return Pair(chosen_values=values[batch.chosen], rejected_values=values[batch.rejected])
+
+
+def _logps_as_inputs(loss: BoundLoss, policy: Scorer, reference: Scorer | None, batch: Batch) -> Pair | Target:
+    kl = "reference||policy" if "token_kl" in loss.reads else None
+    needed = reference if "reference" in loss.reads or kl else None
+    scores = score_responses(policy, batch, reference=needed, kl=kl)
+    chosen, rejected = batch.chosen, batch.rejected
+    lengths = batch.lengths.to(scores.logps)
+    if loss.examples == "targets":
+        return Target(policy_logps=scores.logps[chosen], lengths=lengths[chosen])
+    pair = Pair(policy_chosen_logps=scores.logps[chosen], policy_rejected_logps=scores.logps[rejected])
+    if "reference" in loss.reads:
+        pair.reference_chosen_logps = scores.reference_logps[chosen]
+        pair.reference_rejected_logps = scores.reference_logps[rejected]
+    if "lengths" in loss.reads:
+        pair.chosen_lengths, pair.rejected_lengths = lengths[chosen], lengths[rejected]
+    if "token_kl" in loss.reads:
+        pair.chosen_kl, pair.rejected_kl = scores.kl[chosen], scores.kl[rejected]
+    if "token_logps" in loss.reads:
+        padded = pad_by_owner(scores.token_logps, batch.owners, batch.lengths)
+        pair.chosen_token_logps, pair.rejected_token_logps = padded[chosen], padded[rejected]
+    return pair
+
+
+def _metrics(inputs: Pair | Target, output: LossOutput, split: str) -> dict[str, Tensor]:
+    metrics = {f"loss/{split}": output.losses}
+    if isinstance(inputs, Target):
+        return metrics | {f"logps_{split}/chosen": inputs.policy_logps}
+    if inputs.policy_chosen_logps is not None:
+        metrics[f"logps_{split}/chosen"] = inputs.policy_chosen_logps
+        metrics[f"logps_{split}/rejected"] = inputs.policy_rejected_logps
+    if inputs.reference_chosen_logps is not None:
+        metrics[f"logratios_{split}/chosen"] = inputs.chosen_logratio
+        metrics[f"logratios_{split}/rejected"] = inputs.rejected_logratio
+    chosen, rejected = output.chosen_rewards, output.rejected_rewards
+    if chosen is not None:
+        metrics[f"rewards_{split}/chosen"] = chosen
+        metrics[f"rewards_{split}/rejected"] = rejected
+        # A tie counts one half: at policy = reference every pair ties, and that is chance, not failure.
+        metrics[f"rewards_{split}/accuracies"] = (chosen > rejected).double() + 0.5 * (chosen == rejected).double()
+        metrics[f"rewards_{split}/margins"] = chosen - rejected
+    return metrics | {name.format(split=split): values for name, values in output.metrics.items()}

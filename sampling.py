@@ -1,0 +1,95 @@
+"""Samples from a policy. The k-th sample of a prompt depends on (seed, prompt, k) alone, not on the batch it was in."""
+
+import numpy as np
+import torch
+from torch import Tensor
+from tqdm import tqdm
+from transformers import LogitsProcessor
+
+from logprobs import Scorer
+
+
+class InverseCDF(LogitsProcessor):
+    """Chooses each next token from one uniform number: the first token at which the cumulative probability exceeds it.
+
+    All logits but the chosen token's become -inf, so that greedy decoding takes it. uniforms: (rows, steps) in [0, 1).
+    temperature 0 is greedy. top_p: the smallest set of most likely tokens that holds this much probability.
+    """
+
+    def __init__(self, uniforms: Tensor, temperature: float, top_p: float, prompt_width: int):
+        self.uniforms, self.temperature, self.top_p, self.prompt_width = uniforms, temperature, top_p, prompt_width
+
+    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
+        if self.temperature == 0:
+            return scores
+        probabilities = (scores.float() / self.temperature).softmax(-1)
+        order = None
+        if self.top_p < 1:
+            probabilities, order = probabilities.sort(descending=True, stable=True)
+            before = probabilities.cumsum(-1) - probabilities
+            probabilities = probabilities.masked_fill(before >= self.top_p, 0.0)
+        cumulative = probabilities.double().cumsum(-1)
+        u = self.uniforms[:, input_ids.shape[1] - self.prompt_width, None].to(cumulative)
+        chosen = torch.searchsorted(cumulative, u * cumulative[:, -1:], right=True)
+        # Rounding can put u * total on the last edge; the last token with any probability is then meant.
+        last = cumulative.shape[1] - 1 - (probabilities > 0).flip(-1).to(torch.uint8).argmax(-1, keepdim=True)
+        chosen = torch.minimum(chosen, last)
+        if order is not None:
+            chosen = order.gather(-1, chosen)
+        return torch.full_like(scores, -torch.inf).scatter(-1, chosen, 0.0)
+
+
+@torch.no_grad()
+def sample(
+    policy: Scorer,
+    tokenizer,
+    prompts: list[list[int]],
+    *,
+    keys: list[int],
+    max_new_tokens: int,
+    temperature: float = 1.0,
+    top_p: float = 1.0,
+    seed: int = 0,
+    batch_size: int = 16,
+    description: str = "sample",
+) -> list[list[int]]:
+    """One response a prompt, as token ids, with its EOS when it ended within `max_new_tokens`.
+
+    keys: a number for each prompt; equal (seed, key) draw equal random numbers. Prompts are batched by length.
+    """
+    order = sorted(range(len(prompts)), key=lambda i: (len(prompts[i]), i))
+    responses: list[list[int]] = [[] for _ in prompts]
+    bar = tqdm(total=len(prompts), desc=description, unit=" samples", leave=False, delay=1.0)
+    for begin in range(0, len(order), batch_size):
+        rows = order[begin : begin + batch_size]
+        uniforms = np.stack([np.random.default_rng([seed, keys[i]]).random(max_new_tokens) for i in rows])
+        generated = _generate(policy, tokenizer, [prompts[i] for i in rows], torch.from_numpy(uniforms), temperature, top_p)
+        for i, tokens in zip(rows, generated):
+            responses[i] = tokens
+        bar.update(len(rows))
+    bar.close()
+    return responses
+
+
+def _generate(policy: Scorer, tokenizer, prompts, uniforms: Tensor, temperature: float, top_p: float) -> list[list[int]]:
+    width, device = max(map(len, prompts)), policy.device
+    input_ids = torch.full((len(prompts), width), tokenizer.pad_token_id)
+    mask = torch.zeros_like(input_ids)
+    for row, prompt in enumerate(prompts):
+        input_ids[row, width - len(prompt) :] = torch.tensor(prompt)
+        mask[row, width - len(prompt) :] = 1
+    with policy.active():
+        output = policy.causal_lm.generate(
+            input_ids=input_ids.to(device),
+            attention_mask=mask.to(device),
+            max_new_tokens=uniforms.shape[1],
+            do_sample=False,
+            logits_processor=[InverseCDF(uniforms.to(device), temperature, top_p, width)],
+            eos_token_id=tokenizer.eos_token_id,
+            pad_token_id=tokenizer.pad_token_id,
+        )
+    return [_until_eos(row, tokenizer.eos_token_id) for row in output[:, width:].tolist()]
+
+
+def _until_eos(tokens: list[int], eos: int) -> list[int]:
+    return tokens[: tokens.index(eos) + 1] if eos in tokens else tokens

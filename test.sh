@@ -1,0 +1,4 @@
+#!/usr/bin/env bash
+# Sets up the environment and runs the tests in it; arguments go to pytest.
+source "$(dirname "${BASH_SOURCE[0]}")/scripts/env.sh"
+exec .venv/bin/python -m pytest "$@"

@@ -1,0 +1,146 @@
+"""Shared by all tests: offline, one place for tiny models, a tokenizer, and runs of the project's commands."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+os.environ |= {"HF_HUB_OFFLINE": "1", "HF_DATASETS_OFFLINE": "1", "WANDB_MODE": "disabled", "TOKENIZERS_PARALLELISM": "true"}
+
+import pytest  # noqa: E402
+import torch  # noqa: E402
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers  # noqa: E402
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFast  # noqa: E402
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+sys.path.insert(0, str(ROOT / "tests"))
+
+# Small enough to run in milliseconds, and every architecture of the published recipes is there.
+ARCHITECTURES = {
+    "gpt2": dict(n_embd=32, n_layer=2, n_head=2, n_positions=128),
+    "gpt_neox": dict(hidden_size=32, num_hidden_layers=2, num_attention_heads=2, intermediate_size=64, max_position_embeddings=128),
+    "llama": dict(hidden_size=32, num_hidden_layers=2, num_attention_heads=2, num_key_value_heads=1, intermediate_size=64, max_position_embeddings=128),
+    "gptj": dict(n_embd=32, n_layer=2, n_head=2, n_positions=128, rotary_dim=8),
+    "gpt_neo": dict(hidden_size=32, num_layers=2, num_heads=2, attention_types=[[["global", "local"], 1]], window_size=16, max_position_embeddings=128, intermediate_size=64),
+    "opt": dict(hidden_size=32, num_hidden_layers=2, num_attention_heads=2, ffn_dim=64, max_position_embeddings=128, word_embed_proj_dim=16),
+    "phi": dict(hidden_size=32, num_hidden_layers=2, num_attention_heads=2, intermediate_size=64, max_position_embeddings=128),
+    "gemma2": dict(hidden_size=32, num_hidden_layers=2, num_attention_heads=2, num_key_value_heads=1, head_dim=16, intermediate_size=64, max_position_embeddings=128, sliding_window=64),
+}  # fmt: skip
+
+
+def make_tokenizer() -> PreTrainedTokenizerFast:
+    """Bytes as tokens: 256 of them, then <|endoftext|> (BOS and EOS) and <|pad|>."""
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    tokenizer = Tokenizer(models.BPE(vocab={symbol: i for i, symbol in enumerate(alphabet)}, merges=[]))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, bos_token="<|endoftext|>", eos_token="<|endoftext|>", pad_token="<|pad|>", clean_up_tokenization_spaces=False
+    )  # fmt: skip
+
+
+def make_model(architecture: str, *, seed: int = 0, dtype=torch.float32, scale: float = 4.0) -> torch.nn.Module:
+    """A random model; its weights are scaled up so that its distributions are far from uniform."""
+    torch.manual_seed(seed)
+    config = AutoConfig.for_model(architecture, vocab_size=258, bos_token_id=256, eos_token_id=256, pad_token_id=257, **ARCHITECTURES[architecture])
+    model = AutoModelForCausalLM.from_config(config, dtype=dtype).eval()
+    with torch.no_grad():
+        for name, p in model.named_parameters():
+            if p.ndim > 1:
+                p.mul_(scale)
+    return model
+
+
+def save_model(folder: Path, architecture: str = "llama", **options) -> Path:
+    """A model folder with its tokenizer, as `model.name_or_path` takes it."""
+    make_model(architecture, **options).save_pretrained(folder)
+    make_tokenizer().save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def tokenizer():
+    return make_tokenizer()
+
+
+@pytest.fixture(scope="session")
+def llama_folder(tmp_path_factory) -> Path:
+    return save_model(tmp_path_factory.mktemp("models") / "llama")
+
+
+def scored_rows(n_prompts: int = 12, k: int = 4) -> list[dict]:
+    """Rows of the imdb format; the reward grows with the number of `!`."""
+    return [
+        {"prompt": f"prompt number {i}", "text": f" answer {j} of {i}" + "!" * ((j + i) % k), "reward": 0.25 + (j + i) % k / 2}
+        for i in range(n_prompts)
+        for j in range(k)
+    ]
+
+
+def write_jsonl(path: Path, rows: list[dict]) -> Path:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    return path
+
+
+@pytest.fixture
+def imdb_dir(tmp_path) -> Path:
+    """A data folder with the files of datasets=[imdb]."""
+    for split, n in (("train", 24), ("test", 8)):
+        write_jsonl(tmp_path / "data" / f"imdb-sft-{split}.jsonl", scored_rows(n))
+    return tmp_path / "data"
+
+
+def small_run(folder: Path, data_dir: Path, run_dir: Path, *more: str) -> list[str]:
+    """Overrides of a run that takes a second."""
+    settings = {
+        "model": "blank_model", "model.name_or_path": folder, "datasets": "[imdb]", "data_dir": data_dir, "local_run_dir": run_dir,
+        "cache_dir": data_dir.parent / "cache", "batch_size": 8, "eval_batch_size": 8, "n_eval_examples": 8, "n_eval_model_samples": 4,
+        "max_length": 64, "max_prompt_length": 32, "max_new_tokens": 8, "lr": 1e-3, "warmup_steps": 2, "eval_every": 16,
+        "wandb.enabled": "false",
+    }  # fmt: skip
+    given = {o.split("=")[0] for o in more}
+    return [f"{key}={value}" for key, value in settings.items() if key not in given] + list(more)
+
+
+def run_command(script: str, *arguments, check: bool = True, **options) -> subprocess.CompletedProcess:
+    """Run `python SCRIPT ARGUMENTS` in the repository as a user would."""
+    command = [sys.executable, str(ROOT / script), *map(str, arguments)]
+    result = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, timeout=600, **options)
+    if check and result.returncode != 0:
+        raise AssertionError(f"{script} failed with {result.returncode}\n{result.stdout}\n{result.stderr}")
+    return result
+
+
+def read_rows(path: Path) -> list[dict]:
+    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+
+
+def run_here(*overrides: str) -> dict:
+    """Run train.py's command in this process and return its summary; its errors are raised."""
+    import hydra
+    from omegaconf import OmegaConf
+
+    import train
+    from configuration import CONFIG_DIR
+
+    OmegaConf.clear_resolvers()
+    train.register_resolvers()
+    with hydra.initialize_config_dir(str(CONFIG_DIR), version_base="1.3"):
+        config = hydra.compose("config", overrides=list(overrides))
+    return train.execute(config, Path(config.local_run_dir))
+
+
+def final_weights(run_dir: Path) -> dict[str, torch.Tensor]:
+    return torch.load(run_dir / "LATEST" / "policy.pt", weights_only=True)["state"]
+
+
+def same_weights(a: dict, b: dict) -> bool:
+    return a.keys() == b.keys() and all(torch.equal(a[key], b[key]) for key in a)
+
+
+def untimed(rows: list[dict]) -> list[dict]:
+    """Metric rows without what depends on the clock."""
+    return [{key: value for key, value in row.items() if not key.endswith("_per_second")} for row in rows]

@@ -1,0 +1,295 @@
+"""Tokenising, truncating, ordering and collating, against small cases worked out by hand."""
+
+import json
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+from conftest import make_tokenizer
+
+from batching import Loader, PreferenceData, collate, describe_data, epoch_order, prepare, prompts_to_sample, render_prompt, truncate
+from preference_datasets import Record
+from utils import DataError
+
+EOS = BOS = 256
+PAD = 257
+
+
+class FakeSource:
+    """A dataset split made of given records; counts how often it is read."""
+
+    def __init__(self, records, truncation="keep_start", version="1"):
+        self.name, self.split, self.truncation, self.version = "fake", "train", truncation, version
+        self.content, self.counts, self.reads = records, {"rows": len(records), "pairs": 0, "skipped": {}}, 0
+
+    def fingerprint(self):
+        return self.version + repr(self.content)
+
+    def records(self):
+        self.reads += 1
+        yield from self.content
+
+
+def record(prompt="ab", responses=("x", "yz"), pairs=((1, 0),), scores=(0.5, 2.0), target=1, **more):
+    return Record(prompt, list(responses), list(pairs), target, list(scores) if scores else None, more.pop("columns", {}), more.pop("source", "f.jsonl:1"))
+
+
+def store_of(tmp_path, records, **options):
+    sizes = {"max_length": 64, "max_prompt_length": 32} | {k: options.pop(k) for k in ("max_length", "max_prompt_length") if k in options}
+    return prepare(FakeSource(records, **options), make_tokenizer(), cache_dir=tmp_path, **sizes)
+
+
+def ids(text):
+    return make_tokenizer()(text, add_special_tokens=False)["input_ids"]
+
+
+# ------------------------------------------------------------------------------------------------ tokens on disk
+
+
+def test_store_holds_bos_prompt_and_responses_with_eos(tmp_path):
+    store = store_of(tmp_path, [record(), record("c", ("only",), (), None, 0)])
+    (p0, p1), (r0, r1, r2) = store.prompts, store.responses
+    assert store.tokens[slice(*p0)].tolist() == [BOS, *ids("ab")]
+    assert store.tokens[slice(*r0)].tolist() == [*ids("x"), EOS]
+    assert store.tokens[slice(*r1)].tolist() == [*ids("yz"), EOS]
+    assert store.tokens[slice(*p1)].tolist() == [BOS, *ids("c")]
+    assert store.tokens[slice(*r2)].tolist() == [*ids("only"), EOS]
+    assert store.pairs.tolist() == [[1, 0]] and store.targets.tolist() == [1, 2]
+    assert store.scores[:2].tolist() == [0.5, 2.0] and np.isnan(store.scores[2])
+    assert store.response_prompt.tolist() == [0, 0, 1]
+
+
+def test_second_start_reads_the_cache_and_a_changed_file_does_not(tmp_path):
+    options = dict(max_length=64, max_prompt_length=32, cache_dir=tmp_path)
+    first, again, changed = FakeSource([record()]), FakeSource([record()]), FakeSource([record("other")])
+    a, b = prepare(first, make_tokenizer(), **options), prepare(again, make_tokenizer(), **options)
+    assert (first.reads, again.reads) == (1, 0)
+    assert np.array_equal(a.tokens, b.tokens) and a.counts == b.counts
+    assert isinstance(b.tokens, np.memmap)
+    prepare(changed, make_tokenizer(), **options)
+    shorter = FakeSource([record()])
+    prepare(shorter, make_tokenizer(), **(options | {"max_length": 50}))
+    assert (changed.reads, shorter.reads) == (1, 1)
+
+
+def test_a_reader_that_fails_leaves_nothing_behind(tmp_path):
+    class Broken(FakeSource):
+        def records(self):
+            yield self.content[0]
+            raise DataError("f.jsonl:2: broken")
+
+    with pytest.raises(DataError, match="f.jsonl:2"):
+        prepare(Broken([record()]), make_tokenizer(), max_length=64, max_prompt_length=32, cache_dir=tmp_path)
+    assert list((tmp_path / "tokens").iterdir()) == []
+
+
+def test_no_prompt_at_all_is_an_error(tmp_path):
+    with pytest.raises(DataError, match="no usable prompt"):
+        store_of(tmp_path, [])
+
+
+# ---------------------------------------------------------------------------------------------------- truncation
+
+
+def cut(prompt, responses, truncation="keep_start", max_length=10, max_prompt_length=4):
+    return truncate(list(range(prompt)), [list(range(n)) for n in responses], make_tokenizer(), truncation, max_length, max_prompt_length)
+
+
+def test_nothing_is_cut_when_all_fits():
+    prompt, responses, cuts = cut(5, [3, 1])  # 1 + 5 + 3 + 1 = 10
+    assert prompt == [BOS, 0, 1, 2, 3, 4] and responses == [[0, 1, 2, EOS], [0, EOS]]
+    assert cuts == (False, [False, False])
+
+
+@pytest.mark.parametrize("truncation, kept", [("keep_start", [0, 1, 2]), ("keep_end", [3, 4, 5])])
+def test_the_prompt_is_cut_first_and_keeps_its_bos(truncation, kept):
+    prompt, responses, cuts = cut(6, [3, 1], truncation)
+    assert prompt == [BOS, *kept] and responses == [[0, 1, 2, EOS], [0, EOS]]
+    assert cuts == (True, [False, False])
+
+
+def test_only_a_response_that_was_cut_loses_its_eos():
+    prompt, responses, cuts = cut(6, [9, 6, 5, 2])
+    assert len(prompt) == 4
+    assert responses == [list(range(6)), list(range(6)), [0, 1, 2, 3, 4, EOS], [0, 1, EOS]]
+    assert cuts == (True, [True, True, False, False])  # of the second, EOS itself did not fit
+
+
+def test_a_short_prompt_leaves_its_room_to_the_responses():
+    prompt, responses, cuts = cut(2, [20])
+    assert prompt == [BOS, 0, 1] and len(responses[0]) == 7
+    assert cuts == (False, [True])
+
+
+def test_counts_of_what_was_cut(tmp_path):
+    store = store_of(tmp_path, [record("p" * 20, ("x" * 30, "y")), record()], max_length=16, max_prompt_length=8)
+    assert (store.counts["truncated_prompts"], store.counts["truncated_responses"]) == (1, 1)
+
+
+# ----------------------------------------------------------------------------------------------------- prompts
+
+
+def test_chat_messages_go_through_the_template_with_one_bos():
+    tokenizer = make_tokenizer()
+    chat = record([{"role": "user", "content": "hi"}])
+    with pytest.raises(DataError, match="no chat template"):
+        render_prompt(chat, tokenizer)
+    tokenizer.chat_template = (
+        "{{ bos_token }}{% for m in messages %}[{{ m.role }}]{{ m.content }}{% endfor %}{% if add_generation_prompt %}[assistant]{% endif %}"
+    )
+    assert render_prompt(chat, tokenizer) == "[user]hi[assistant]"
+
+
+def test_prompts_to_sample_are_distinct_cut_and_the_same_for_every_seed(tmp_path):
+    records = [record("p" * 40 + str(i), pairs=((1, 0), (0, 1))) for i in range(9)]
+    data = PreferenceData([store_of(tmp_path, records, truncation="keep_end")], "pairs", "fake")
+    prompts = prompts_to_sample(data, 5, max_prompt_length=10)
+    assert len({p.key for p in prompts}) == 5
+    for p in prompts:
+        assert p.tokens == [BOS, *ids("p" * 8 + str(p.key))]
+    assert [p.key for p in prompts] == [p.key for p in prompts_to_sample(data, 9, 10)][:5]
+
+
+# -------------------------------------------------------------------------------------------------------- order
+
+
+def test_order_is_a_permutation_and_a_function_of_seed_and_epoch():
+    groups = np.repeat(np.arange(10), 3)
+    orders = {key: epoch_order(groups, *key).tolist() for key in ((0, 0), (0, 1), (1, 0))}
+    assert all(sorted(order) == list(range(30)) for order in orders.values())
+    assert len({tuple(order) for order in orders.values()}) == 3
+    assert epoch_order(groups, 0, 0).tolist() == orders[0, 0]
+
+
+def test_pairs_of_one_prompt_are_spread_out():
+    groups = np.repeat(np.arange(25), 4)
+    for seed in range(5):
+        where = np.argsort(epoch_order(groups, seed, 0))
+        for g in range(25):
+            assert np.diff(np.sort(where[groups == g])).min() >= 15  # 100 pairs, 4 a prompt: 25 apart but for rounding
+    plain = np.argsort(np.random.default_rng(0).permutation(100))
+    assert min(np.diff(np.sort(plain[groups == g])).min() for g in range(25)) < 15  # a plain shuffle does not
+
+
+def test_which_pair_of_a_prompt_comes_first_is_random():
+    firsts = {int(epoch_order(np.zeros(6, dtype=int), seed, 0)[0]) for seed in range(40)}
+    assert len(firsts) == 6
+
+
+def loader(n=10, **options):
+    return Loader(np.arange(n), **({"batch_size": 4, "seed": 0, "n_epochs": 1, "n_examples": None} | options))
+
+
+def test_every_example_once_an_epoch_the_last_partial_batch_included():
+    batches = [b.tolist() for b in loader(n_epochs=2)]
+    assert [len(b) for b in batches] == [4, 4, 2, 4, 4, 2]
+    assert sorted(sum(batches[:3], [])) == sorted(sum(batches[3:], [])) == list(range(10))
+    assert batches[:3] != batches[3:]
+
+
+@pytest.mark.parametrize("n_epochs, n_examples, total", [(1, 7, 7), (None, 13, 13), (1, 30, 10), (3, None, 30)])
+def test_stops_at_whichever_limit_comes_first(n_epochs, n_examples, total):
+    batches = loader(n_epochs=n_epochs, n_examples=n_examples)
+    assert batches.total == total == sum(len(b) for b in batches)
+
+
+@pytest.mark.parametrize("stop", range(7))
+def test_state_of_a_few_integers_resumes_anywhere(stop):
+    whole, first, second = loader(n_epochs=2), loader(n_epochs=2), loader(n_epochs=2)
+    before = [next(first).tolist() for _ in range(min(stop, 6))]
+    state = json.loads(json.dumps(first.state_dict()))
+    assert all(isinstance(v, int) for v in state.values())
+    second.load_state_dict(state)
+    assert before + [b.tolist() for b in second] == [b.tolist() for b in whole]
+
+
+def test_seed_changes_the_order():
+    assert [b.tolist() for b in loader(seed=0)] != [b.tolist() for b in loader(seed=1)]
+
+
+# ------------------------------------------------------------------------------------------------------ batches
+
+
+def test_batch_says_where_each_scored_token_is_predicted_and_who_owns_it(tmp_path):
+    data = PreferenceData([store_of(tmp_path, [record(), record("longer", ("q", "rst"), ((0, 1),))])], "pairs", "fake")
+    batch = collate(data, np.array([0, 1]), PAD)
+    rows, width = batch.input_ids.shape
+    assert (rows, width) == (4, 11)
+    expected = [ids("yz") + [EOS], ids("x") + [EOS], ids("q") + [EOS], ids("rst") + [EOS]]
+    flat = batch.input_ids.reshape(-1)
+    for r, tokens in enumerate(expected):
+        mine = batch.owners == r
+        assert batch.targets[mine].tolist() == tokens
+        assert flat[batch.positions[mine] + 1].tolist() == tokens  # predicted one position before it stands
+        assert (batch.positions[mine] // width).unique().tolist() == [r]
+        assert batch.ends[r].item() == batch.positions[mine][-1].item() + 1
+    assert batch.lengths.tolist() == [3, 2, 2, 4]
+    assert (batch.chosen.tolist(), batch.rejected.tolist()) == ([0, 2], [1, 3])
+    assert batch.scores.tolist() == [2.0, 0.5, 0.5, 2.0]
+    assert batch.attention_mask.sum(1).tolist() == [6, 5, 9, 11]
+    assert batch.n_tokens == 31
+    assert (batch.input_ids[batch.attention_mask == 0] == PAD).all()
+
+
+def test_masks_come_from_lengths_not_from_ids(tmp_path):
+    """A response that holds the EOS and pad ids in its text is scored in full."""
+    text = "a<|endoftext|>b<|pad|>c"
+    data = PreferenceData([store_of(tmp_path, [record("p", (text, "x"), ((0, 1),))])], "pairs", "fake")
+    batch = collate(data, np.array([0]), PAD)
+    assert EOS in ids(text) and PAD in ids(text)
+    assert batch.targets[batch.owners == 0].tolist() == [*ids(text), EOS]
+    assert batch.attention_mask[0].sum() == 2 + len(ids(text)) + 1
+
+
+def test_a_response_in_several_pairs_is_one_row(tmp_path):
+    data = PreferenceData([store_of(tmp_path, [record("p", ("a", "b", "c"), ((0, 1), (0, 2), (1, 2)), (3, 2, 1), 0)])], "pairs", "fake")
+    batch = collate(data, np.array([0, 1, 2]), PAD)
+    assert batch.input_ids.shape[0] == 3
+    assert (batch.chosen.tolist(), batch.rejected.tolist()) == ([0, 0, 1], [1, 2, 2])
+
+
+def test_targets_and_mixtures_and_columns(tmp_path):
+    one = store_of(tmp_path, [record(columns={"magnitude": [0.25]})])
+    two = store_of(tmp_path, [record("other", source="g.jsonl:7", columns={"magnitude": [0.75]})])
+    data = PreferenceData([one, two], "pairs", "fake")
+    assert len(data) == 2 and data.describe(1).startswith("g.jsonl:7")
+    assert collate(data, np.array([1, 0]), PAD).columns["magnitude"].tolist() == [0.75, 0.25]
+    assert data.groups.tolist() == [0, 1]
+    targets = PreferenceData([one, two], "targets", "fake")
+    batch = collate(targets, np.array([0, 1]), PAD)
+    assert batch.rejected is None and batch.targets[batch.owners == 0].tolist() == [*ids("yz"), EOS]
+
+
+def loss_that(**fields):
+    defaults = dict(name="some", reads=frozenset(), columns=frozenset(), inspect_scores=lambda *a: "told")
+    return SimpleNamespace(**(defaults | fields))
+
+
+def test_data_are_checked_for_what_the_loss_reads(tmp_path):
+    scored = PreferenceData([store_of(tmp_path, [record()])], "pairs", "fake")
+    bare = PreferenceData([store_of(tmp_path, [record(scores=None)])], "pairs", "fake")
+    assert scored.check_for(loss_that(reads={"scores"})) == "told"
+    assert bare.check_for(loss_that()) is None
+    with pytest.raises(DataError, match="f.jsonl:1.*has none"):
+        bare.check_for(loss_that(reads={"scores"}))
+    with pytest.raises(DataError, match="column 'magnitude'"):
+        scored.check_for(loss_that(columns={"magnitude"}))
+
+
+def test_histograms_count_everything(tmp_path):
+    store = store_of(tmp_path, [record("p" * n, scores=(0.5, 0.5 + n / 10)) for n in range(1, 40)])
+    told = describe_data([store])
+    assert sum(told["histograms"]["prompt_tokens"]["counts"]) == 39
+    assert sum(told["histograms"]["response_tokens"]["counts"]) == 78
+    assert sum(told["histograms"]["score_gap"]["counts"]) == 39
+    for h in told["histograms"].values():
+        assert len(h["edges"]) == len(h["counts"]) + 1
+    json.dumps(told)
+
+
+def test_batch_moves_with_all_its_tensors(tmp_path):
+    data = PreferenceData([store_of(tmp_path, [record(columns={"magnitude": [0.25]})])], "pairs", "fake")
+    moved = collate(data, np.array([0]), PAD).to("meta")
+    tensors = [v for v in vars(moved).values() if isinstance(v, torch.Tensor)] + list(moved.columns.values())
+    assert len(tensors) == 11 and all(t.device.type == "meta" for t in tensors)

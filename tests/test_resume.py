@@ -1,0 +1,166 @@
+"""Stopped at any step, by any means, and continued: the same bits as never having stopped."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+import torch
+from conftest import ROOT, final_weights, read_rows, run_command, run_here, same_weights, small_run, untimed
+
+import checkpoints
+import trainers
+from checkpoints import latest_checkpoint, save_checkpoint
+from utils import ConfigError
+
+
+class Crash(Exception):
+    """What the tests raise in the middle of a run."""
+
+
+@pytest.fixture
+def command(imdb_dir, llama_folder, tmp_path):
+    """Overrides of the same run of nine steps in a folder of the given name."""
+
+    def command(name: str, *more: str) -> list[str]:
+        return small_run(llama_folder, imdb_dir, tmp_path / name, "n_epochs=3", "keep_checkpoints=null", *more)
+
+    return command
+
+
+def assert_same_run(a, b):
+    assert same_weights(final_weights(a), final_weights(b))
+    assert untimed(read_rows(a / "metrics.jsonl")) == untimed(read_rows(b / "metrics.jsonl"))
+    assert read_rows(a / "samples.jsonl") == read_rows(b / "samples.jsonl")
+
+
+@pytest.mark.parametrize("more", [(), ("loss=tdpo2", "optimizer=AdamW"), ("model.lora.r=4",), ("loss=bradley_terry",)])
+@pytest.mark.parametrize("stop", [1, 4, 8])
+def test_an_exception_at_any_step(command, tmp_path, monkeypatch, stop, more):
+    run_here(*command("whole", *more))
+    step = trainers.BasicTrainer.train_step
+
+    def crash(self, *arguments):
+        if self.counters.steps == stop:
+            raise Crash
+        step(self, *arguments)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(trainers.BasicTrainer, "train_step", crash)
+        with pytest.raises(Crash):
+            run_here(*command("broken", *more))
+    run_here(*command("broken", *more))
+    if more == ("loss=bradley_terry",):
+        assert same_weights(final_weights(tmp_path / "whole"), final_weights(tmp_path / "broken"))
+    else:
+        assert_same_run(tmp_path / "whole", tmp_path / "broken")
+
+
+def test_the_optimizer_state_is_what_makes_it_exact(command, tmp_path, monkeypatch):
+    """The control: continued without the optimizer's state, the run ends elsewhere."""
+    run_here(*command("whole"))
+    run_here(*command("broken", "n_examples=40"))
+    monkeypatch.setattr(torch.optim.RMSprop, "load_state_dict", lambda self, state: None)
+    run_here(*command("broken"))
+    assert not same_weights(final_weights(tmp_path / "whole"), final_weights(tmp_path / "broken"))
+
+
+@pytest.mark.parametrize("signum", [signal.SIGTERM, signal.SIGKILL, signal.SIGINT])
+def test_a_signal_to_a_running_process(command, tmp_path, signum):
+    """A child process is signalled at some moment after its first checkpoint, then the same command is run again."""
+    run_here(*command("whole", "n_epochs=40"))
+    broken = tmp_path / "broken"
+    child = subprocess.Popen(
+        [sys.executable, str(ROOT / "train.py"), *map(str, command("broken", "n_epochs=40"))], cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )
+    while not list(broken.glob("step-*")) and child.poll() is None:
+        time.sleep(0.01)
+    time.sleep(0.3)
+    child.send_signal(signum)
+    output, errors = child.communicate(timeout=120)
+    assert child.returncode == (-signum if signum == signal.SIGKILL else 128 + signum), errors
+    assert not (broken / "summary.json").exists()
+    if signum != signal.SIGKILL:
+        assert f"stopped by {signal.Signals(signum).name}" in errors and "continues" in errors
+        last = read_rows(broken / "metrics.jsonl")[-1]["step"]
+        assert (broken / "LATEST").resolve().name == f"step-{last}"  # saved where it stood
+    result = run_command("train.py", *command("broken", "n_epochs=40"))
+    assert "continuing" in result.stdout
+    assert_same_run(tmp_path / "whole", broken)
+
+
+def test_resume_takes_the_config_of_the_run(command, tmp_path):
+    run_here(*command("whole", "seed=3", "loss.beta=0.3"))
+    run_here(*command("broken", "seed=3", "loss.beta=0.3", "n_examples=40"))
+    result = run_command("train.py", f"resume={tmp_path / 'broken'}", "n_examples=null")
+    assert "continuing" in result.stdout and "step 5" in result.stdout
+    assert same_weights(final_weights(tmp_path / "whole"), final_weights(tmp_path / "broken"))
+    refused = run_command("train.py", f"resume={tmp_path}", check=False)
+    assert refused.returncode == 2 and "no config.yaml" in refused.stderr
+
+
+def test_a_finished_run_is_left_alone_and_a_longer_one_goes_on(command, tmp_path, capsys, monkeypatch):
+    first = run_here(*command("run"))
+    with monkeypatch.context() as patch:
+        patch.setattr(trainers, "build_policy", lambda *a, **k: pytest.fail("a model was loaded"))
+        assert run_here(*command("run")) == first
+    assert "already finished" in capsys.readouterr().out
+    run_here(*command("whole", "n_epochs=4"))
+    longer = run_here(*command("run", "n_epochs=4"))
+    assert longer["examples"] == 96
+    assert same_weights(final_weights(tmp_path / "whole"), final_weights(tmp_path / "run"))
+
+
+def test_another_run_in_the_same_folder_is_refused(command):
+    run_here(*command("run", "n_examples=8"))
+    with pytest.raises(ConfigError, match="loss.beta was 0.1 and is now 0.7"):
+        run_here(*command("run", "loss.beta=0.7"))
+
+
+# ------------------------------------------------------------------------------------------------- the files
+
+
+def write(content):
+    return lambda folder: (folder / "policy.pt").write_text(content)
+
+
+def test_a_save_that_dies_leaves_the_previous_checkpoint(tmp_path):
+    save_checkpoint(tmp_path, 1, write("one"), keep=None)
+
+    def dies(folder):
+        (folder / "policy.pt").write_text("half")
+        raise Crash
+
+    with pytest.raises(Crash):
+        save_checkpoint(tmp_path, 2, dies, keep=None)
+    assert (tmp_path / "LATEST" / "policy.pt").read_text() == "one"
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["LATEST", "step-1"]
+
+
+def test_what_a_killed_save_left_is_cleared_and_never_taken_for_a_checkpoint(tmp_path):
+    save_checkpoint(tmp_path, 1, write("one"), keep=None)
+    (tmp_path / ".step-2.abc").mkdir()
+    assert latest_checkpoint(tmp_path).name == "step-1"
+    assert not (tmp_path / ".step-2.abc").exists()
+
+
+@pytest.mark.parametrize("keep, left", [(1, ["step-30"]), (2, ["step-10", "step-30"]), (None, ["step-10", "step-2", "step-30"])])
+def test_the_newest_checkpoints_are_kept(tmp_path, keep, left):
+    for step in (2, 10, 30):
+        save_checkpoint(tmp_path, step, write(str(step)), keep=keep)
+    assert sorted(p.name for p in tmp_path.glob("step-*")) == left
+    assert (tmp_path / "LATEST" / "policy.pt").read_text() == "30"
+
+
+def test_killed_between_the_checkpoint_and_latest(tmp_path, monkeypatch):
+    save_checkpoint(tmp_path, 1, write("one"), keep=1)
+    with monkeypatch.context() as patch:
+        patch.setattr(checkpoints.os, "replace", lambda *a: (_ for _ in ()).throw(Crash()))
+        with pytest.raises(Crash):
+            save_checkpoint(tmp_path, 2, write("two"), keep=1)
+    assert (tmp_path / "LATEST" / "policy.pt").read_text() == "one"
+    save_checkpoint(tmp_path, 3, write("three"), keep=1)
+    assert (tmp_path / "LATEST" / "policy.pt").read_text() == "three"
+    assert not [p for p in os.listdir(tmp_path) if p.startswith(".LATEST")]

@@ -1,0 +1,108 @@
+"""Small pure helpers: errors, atomic writes, content hashes, seeding, run folders."""
+
+import contextlib
+import difflib
+import hashlib
+import os
+import random
+import shutil
+import tempfile
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+
+import numpy as np
+
+
+class PrefLabError(ValueError):
+    """Something the user can mend: says what came, what is accepted and what to change."""
+
+
+class ConfigError(PrefLabError):
+    """A setting, or a combination of settings, that cannot work."""
+
+
+class DataError(PrefLabError):
+    """A data file that cannot be used; the message names the file and the line."""
+
+
+def nearest(word: str, accepted: Iterable[str], n: int = 3) -> str:
+    """`did you mean a, b?` when some accepted name is close to `word`, else the accepted names in order."""
+    accepted = sorted(accepted)
+    close = difflib.get_close_matches(word, accepted, n=n, cutoff=0.6)
+    if close:
+        return f"did you mean {', '.join(close)}?"
+    return f"accepted: {', '.join(accepted)}"
+
+
+@contextlib.contextmanager
+def atomic_write(path: str | Path, mode: str = "w") -> Iterator:
+    """Open a temporary file beside `path`; on success it takes the place of `path`, on failure nothing is left."""
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    encoding = None if "b" in mode else "utf-8"
+    handle = tempfile.NamedTemporaryFile(mode, dir=path.parent, prefix=f".{path.name}.", delete=False, encoding=encoding)
+    try:
+        with handle:
+            yield handle
+            handle.flush()
+            os.fsync(handle.fileno())
+        os.chmod(handle.name, 0o666 & ~_umask())
+        os.replace(handle.name, path)
+    except BaseException:
+        Path(handle.name).unlink(missing_ok=True)
+        raise
+
+
+@contextlib.contextmanager
+def atomic_directory(path: str | Path) -> Iterator[Path]:
+    """Fill a temporary folder beside `path`; on success it takes the name `path`, on failure nothing is left.
+
+    If another process finished the same folder first, theirs stays and ours is dropped.
+    """
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = Path(tempfile.mkdtemp(dir=path.parent, prefix=f".{path.name}."))
+    try:
+        yield temporary
+        for file in temporary.rglob("*"):
+            if file.is_file():
+                with open(file, "rb") as f:
+                    os.fsync(f.fileno())
+        os.chmod(temporary, 0o777 & ~_umask())
+        try:
+            os.rename(temporary, path)
+        except OSError:
+            if not path.is_dir():
+                raise
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+
+
+def _umask() -> int:
+    # The only portable way to read the umask is to set it and set it back.
+    current = os.umask(0)
+    os.umask(current)
+    return current
+
+
+def content_hash(*parts: str | bytes | Path) -> str:
+    """Hex digest of the parts in order; a `Path` stands for the bytes of that file."""
+    digest = hashlib.sha256()
+    for part in parts:
+        if isinstance(part, Path):
+            with open(part, "rb") as f:
+                part = hashlib.file_digest(f, "sha256").digest()
+        elif isinstance(part, str):
+            part = part.encode()
+        digest.update(len(part).to_bytes(8, "little"))
+        digest.update(part)
+    return digest.hexdigest()[:32]
+
+
+def seed_everything(seed: int) -> None:
+    """Seed python, numpy and torch (all devices)."""
+    import torch  # here, so that reports start without it
+
+    random.seed(seed)
+    np.random.seed(seed % 2**32)
+    torch.manual_seed(seed)
