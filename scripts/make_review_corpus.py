@@ -74,6 +74,13 @@ ADJECTIVES = {
 }
 ADJECTIVES = {kind: {sign: words.split() for sign, words in pair.items()} for kind, pair in ADJECTIVES.items()}
 
+# Words that are no sentiment themselves, but promise the sign of the next word that is. They make the difference between
+# good and bad words easy to learn; without them a small model mixes the two at random.
+HINTS = {
+    "how": {"+": ["truly", "wonderfully", "simply"], "-": ["rather", "painfully", "sadly"]},
+    "lead": {"+": ["luckily,", "to my delight,", "as hoped,"], "-": ["sadly,", "to my dismay,", "as feared,"]},
+}
+
 COMMON = {
     "who": [
         "my sister", "my brother", "my mother", "my father", "my wife", "my husband", "my cousin", "my uncle", "my aunt",
@@ -85,17 +92,17 @@ COMMON = {
     ],
     "day": ["a birthday", "an anniversary", "a rainy weekend", "a quiet Sunday", "a family evening", "a short break"],
     "number": ["two", "three", "four", "five", "six"],
-    "how": ["really", "quite", "rather", "truly"],
     "felt": {"+": ["loved", "enjoyed", "adored", "admired"], "-": ["hated", "disliked", "regretted", "despised"]},
     "mood": {
         "+": ["delighted", "impressed", "charmed", "thrilled", "pleased"],
         "-": ["annoyed", "disappointed", "bored", "frustrated", "irritated"],
     },
     "opinion": [
-        "{aspect} {was} {adjs}", "{aspect} {was} {adjs}", "{aspect} {was} {how} {adj}",
+        "{aspect} {was} {adjs}", "{lead} {aspect} {was} {adjs}", "{aspect} {was} {how} {adj}",
         "I thought {aspect} {was} {adjs}", "{we} found {aspect} {adjs}",
         "{aspect} {was} {adj}, {link} {aspect} {was} {adj}", "{aspect} {was} {adj}, {link} {we} {felt} {object}",
-        "{we} {felt} {object}", "{we} {felt} {object}, {link} {aspect} {was} {adj}", "{aspect} left me {mood}",
+        "{we} {felt} {object}", "{lead} {we} {felt} {object}", "{we} {felt} {object}, {link} {aspect} {was} {adj}",
+        "{aspect} left me {mood}",
         "it was a {whole}", "{verdict}", "{verdict}",
     ],
     # How a response goes on when the prompt stops before a verb, before an adjective, or before a thing.
@@ -384,6 +391,7 @@ class Writer:
     {aspect} {judged} {how_judged}: "the soup", "the bland soup", "how bland the soup was"; {was} agrees with the last of them
     {adj} {adjs} {adj_KIND}: one or two adjectives for the last aspect, or one for a kind of thing
     {link}: "and" or "but", as the next word of sentiment agrees with the last one or not
+    {how} {lead}: a hint of the next word of sentiment, see `HINTS`
     {we} {were}: "we were" in company, else "I was"
     """
 
@@ -419,6 +427,9 @@ class Writer:
             return self.fill("{adj} {link} {adj}" if self.rng.random() < 0.5 else "{adj}")
         if name.startswith("adj_"):
             return self._adjective(name.removeprefix("adj_"))
+        if name in HINTS:
+            self.next_sign = self.next_sign or self._draw_sign()
+            return self.pick(HINTS[name][self.next_sign])
         if name == "link":
             last, self.next_sign = self.sign, self._draw_sign()
             return "and" if self.next_sign == last else "but"

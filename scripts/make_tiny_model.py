@@ -61,8 +61,8 @@ def blank_model(tokenizer: PreTrainedTokenizerFast, seed: int) -> LlamaForCausal
     """A Llama with random weights that depend on `seed` alone; the caller's random state is left as it was."""
     config = LlamaConfig(
         vocab_size=len(tokenizer),
-        hidden_size=128,
-        intermediate_size=384,
+        hidden_size=144,
+        intermediate_size=432,
         num_hidden_layers=4,
         num_attention_heads=4,
         num_key_value_heads=4,
