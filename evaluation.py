@@ -24,7 +24,7 @@ def evaluate_loss(
     """Means of the loss and of every logged metric over the first `n` examples of the fixed evaluation order."""
     examples = evaluation_order(data.groups)[:n]
     sums = Sums()
-    for begin in tqdm(range(0, len(examples), batch_size), desc="evaluate", leave=False, delay=1.0):
+    for begin in tqdm(range(0, len(examples), batch_size), desc="evaluate", leave=False, delay=1.0, disable=None):
         batch = collate(data, examples[begin : begin + batch_size], pad_id).to(policy.device)
         sums.add(compute_loss(loss, policy, reference, batch, data, "eval")[1])
     return sums.flush()

@@ -5,6 +5,7 @@ Rows are read twice, first to check every one and to note which share a prompt, 
 row numbers, not text.
 """
 
+import copy
 import csv
 import hashlib
 import itertools
@@ -15,6 +16,8 @@ from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
+
+import numpy as np
 
 from utils import ConfigError, DataError, content_hash, nearest
 
@@ -117,9 +120,9 @@ def open_dataset(name: str, split: str, **options) -> "Source":
     settings = Options(**options)
     if settings.pairing is not None and settings.pairing not in PAIRINGS:
         raise ConfigError(f"pairing={settings.pairing!r}; {nearest(settings.pairing, PAIRINGS)}")
-    reader = DATASETS.get(name)
+    reader = copy.copy(DATASETS.get(name))  # what a reader learns of one file must not reach the next
     if reader is None:
-        if "/" not in name and not name.endswith(FILE_TYPES) and not Path(name).exists():
+        if "/" not in name and not name.lower().endswith(FILE_TYPES) and not Path(name).exists():
             told = nearest(name, DATASETS)
             raise ConfigError(f"datasets=[{name}]: no dataset of this name, and no path or hub id; {told}")
         reader = UserPairs(name)
@@ -145,11 +148,13 @@ class Source:
 
     def records(self) -> Iterator[Record]:
         skipped: Counter = Counter()
-        counts = {"rows": self.rows.n, "prompts": 0, "responses": 0, "empty_responses": 0, "pairs": 0, "skipped": skipped}
+        counts = {"rows": 0, "prompts": 0, "responses": 0, "empty_responses": 0, "pairs": 0, "skipped": skipped}
         pair = Pairing(self.reader.pairing, self.options, skipped)
+        groups, notes = self._groups(skipped)
         if self.options.pairing and self.reader.pairing is None and "pairs" in self.provides:
-            self.rows.note += f"pairing={self.options.pairing} does not apply, the pairs came with the data"
-        for indices in self._groups(skipped):
+            notes.append(f"pairing={self.options.pairing} does not apply, the pairs came with the data")
+        for indices in groups:
+            counts["rows"] += len(indices)
             rows = [self.rows.read(i) for i in indices]
             where = self.rows.where(indices[0])
             try:
@@ -164,10 +169,10 @@ class Source:
             counts["empty_responses"] += sum(not response.strip() for response in record.responses)
             counts["pairs"] += len(record.pairs)
             yield record
-        self.counts = counts | {"skipped": {why: n for why, n in skipped.items() if n}} | ({"note": self.rows.note} if self.rows.note else {})
+        self.counts = counts | {"skipped": {why: n for why, n in skipped.items() if n}} | ({"note": "; ".join(notes)} if notes else {})
 
-    def _groups(self, skipped: Counter) -> list[list[int]]:
-        """Row numbers by prompt, in the order of first appearance; only those of this split where it has to be made."""
+    def _groups(self, skipped: Counter) -> tuple[list[list[int]], list[str]]:
+        """Row numbers by prompt, in the order of first appearance, and what is to be said of how the split was made."""
         groups: dict[bytes, list[int]] = {}
         for i in range(self.rows.n):
             try:
@@ -176,12 +181,14 @@ class Source:
                 skipped[str(reason)] += 1
                 continue
             groups.setdefault(_digest(prompt), []).append(i)
+        notes = [self.rows.note] if self.rows.note else []
         if self.rows.whole and groups:
             test = self._test_prompts(groups)
+            notes.append(f"no test split: {len(test)} of {len(groups)} prompts held out by seed {self.options.seed}")
             groups = {key: rows for key, rows in groups.items() if (key in test) == (self.split == "test")}
         if self.reader.merges:
-            return list(groups.values())
-        return [[i] for i in sorted(i for rows in groups.values() for i in rows)]
+            return list(groups.values()), notes
+        return [[i] for i in sorted(i for rows in groups.values() for i in rows)], notes
 
     def _test_prompts(self, groups) -> set[bytes]:
         """Which prompts are held out: a function of (seed, prompt), so that none is ever on both sides."""
@@ -191,7 +198,6 @@ class Source:
             raise DataError(f"datasets=[{self.name}] holds one prompt only, which cannot be split into train and test")
         if not test or len(test) == len(groups):
             test = {min(place, key=place.get)}
-        self.rows.note = f"no test split: {len(test)} of {len(groups)} prompts held out by seed {self.options.seed}"
         return test
 
 
@@ -214,7 +220,7 @@ class Pairing:
         self.policy = options.pairing or published
         self.min_gap, self.seed, self.skipped = options.min_gap, options.seed, skipped
 
-    def __call__(self, prompt, scores: list[float]) -> list[tuple[int, int]]:
+    def __call__(self, prompt, responses: list[str], scores: list[float]) -> list[tuple[int, int]]:
         n = len(scores)
         if self.policy == "first_two":
             candidates = [(0, 1)] if n > 1 else []
@@ -226,6 +232,7 @@ class Pairing:
         pairs = [(a, b) if scores[a] > scores[b] else (b, a) for a, b in candidates if self._differ(scores[a], scores[b])]
         self.skipped["pairs of equal score or a gap below min_gap"] += len(candidates) - len(pairs)
         if self.policy == "random" and pairs:
+            pairs.sort(key=lambda pair: (responses[pair[0]], responses[pair[1]]))  # whatever the order in the file
             pairs = [random.Random(f"{self.seed} {_digest(prompt).hex()}").choice(pairs)]
         return pairs
 
@@ -241,6 +248,8 @@ def text(row: dict, key: str, where: str, *, may_be_empty: bool = False) -> str:
     value = _present(row, key, where)
     if not isinstance(value, str):
         raise DataError(f"{where}: {key!r} is {_kind(value)}, expected text")
+    if not value.isascii() and any(0xD800 <= ord(c) < 0xE000 for c in value):
+        raise DataError(f"{where}: {key!r} holds half a surrogate pair, which is no text; mend how the file was written")
     if not value.strip() and not may_be_empty:
         raise DataError(f"{where}: {key!r} is empty, expected text")
     return value
@@ -286,11 +295,11 @@ def file_rows(path: Path) -> Rows:
         near = sorted(p.name for p in path.parent.glob("*"))[:8] if path.parent.is_dir() else []
         there = f"; in {path.parent}: {', '.join(near) or 'nothing'}" if path.parent.is_dir() else ""
         raise DataError(f"{path}: no such file{there}")
-    if path.suffix not in FILE_TYPES:
+    if path.suffix.lower() not in FILE_TYPES:
         raise DataError(f"{path}: unknown type of file; accepted: {', '.join(FILE_TYPES)}")
     if path.stat().st_size == 0:
         raise DataError(f"{path}: the file is empty")
-    return {".jsonl": _jsonl_rows, ".json": _json_rows, ".csv": _csv_rows, ".parquet": _parquet_rows}[path.suffix](path)
+    return {".jsonl": _jsonl_rows, ".json": _json_rows, ".csv": _csv_rows, ".parquet": _parquet_rows}[path.suffix.lower()](path)
 
 
 def _jsonl_rows(path: Path) -> Rows:
@@ -404,34 +413,44 @@ def hub_rows(repo: str, split: str, options: Options, *, test_names=("test",), o
     if split == "train" and not any(n in found for n in test_names):
         whole = True
     data = found[name]
-    return Rows(len(data), lambda i: data[i], lambda i: f"{repo}[{name}]:{i}", data._fingerprint, whole)
+    files = sorted(path for path in local.rglob("*") if path.is_file()) if local.is_dir() else []
+    fingerprint = content_hash(name, *files) if files else data._fingerprint
+    return Rows(len(data), lambda i: data[i], lambda i: f"{repo}[{name}]:{i}", fingerprint, whole)
 
 
 # ------------------------------------------------------------------------------------------------ records
 
 
 class Responses:
-    """Collects the responses of a prompt, each text once, and the pairs among them."""
+    """Collects the responses of a prompt, each text once (or once a score, if they have one), and the pairs among them."""
 
     def __init__(self):
         self.texts: list[str] = []
+        self.scores: list[float] = []
         self.pairs: list[tuple[int, int]] = []
-        self._index: dict[str, int] = {}
+        self._index: dict[tuple, int] = {}
 
-    def add(self, response: str) -> int:
-        if response not in self._index:
-            self._index[response] = len(self.texts)
+    def add(self, response: str, score: float | None = None) -> int:
+        if (response, score) not in self._index:
+            self._index[response, score] = len(self.texts)
             self.texts.append(response)
-        return self._index[response]
+            self.scores.append(score)
+        return self._index[response, score]
 
     def prefer(self, chosen: str, rejected: str) -> None:
         self.pairs.append((self.add(chosen), self.add(rejected)))
 
 
 def scored_record(prompt, responses: list[str], scores: list[float], source: str, pair: Pairing) -> Record:
-    """A record of scored responses, paired by the policy in force; the best is the SFT target."""
+    """A record of scored responses, paired by the policy in force; the best is the SFT target.
+
+    With `first_two` the others are left out altogether, as the published experiments did.
+    """
+    if pair.policy == "first_two" and len(responses) > 2:
+        pair.skipped["responses beyond the first two of a prompt"] += len(responses) - 2
+        responses, scores = responses[:2], scores[:2]
     best = max(range(len(scores)), key=lambda i: scores[i])
-    return Record(prompt, responses, pair(prompt, scores), best, scores, {}, source)
+    return Record(prompt, responses, pair(prompt, responses, scores), best, scores, {}, source)
 
 
 class ScoredLines(Reader):
@@ -531,13 +550,12 @@ class StanfordHumanPreferences(Reader):
         return _question(text(row, "history", where))
 
     def record(self, prompt, rows, source, pair):
-        responses, scores = Responses(), {}
+        responses = Responses()
         for row in rows:
-            a, b = f" {row['human_ref_A']}", f" {row['human_ref_B']}"
-            responses.prefer(*((a, b) if row["labels"] == 1 else (b, a)))
-            scores |= {responses.add(a): float(row["score_A"]), responses.add(b): float(row["score_B"])}
-        values = [scores[i] for i in range(len(responses.texts))]
-        return Record(prompt, responses.texts, responses.pairs, max(scores, key=scores.get), values, {}, source)
+            a, b = (responses.add(f" {row[f'human_ref_{side}']}", float(row[f"score_{side}"])) for side in "AB")
+            responses.pairs.append((a, b) if row["labels"] == 1 else (b, a))
+        best = max(range(len(responses.scores)), key=lambda i: responses.scores[i])
+        return Record(prompt, responses.texts, responses.pairs, best, responses.scores, {}, source)
 
 
 @register_dataset("se")
@@ -549,8 +567,7 @@ class StackExchange(Reader):
 
     def rows(self, split, options):
         rows = hub_rows("HuggingFaceH4/stack-exchange-preferences", split, options, only="train")
-        order = list(range(rows.n))
-        random.Random(42).shuffle(order)
+        order = np.random.default_rng(42).permutation(rows.n).tolist()  # what datasets' shuffle(seed=42) does
         n_test = max(1, rows.n // 100)
         order = order[:n_test] if split == "test" else order[n_test:]
         note = "1% of the rows, shuffled with seed 42, are the test split"
@@ -562,13 +579,13 @@ class StackExchange(Reader):
         return _question(_without_html(text(row, "question", where)))
 
     def record(self, prompt, rows, source, pair):
-        answers = {}
+        responses = Responses()
         for answer in (answer for row in rows for answer in row["answers"]):
-            answers[" " + _without_html(answer["text"])] = float(answer["pm_score"])
-        answers = {response: score for response, score in answers.items() if response.strip()}
-        if not answers:
+            if response := _without_html(answer["text"]).strip("\n"):
+                responses.add(f" {response}", float(answer["pm_score"]))
+        if not responses.texts:
             raise Skip("no answer with text")
-        return scored_record(prompt, list(answers), list(answers.values()), source, pair)
+        return scored_record(prompt, responses.texts, responses.scores, source, pair)
 
 
 def _without_html(html: str) -> str:
@@ -687,7 +704,7 @@ class UserPairs(Reader):
         path, self.columns = Path(self.name), options.columns
         if path.is_dir():
             rows = self._folder_rows(path, split)
-        elif path.suffix in FILE_TYPES or path.exists():
+        elif path.suffix.lower() in FILE_TYPES or path.exists():
             rows = file_rows(path)
             rows.whole = True
         else:
@@ -698,18 +715,21 @@ class UserPairs(Reader):
 
     @staticmethod
     def _folder_rows(path: Path, split: str) -> Rows:
-        names = ("train",) if split == "train" else ("test", "validation")
-        files = [path / f"{name}{suffix}" for name in names for suffix in FILE_TYPES]
-        found = [file for file in files if file.is_file()]
-        if not found:
+        def named(*names: str) -> list[Path]:
+            return [file for name in names for suffix in FILE_TYPES if (file := path / f"{name}{suffix}").is_file()]
+
+        train, test = named("train"), named("test", "validation")
+        if not train:
             there = ", ".join(sorted(p.name for p in path.iterdir())[:8]) or "nothing"
-            raise DataError(f"{path}: no {' or '.join(names)} file of type {', '.join(FILE_TYPES)}; there is: {there}")
-        return file_rows(found[0])
+            raise DataError(f"{path}: no file named train of type {', '.join(FILE_TYPES)}; there is: {there}")
+        rows = file_rows(test[0] if test and split == "test" else train[0])
+        rows.whole = not test
+        return rows
 
     def _rename(self, row: dict) -> dict:
         """The row under our names, where the user said what theirs are."""
-        theirs = {theirs: ours for ours, theirs in self.columns.items()}
-        return {theirs.get(key, key): value for key, value in row.items()}
+        renamed = {ours: row[theirs] for ours, theirs in self.columns.items() if theirs in row}
+        return {key: value for key, value in row.items() if key not in self.columns.values()} | renamed
 
     def _find_form(self, row: dict, where: str) -> None:
         self.form = next((form for form, needed in FORMS.items() if all(row.get(key) is not None for key in needed)), None)
@@ -723,6 +743,8 @@ class UserPairs(Reader):
 
     def prompt(self, row, where):
         row = self._rename(row)
+        if row.get("magnitude") is not None and self.form in ("pairs", "j_over_k"):
+            number(self._parsed(row, "magnitude"), "magnitude", where)
         if self.form == "pairs":
             return self.check_pair(row, where)
         if self.form == "j_over_k":
@@ -747,18 +769,19 @@ class UserPairs(Reader):
         """The prompt of a pair; strings, or chat messages whose last is the response."""
         chosen, rejected = response_of(row, "chosen", where), response_of(row, "rejected", where)
         prompt = prompt_of(row, where)
-        if isinstance(row["rejected"], list) and len(row["rejected"]) > 1 and len(row["chosen"]) > 1 and row["chosen"][:-1] != row["rejected"][:-1]:
+        if _messages_before(row["chosen"]) != _messages_before(row["rejected"]):
             raise Skip("chosen and rejected have different prompts")
         if chosen == rejected:
             raise Skip("chosen and rejected identical")
         return prompt
 
-    @staticmethod
-    def _parsed(row: dict, key: str) -> dict:
+    def _parsed(self, row: dict, key: str) -> dict:
         """CSV has no numbers; a field that reads as one is one."""
+        if not self.name.lower().endswith(".csv"):
+            return row
         try:
-            return row | {key: float(row[key])} if isinstance(row.get(key), str) else row
-        except ValueError:
+            return row | {key: float(row[key])}
+        except (ValueError, TypeError):
             return row
 
     def record(self, prompt, rows, source, pair):
@@ -803,6 +826,11 @@ def response_of(row: dict, key: str, where: str) -> str:
     if not value:
         raise DataError(f"{where}: {key!r} is an empty list, expected chat messages")
     return [_message(message, key, where) for message in value][-1]["content"]
+
+
+def _messages_before(response) -> list:
+    """(role, content) of the messages before the last; none for plain text."""
+    return [(m["role"], m["content"]) for m in response[:-1]] if isinstance(response, list) else []
 
 
 def _message(message, key: str, where: str) -> dict:

@@ -59,7 +59,7 @@ def sample(
     """
     order = sorted(range(len(prompts)), key=lambda i: (len(prompts[i]), i))
     responses: list[list[int]] = [[] for _ in prompts]
-    bar = tqdm(total=len(prompts), desc=description, unit=" samples", leave=False, delay=1.0)
+    bar = tqdm(total=len(prompts), desc=description, unit=" samples", leave=False, delay=1.0, disable=None)
     for begin in range(0, len(order), batch_size):
         rows = order[begin : begin + batch_size]
         uniforms = np.stack([np.random.default_rng([seed, keys[i]]).random(max_new_tokens) for i in rows])

@@ -3,6 +3,7 @@
 import json
 import math
 import signal
+import sys
 import time
 from pathlib import Path
 
@@ -60,7 +61,7 @@ class BasicTrainer:
         started = time.perf_counter() - self.counters.seconds
         if self.counters.steps == 0 and self.config.do_first_eval:
             self.evaluate()
-        bar = tqdm(total=self.loader.total, initial=self.counters.examples, unit=" pairs", desc="train", mininterval=self.config.minimum_log_interval_secs)
+        bar = self._progress_bar()
         for examples in self.loader:
             self.train_step(examples, bar)
             if self._crossed(self.config.eval_every, len(examples)) or self.counters.examples == self.loader.total:
@@ -74,6 +75,13 @@ class BasicTrainer:
         bar.close()
         self.save()
         return self.summarize()
+
+    def _progress_bar(self) -> tqdm:
+        interval = self.config.minimum_log_interval_secs
+        if not sys.stderr.isatty():  # a log file keeps every line
+            interval = max(interval, 10.0)
+        unit = f" {self.loss.examples}"
+        return tqdm(total=self.loader.total, initial=self.counters.examples, unit=unit, desc="train", mininterval=interval)
 
     def train_step(self, examples, bar: tqdm) -> None:
         """One optimizer step: the gradient of the mean loss over `examples`, however they are split into microbatches."""
@@ -187,8 +195,6 @@ class BasicTrainer:
         if config.activation_checkpointing:
             model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
             model.train()  # transformers recomputes in training mode only; dropout is off for good
-            if config.model.lora.r:
-                model.enable_input_require_grads()
         self.parameters = [p for p in model.parameters() if p.requires_grad]
         self.optimizer = getattr(torch.optim, config.optimizer)(self.parameters, lr=config.lr)
         self.loader = Loader(

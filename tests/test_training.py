@@ -2,12 +2,14 @@
 
 import math
 
+import numpy as np
 import pytest
 import torch
 from conftest import final_weights, read_rows, run_here, same_weights, save_model, scored_rows, small_run, write_jsonl
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import trainers
+from batching import epoch_order
 from configuration import CONFIG_DIR
 from losses import LOSSES
 from utils import ConfigError, DataError
@@ -153,7 +155,7 @@ def test_saved_folder_loads_and_generates(run):
 
 
 def test_reward_model_is_a_sequence_classifier(run):
-    folder = run("run", "loss=bradley_terry", "n_epochs=2")
+    folder = run("run", "loss=bradley_terry", "n_epochs=8", "lr=3e-4", "pairing=best_worst")
     rows = read_rows(folder / "metrics.jsonl")
     assert rows[-1]["rewards_eval/accuracies"] > 0.9
     assert not (folder / "samples.jsonl").exists()
@@ -161,25 +163,29 @@ def test_reward_model_is_a_sequence_classifier(run):
 
 
 def test_a_loss_that_is_no_number_stops_with_the_examples_and_the_last_good_weights(run, tmp_path):
+    bad = int(epoch_order(np.arange(24), 0, 0)[20])  # met in the third step of eight
     (tmp_path / "explodes.py").write_text(
         "import torch\nfrom losses import LossOutput, register_loss\n"
         "@register_loss('explodes', reads={'reference'})\n"
         "def explodes(pair, *, beta: float, label_smoothing: float, reference_free: bool):\n"
         "    losses = beta * (pair.rejected_logratio - pair.chosen_logratio)\n"
-        "    if len(pair.names) and pair.names.examples and 5 in pair.names.examples:\n"
-        "        bad = torch.tensor([e == 5 for e in pair.names.examples])\n"
-        "        losses = torch.where(bad, losses / 0.0 - losses / 0.0, losses)\n"
-        "    return LossOutput(losses)\n"
+        "    examples = pair.names.examples if len(pair.names) else []\n"
+        f"    bad = torch.tensor([e == {bad} for e in examples] or [False])\n"
+        "    return LossOutput(torch.where(bad, losses * float('nan'), losses))\n"
     )
+    told = rf"loss of step 3 is not finite, from .*imdb-sft-train.jsonl:\d+ \(example {bad}\);.*LATEST"
     try:
-        with pytest.raises(trainers.NonFiniteLoss, match=r"loss of step \d is not finite, from .*imdb-sft-train.jsonl:\d+ \(example 5\);.*LATEST"):
-            run("run", "loss.name=explodes", f"loss.module={tmp_path / 'explodes.py'}", "n_epochs=2", "do_first_eval=false", "n_eval_examples=1")
+        with pytest.raises(trainers.NonFiniteLoss, match=told):
+            run("run", "loss.name=explodes", f"loss.module={tmp_path / 'explodes.py'}", "do_first_eval=false", "eval_every=1000")
     finally:
         LOSSES.pop("explodes", None)
-    steps = [row for row in read_rows(tmp_path / "run" / "metrics.jsonl") if row["split"] == "train"]
+    assert [row["step"] for row in read_rows(tmp_path / "run" / "metrics.jsonl")] == [1, 2]
     archive = torch.load(tmp_path / "run" / "LATEST" / "policy.pt", weights_only=True)
-    assert archive["step_idx"] == len(steps)
-    assert all(torch.isfinite(w).all() for w in archive["state"].values())
+    assert archive["step_idx"] == 2 and all(torch.isfinite(w).all() for w in archive["state"].values())
+    good = run("good", "n_examples=16", "do_first_eval=false", "loss.beta=0.1")
+    assert not same_weights(archive["state"], final_weights(good))  # another loss: the weights were really trained
+    state = torch.load(tmp_path / "run" / "LATEST" / "training_state.pt", weights_only=True)
+    assert state["loader"] == {"epoch": 0, "cursor": 16}  # a resumed run meets the same examples again
 
 
 def test_debug_writes_no_checkpoint(run):
