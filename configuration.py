@@ -13,7 +13,7 @@ from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import ChoiceSweep
 from omegaconf import DictConfig, OmegaConf
 
-from losses import COMMON_KEYS, BoundLoss, bind_loss
+from losses import BoundLoss, bind_loss
 from preference_datasets import DATASETS, Source, open_dataset
 from rewards import check_reward
 from utils import ConfigError, nearest

@@ -7,7 +7,13 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
-from batching import PreferenceData, collate, collate_sequences, evaluation_order, prompts_to_sample
+from batching import (
+    PreferenceData,
+    collate,
+    collate_sequences,
+    evaluation_order,
+    prompts_to_sample,
+)
 from logprobs import Scorer, score_responses, sum_by_owner
 from losses import BoundLoss
 from metrics import Sums

@@ -324,11 +324,11 @@ def ipo(pair: Pair, *, beta: float, average_log_prob: bool = False) -> LossOutpu
 
 
 ODPO_OFFSETS = {
-    "log": lambda w, l: torch.log(w - l),
-    "ratio": lambda w, l: torch.log(w / l),
-    "identity": lambda w, l: w - l,
-    "log1p": lambda w, l: torch.log1p(w - l),
-    "none": lambda w, l: torch.zeros_like(w),
+    "log": lambda chosen, rejected: torch.log(chosen - rejected),
+    "ratio": lambda chosen, rejected: torch.log(chosen / rejected),
+    "identity": lambda chosen, rejected: chosen - rejected,
+    "log1p": lambda chosen, rejected: torch.log1p(chosen - rejected),
+    "none": lambda chosen, rejected: torch.zeros_like(chosen),
 }
 
 

@@ -7,7 +7,12 @@ from pathlib import Path
 import torch
 from safetensors.torch import load_file
 from torch import nn
-from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoModelForSequenceClassification,
+    AutoTokenizer,
+)
 from transformers.core_model_loading import revert_weight_conversion
 from transformers.utils import logging
 
@@ -126,7 +131,11 @@ def disable_dropout(model: nn.Module) -> None:
 
 
 def _add_lora(model: nn.Module, lora, scalar_head: bool) -> nn.Module:
-    from peft import LoraConfig, TaskType, get_peft_model  # slow to import, and most runs have no LoRA
+    from peft import (  # slow to import, and most runs have no LoRA
+        LoraConfig,
+        TaskType,
+        get_peft_model,
+    )
 
     targets = lora.target_modules if isinstance(lora.target_modules, str) else list(lora.target_modules)
     settings = LoraConfig(

@@ -12,7 +12,13 @@ from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig, OmegaConf
 
 from batching import PreferenceData, TokenStore, counts_line, describe_data, prepare
-from configuration import check_config, check_overrides, fail, must_match, register_resolvers
+from configuration import (
+    check_config,
+    check_overrides,
+    fail,
+    must_match,
+    register_resolvers,
+)
 from metrics import start_wandb
 from models import check_model, load_tokenizer
 from report import write_report

@@ -11,11 +11,23 @@ import torch
 from tqdm import tqdm
 
 from batching import Loader, PreferenceData, collate
-from checkpoints import Counters, latest_checkpoint, random_state, save_checkpoint, set_random_state
+from checkpoints import (
+    Counters,
+    latest_checkpoint,
+    random_state,
+    save_checkpoint,
+    set_random_state,
+)
 from evaluation import append_samples, evaluate_loss, sample_and_measure
 from losses import BoundLoss
 from metrics import MetricLog, Sums, rewind
-from models import archive_state, build_policy, build_reference, full_model, load_archive
+from models import (
+    archive_state,
+    build_policy,
+    build_reference,
+    full_model,
+    load_archive,
+)
 from objective import compute_loss
 from rewards import build_reward
 from utils import PrefLabError, atomic_write, seed_everything

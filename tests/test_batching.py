@@ -8,7 +8,17 @@ import pytest
 import torch
 from conftest import make_tokenizer
 
-from batching import Loader, PreferenceData, collate, describe_data, epoch_order, prepare, prompts_to_sample, render_prompt, truncate
+from batching import (
+    Loader,
+    PreferenceData,
+    collate,
+    describe_data,
+    epoch_order,
+    prepare,
+    prompts_to_sample,
+    render_prompt,
+    truncate,
+)
 from preference_datasets import Record
 from utils import DataError
 

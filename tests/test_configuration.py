@@ -8,7 +8,16 @@ import pytest
 from conftest import ROOT, run_command
 from omegaconf import OmegaConf
 
-from configuration import CONFIG_DIR, check_overrides, choose_run_dir, flat_keys, must_match, name_of_run, options, register_resolvers
+from configuration import (
+    CONFIG_DIR,
+    check_overrides,
+    choose_run_dir,
+    flat_keys,
+    must_match,
+    name_of_run,
+    options,
+    register_resolvers,
+)
 from losses import bind_loss
 from rewards import REWARDS, check_reward
 from utils import ConfigError

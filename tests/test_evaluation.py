@@ -5,7 +5,17 @@ import math
 
 import pytest
 import torch
-from conftest import make_model, make_tokenizer, read_rows, run_command, run_here, save_model, scored_rows, small_run, write_jsonl
+from conftest import (
+    make_model,
+    make_tokenizer,
+    read_rows,
+    run_command,
+    run_here,
+    save_model,
+    scored_rows,
+    small_run,
+    write_jsonl,
+)
 from transformers import AutoConfig, AutoModelForSequenceClassification
 
 from evaluation import mean_and_error, sample_kl

@@ -4,13 +4,29 @@ import copy
 
 import pytest
 import torch
-from conftest import ARCHITECTURES, make_model, make_tokenizer, run_here, same_weights, save_model, small_run, read_rows
+from conftest import (
+    ARCHITECTURES,
+    make_model,
+    make_tokenizer,
+    read_rows,
+    run_here,
+    same_weights,
+    save_model,
+    small_run,
+)
 from omegaconf import OmegaConf
 from safetensors.torch import save_file
 from transformers import AutoModelForSequenceClassification
 
 from configuration import CONFIG_DIR
-from models import archive_state, build_policy, build_reference, load_archive, load_tokenizer, read_archive
+from models import (
+    archive_state,
+    build_policy,
+    build_reference,
+    load_archive,
+    load_tokenizer,
+    read_archive,
+)
 from utils import ConfigError
 
 

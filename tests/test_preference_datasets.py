@@ -128,7 +128,7 @@ def test_shp(tmp_path):
     same_text = [row("q", "same", "low", 10, 1, 1), row("q", "high", "same", 90, 2, 1)]
     hub(tmp_path, "stanfordnlp/SHP", same_text)
     (record,) = read("shp", tmp_path)[0]
-    assert all(record.scores[w] > record.scores[l] for w, l in record.pairs)  # a text with two scores is two responses
+    assert all(record.scores[a] > record.scores[b] for a, b in record.pairs)  # a text with two scores is two responses
 
 
 def test_se(tmp_path):

@@ -8,7 +8,16 @@ import time
 
 import pytest
 import torch
-from conftest import ROOT, final_weights, read_rows, run_command, run_here, same_weights, small_run, untimed
+from conftest import (
+    ROOT,
+    final_weights,
+    read_rows,
+    run_command,
+    run_here,
+    same_weights,
+    small_run,
+    untimed,
+)
 
 import checkpoints
 import trainers

@@ -5,7 +5,16 @@ import math
 import numpy as np
 import pytest
 import torch
-from conftest import final_weights, read_rows, run_here, same_weights, save_model, scored_rows, small_run, write_jsonl
+from conftest import (
+    final_weights,
+    read_rows,
+    run_here,
+    same_weights,
+    save_model,
+    scored_rows,
+    small_run,
+    write_jsonl,
+)
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import trainers

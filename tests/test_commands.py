@@ -1,0 +1,131 @@
+"""The commands that users type: those of the README, and the published recipes on a small model and small data."""
+
+import json
+import re
+import shlex
+
+import pytest
+from conftest import ROOT, read_rows, run_command, run_here, save_model, scored_rows, small_run, write_jsonl
+
+import train
+from configuration import check_overrides
+
+QUICK = ["n_examples=64", "n_eval_examples=32", "n_eval_model_samples=8", "eval_every=64", "wandb.enabled=false"]
+
+
+def readme_commands() -> list[list[str]]:
+    """Every python command of the README, without its comment."""
+    blocks = re.findall(r"```bash\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
+    lines = [line.split(" #")[0].strip() for block in blocks for line in block.splitlines()]
+    return [shlex.split(line)[1:] for line in lines if line.startswith("python ")]
+
+
+@pytest.fixture(scope="module")
+def workplace(tmp_path_factory):
+    """A finished small run of the default experiment, a small Pythia and a few dialogues, for the commands to find."""
+    folder = tmp_path_factory.mktemp("commands")
+    run_command("train.py", f"local_run_dir={folder / 'RUN'}", *QUICK)
+    save_model(folder / "pythia", "gpt_neox", scale=1.0)
+    for split in ("train", "test"):
+        turns = [{"chosen": f"\n\nHuman: q{i}\n\nAssistant: yes", "rejected": f"\n\nHuman: q{i}\n\nAssistant: no"} for i in range(20)]
+        write_jsonl(folder / "data" / "Anthropic" / "hh-rlhf" / f"{split}.jsonl", turns)
+    return folder
+
+
+@pytest.mark.parametrize("command", readme_commands(), ids=" ".join)
+def test_readme_command_runs(command, workplace, tmp_path):
+    script, *arguments = command
+    arguments = [a.replace("RUN", str(workplace / "RUN")).replace("DIR", str(tmp_path / "sweep")) for a in arguments]
+    small = [a for a in QUICK if a.split("=")[0] not in {given.split("=")[0] for given in arguments}]
+    if "model=pythia28" in arguments:
+        small += [f"model.name_or_path={workplace / 'pythia'}", f"data_dir={workplace / 'data'}", "max_length=64", "max_prompt_length=32"]
+        arguments = [a for a in arguments if not a.startswith("model.archive")]
+    if script == "report.py":
+        for seed in (0, 1):
+            run_command("train.py", f"local_run_dir={tmp_path / 'sweep' / str(seed)}", f"seed={seed}", *QUICK)
+        small = []
+    elif "-m" in arguments:
+        small = ["n_examples=32", "n_eval_examples=8", "n_eval_model_samples=4", "eval_every=64", "wandb.enabled=false"]
+    elif not any(a.startswith(("local_run_dir", "resume")) for a in arguments):
+        small.append(f"local_run_dir={tmp_path / 'run'}")
+    result = run_command(script, *arguments, *small)
+    if script == "report.py":
+        assert (tmp_path / "sweep" / "frontier.png").exists() and "policy_reward" in result.stdout
+    elif "-m" in arguments:
+        runs = sorted(p.parent.name for p in (tmp_path / "sweep").glob("*/summary.json"))
+        assert len(runs) == 8 and len({tuple(row["loss/eval"] for row in read_rows(tmp_path / "sweep" / r / "metrics.jsonl") if row["split"] == "eval") for r in runs}) == 8
+    elif script == "generate.py":
+        assert len(read_rows(tmp_path / "run" / "generations.jsonl")) == 32
+    else:
+        assert "reward of the policy's samples" in result.stdout or "already finished" in result.stdout
+
+
+def test_the_readme_shows_commands():
+    assert len(readme_commands()) >= 8
+
+
+# What the papers' repositories document, without the trainer and sizes that need GPUs.
+RECIPES = [
+    "model=gpt2-large datasets=[imdb] loss=odpo seed=1 loss.beta=0.7 loss.alpha=0.5 exp_name=imdb gradient_accumulation_steps=2 sample_during_eval=false",
+    "model=gpt-neo datasets=[toxicity] loss=odpo seed=1 loss.beta=0.05 loss.alpha=1. exp_name=toxicity gradient_accumulation_steps=2 sample_during_eval=false",
+    "model=gptj datasets=[tldr] loss=odpo seed=0 loss.beta=0.5 exp_name=tldr gradient_accumulation_steps=2 sample_during_eval=false",
+    "function=eval model=gptj datasets=[tldr] loss=odpo seed=0 loss.beta=0.5 temperature=0.25 n_eval_examples=100 exp_name=tldr_test sample_during_eval=false",
+    "model=pythia28 datasets=[hh] loss=sft exp_name=hh_pythia28 gradient_accumulation_steps=2 sample_during_eval=false model.fsdp_policy_mp=bfloat16",
+    "model=pythia28 datasets=[hh] loss=cal-dpo loss.beta=0.1 exp_name=hh_pythia28 gradient_accumulation_steps=2 sample_during_eval=false model.fsdp_policy_mp=bfloat16",
+    "model=pythia28 datasets=[hh] loss=tdpo loss.alpha=0.5 loss.beta=0.1 sample_during_eval=false",
+    "model=pythia28 datasets=[hh] loss=tdpo loss.alpha=0.5 loss.beta=0.1 loss.if_tdpo2=false sample_during_eval=false",
+    "model=pythia28 datasets=[tldr_filtered] loss=sft exp_name=sft_tldr_pythia28",
+    "model=opt datasets=[hh] loss=ipo loss.average_log_prob=true",
+    "model=llama7b datasets=[hh] loss=dpo loss.label_smoothing=0.1",
+    "model=phi2 datasets=[PAIRS] loss=dpo loss.beta=0.5 n_epochs=3 lr=1e-5 wandb.project=risk-averse-phi2",
+]
+ARCHITECTURE = {"gpt2-large": "gpt2", "gpt-neo": "gpt_neo", "gptj": "gptj", "pythia28": "gpt_neox", "opt": "opt", "llama7b": "llama", "phi2": "phi"}
+
+
+@pytest.fixture(scope="module")
+def public_data(tmp_path_factory, workplace):
+    folder = workplace / "data"
+    for split in ("train", "test"):
+        write_jsonl(folder / f"imdb-sft-{split}.jsonl", scored_rows())
+        write_jsonl(folder / f"toxicity-sft-{split}-reward.jsonl", scored_rows())
+        posts = {f"post {i}": {"responses": [" a", " b", " c"], "rewards": [i % 3 + 1, 5, 7]} for i in range(12)}
+        (folder / f"tldr-sft-{split}-rel.json").write_text(json.dumps(posts))
+        (folder / "tldr_filtered").mkdir(exist_ok=True)
+        (folder / "tldr_filtered" / f"{split}.json").write_text(json.dumps([{"prompt": f"p{i}", "chosen": " a"} for i in range(12)]))
+    write_jsonl(folder / "pairs.jsonl", [{"prompt": f"p{i}", "chosen": " a", "rejected": " b"} for i in range(12)])
+    return folder
+
+
+@pytest.mark.parametrize("recipe", RECIPES)
+def test_published_recipe(recipe, public_data, tmp_path):
+    overrides = recipe.replace("PAIRS", str(public_data / "pairs.jsonl")).split()
+    check_overrides(overrides)
+    model = next(o for o in overrides if o.startswith("model=")).split("=")[1]
+    folder = save_model(tmp_path / "model", ARCHITECTURE[model], scale=1.0)
+    needed = [o for o in small_run(folder, public_data, tmp_path / "run", *overrides) if o not in ("model=blank_model", "datasets=[imdb]")]
+    summary = run_here(*needed)
+    assert summary["finished"] and (summary["examples"] > 0) == ("function=eval" not in overrides)
+
+
+def test_wandb_runs_offline_without_a_key_and_never_asks(imdb_dir, llama_folder, tmp_path):
+    import os
+
+    environment = {key: value for key, value in os.environ.items() if not key.startswith("WANDB")} | {"HOME": str(tmp_path)}
+    overrides = small_run(llama_folder, imdb_dir, tmp_path / "run", "wandb.enabled=true", "n_examples=16")
+    run_command("train.py", *overrides, env=environment, stdin=None)
+    assert list((tmp_path / "run" / "wandb").glob("offline-run-*"))
+
+
+def test_a_broken_wandb_does_not_stop_a_run(imdb_dir, llama_folder, tmp_path, monkeypatch, capsys):
+    import wandb
+
+    monkeypatch.setattr(wandb, "init", lambda **options: (_ for _ in ()).throw(RuntimeError("no service")))
+    run_here(*small_run(llama_folder, imdb_dir, tmp_path / "run", "wandb.enabled=true", "n_examples=16"))
+    assert "goes on without it: no service" in capsys.readouterr().err
+
+
+def test_a_second_start_does_not_tokenise_again(imdb_dir, llama_folder, tmp_path, monkeypatch):
+    run_here(*small_run(llama_folder, imdb_dir, tmp_path / "one", "n_examples=8"))
+    monkeypatch.setattr("batching._write_store", lambda *a: pytest.fail("tokenised again"))
+    run_here(*small_run(llama_folder, imdb_dir, tmp_path / "two", "n_examples=8", "loss=odpo"))
+    assert train  # the module whose command this is
