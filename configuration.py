@@ -56,7 +56,7 @@ def choose_run_dir(local_run_dir: str | None, resume: str | None, local_dirs: Se
 
 def name_of_run(overrides: Sequence[str]) -> str:
     """Folder of one run of a sweep: its overrides, made safe for a file name."""
-    telling = [o for o in overrides if not o.startswith(("local_run_dir=", "local_dirs=", "exp_name="))]
+    telling = [o for o in overrides if not o.startswith(("local_run_dir=", "local_dirs=", "exp_name=", "wandb."))]
     name = ",".join(re.sub(r"[^\w.,=+\-\[\]]+", "_", o) for o in telling) or "default"
     if len(name) > 150:
         name = name[:130] + "-" + hashlib.sha256(name.encode()).hexdigest()[:12]

@@ -364,10 +364,8 @@ def _odpo_offsets_at_start(chosen_scores, rejected_scores, names, *, alpha, offs
     f = odpo_offset(chosen_scores, rejected_scores, _odpo_offset_name({"offset": offset, "ratio": ratio}), names)
     low, middle, high = (alpha * f).quantile(torch.tensor([0.05, 0.5, 0.95], dtype=f.dtype)).tolist()
     relaxed = (alpha * f < 0).double().mean().item()
-    return (
-        f"odpo offsets alpha*f of {len(f)} pairs: 5% {low:.3g}, median {middle:.3g}, 95% {high:.3g}; "
-        f"{relaxed:.0%} are negative, which relaxes the margin of a pair rather than demanding one"
-    )
+    told = f"odpo offsets alpha*f of {len(f):,} pairs: 5% {low:.3g}, median {middle:.3g}, 95% {high:.3g}"
+    return told + (f"; {relaxed:.0%} are negative, which relaxes the margin rather than demanding one" if relaxed else "")
 
 
 @register_loss("odpo", reads=_odpo_reads, inspect_scores=_odpo_offsets_at_start)

@@ -86,9 +86,9 @@ def load_data(config: DictConfig, sources: dict, tokenizer, loss) -> tuple[dict[
         print(counts_line(store.counts))
     name = ", ".join(config.datasets)
     data = {split: PreferenceData(stores[split], loss.examples, f"{name} ({split})") for split in stores}
-    for split in data.values():
-        if told := split.check_for(loss):
-            print(told)
+    for split in data:
+        if told := data[split].check_for(loss):
+            print(f"{split}: {told}")
     return stores, data
 
 
