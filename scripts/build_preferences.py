@@ -55,7 +55,7 @@ def _read_prompts(path: Path) -> list[str]:
 
 
 def build(config, prompts: list[str], arguments) -> dict[Path, list[dict]]:
-    """Rows of the train and of the test file. An empty response, which no reader accepts, is left out."""
+    """Rows of the train and of the test file."""
     if not 0 < arguments.n_test < len(prompts):
         raise DataError(f"--n_test {arguments.n_test} must lie between 1 and {len(prompts) - 1}, one less than the prompts")
     tokenizer = load_tokenizer(config.model)
@@ -75,8 +75,8 @@ def build(config, prompts: list[str], arguments) -> dict[Path, list[dict]]:
     rows = [{"prompt": p, "text": t, "reward": r} for p, t, r in zip(repeated, texts, rewards)]
     held_out = set(prompts[-arguments.n_test :])
     return {
-        Path(f"{arguments.output}-train.jsonl"): [r for r in rows if r["prompt"] not in held_out and r["text"].strip()],
-        Path(f"{arguments.output}-test.jsonl"): [r for r in rows if r["prompt"] in held_out and r["text"].strip()],
+        Path(f"{arguments.output}-train.jsonl"): [r for r in rows if r["prompt"] not in held_out],
+        Path(f"{arguments.output}-test.jsonl"): [r for r in rows if r["prompt"] in held_out],
     }
 
 
