@@ -1,5 +1,6 @@
 """Entry point: `python train.py loss=odpo loss.alpha=0.5`. See config/config.yaml for every key."""
 
+import itertools
 import json
 import os
 import signal
@@ -132,8 +133,8 @@ def _saved_config(config: DictConfig, run_dir: Path) -> DictConfig:
 def _run_dir_for(config: DictConfig, run_dir: Path) -> Path:
     """`run_dir`, or for an evaluation a folder inside it when another run lives there."""
     if config.function == "eval":
-        taken = (folder for folder in (run_dir, *(run_dir / f"eval-{n}" for n in range(1, 10**6))))
-        return next(folder for folder in taken if not (folder / "config.yaml").exists())
+        folders = itertools.chain([run_dir], (run_dir / f"eval-{n}" for n in itertools.count(1)))
+        return next(folder for folder in folders if not (folder / "config.yaml").exists())
     path = run_dir / "config.yaml"
     if path.is_file():
         must_match(OmegaConf.load(path), config)

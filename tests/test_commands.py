@@ -64,6 +64,20 @@ def test_the_readme_shows_commands():
     assert len(readme_commands()) >= 8
 
 
+def test_the_default_experiment_raises_the_reward_and_a_larger_beta_stays_closer(tmp_path):
+    """A fifth of the default run, by sampling and scoring; the whole run with three seeds is in the README."""
+    found = {}
+    for beta in (0.1, 1.0):
+        run_command("train.py", f"local_run_dir={tmp_path / str(beta)}", f"loss.beta={beta}", "n_examples=1280", "n_eval_model_samples=128", "wandb.enabled=false")
+        found[beta] = json.loads((tmp_path / str(beta) / "summary.json").read_text())
+        assert found[beta]["reward_gain"] > 4 * found[beta]["reward_gain_se"]
+        assert found[beta]["eval_accuracy"] > 0.7
+        rows = read_rows(tmp_path / str(beta) / "samples.jsonl")
+        by_hand = [row["policy_reward"]["lexicon"] for row in rows if row["examples"] == 1280]
+        assert found[beta]["policy_reward"] == pytest.approx(sum(by_hand) / len(by_hand))
+    assert found[1.0]["kl"] + 2 * found[1.0]["kl_se"] < found[0.1]["kl"]
+
+
 # What the papers' repositories document, without the trainer and sizes that need GPUs.
 RECIPES = [
     "model=gpt2-large datasets=[imdb] loss=odpo seed=1 loss.beta=0.7 loss.alpha=0.5 exp_name=imdb gradient_accumulation_steps=2 sample_during_eval=false",
@@ -102,8 +116,7 @@ def test_published_recipe(recipe, public_data, tmp_path):
     check_overrides(overrides)
     model = next(o for o in overrides if o.startswith("model=")).split("=")[1]
     folder = save_model(tmp_path / "model", ARCHITECTURE[model], scale=1.0)
-    needed = [o for o in small_run(folder, public_data, tmp_path / "run", *overrides) if o not in ("model=blank_model", "datasets=[imdb]")]
-    summary = run_here(*needed)
+    summary = run_here(*small_run(folder, public_data, tmp_path / "run", *overrides))
     assert summary["finished"] and (summary["examples"] > 0) == ("function=eval" not in overrides)
 
 

@@ -180,7 +180,7 @@ def test_a_loss_that_is_no_number_stops_with_the_examples_and_the_last_good_weig
         "    losses = beta * (pair.rejected_logratio - pair.chosen_logratio)\n"
         "    examples = pair.names.examples if len(pair.names) else []\n"
         f"    bad = torch.tensor([e == {bad} for e in examples] or [False])\n"
-        "    return LossOutput(torch.where(bad, losses * float('nan'), losses))\n"
+        "    return LossOutput(losses + torch.where(bad, float('nan'), 0.0))\n"
     )
     told = rf"loss of step 3 is not finite, from .*imdb-sft-train.jsonl:\d+ \(example {bad}\);.*LATEST"
     try:
