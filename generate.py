@@ -11,14 +11,13 @@ import hydra
 from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig
 
-from batching import PreferenceData, counts_line, prepare, prompts_to_sample
-from configuration import check_config, check_overrides, fail, register_resolvers
+from batching import prompts_to_sample
+from configuration import check_config, check_overrides, fail
 from models import build_policy, check_model, load_tokenizer
 from sampling import sample
+from train import load_data
 from trainers import TRAINERS
 from utils import PrefLabError, atomic_write
-
-register_resolvers()
 
 
 def main() -> None:
@@ -41,14 +40,10 @@ def run(config: DictConfig) -> None:
 
 def generate(config: DictConfig, run_dir: Path) -> Path:
     """Sample one response for each of `n_eval_examples` test prompts; returns the file."""
-    _, sources = check_config(config, TRAINERS)
+    loss, sources = check_config(config, TRAINERS)
     check_model(config)
     tokenizer = load_tokenizer(config.model)
-    lengths = dict(max_length=config.max_length, max_prompt_length=config.max_prompt_length, cache_dir=config.cache_dir)
-    stores = [prepare(source, tokenizer, **lengths) for source in sources["test"]]
-    for store in stores:
-        print(counts_line(store.counts))
-    data = PreferenceData(stores, "targets", ", ".join(config.datasets))
+    data = load_data(config, sources, tokenizer, loss)[1]["test"]
     prompts = prompts_to_sample(data, config.n_eval_examples, config.max_prompt_length)
     policy = build_policy(config.model, trainable=False)
     responses = sample(

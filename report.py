@@ -264,7 +264,7 @@ PAGE = jinja2.Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True)
 :root { color-scheme: light dark }
 body { font: 16px/1.5 system-ui, sans-serif; max-width: 62rem; margin: 0 auto; padding: 1rem }
 h1 { font-size: 1.5rem } h2 { font-size: 1.15rem; margin-top: 2rem }
-img { width: 100%; height: auto; background: white; border-radius: 6px; margin: .4rem 0 }
+img { width: 100%; min-width: 44rem; height: auto; background: white; border-radius: 6px; margin: .4rem 0 }
 table { border-collapse: collapse } td, th { padding: .3rem .8rem .3rem 0; text-align: left; vertical-align: top; border-bottom: 1px solid #8884 }
 .scroll { overflow-x: auto } .number { text-align: right; font-variant-numeric: tabular-nums; white-space: nowrap }
 .sample { border-bottom: 1px solid #8884; padding: .7rem 0 } .three { display: grid; grid-template-columns: repeat(3, 1fr); gap: 1rem }
@@ -282,12 +282,12 @@ input { width: 100%; box-sizing: border-box; padding: .5rem; font: inherit } pre
 {% endfor %}</table></div>
 {% for line in table.notes %}<p>{{ line }}</p>{% endfor %}
 {% endfor %}
-{% for picture in pictures %}<h2>{{ picture.title }}</h2><img alt="{{ picture.title }}" src="data:image/png;base64,{{ picture.base64 }}">
+{% for picture in pictures %}<h2>{{ picture.title }}</h2><div class="scroll"><img alt="{{ picture.title }}" src="data:image/png;base64,{{ picture.base64 }}"></div>
 {% endfor %}
 {% if samples %}<h2>Samples of the last evaluation</h2>
 <input id="search" placeholder="search in {{ samples|length }} samples" aria-label="search samples">
 {% for s in samples %}<div class="sample"><div class="text"><b>{{ s.prompt }}</b></div><div class="three">
-{% for who, text, score in s.columns %}<div><div class="who">{{ who }}{% if score %} · {{ score }}{% endif %}</div><div class="text">{{ text }}</div></div>
+{% for who, text, score in s.columns %}<div><div class="who">{{ who }}{% if score %} · {{ score }}{% endif %}</div><div class="text">{{ text|trim }}</div></div>
 {% endfor %}</div></div>
 {% endfor %}
 <script>

@@ -26,7 +26,7 @@ from report import write_report
 from trainers import TRAINERS, Stopped
 from utils import PrefLabError, atomic_write
 
-register_resolvers()
+register_resolvers()  # here and not in main(): hydra's launchers import this module in processes of their own
 
 
 def main() -> None:
