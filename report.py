@@ -385,10 +385,10 @@ def write_comparison(folder: Path, runs: list[Run]) -> str:
 
 
 def _differing_settings(runs: list[Run]) -> list[str]:
-    """Dotted keys that are not the same in all runs, the loss first; the seed is aggregated over, not compared."""
+    """Dotted keys whose values differ among the runs that have them, the loss first; seeds are aggregated over."""
     flat = [_flatten(run.config) for run in runs]
     keys = sorted({key for f in flat for key in f}, key=lambda key: (key != "loss.name", key))
-    return [key for key in keys if key.split(".")[0] not in NOT_SETTINGS and len({str(f.get(key)) for f in flat}) > 1] or ["loss.name"]
+    return [key for key in keys if key.split(".")[0] not in NOT_SETTINGS and len({str(f[key]) for f in flat if key in f}) > 1] or ["loss.name"]
 
 
 def _flatten(tree: dict, prefix: str = "") -> dict:
