@@ -71,7 +71,7 @@ class BasicTrainer:
         self._prepare_training()
         self.resume()
         started = time.perf_counter() - self.counters.seconds
-        if self.counters.steps == 0 and self.config.do_first_eval:
+        if self.counters.steps == 0 and self.last_eval is None and self.config.do_first_eval:
             self.evaluate()
         bar = self._progress_bar()
         for examples in self.loader:

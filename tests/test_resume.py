@@ -100,6 +100,22 @@ def test_a_signal_to_a_running_process(command, tmp_path, signum):
     assert_same_run(tmp_path / "whole", broken)
 
 
+def test_a_run_saved_before_its_first_step_does_not_evaluate_twice(command, tmp_path, monkeypatch):
+    run_here(*command("whole"))
+
+    def stop_at_once(self, examples, bar):
+        self.loader.load_state_dict({"epoch": 0, "cursor": 0})
+        self.save()
+        raise Crash
+
+    with monkeypatch.context() as patch:
+        patch.setattr(trainers.BasicTrainer, "train_step", stop_at_once)
+        with pytest.raises(Crash):
+            run_here(*command("broken"))
+    run_here(*command("broken"))
+    assert_same_run(tmp_path / "whole", tmp_path / "broken")
+
+
 def test_resume_takes_the_config_of_the_run(command, tmp_path):
     run_here(*command("whole", "seed=3", "loss.beta=0.3"))
     run_here(*command("broken", "seed=3", "loss.beta=0.3", "n_examples=40"))
