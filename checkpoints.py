@@ -1,17 +1,25 @@
 """Checkpoints: complete or absent, the last k kept, and all that a resumed run needs to go on bit for bit."""
 
+import contextlib
 import os
 import random
 import re
 import shutil
+import tempfile
+import threading
+import warnings
 from collections.abc import Callable
+from concurrent.futures import Future
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import torch
+import torch.distributed.checkpoint as dcp
+from torch import Tensor
 
-from utils import atomic_directory
+from distributed import ALONE, World
+from utils import ConfigError, finish_directory
 
 
 @dataclass
@@ -24,24 +32,63 @@ class Counters:
     train_seconds: float = 0.0
 
 
-def save_checkpoint(run_dir: Path, step: int, fill: Callable[[Path], None], *, keep: int | None) -> Path:
-    """Write `run_dir/step-N` by calling `fill(folder)`, point LATEST at it, then drop all but the `keep` newest.
+def save_checkpoint(run_dir: Path, step: int, fill: Callable[[Path], Future | None], *, keep: int | None, world: World = ALONE) -> "Saving":
+    """Write `run_dir/step-N` by calling `fill(folder)` on every rank, point LATEST at it, drop all but the `keep` newest.
 
-    The folder gets its name, and LATEST its target, by a rename: a kill at any moment leaves the previous checkpoint.
+    What `fill` still writes in the background it returns as a future. The folder gets its name, and LATEST its target,
+    by a rename once all is written: a kill at any moment leaves the previous checkpoint.
     """
     folder = run_dir / f"step-{step}"
-    if not folder.is_dir():
-        with atomic_directory(folder) as temporary:
-            fill(temporary)
-    link = run_dir / f".LATEST.{os.getpid()}"
+    temporary = world.agree(lambda: None if folder.is_dir() else Path(tempfile.mkdtemp(dir=run_dir, prefix=f".{folder.name}.")))
+    future = None
+    if temporary is not None:
+        try:
+            future = fill(temporary)
+        except BaseException:
+            shutil.rmtree(temporary, ignore_errors=True)
+            raise
+        world.barrier()  # what each rank wrote itself is there
+    return Saving(temporary, folder, keep if world.rank == 0 else None, future, commits=world.rank == 0)
+
+
+class Saving:
+    """A checkpoint on its way to the disk; `wait` returns when it has its name, and raises what went wrong."""
+
+    def __init__(self, temporary: Path | None, folder: Path, keep: int | None, future: Future | None, *, commits: bool):
+        self._error: BaseException | None = None
+        self._thread = threading.Thread(target=self._finish, args=(temporary, folder, keep, future, commits))
+        self._thread.start()
+        if future is None:
+            self.wait()
+
+    def wait(self) -> None:
+        self._thread.join()
+        if self._error is not None:
+            raise self._error
+
+    def _finish(self, temporary, folder, keep, future, commits) -> None:
+        try:
+            if future is not None:
+                future.result()
+            if commits:
+                if temporary is not None:
+                    finish_directory(temporary, folder)
+                _point_latest(folder, keep)
+        except BaseException as error:
+            self._error = error
+            if temporary is not None and commits:
+                shutil.rmtree(temporary, ignore_errors=True)
+
+
+def _point_latest(folder: Path, keep: int | None) -> None:
+    link = folder.parent / f".LATEST.{os.getpid()}"
     link.unlink(missing_ok=True)
     link.symlink_to(folder.name)
-    os.replace(link, run_dir / "LATEST")
+    os.replace(link, folder.parent / "LATEST")
     if keep is not None:
-        for old in _steps(run_dir)[:-keep]:
+        for old in _steps(folder.parent)[:-keep]:
             if old != folder:
                 shutil.rmtree(old)
-    return folder
 
 
 def latest_checkpoint(run_dir: Path) -> Path | None:
@@ -74,3 +121,108 @@ def set_random_state(state: dict) -> None:
     random.setstate((version, tuple(numbers), gauss))
     if torch.cuda.is_available() and "cuda" in state:
         torch.cuda.set_rng_state_all(state["cuda"])
+
+
+# -------------------------------------------------------------------------------------------- the optimizer's state
+
+
+def save_optimizer(optimizer, names: list[str], folder: Path, group=None) -> tuple[dict, Future | None]:
+    """Write the optimizer's tensors, each rank its own part, and return what is small, with a future while writing goes on.
+
+    names: of the parameters, in the optimizer's order. group: a process group for writing in the background; without
+    one, this process alone writes, now. The files can be read on any number of ranks.
+    """
+    tensors, small = {}, {}
+    for name, parameter in zip(names, _parameters(optimizer)):
+        for key, value in optimizer.state.get(parameter, {}).items():
+            if isinstance(value, Tensor) and value.shape == parameter.shape:
+                tensors[f"{name}/{key}"] = value
+            else:
+                small.setdefault(name, {})[key] = value
+    groups = [{key: value for key, value in group.items() if key != "params"} for group in optimizer.param_groups]
+    state = {"small": small, "dtypes": {key: str(value.dtype) for key, value in tensors.items()}, "settings": groups[0]}
+    if not tensors:
+        return state, None
+    if group is None:
+        with _quiet():
+            dcp.save(tensors, checkpoint_id=str(folder), no_dist=True)
+        return state, None
+    return state, dcp.async_save(tensors, checkpoint_id=str(folder), process_group=group)
+
+
+def load_optimizer(optimizer, names: list[str], folder: Path, state: dict, *, alone: bool) -> None:
+    """Read what `save_optimizer` wrote into an optimizer over the same parameters, however they are sharded now.
+
+    Raises ConfigError when the parameters have other names.
+    """
+    parameters = dict(zip(names, _parameters(optimizer)))
+    saved = {key.rpartition("/")[0] for key in state["dtypes"]} | set(state["small"])
+    if saved and saved != set(names):
+        raise ConfigError(
+            f"{folder.parent} holds the optimizer of parameters such as {min(saved ^ set(names))}, which this run does not train the "
+            f"same way; continue it with the trainer and the model it was started with"
+        )
+    tensors = {}
+    for key, dtype in state["dtypes"].items():
+        tensors[key] = torch.zeros_like(parameters[key.rpartition("/")[0]], dtype=getattr(torch, dtype.removeprefix("torch.")), requires_grad=False)
+    if tensors:
+        with _quiet():
+            dcp.load(tensors, checkpoint_id=str(folder), no_dist=alone)
+    loaded = {name: dict(values) for name, values in state["small"].items()}
+    for key, tensor in tensors.items():
+        name, _, slot = key.rpartition("/")
+        loaded.setdefault(name, {})[slot] = tensor
+    groups, index = [], {id(parameter): i for i, parameter in enumerate(_parameters(optimizer))}
+    for group in optimizer.param_groups:
+        groups.append({**group, **state["settings"], "params": [index[id(p)] for p in group["params"]]})
+    optimizer.load_state_dict({"state": {names.index(name): values for name, values in loaded.items()}, "param_groups": groups})
+
+
+def _parameters(optimizer) -> list:
+    return [parameter for group in optimizer.param_groups for parameter in group["params"]]
+
+
+@contextlib.contextmanager
+def _quiet():
+    """torch warns that a checkpoint is written by one process, which is meant."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        yield
+
+
+# ------------------------------------------------------------------------------------------------------ memory
+
+
+class HostMemory:
+    """`with HostMemory() as memory: ...` measures by how much this process's own memory grew meanwhile: `memory.peak` bytes.
+
+    Pages mapped from files do not count, for the system takes them back when it needs them. None where /proc is missing.
+    """
+
+    def __enter__(self) -> "HostMemory":
+        self._before = self._highest = _anonymous_memory()
+        self._done = threading.Event()
+        self._thread = threading.Thread(target=self._watch, daemon=True)
+        self._thread.start()
+        return self
+
+    def __exit__(self, *exception) -> None:
+        self._done.set()
+        self._thread.join()
+
+    @property
+    def peak(self) -> int | None:
+        return None if self._before is None else self._highest - self._before
+
+    def _watch(self) -> None:
+        while self._before is not None and not self._done.wait(0.005):
+            self._highest = max(self._highest, _anonymous_memory())
+
+
+def _anonymous_memory() -> int | None:
+    """Bytes of memory of this process that no file stands behind."""
+    try:
+        status = Path("/proc/self/status").read_text(encoding="ascii")
+    except OSError:
+        return None
+    return 1024 * int(status.partition("RssAnon:")[2].split()[0])

@@ -13,6 +13,7 @@ from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import ChoiceSweep
 from omegaconf import DictConfig, OmegaConf
 
+from distributed import data_ranks, world
 from losses import BoundLoss, bind_loss
 from preference_datasets import DATASETS, Source, open_dataset
 from rewards import check_reward
@@ -26,7 +27,8 @@ GROUPS = ("model", "loss", "reward", "experiment")
 MAY_CHANGE = {
     "n_epochs", "n_examples", "eval_batch_size", "n_eval_examples", "n_eval_model_samples", "eval_every", "save_every",
     "sample_during_eval", "do_first_eval", "wandb", "minimum_log_interval_secs", "keep_checkpoints", "local_dirs",
-    "local_run_dir", "resume", "temperature", "topp", "max_new_tokens", "cache_dir", "data_dir", "exp_name", "reward",
+    "local_run_dir", "resume", "trainer", "world_size", "fsdp_port", "fsdp_cpu_offload", "fsdp_shard_size", "tensor_parallel_size",
+    "activation_checkpointing", "gradient_accumulation_steps", "plan", "temperature", "topp", "max_new_tokens", "cache_dir", "data_dir", "exp_name", "reward",
 }  # fmt: skip
 
 
@@ -41,6 +43,10 @@ def choose_run_dir(local_run_dir: str | None, resume: str | None, local_dirs: Se
     """`resume`, else `local_run_dir`, else a new folder `<first usable of local_dirs>/<user>/<exp_name>_<timestamp>`."""
     if resume or local_run_dir:
         return str(resume or local_run_dir)
+    return world().agree(lambda: _new_run_dir(local_dirs, exp_name))  # ranks that each read the clock would not meet
+
+
+def _new_run_dir(local_dirs: Sequence[str], exp_name: str) -> str:
     stamp = time.strftime("%Y-%m-%d_%H-%M-%S") + f"_{time.time_ns() // 1000 % 10**6:06d}"
     for base in local_dirs:
         folder = Path(base) / getpass.getuser()
@@ -151,9 +157,10 @@ def check_config(config: DictConfig, trainers: Iterable[str]) -> tuple[BoundLoss
             raise ConfigError(f"model.{key}={config.model[key]}: no such file or folder")
     check_reward(config.reward)
     loss = bind_loss(OmegaConf.to_container(config.loss, resolve=True))
-    if loss.couples_batch and config.gradient_accumulation_steps > 1:
+    if loss.couples_batch and (config.gradient_accumulation_steps > 1 or data_ranks(config, world()) > 1):
         raise ConfigError(
-            f"loss={loss.name} couples the pairs of a batch, so the batch must not be split; set gradient_accumulation_steps=1"
+            f"loss={loss.name} couples the pairs of a batch, so the batch must not be split; set gradient_accumulation_steps=1, and "
+            f"train on one rank or with tensor_parallel_size equal to the ranks"
         )
     return loss, _open_datasets(config, loss)
 
@@ -167,8 +174,9 @@ def _check_numbers(config: DictConfig) -> None:
     whole = {
         "seed": 0, "batch_size": 1, "eval_batch_size": 1, "gradient_accumulation_steps": 1, "warmup_steps": 0, "max_length": 2,
         "max_prompt_length": 2, "n_eval_examples": 1, "n_eval_model_samples": 1, "eval_every": 1, "model.lora.r": 0,
+        "tensor_parallel_size": 1,
     }  # fmt: skip
-    optional = {"n_epochs": 1, "n_examples": 1, "max_new_tokens": 1, "save_every": 1, "keep_checkpoints": 1, "world_size": 1}
+    optional = {"n_epochs": 1, "n_examples": 1, "max_new_tokens": 1, "save_every": 1, "keep_checkpoints": 1, "world_size": 1, "fsdp_shard_size": 1}
     for key, smallest in {**whole, **optional}.items():
         value = OmegaConf.select(config, key)
         if value is None and key in optional:
@@ -190,6 +198,10 @@ def _check_numbers(config: DictConfig) -> None:
         raise ConfigError("n_epochs and n_examples are both null: the run would never end; set one of them")
     if config.trainer == "BasicTrainer" and (config.world_size or 1) > 1:
         raise ConfigError(f"world_size={config.world_size} needs a distributed trainer; BasicTrainer is one process")
+    if config.trainer != "FSDPTrainer":
+        for key, off in (("tensor_parallel_size", 1), ("fsdp_cpu_offload", False), ("fsdp_shard_size", None)):
+            if config[key] != off:
+                raise ConfigError(f"{key}={config[key]} is for trainer=FSDPTrainer, not {config.trainer}; leave it out, or change the trainer")
 
 
 def _check_lengths(config: DictConfig) -> None:
@@ -203,7 +215,7 @@ def _check_lengths(config: DictConfig) -> None:
             f"max_prompt_length={config.max_prompt_length} and max_new_tokens={config.max_new_tokens} exceed "
             f"max_length={config.max_length}; lower one or raise max_length"
         )
-    parts = config.gradient_accumulation_steps * (config.world_size or 1)
+    parts = config.gradient_accumulation_steps * data_ranks(config, world())
     if config.batch_size % parts:
         lower = max(parts, config.batch_size // parts * parts)
         raise ConfigError(

@@ -14,6 +14,7 @@ from batching import (
     evaluation_order,
     prompts_to_sample,
 )
+from distributed import ALONE, World
 from logprobs import Scorer, score_responses, sum_by_owner
 from losses import BoundLoss
 from metrics import Sums
@@ -25,15 +26,16 @@ from utils import atomic_write
 
 @torch.no_grad()
 def evaluate_loss(
-    loss: BoundLoss, policy: Scorer, reference: Scorer | None, data: PreferenceData, *, n: int, batch_size: int, pad_id: int
+    loss: BoundLoss, policy: Scorer, reference: Scorer | None, data: PreferenceData, *, n: int, batch_size: int, pad_id: int, world: World = ALONE
 ) -> dict[str, float]:
     """Means of the loss and of every logged metric over the first `n` examples of the fixed evaluation order."""
     examples = evaluation_order(data.groups)[:n]
     sums = Sums()
-    for begin in tqdm(range(0, len(examples), batch_size), desc="evaluate", leave=False, delay=1.0, disable=None):
-        batch = collate(data, examples[begin : begin + batch_size], pad_id).to(policy.device)
-        sums.add(compute_loss(loss, policy, reference, batch, data, "eval")[1])
-    return sums.flush()
+    parts = list(world.batches(examples, batch_size))
+    for part, n_real in tqdm(parts, desc="evaluate", leave=False, delay=1.0, disable=world.no_bar):
+        batch = collate(data, part, pad_id).to(policy.device)
+        sums.add(compute_loss(loss, policy, reference, batch, data, "eval")[1], n_real)
+    return sums.flush(world)
 
 
 def sample_and_measure(
@@ -51,6 +53,7 @@ def sample_and_measure(
     top_p: float,
     seed: int,
     batch_size: int,
+    world: World = ALONE,
 ) -> tuple[list[dict], dict[str, float]]:
     """Sample one response for each of `n` held-out prompts from both models; rows for samples.jsonl, and their means.
 
@@ -60,16 +63,17 @@ def sample_and_measure(
     """
     prompts = prompts_to_sample(data, n, max_prompt_length)
     options = dict(
-        keys=[p.key for p in prompts], max_new_tokens=max_new_tokens, temperature=temperature, top_p=top_p, seed=seed, batch_size=batch_size
-    )
+        keys=[p.key for p in prompts], max_new_tokens=max_new_tokens, temperature=temperature, top_p=top_p, seed=seed,
+        batch_size=batch_size, world=world,
+    )  # fmt: skip
     tokens = [p.tokens for p in prompts]
     drawn = {"policy": sample(policy, tokenizer, tokens, description="sample policy", **options)}
     if reference is not None:
         drawn["reference"] = sample(reference, tokenizer, tokens, description="sample reference", **options)
     texts = {who: [tokenizer.decode(t, skip_special_tokens=True) for t in responses] for who, responses in drawn.items()}
     prompt_texts = [tokenizer.decode(t, skip_special_tokens=True) for t in tokens]
-    rewards = {who: reward(prompt_texts, responses) for who, responses in texts.items()}
-    kl = sample_kl(policy, reference, tokens, drawn["policy"], batch_size, tokenizer.pad_token_id) if reference else {}
+    rewards = {who: world.gather(reward(world.share(prompt_texts), world.share(responses))) for who, responses in texts.items()}
+    kl = sample_kl(policy, reference, tokens, drawn["policy"], batch_size, tokenizer.pad_token_id, world) if reference else {}
     rows = []
     for i, prompt in enumerate(prompts):
         row = {
@@ -113,7 +117,8 @@ def mean_and_error(values: list[float]) -> tuple[float, float | None]:
 
 @torch.no_grad()
 def sample_kl(
-    policy: Scorer, reference: Scorer, prompts: list[list[int]], responses: list[list[int]], batch_size: int, pad_id: int
+    policy: Scorer, reference: Scorer, prompts: list[list[int]], responses: list[list[int]], batch_size: int, pad_id: int,
+    world: World = ALONE,
 ) -> dict[str, list[float]]:
     """Three estimators of KL(policy || reference) for each sampled response, summed over its tokens, EOS included.
 
@@ -121,17 +126,16 @@ def sample_kl(
     sampled tokens; kl_k3: exp(-r) - 1 + r with r = log pi - log pi_ref of a token (never negative).
     """
     order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]) + len(responses[i]))
-    found: dict[str, list[float]] = {name: [0.0] * len(prompts) for name in ("kl", "kl_k1", "kl_k3")}
-    for begin in range(0, len(order), batch_size):
-        rows = order[begin : begin + batch_size]
+    mine = []
+    for rows, n_real in world.batches(order, batch_size):
         batch = collate_sequences([(prompts[i], responses[i]) for i in rows], pad_id).to(policy.device)
         scores = score_responses(policy, batch, reference=reference, kl="policy||reference")
         ratio = scores.token_logps.double() - scores.reference_token_logps.double()
         k3 = sum_by_owner(torch.expm1(-ratio) + ratio, batch.owners.to(ratio.device), len(rows))
-        for name, values in (("kl", scores.kl), ("kl_k1", scores.logps - scores.reference_logps), ("kl_k3", k3)):
-            for i, value in zip(rows, values.tolist()):
-                found[name][i] = value
-    return found
+        values = torch.stack([scores.kl, scores.logps - scores.reference_logps, k3], dim=1).tolist()
+        mine += list(zip(rows, values))[:n_real]
+    found = dict(world.gather(mine))
+    return {name: [found[i][column] for i in range(len(prompts))] for column, name in enumerate(("kl", "kl_k1", "kl_k3"))}
 
 
 def append_samples(path: Path, rows: list[dict], examples: int) -> None:

@@ -6,6 +6,7 @@ the backward pass is (tokens, hidden size).
 """
 
 import contextlib
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -27,6 +28,8 @@ class Scorer:
 
     def __init__(self, model: nn.Module, *, adapter_off: bool = False, autocast: torch.dtype | None = None):
         self.model, self.adapter_off, self.autocast = model, adapter_off, autocast
+        self.enter: Callable = lambda function: function()  # where a sharded model gathers its weights
+        self.placed_on: torch.device | None = None  # where inputs go, if that is not where the weights rest
 
     @property
     def causal_lm(self) -> nn.Module:
@@ -36,17 +39,22 @@ class Scorer:
     @property
     def device(self) -> torch.device:
         """Where inputs go."""
-        return self.causal_lm.get_input_embeddings().weight.device
+        return self.placed_on or self.causal_lm.get_input_embeddings().weight.device
 
     @contextlib.contextmanager
     def active(self):
-        """Everything that runs the model runs inside this."""
+        """Whatever runs the whole model runs inside this; what runs parts of it goes through `run`."""
         with contextlib.ExitStack() as stack:
             if self.adapter_off:
-                stack.enter_context(self.model.disable_adapter())
+                stack.enter_context(_adapter_off(self.model))
             if self.autocast is not None:
                 stack.enter_context(torch.autocast(self.device.type, self.autocast))
             yield
+
+    def run(self, function: Callable):
+        """`function()`, which may use `hidden` and `logits`: a sharded model has its weights only in here."""
+        with self.active():
+            return self.enter(function)
 
     def hidden(self, batch: Batch, positions: Tensor) -> Tensor:
         """Last hidden states at `positions` of rows*width: (positions, hidden size)."""
@@ -70,9 +78,7 @@ class Scorer:
 
     def values(self, batch: Batch) -> Tensor:
         """Output of a scalar head at the last token of each response, (responses,) float64."""
-        with self.active():
-            hidden = self.hidden(batch, batch.ends)
-            return self.causal_lm.score(hidden).squeeze(-1).double()
+        return self.run(lambda: self.causal_lm.score(self.hidden(batch, batch.ends))).squeeze(-1).double()
 
     @torch.no_grad()
     def check(self) -> None:
@@ -80,8 +86,8 @@ class Scorer:
         vocabulary = self.causal_lm.get_input_embeddings().weight.shape[0]
         ids = torch.arange(1, 9, device=self.device).remainder(vocabulary)[None]
         batch = Batch(ids, torch.ones_like(ids), *[None] * 8)
+        ours = self.run(lambda: self.logits(self.hidden(batch, torch.arange(8))))
         with self.active():
-            ours = self.logits(self.hidden(batch, torch.arange(8)))
             theirs = self.causal_lm(input_ids=ids, use_cache=False).logits[0].to(ours)
         error = (ours.log_softmax(-1) - theirs.log_softmax(-1)).abs().max().item()
         bound = 1e-3 if theirs.dtype == torch.float64 or self._is_full_precision() else 0.1
@@ -118,57 +124,82 @@ def score_responses(policy: Scorer, batch: Batch, *, reference: Scorer | None = 
     "policy||reference" (evaluation of samples); needs `reference`.
     """
     n = len(batch.lengths)
-    reference_hidden = None
+    reference_hidden = reference_token_logps = None
     if reference is not None:
-        with torch.no_grad(), reference.active():
-            reference_hidden = reference.hidden(batch, batch.positions)
-    with policy.active():
-        hidden = policy.hidden(batch, batch.positions)
-        targets = batch.targets.to(hidden.device)
-        columns = []
-        step = max(1, CHUNK_ELEMENTS // policy.causal_lm.config.get_text_config().vocab_size)
-        for begin in range(0, len(hidden), step):
-            piece = slice(begin, begin + step)
-            reference_piece = None if reference is None else reference_hidden[piece]
-            arguments = (policy, hidden[piece], targets[piece], reference, reference_piece, kl)
-            if torch.is_grad_enabled() and hidden.requires_grad:
-                columns.append(checkpoint(_score_chunk, *arguments, use_reentrant=False, preserve_rng_state=False))
-            else:
-                columns.append(_score_chunk(*arguments))
-    token_logps, reference_token_logps, token_kl = (
-        None if column[0] is None else torch.cat(column) for column in zip(*columns)
-    )
-    owners = batch.owners.to(hidden.device)
+        with torch.no_grad():
+            reference_hidden, reference_token_logps = reference.run(lambda: _score_reference(reference, batch))
+    if kl is None:
+        reference_hidden = None
+    token_logps, token_kl, owners = policy.run(lambda: _score_policy(policy, batch, reference, reference_hidden, kl))
     scores = ResponseScores(sum_by_owner(token_logps, owners, n), token_logps)
     if reference is not None:
-        scores.reference_token_logps = reference_token_logps
-        scores.reference_logps = sum_by_owner(reference_token_logps, owners, n)
+        scores.reference_token_logps = reference_token_logps.to(token_logps.device)
+        scores.reference_logps = sum_by_owner(scores.reference_token_logps, owners, n)
     if kl is not None:
         scores.token_kl = token_kl
         scores.kl = sum_by_owner(token_kl, owners, n)
     return scores
 
 
-def _score_chunk(policy: Scorer, hidden: Tensor, targets: Tensor, reference, reference_hidden, kl: str | None):
-    """Per token of a chunk: policy log-prob, reference log-prob, KL; (tokens in chunk,) each or None."""
+def _chunks(scorer: Scorer, n: int) -> list[slice]:
+    """`n` tokens in chunks whose logits fit into CHUNK_ELEMENTS."""
+    step = max(1, CHUNK_ELEMENTS // scorer.causal_lm.config.get_text_config().vocab_size)
+    return [slice(begin, begin + step) for begin in range(0, n, step)]
+
+
+def _score_reference(reference: Scorer, batch: Batch) -> tuple[Tensor, Tensor]:
+    """Hidden states at the scored positions and log-probs of the scored tokens, under the reference."""
+    hidden = reference.hidden(batch, batch.positions)
+    targets = batch.targets.to(hidden.device)
+    logps = [_pick(reference.logits(hidden[piece]), targets[piece]) for piece in _chunks(reference, len(hidden))]
+    return hidden, torch.cat(logps)
+
+
+def _score_policy(policy: Scorer, batch: Batch, reference: Scorer | None, reference_hidden: Tensor | None, kl: str | None):
+    """Log-probs of the scored tokens, their KL or None, (tokens,) each, and the owner of each."""
+    hidden = policy.hidden(batch, batch.positions)
+    targets, columns = batch.targets.to(hidden.device), []
+    for piece in _chunks(policy, len(hidden)):
+        arguments = (policy, hidden[piece], targets[piece], reference, None if kl is None else reference_hidden[piece], kl)
+        if torch.is_grad_enabled() and hidden.requires_grad:
+            columns.append(checkpoint(_score_chunk, *arguments, use_reentrant=False, preserve_rng_state=False))
+        else:
+            columns.append(_score_chunk(*arguments))
+    logps, kls = zip(*columns)
+    return torch.cat(logps), None if kl is None else torch.cat(kls), batch.owners.to(hidden.device)
+
+
+def _score_chunk(policy: Scorer, hidden: Tensor, targets: Tensor, reference: Scorer | None, reference_hidden: Tensor | None, kl: str | None):
+    """Per token of a chunk: policy log-prob and KL, (tokens in chunk,) or None."""
     logits = policy.logits(hidden)
     token_logps = _pick(logits, targets)
-    if reference is None:
-        return token_logps, None, None
+    if kl is None:
+        return token_logps, None
     with torch.no_grad(), reference.active():
         reference_logits = reference.logits(reference_hidden).to(logits.device)
-        reference_token_logps = _pick(reference_logits, targets)
-    if kl is None:
-        return token_logps, reference_token_logps, None
     p, q = logits.log_softmax(-1), reference_logits.log_softmax(-1)
     if kl == "reference||policy":
         p, q = q, p
-    return token_logps, reference_token_logps, (p.exp() * (p - q)).sum(-1)
+    return token_logps, (p.exp() * (p - q)).sum(-1)
 
 
 def _pick(logits: Tensor, targets: Tensor) -> Tensor:
     """log softmax(logits)[target] for each row, without writing the log-softmax down."""
     return logits.gather(-1, targets[:, None]).squeeze(-1) - logits.logsumexp(-1)
+
+
+@contextlib.contextmanager
+def _adapter_off(model: nn.Module):
+    """A PEFT model as its base model. PEFT's own way also freezes the adapter for that time, which FSDP would keep."""
+    layers = [module for module in model.modules() if hasattr(module, "_disable_adapters")]
+    before = [layer._disable_adapters for layer in layers]
+    for layer in layers:
+        layer._disable_adapters = True
+    try:
+        yield
+    finally:
+        for layer, off in zip(layers, before):
+            layer._disable_adapters = off
 
 
 def sum_by_owner(values: Tensor, owners: Tensor, n: int) -> Tensor:

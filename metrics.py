@@ -11,6 +11,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from distributed import World
 from utils import atomic_write
 
 
@@ -21,32 +22,35 @@ class Sums:
         self._sums: dict[str, Tensor] = {}
         self._counts: dict[str, int] = {}
 
-    def add(self, metrics: dict[str, Tensor]) -> None:
-        """metrics: (examples,) tensors by name."""
+    def add(self, metrics: dict[str, Tensor], n: int) -> None:
+        """metrics: (examples,) tensors by name, of which the first `n` count."""
         for name, values in metrics.items():
-            total = values.detach().double().sum()
+            total = values[:n].detach().double().sum()
             self._sums[name] = self._sums[name] + total if name in self._sums else total
-            self._counts[name] = self._counts.get(name, 0) + len(values)
+            self._counts[name] = self._counts.get(name, 0) + n
 
-    def flush(self) -> dict[str, float]:
-        """Means over all examples added since the last flush, read back in one transfer."""
+    def flush(self, world: World) -> dict[str, float]:
+        """Means over all examples that any rank added since the last flush, read back in one transfer."""
         if not self._sums:
             return {}
         totals = torch.stack(list(self._sums.values())).tolist()
-        means = {name: total / self._counts[name] for name, total in zip(self._sums, totals)}
+        both = world.sum([*totals, *map(float, self._counts.values())])
+        means = {name: total / n for name, total, n in zip(self._sums, both, both[len(totals) :])}
         self._sums, self._counts = {}, {}
         return means
 
 
 class MetricLog:
-    """metrics.jsonl, every row; wandb, at most once in `interval` seconds for train rows."""
+    """metrics.jsonl, every row; wandb, at most once in `interval` seconds for train rows. Ranks other than 0 write nothing."""
 
-    def __init__(self, run_dir: Path, wandb_run=None, interval: float = 1.0):
-        self.path = run_dir / "metrics.jsonl"
+    def __init__(self, run_dir: Path, wandb_run=None, interval: float = 1.0, *, writes: bool = True):
+        self.path, self.writes = run_dir / "metrics.jsonl", writes
         self.wandb_run, self.interval = wandb_run, interval
         self._last = -math.inf
 
     def write(self, row: dict) -> None:
+        if not self.writes:
+            return
         row = {key: None if isinstance(value, float) and not math.isfinite(value) else value for key, value in row.items()}
         with open(self.path, "a", encoding="utf-8") as f:
             f.write(json.dumps(row) + "\n")

@@ -1,7 +1,8 @@
 """Tokenizer, policy and reference: from a name, a path or an archive to models ready to score."""
 
 import contextlib
-import copy
+import zipfile
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -17,20 +18,26 @@ from transformers.core_model_loading import revert_weight_conversion
 from transformers.utils import logging
 
 from logprobs import Scorer
+from placement import find_blocks, layer_plan, reshard
 from utils import ConfigError
 
 # Masks and tables that old transformers versions kept in checkpoints; none of them is a weight.
 OLD_BUFFERS = (".attn.bias", ".attn.masked_bias", ".attention.bias", ".attention.masked_bias", "rotary_emb.inv_freq")
 
 
-def check_model(config) -> None:
-    """Refuse, from the model's config alone, lengths that it has no positions for. Loads no weights."""
+def check_model(config, *, scalar_head: bool = False) -> None:
+    """Refuse, before weights are read, lengths the model has no positions for and a placement it does not fit."""
     logging.disable_progress_bar()  # saving a shard shows a bar of its own otherwise, in the middle of ours
     with _readable("model.name_or_path", config.model.name_or_path):
         model = AutoConfig.from_pretrained(config.model.name_or_path, trust_remote_code=config.model.trust_remote_code)
     limit = getattr(model.get_text_config(), "max_position_embeddings", None)
     if limit is not None and config.max_length > limit:
         raise ConfigError(f"max_length={config.max_length} exceeds the {limit} positions of {config.model.name_or_path}; lower it")
+    if config.trainer == "FSDPTrainer":
+        model = skeleton(config.model, scalar_head=scalar_head)
+        find_blocks(model, config.model.block_name)
+        if config.tensor_parallel_size > 1:
+            layer_plan(model, config.tensor_parallel_size)
 
 
 def load_tokenizer(config):
@@ -59,17 +66,29 @@ def _readable(key: str, path: str):
         raise ConfigError(f"{key}={path} {where}: {str(error).splitlines()[0]}") from error
 
 
-def build_policy(config, *, scalar_head: bool = False, trainable: bool = True) -> Scorer:
-    """The policy: weights of `name_or_path` (random with from_scratch), then of `archive`, then LoRA if asked for."""
-    model = load_model(config, config.policy_dtype, scalar_head=scalar_head)
-    if config.archive:
-        load_archive(model, config.archive)
-    if trainable and config.lora.r:
+Place = Callable[[Scorer, torch.dtype], None]  # puts a model where it will live; see placement.py
+
+
+def build_policy(config, *, scalar_head: bool = False, trainable: bool = True, checkpoint: Path | None = None, place: Place | None = None) -> Scorer:
+    """The policy: weights of `name_or_path` (random with from_scratch), then of `archive`, then LoRA if asked for.
+
+    checkpoint: a step folder to go on from instead of `archive`. place: where the model goes; by default to the GPU if
+    there is one, spread over the GPUs if there are several. A placed model comes as files map it: on the CPU, in the
+    dtype of its files.
+    """
+    model = load_model(config, config.policy_dtype, scalar_head=scalar_head, mapped=place is not None)
+    adapter = trainable and config.lora.r
+    archive = config.archive if checkpoint is None or adapter else checkpoint
+    if archive:
+        load_archive(model, archive, mapped=place is not None)
+    if adapter:
         model = _add_lora(model, config.lora, scalar_head)
-    return _ready(Scorer(model, autocast=_autocast(config)), scalar_head)
+        if checkpoint is not None:  # policy.pt holds the adapter folded in; training goes on from the adapter
+            model.load_state_dict(torch.load(checkpoint / "adapter.pt", map_location="cpu", weights_only=True), strict=False)
+    return _ready(Scorer(model, autocast=_autocast(config)), scalar_head, place, dtype_of(config.policy_dtype))
 
 
-def build_reference(config, policy: Scorer, *, function: str) -> Scorer:
+def build_reference(config, policy: Scorer, *, function: str, place: Place | None = None) -> Scorer:
     """The frozen reference. For a LoRA policy it is the same model with the adapter off.
 
     In training it starts where the policy starts (`archive`), unless `reference_archive` says otherwise; in evaluation
@@ -77,20 +96,36 @@ def build_reference(config, policy: Scorer, *, function: str) -> Scorer:
     """
     archive = config.reference_archive or (config.archive if function == "train" else None)
     if hasattr(policy.model, "peft_config") and not config.reference_archive:
-        return Scorer(policy.model, adapter_off=True, autocast=policy.autocast)
-    model = load_model(config, config.reference_dtype)
+        reference = Scorer(policy.model, adapter_off=True, autocast=policy.autocast)
+        reference.enter, reference.placed_on = policy.enter, policy.placed_on
+        return reference
+    model = load_model(config, config.reference_dtype, mapped=place is not None)
     if archive:
-        load_archive(model, archive)
+        load_archive(model, archive, mapped=place is not None)
     model.requires_grad_(False)
-    return _ready(Scorer(model, autocast=_autocast(config)), scalar_head=False)
+    return _ready(Scorer(model, autocast=_autocast(config)), False, place, dtype_of(config.reference_dtype))
 
 
-def _ready(scorer: Scorer, scalar_head: bool) -> Scorer:
+def _ready(scorer: Scorer, scalar_head: bool, place: Place | None, dtype: torch.dtype) -> Scorer:
     disable_dropout(scorer.model)
     scorer.model.eval()
+    if place is not None:
+        place(scorer, dtype)
     if not scalar_head:
         scorer.check()
+    reshard(scorer.model)
     return scorer
+
+
+def skeleton(config, *, scalar_head: bool = False, trainable: bool = True) -> nn.Module:
+    """The policy without its weights (on torch's meta device): its names, shapes and classes."""
+    kind = AutoModelForSequenceClassification if scalar_head else AutoModelForCausalLM
+    with _readable("model.name_or_path", config.name_or_path), torch.device("meta"), torch.random.fork_rng():
+        settings = AutoConfig.from_pretrained(config.name_or_path, trust_remote_code=config.trust_remote_code)
+        if scalar_head:
+            settings.num_labels = 1
+        model = kind.from_config(settings, dtype=dtype_of(config.policy_dtype), trust_remote_code=config.trust_remote_code)
+        return _add_lora(model, config.lora, scalar_head) if trainable and config.lora.r else model
 
 
 def dtype_of(name: str) -> torch.dtype:
@@ -101,22 +136,25 @@ def _autocast(config) -> torch.dtype | None:
     return dtype_of(config.fsdp_policy_mp) if config.fsdp_policy_mp else None
 
 
-def load_model(config, dtype: str, *, scalar_head: bool = False) -> nn.Module:
-    """A transformers model in `dtype`, on the GPU if there is one, split over the GPUs if there are several."""
+def load_model(config, dtype: str, *, scalar_head: bool = False, mapped: bool = False) -> nn.Module:
+    """A transformers model in `dtype`, on the GPU if there is one, split over the GPUs if there are several.
+
+    mapped: on the CPU and in the dtype of its files instead, so that its weights are read only when they are used.
+    """
     path, kind = config.name_or_path, AutoModelForSequenceClassification if scalar_head else AutoModelForCausalLM
     options = {"dtype": dtype_of(dtype), "trust_remote_code": config.trust_remote_code}
     if config.attn_implementation:
         options["attn_implementation"] = config.attn_implementation
     if scalar_head:
         options["num_labels"] = 1
-    gpus = torch.cuda.device_count()
+    gpus = 0 if mapped else torch.cuda.device_count()
     with _readable("model.name_or_path", path):
         if config.from_scratch:
             model = kind.from_config(AutoConfig.from_pretrained(path, trust_remote_code=config.trust_remote_code), **options)
             return model.to("cuda") if gpus else model
         if gpus > 1:
             return kind.from_pretrained(path, device_map="balanced", **options)
-        model = kind.from_pretrained(path, **options)
+        model = kind.from_pretrained(path, **options | ({"dtype": "auto"} if mapped else {}))
     return model.to("cuda") if gpus else model
 
 
@@ -151,13 +189,6 @@ def _add_lora(model: nn.Module, lora, scalar_head: bool) -> nn.Module:
         raise ConfigError(f"model.lora.target_modules={targets} does not fit {type(model).__name__}: {error}") from error
 
 
-def full_model(scorer: Scorer) -> nn.Module:
-    """The plain transformers model of a policy; a LoRA adapter is folded into a copy, the live weights stay untouched."""
-    if hasattr(scorer.model, "peft_config"):
-        return copy.deepcopy(scorer.model).merge_and_unload()
-    return scorer.model
-
-
 # ----------------------------------------------------------------------------------------------------- archives
 
 
@@ -187,7 +218,7 @@ def _read_tensors(path: Path) -> dict[str, torch.Tensor]:
     if path.suffix == ".safetensors":
         return load_file(path)
     try:
-        content = torch.load(path, map_location="cpu", weights_only=True)
+        content = torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
     except Exception as error:  # torch raises many kinds; all mean the same to the user
         raise ConfigError(
             f"archive {path} is not a file of tensors that can be read safely (weights_only): {str(error).splitlines()[0]}"
@@ -198,8 +229,8 @@ def _read_tensors(path: Path) -> dict[str, torch.Tensor]:
     return state
 
 
-def load_archive(model: nn.Module, path: str | Path) -> None:
-    """Copy an archive's weights into a model of the same architecture.
+def load_archive(model: nn.Module, path: str | Path, *, mapped: bool = False) -> None:
+    """Copy an archive's weights into a model of the same architecture; with `mapped`, map them from the file instead.
 
     Raises ConfigError naming the first tensors that are missing, unknown or of another shape.
     """
@@ -207,7 +238,7 @@ def load_archive(model: nn.Module, path: str | Path) -> None:
     # Through transformers, which knows the names that earlier versions gave to the same tensors.
     with _silent():
         loaded, info = type(model).from_pretrained(
-            None, config=model.config, state_dict=state, dtype=model.dtype, output_loading_info=True, ignore_mismatched_sizes=True
+            None, config=model.config, state_dict=state, dtype="auto" if mapped else model.dtype, output_loading_info=True, ignore_mismatched_sizes=True
         )
     scalar = hasattr(model, "score")  # a reward model that starts from a language model keeps its body and has a new head
     unknown = [k for k in info["unexpected_keys"] if not k.endswith(OLD_BUFFERS) and not (scalar and k.startswith("lm_head."))]
@@ -217,7 +248,8 @@ def load_archive(model: nn.Module, path: str | Path) -> None:
     if any(names for _, names in problems):
         told = "; ".join(f"{len(names)} {what}: {', '.join(sorted(names)[:3])}" for what, names in problems if names)
         raise ConfigError(f"archive {path} does not fit {type(model).__name__} ({told}); is model= the model it was trained from?")
-    model.load_state_dict(loaded.state_dict())
+    model.load_state_dict(loaded.state_dict(), assign=mapped)
+    model.tie_weights()  # assigning unties
 
 
 @contextlib.contextmanager

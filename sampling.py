@@ -1,11 +1,14 @@
 """Samples from a policy. The k-th sample of a prompt depends on (seed, prompt, k) alone, not on the batch it was in."""
 
+import contextlib
+
 import numpy as np
 import torch
 from torch import Tensor
 from tqdm import tqdm
 from transformers import LogitsProcessor
 
+from distributed import ALONE, World
 from logprobs import Scorer
 
 
@@ -52,33 +55,36 @@ def sample(
     seed: int = 0,
     batch_size: int = 16,
     description: str = "sample",
+    world: World = ALONE,
 ) -> list[list[int]]:
     """One response a prompt, as token ids, with its EOS when it ended within `max_new_tokens`.
 
-    keys: a number for each prompt; equal (seed, key) draw equal random numbers. Prompts are batched by length.
+    keys: a number for each prompt; equal (seed, key) draw equal random numbers. Prompts are batched by length and
+    spread over the ranks; every rank gets all responses.
     """
     order = sorted(range(len(prompts)), key=lambda i: (len(prompts[i]), i))
-    responses: list[list[int]] = [[] for _ in prompts]
-    bar = tqdm(total=len(prompts), desc=description, unit=" samples", leave=False, delay=1.0, disable=None)
-    for begin in range(0, len(order), batch_size):
-        rows = order[begin : begin + batch_size]
+    bar = tqdm(total=len(prompts), desc=description, unit=" samples", leave=False, delay=1.0, disable=world.no_bar)
+    mine = []
+    for rows, n_real in world.batches(order, batch_size):
         uniforms = np.stack([np.random.default_rng([seed, keys[i]]).random(max_new_tokens) for i in rows])
-        generated = _generate(policy, tokenizer, [prompts[i] for i in rows], torch.from_numpy(uniforms), temperature, top_p)
-        for i, tokens in zip(rows, generated):
-            responses[i] = tokens
-        bar.update(len(rows))
+        generated = _generate(
+            policy, tokenizer, [prompts[i] for i in rows], torch.from_numpy(uniforms), temperature, top_p, in_step=world.size > 1
+        )
+        mine += list(zip(rows, generated))[:n_real]
+        bar.update(n_real * world.data_ranks)
     bar.close()
-    return responses
+    responses = dict(world.gather(mine))
+    return [responses[i] for i in range(len(prompts))]
 
 
-def _generate(policy: Scorer, tokenizer, prompts, uniforms: Tensor, temperature: float, top_p: float) -> list[list[int]]:
+def _generate(policy: Scorer, tokenizer, prompts, uniforms: Tensor, temperature: float, top_p: float, *, in_step: bool) -> list[list[int]]:
     width, device = max(map(len, prompts)), policy.device
     input_ids = torch.full((len(prompts), width), tokenizer.pad_token_id)
     mask = torch.zeros_like(input_ids)
     for row, prompt in enumerate(prompts):
         input_ids[row, width - len(prompt) :] = torch.tensor(prompt)
         mask[row, width - len(prompt) :] = 1
-    with policy.active():
+    with policy.active(), _evaluating(policy.causal_lm):
         output = policy.causal_lm.generate(
             input_ids=input_ids.to(device),
             attention_mask=mask.to(device),
@@ -87,8 +93,20 @@ def _generate(policy: Scorer, tokenizer, prompts, uniforms: Tensor, temperature:
             logits_processor=[InverseCDF(uniforms.to(device), temperature, top_p, width)],
             eos_token_id=tokenizer.eos_token_id,
             pad_token_id=tokenizer.pad_token_id,
+            synced_gpus=in_step,  # a rank whose rows have ended goes on until those of all have
         )
     return [_until_eos(row, tokenizer.eos_token_id) for row in output[:, width:].tolist()]
+
+
+@contextlib.contextmanager
+def _evaluating(model):
+    """Out of training mode, in which layers with activation checkpointing take no cache and would see one token alone."""
+    training = model.training
+    model.eval()
+    try:
+        yield
+    finally:
+        model.train(training)
 
 
 def _until_eos(tokens: list[int], eos: int) -> list[int]:

@@ -1,11 +1,10 @@
 """Entry point: `python train.py loss=odpo loss.alpha=0.5`. See config/config.yaml for every key."""
 
+import contextlib
 import itertools
 import json
 import os
-import signal
 import sys
-import threading
 from pathlib import Path
 
 import hydra
@@ -14,17 +13,20 @@ from omegaconf import DictConfig, OmegaConf
 
 from batching import PreferenceData, TokenStore, counts_line, describe_data, prepare
 from configuration import (
+    CONFIG_DIR,
     check_config,
     check_overrides,
     fail,
     must_match,
     register_resolvers,
 )
+from distributed import data_ranks, leave, local_workers, world
+from launch import StopSignals, WorkerDied, launch
 from metrics import start_wandb
 from models import check_model, load_tokenizer
 from report import write_report
 from trainers import TRAINERS, Stopped
-from utils import PrefLabError, atomic_write
+from utils import DataError, PrefLabError, atomic_write
 
 register_resolvers()  # here and not in main(): hydra's launchers import this module in processes of their own
 
@@ -37,46 +39,95 @@ def main() -> None:
     run()
 
 
-@hydra.main(version_base="1.3", config_path="config", config_name="config")
+@hydra.main(version_base="1.3", config_path=str(CONFIG_DIR), config_name="config")
 def run(config: DictConfig) -> None:
+    stop = StopSignals()
+    stop.listen()
     run_dir = Path(HydraConfig.get().runtime.output_dir)
     try:
         config = _saved_config(config, run_dir) if config.resume else config
-        execute(config, run_dir)
+        execute(config, run_dir, stop)
     except PrefLabError as error:
-        _remove_if_empty(run_dir)
+        if world().rank == 0:
+            _remove_if_empty(run_dir)
+        if world().rank > 0 and error.everywhere:
+            raise SystemExit(2) from None
         fail(error)
+    except WorkerDied as error:
+        print(f"error: {error}", file=sys.stderr)
+        raise SystemExit(1) from None
+    except Stopped as stopped:
+        if world().rank == 0:
+            print(f"stopped by {stopped}; the same command, or resume={run_dir}, continues", file=sys.stderr)
+        stop.hand_over()
+        raise SystemExit(128 + stopped.signum) from None
+    finally:
+        stop.stop_listening()
 
 
-def execute(config: DictConfig, run_dir: Path) -> dict:
-    """Run a composed config in `run_dir`; prints the table and returns the summary."""
-    loss, sources = check_config(config, TRAINERS)
-    run_dir = _run_dir_for(config, run_dir)
-    if summary := _finished(config, run_dir):
+def execute(config: DictConfig, run_dir: Path, stop: StopSignals | None = None) -> dict:
+    """Run a composed config in `run_dir`, on the ranks there are or on workers of its own; returns the summary.
+
+    Rank 0 prints the table. Raises PrefLabError before any model loads for what cannot work, Stopped after a signal.
+    """
+    ranks = world()
+    stop = stop or StopSignals()
+    loss, sources = ranks.first(lambda: check_config(config, TRAINERS))
+    run_dir = ranks.agree(lambda: _run_dir_for(config, run_dir))
+    if summary := ranks.agree(lambda: _finished(config, run_dir)):
         print(f"{run_dir} is already finished")
         return _report(run_dir, summary)
-    check_model(config)
-    tokenizer = load_tokenizer(config.model)
-    stores, data = load_data(config, sources, tokenizer, loss)
+    tokenizer, stores, data = ranks.first(lambda: _load(config, sources, loss))
     resolved = OmegaConf.to_container(config, resolve=True)
-    run_dir.mkdir(parents=True, exist_ok=True)
-    with atomic_write(run_dir / "config.yaml") as f:
-        f.write(OmegaConf.to_yaml(OmegaConf.create(resolved)))
-    with atomic_write(run_dir / "data.json") as f:
-        json.dump({split: describe_data(stores[split]) for split in stores}, f)
-    print(f"run folder: {run_dir}")
-    wandb_run = None if config.debug else start_wandb(config.wandb, run_dir, resolved)
-    trainer = TRAINERS[config.trainer](config, run_dir, loss, tokenizer, data, wandb_run)
+    if ranks.rank == 0:
+        run_dir.mkdir(parents=True, exist_ok=True)
+        with atomic_write(run_dir / "config.yaml") as f:
+            f.write(OmegaConf.to_yaml(OmegaConf.create(resolved)))
+        with atomic_write(run_dir / "data.json") as f:
+            json.dump({split: describe_data(stores[split]) for split in stores}, f)
+        print(f"run folder: {run_dir}")
+    workers = local_workers(config)
+    if ranks.size == 1 and workers > 1:
+        launch(work, workers, config.fsdp_port, (resolved, run_dir), stop)
+        if stop.received:
+            raise Stopped(stop.received)
+        summary = json.loads((run_dir / "summary.json").read_text(encoding="utf-8"))
+    else:
+        summary = _train_or_evaluate(config, run_dir, loss, tokenizer, data, stop)
+    return _report(run_dir, summary)
+
+
+def work(resolved: dict, run_dir: Path) -> None:
+    """One of the workers that `execute` starts: everything was checked and tokenised before."""
+    stop = StopSignals()
+    stop.listen()
+    world()  # joined here, so that ranks other than 0 stay silent after the next lines
+    config = OmegaConf.create(resolved)
+    with contextlib.redirect_stdout(None):
+        loss, sources = check_config(config, TRAINERS)
+        tokenizer, _, data = _load(config, sources, loss)
+    with contextlib.suppress(Stopped):  # the starting process got the signal as well, and says so
+        _train_or_evaluate(config, run_dir, loss, tokenizer, data, stop)
+    leave()
+
+
+def _load(config: DictConfig, sources: dict, loss) -> tuple:
+    """The tokenizer and the data, after a look at what the model's settings allow."""
+    check_model(config, scalar_head="scalar_head" in loss.reads)
+    tokenizer = load_tokenizer(config.model)
+    return tokenizer, *load_data(config, sources, tokenizer, loss)
+
+
+def _train_or_evaluate(config: DictConfig, run_dir: Path, loss, tokenizer, data: dict, stop: StopSignals) -> dict:
+    """The summary of what this rank takes part in."""
+    ranks = world()
+    ranks.peers = config.tensor_parallel_size if config.trainer == "FSDPTrainer" else 1
+    wandb_run = None if config.debug or ranks.rank else start_wandb(config.wandb, run_dir, OmegaConf.to_container(config, resolve=True))
+    trainer = TRAINERS[config.trainer](config, run_dir, loss, tokenizer, data, world=ranks, wandb_run=wandb_run, stop=stop)
     if config.function == "eval":
         trainer.evaluate()
-        return _report(run_dir, trainer.summarize())
-    _stop_on_signals(trainer)
-    try:
-        summary = trainer.train()
-    except Stopped as stopped:
-        print(f"stopped by {stopped}; the same command, or resume={run_dir}, continues", file=sys.stderr)
-        raise SystemExit(128 + stopped.signum) from None
-    return _report(run_dir, summary)
+        return trainer.summarize()
+    return trainer.train()
 
 
 def load_data(config: DictConfig, sources: dict, tokenizer, loss) -> tuple[dict[str, list[TokenStore]], dict]:
@@ -90,27 +141,16 @@ def load_data(config: DictConfig, sources: dict, tokenizer, loss) -> tuple[dict[
     for split in data:
         if told := data[split].check_for(loss):
             print(f"{split}: {told}")
+        if split == "train" and len(data[split]) < (ranks := data_ranks(config, world())):
+            raise DataError(f"datasets={list(config.datasets)} ({split}) holds {len(data[split])} examples for {ranks} ranks; start fewer")
     return stores, data
 
 
 def _report(run_dir: Path, summary: dict) -> dict:
-    print(write_report(run_dir))
-    print(f"pictures and samples: {run_dir / 'report.html'}")
+    if world().rank == 0:
+        print(write_report(run_dir))
+        print(f"pictures and samples: {run_dir / 'report.html'}")
     return summary
-
-
-def _stop_on_signals(trainer) -> None:
-    """SIGTERM and Ctrl-C let the running step finish, save, and stop; a second Ctrl-C stops at once."""
-    if threading.current_thread() is not threading.main_thread():
-        return
-
-    def request_stop(signum, frame):
-        if trainer.stop_signal is not None and signum == signal.SIGINT:
-            raise KeyboardInterrupt
-        trainer.stop_signal = signum
-
-    signal.signal(signal.SIGTERM, request_stop)
-    signal.signal(signal.SIGINT, request_stop)
 
 
 # --------------------------------------------------------------------------------------------------- run folders
@@ -159,4 +199,6 @@ def _remove_if_empty(folder: Path) -> None:
 
 
 if __name__ == "__main__":
+    from train import main  # so that functions belong to the module `train`, which launchers of jobs import by name
+
     main()

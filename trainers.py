@@ -4,7 +4,9 @@ import json
 import math
 import signal
 import sys
+import tempfile
 import time
+from concurrent.futures import Future
 from pathlib import Path
 
 import torch
@@ -13,28 +15,35 @@ from tqdm import tqdm
 from batching import Loader, PreferenceData, collate
 from checkpoints import (
     Counters,
+    HostMemory,
+    Saving,
     latest_checkpoint,
+    load_optimizer,
     random_state,
     save_checkpoint,
+    save_optimizer,
     set_random_state,
 )
+from distributed import ALONE, World
 from evaluation import append_samples, evaluate_loss, sample_and_measure
 from losses import BoundLoss
 from metrics import MetricLog, Sums, rewind
-from models import (
-    archive_state,
-    build_policy,
-    build_reference,
-    full_model,
-    load_archive,
-)
+from launch import StopSignals
+from logprobs import Scorer
+from models import archive_state, build_policy, build_reference, skeleton
 from objective import compute_loss
+from placement import clip_grad_norm, full_weights, shard
 from rewards import build_reward
 from utils import PrefLabError, atomic_write, seed_everything
 
 
+SHARD = "2GB"  # of the hf folder: a shard is in memory while it is written
+
+
 class NonFiniteLoss(PrefLabError):
     """The loss or its gradient is no number; the weights of the last good step are saved."""
+
+    everywhere = True
 
 
 class Stopped(Exception):
@@ -46,23 +55,33 @@ class Stopped(Exception):
 
 
 class BasicTrainer:
-    """Trains in one process: on a CPU, on a GPU, or with the model's layers spread over several."""
+    """Trains in one process: on a CPU, on a GPU, or with the model's layers spread over several.
 
-    def __init__(self, config, run_dir: Path, loss: BoundLoss, tokenizer, data: dict[str, PreferenceData], wandb_run=None):
+    Every rank of a distributed trainer runs this same loop on its share of each batch; a subclass says where models live.
+    """
+
+    def __init__(self, config, run_dir: Path, loss: BoundLoss, tokenizer, data: dict[str, PreferenceData], *, world: World = ALONE, wandb_run=None, stop: StopSignals | None = None):
         seed_everything(config.seed)
-        self.config, self.run_dir, self.loss, self.tokenizer, self.data = config, run_dir, loss, tokenizer, data
-        self.log = MetricLog(run_dir, wandb_run, config.minimum_log_interval_secs)
+        self.config, self.run_dir, self.loss, self.tokenizer, self.data, self.world = config, run_dir, loss, tokenizer, data, world
+        self.log = MetricLog(run_dir, wandb_run, config.minimum_log_interval_secs, writes=world.rank == 0)
         self.counters = Counters()
         self.last_eval: dict | None = None
-        self.stop_signal: int | None = None
+        self.stop = stop or StopSignals()
+        self.saving: Saving | None = None
+        self.save_peaks: list[int] = []
+        training = config.function == "train"
+        self.checkpoint = world.agree(lambda: latest_checkpoint(run_dir)) if training else None
         self.build_models()
 
     def build_models(self) -> None:
-        scalar = "scalar_head" in self.loss.reads  # such a model has no text to sample
-        self.reward = None if scalar else build_reward(self.config.reward)
-        self.policy = build_policy(self.config.model, scalar_head=scalar, trainable=self.config.function == "train")
-        wanted = "reference" in self.loss.reads or (self.config.function == "eval" and not scalar)
-        self.reference = build_reference(self.config.model, self.policy, function=self.config.function) if wanted else None
+        self.scalar = "scalar_head" in self.loss.reads  # such a model has no text to sample
+        model, training = self.config.model, self.config.function == "train"
+        self.reward = None if self.scalar else build_reward(self.config.reward)
+        self.policy = build_policy(model, scalar_head=self.scalar, trainable=training, checkpoint=self.checkpoint, place=self.place)
+        wanted = "reference" in self.loss.reads or (not training and not self.scalar)
+        self.reference = build_reference(model, self.policy, function=self.config.function, place=self.place) if wanted else None
+
+    place = None  # where models go: a method (scorer, dtype) of the other trainers
 
     # -------------------------------------------------------------------------------------------------- the loop
 
@@ -81,34 +100,43 @@ class BasicTrainer:
             self.counters.seconds = time.perf_counter() - started
             if self._crossed(self.config.save_every or self.config.eval_every, len(examples)):
                 self.save()
-            if self.stop_signal is not None:
+            if signum := self._asked_to_stop():
                 self.save()
-                raise Stopped(self.stop_signal)
+                self.finish_saving()
+                raise Stopped(signum)
         bar.close()
         self.save()
+        self.finish_saving()
         return self.summarize()
+
+    def _asked_to_stop(self) -> int:
+        """The signal that any rank received, on all ranks; 0 for none."""
+        return int(self.world.max([self.stop.received or 0])[0])
 
     def _progress_bar(self) -> tqdm:
         interval = self.config.minimum_log_interval_secs
         if not sys.stderr.isatty():  # a log file keeps every line
             interval = max(interval, 10.0)
         unit = f" {self.loss.examples}"
-        return tqdm(total=self.loader.total, initial=self.counters.examples, unit=unit, desc="train", mininterval=interval)
+        return tqdm(
+            total=self.loader.total, initial=self.counters.examples, unit=unit, desc="train", mininterval=interval, disable=self.world.rank > 0
+        )  # fmt: skip
 
     def train_step(self, examples, bar: tqdm) -> None:
-        """One optimizer step: the gradient of the mean loss over `examples`, however they are split into microbatches."""
+        """One optimizer step: the gradient of the mean loss over `examples`, however they are split over ranks and microbatches."""
         begun = time.perf_counter()
         sums, n_tokens, losses = Sums(), 0, []
         self._set_learning_rate()
-        for part in self._microbatches(examples):
+        for part, n_real in self._microbatches(examples):
             batch = collate(self.data["train"], part, self.tokenizer.pad_token_id).to(self.policy.device)
             output, metrics = compute_loss(self.loss, self.policy, self.reference, batch, self.data["train"], "train")
-            (output.losses.sum() / len(examples)).backward()
-            sums.add(metrics)
-            losses.append(output.losses.detach())
-            n_tokens += batch.n_tokens
-        grad_norm = torch.nn.utils.clip_grad_norm_(self.parameters, self.config.max_grad_norm).item()
-        if not math.isfinite(grad_norm) or not bool(torch.isfinite(torch.cat(losses)).all()):
+            # Gradients come back as means over the data ranks; what is wanted is the mean over the examples of all of them.
+            (output.losses[:n_real].sum() * (self.world.data_ranks / len(examples))).backward()
+            sums.add(metrics, n_real)
+            losses.append(output.losses[:n_real].detach())
+            n_tokens += batch.n_tokens if n_real else 0
+        grad_norm = clip_grad_norm(self.parameters, self.config.max_grad_norm)
+        if self._any_not_finite(grad_norm, torch.cat(losses)):
             self._stop_at_non_finite(examples, torch.cat(losses))
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
@@ -116,9 +144,12 @@ class BasicTrainer:
         self.counters.examples += len(examples)
         self._log_step(sums, begun, len(examples), n_tokens, grad_norm, bar)
 
-    def _microbatches(self, examples) -> list:
-        size = math.ceil(len(examples) / self.config.gradient_accumulation_steps)
-        return [examples[begin : begin + size] for begin in range(0, len(examples), size)]
+    def _microbatches(self, examples):
+        return self.world.batches(examples, math.ceil(self.world.largest_share(len(examples)) / self.config.gradient_accumulation_steps))
+
+    def _any_not_finite(self, grad_norm: float, losses) -> bool:
+        bad = not math.isfinite(grad_norm) or not bool(torch.isfinite(losses).all())
+        return bool(self.world.max([float(bad)])[0])
 
     def _set_learning_rate(self) -> None:
         """Linear warm-up, then constant: a function of the step, so there is no scheduler state to lose."""
@@ -127,8 +158,9 @@ class BasicTrainer:
             group["lr"] = self.lr
 
     def _log_step(self, sums: Sums, begun: float, n: int, n_tokens: int, grad_norm: float, bar: tqdm) -> None:
-        means = sums.flush()  # the one read-back of a step: from here on its time is known
+        means = sums.flush(self.world)  # the one read-back of a step: from here on its time is known
         seconds = time.perf_counter() - begun
+        n_tokens = self.world.sum([n_tokens])[0]
         self.counters.train_seconds += seconds
         rates = {"examples_per_second": n / seconds, "tokens_per_second": n_tokens / seconds}
         self._write("train", means | rates | {"grad_norm": grad_norm, "lr": self.lr})
@@ -145,12 +177,14 @@ class BasicTrainer:
         return self.counters.examples // every > (self.counters.examples - n) // every
 
     def _stop_at_non_finite(self, examples, losses) -> None:
-        bad = [int(e) for e, finite in zip(examples, torch.isfinite(losses).tolist()) if not finite]
+        finite = self.world.gather(torch.isfinite(losses).tolist())
+        bad = [int(e) for e, good in zip(examples, finite) if not good]
         what = "loss" if bad else "gradient"
         names = [self.data["train"].describe(e) for e in (bad or [int(e) for e in examples])[:8]]
         self.optimizer.zero_grad(set_to_none=True)
         self.loader.load_state_dict(self._loader_state_before(examples))
         self.save()
+        self.finish_saving()
         saved = "no checkpoint was written (debug=true)" if self.config.debug else f"the last good weights are in {self.run_dir / 'LATEST'}"
         raise NonFiniteLoss(
             f"the {what} of step {self.counters.steps + 1} is not finite, from {', '.join(names)}; {saved}; "
@@ -168,7 +202,7 @@ class BasicTrainer:
         config = self.config
         values = evaluate_loss(
             self.loss, self.policy, self.reference, self.data["test"],
-            n=config.n_eval_examples, batch_size=config.eval_batch_size, pad_id=self.tokenizer.pad_token_id,
+            n=config.n_eval_examples, batch_size=config.eval_batch_size, pad_id=self.tokenizer.pad_token_id, world=self.world,
         )  # fmt: skip
         if self.reward is not None and (config.sample_during_eval or config.function == "eval"):
             rows, means = sample_and_measure(
@@ -176,9 +210,10 @@ class BasicTrainer:
                 n=config.n_eval_examples if config.function == "eval" else config.n_eval_model_samples,
                 max_prompt_length=config.max_prompt_length,
                 max_new_tokens=config.max_new_tokens or config.max_length - config.max_prompt_length,
-                temperature=config.temperature, top_p=config.topp, seed=config.seed, batch_size=config.eval_batch_size,
+                temperature=config.temperature, top_p=config.topp, seed=config.seed, batch_size=config.eval_batch_size, world=self.world,
             )  # fmt: skip
-            append_samples(self.run_dir / "samples.jsonl", rows, self.counters.examples)
+            if self.world.rank == 0:
+                append_samples(self.run_dir / "samples.jsonl", rows, self.counters.examples)
             values |= means
         self._write("eval", values)
         self.last_eval = {"examples": self.counters.examples, **values}
@@ -195,8 +230,11 @@ class BasicTrainer:
         summary |= {"eval_accuracy": values.get("rewards_eval/accuracies"), "eval_loss": values.get("loss/eval")}
         summary |= {"pairs_per_second": rate, "examples": counters.examples, "steps": counters.steps, "seconds": counters.seconds}
         summary |= {"seed": self.config.seed, "temperature": self.config.temperature, "top_p": self.config.topp}
-        with atomic_write(self.run_dir / "summary.json") as f:
-            json.dump(summary, f, indent=1)
+        peaks = [peak for peak in self.save_peaks if peak is not None]
+        summary |= {"trainer": self.config.trainer, "ranks": self.world.size, "save_peak_host_mib": max(peaks) / 2**20 if peaks else None}
+        if self.world.rank == 0:
+            with atomic_write(self.run_dir / "summary.json") as f:
+                json.dump(summary, f, indent=1)
         self.log.finish()
         return summary
 
@@ -207,7 +245,8 @@ class BasicTrainer:
         if config.activation_checkpointing:
             model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
             model.train()  # transformers recomputes in training mode only; dropout is off for good
-        self.parameters = [p for p in model.parameters() if p.requires_grad]
+        trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
+        self.parameters, self.parameter_names = list(trained.values()), list(trained)
         self.optimizer = getattr(torch.optim, config.optimizer)(self.parameters, lr=config.lr)
         self.loader = Loader(
             self.data["train"].groups,
@@ -215,44 +254,85 @@ class BasicTrainer:
         )  # fmt: skip
 
     def save(self) -> None:
-        if not self.config.debug:
-            save_checkpoint(self.run_dir, self.counters.steps, self._fill_checkpoint, keep=self.config.keep_checkpoints)
+        """Begin a checkpoint; where the optimizer's state is sharded, it is written while training goes on."""
+        if self.config.debug:
+            return
+        self.finish_saving()
+        with HostMemory() as memory:
+            self.saving = save_checkpoint(
+                self.run_dir, self.counters.steps, self._fill_checkpoint, keep=self.config.keep_checkpoints, world=self.world
+            )
+        self.save_peaks.append(memory.peak)
 
-    def _fill_checkpoint(self, folder: Path) -> None:
-        model = full_model(self.policy)
-        metrics = {key: value for key, value in (self.last_eval or {}).items() if value is not None}
-        torch.save({"step_idx": self.counters.steps, "state": archive_state(model), "metrics": metrics}, folder / "policy.pt")
-        model.save_pretrained(folder / "hf")
-        self.tokenizer.save_pretrained(folder / "hf")
-        training = {
-            "optimizer": self.optimizer.state_dict(),
-            "loader": self.loader.state_dict(),
-            "counters": vars(self.counters),
-            "random": random_state(),
-            "last_eval": self.last_eval,
-        }
-        if model is not self.policy.model:  # policy.pt holds the adapter folded in; training goes on from the adapter
-            training["adapter"] = {n: p.detach() for n, p in self.policy.model.named_parameters() if p.requires_grad}
-        torch.save(training, folder / "training_state.pt")
+    def finish_saving(self) -> None:
+        if self.saving is not None:
+            self.saving.wait()
+            self.saving = None
+
+    def _fill_checkpoint(self, folder: Path) -> Future | None:
+        optimizer, future = save_optimizer(self.optimizer, self.parameter_names, folder / "optimizer", self._saving_group())
+        self._save_weights(folder)
+        if self.world.rank == 0:
+            training = {
+                "optimizer": optimizer,
+                "loader": self.loader.state_dict(),
+                "counters": vars(self.counters),
+                "random": random_state(),
+                "last_eval": self.last_eval,
+            }
+            torch.save(training, folder / "training_state.pt")
+        return future
+
+    def _saving_group(self):
+        """The process group that writes in the background; None writes at once."""
+        return None
+
+    def _save_weights(self, folder: Path) -> None:
+        """policy.pt and hf/, whole, and with LoRA the adapter: policy.pt has it folded in, and training goes on from it."""
+        with tempfile.TemporaryDirectory(dir=folder, prefix=".weights-") as scratch:
+            adapter = hasattr(self.policy.model, "peft_config")
+            state = full_weights(self.policy, Path(scratch), keep=self.world.rank == 0, alias=not adapter)
+            if self.world.rank > 0:
+                return
+            if adapter:
+                torch.save({name: state[name] for name in self.parameter_names}, folder / "adapter.pt")
+            model = skeleton(self.config.model, scalar_head=self.scalar)
+            model.load_state_dict(state, assign=True)
+            model.tie_weights()
+            model = model.merge_and_unload() if adapter else model
+            if not self.scalar:
+                model.generation_config = self.policy.causal_lm.generation_config
+            metrics = {key: value for key, value in (self.last_eval or {}).items() if value is not None}
+            torch.save({"step_idx": self.counters.steps, "state": archive_state(model), "metrics": metrics}, folder / "policy.pt")
+            model.save_pretrained(folder / "hf", max_shard_size=SHARD)
+            self.tokenizer.save_pretrained(folder / "hf")
 
     def resume(self) -> None:
         """Go on from the newest checkpoint of the run folder, if there is one; else clear what a dead start left."""
-        checkpoint = latest_checkpoint(self.run_dir)
-        if checkpoint is not None:
-            state = torch.load(checkpoint / "training_state.pt", map_location=self.policy.device, weights_only=True)
-            if "adapter" in state:
-                self.policy.model.load_state_dict(state["adapter"], strict=False)
-            else:
-                load_archive(self.policy.model, checkpoint)
-            self.optimizer.load_state_dict(state["optimizer"])
+        if self.checkpoint is not None:
+            state = torch.load(self.checkpoint / "training_state.pt", map_location="cpu", weights_only=True)
+            load_optimizer(self.optimizer, self.parameter_names, self.checkpoint / "optimizer", state["optimizer"], alone=self._saving_group() is None)
             self.loader.load_state_dict(state["loader"])
             self.counters = Counters(**state["counters"])
             self.last_eval = state["last_eval"]
-            set_random_state({key: value.cpu() if key == "torch" else value for key, value in state["random"].items()})
+            set_random_state(state["random"])
             print(f"continuing {self.run_dir} from step {self.counters.steps} ({self.counters.examples:,} examples)")
-        for name in ("metrics.jsonl", "samples.jsonl"):
-            rewind(self.run_dir / name, self.counters.examples if checkpoint is not None else -1)
-        (self.run_dir / "summary.json").unlink(missing_ok=True)
+        if self.world.rank == 0:
+            for name in ("metrics.jsonl", "samples.jsonl"):
+                rewind(self.run_dir / name, self.counters.examples if self.checkpoint is not None else -1)
+            (self.run_dir / "summary.json").unlink(missing_ok=True)
 
 
-TRAINERS = {"BasicTrainer": BasicTrainer}
+class FSDPTrainer(BasicTrainer):
+    """Shards policy, reference, gradients and optimizer state over the ranks, with PyTorch's FSDP2."""
+
+    def place(self, scorer: Scorer, dtype: torch.dtype) -> None:
+        shard(scorer, self.world, self.config, dtype)
+
+    def _saving_group(self):
+        if not hasattr(self, "_group"):
+            self._group = torch.distributed.new_group(backend="gloo")
+        return self._group
+
+
+TRAINERS = {"BasicTrainer": BasicTrainer, "FSDPTrainer": FSDPTrainer}

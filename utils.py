@@ -16,6 +16,8 @@ import numpy as np
 class PrefLabError(ValueError):
     """Something the user can mend: says what came, what is accepted and what to change."""
 
+    everywhere = False  # whether all ranks raise it together, so that one of them should tell it
+
 
 class ConfigError(PrefLabError):
     """A setting, or a combination of settings, that cannot work."""
@@ -64,18 +66,23 @@ def atomic_directory(path: str | Path) -> Iterator[Path]:
     temporary = Path(tempfile.mkdtemp(dir=path.parent, prefix=f".{path.name}."))
     try:
         yield temporary
-        for file in temporary.rglob("*"):
-            if file.is_file():
-                with open(file, "rb") as f:
-                    os.fsync(f.fileno())
-        os.chmod(temporary, 0o777 & ~_umask())
-        try:
-            os.rename(temporary, path)
-        except OSError:
-            if not path.is_dir():
-                raise
+        finish_directory(temporary, path)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
+
+
+def finish_directory(temporary: Path, path: Path) -> None:
+    """Give a filled temporary folder its name, once all of it is on the disk."""
+    for file in temporary.rglob("*"):
+        if file.is_file():
+            with open(file, "rb") as f:
+                os.fsync(f.fileno())
+    os.chmod(temporary, 0o777 & ~_umask())
+    try:
+        os.rename(temporary, path)
+    except OSError:
+        if not path.is_dir():
+            raise
 
 
 def _umask() -> int:

@@ -148,7 +148,10 @@ def test_another_run_in_the_same_folder_is_refused(command):
 
 
 def write(content):
-    return lambda folder: (folder / "policy.pt").write_text(content)
+    def fill(folder):
+        (folder / "policy.pt").write_text(content)
+
+    return fill
 
 
 def test_a_save_that_dies_leaves_the_previous_checkpoint(tmp_path):

@@ -1,0 +1,127 @@
+"""Starting workers on this machine, telling them to stop, and telling why one of them died."""
+
+import json
+import logging
+import multiprocessing
+import os
+import signal
+import socket
+import sys
+import tempfile
+import threading
+import time
+import traceback
+from collections.abc import Callable
+from pathlib import Path
+
+from utils import ConfigError, PrefLabError
+
+# SIGTERM: preemption, or the end of an allocation; SIGUSR1: the warning before a time limit (sbatch --signal=USR1@120);
+# SIGUSR2: the same where a launcher of jobs such as submitit uses it; SIGINT: Ctrl-C.
+STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2)
+
+
+class StopSignals:
+    """Remembers the first signal that asks the run to stop; the loop saves and stops after the running step.
+
+    A second Ctrl-C stops at once. Workers are told as well.
+    """
+
+    def __init__(self):
+        self.received: int | None = None
+        self.handlers_before: dict[int, object] = {}
+
+    def listen(self) -> None:
+        """Take the signals over; only the main thread of a process can."""
+        if threading.current_thread() is threading.main_thread():
+            for signum in STOP_SIGNALS:
+                self.handlers_before[signum] = signal.signal(signum, self._on_signal)
+
+    def stop_listening(self) -> None:
+        for signum, handler in self.handlers_before.items():
+            signal.signal(signum, handler)
+        self.handlers_before = {}
+
+    def _on_signal(self, signum, frame) -> None:
+        if self.received is not None and signum == signal.SIGINT:
+            raise KeyboardInterrupt
+        self.received = self.received or signum
+        for worker in multiprocessing.active_children():
+            # A Ctrl-C reaches the workers by the terminal too, and a second one would kill them.
+            os.kill(worker.pid, signal.SIGTERM if signum == signal.SIGINT else signum)
+
+    def hand_over(self) -> None:
+        """Once all is saved: let a launcher that waits for this signal (submitit) requeue the job, if there is one."""
+        handler = self.handlers_before.get(self.received)
+        if self.received in (signal.SIGUSR1, signal.SIGUSR2) and callable(handler):
+            handler(self.received, None)
+
+
+class WorkerDied(RuntimeError):
+    """A worker ended by itself; the others were stopped."""
+
+
+def launch(worker: Callable, n: int, port: int | None, arguments: tuple, stop: StopSignals) -> None:
+    """Run `worker(*arguments)` in `n` processes that find one another, through torch's elastic launcher.
+
+    Returns when all have returned. Raises WorkerDied, and prints the traceback of the first that failed, when one dies;
+    PrefLabError with the worker's own message when that is what it raised. The rest are stopped first.
+    """
+    from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+    from torch.distributed.launcher.api import LaunchConfig, elastic_launch
+
+    logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)  # we say ourselves what went wrong
+    os.environ.setdefault("OMP_NUM_THREADS", str(max(1, len(os.sched_getaffinity(0)) // n)))
+    with tempfile.TemporaryDirectory(prefix="preflab-workers-") as folder:
+        settings = LaunchConfig(
+            min_nodes=1, max_nodes=1, nproc_per_node=n, max_restarts=0, start_method="spawn", monitor_interval=0.1,
+            run_id=str(os.getpid()), rdzv_backend="c10d", rdzv_endpoint=f"localhost:{_free_port(port)}",
+            signals_to_handle="SIGHUP",  # the others are ours
+        )  # fmt: skip
+        try:
+            elastic_launch(settings, _guarded)(worker, arguments, folder)
+        except ChildFailedError as failed:
+            _tell_why(failed, Path(folder), stop)
+
+
+def _free_port(port: int | None) -> int:
+    """`port` if nothing listens there, else ConfigError; for None a free one."""
+    with socket.socket() as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            probe.bind(("localhost", port or 0))
+        except OSError as error:
+            raise ConfigError(f"fsdp_port={port} cannot be used ({error.strerror}); take another, or fsdp_port=null for a free one") from error
+        return probe.getsockname()[1]
+
+
+def _guarded(worker: Callable, arguments: tuple, folder: str) -> None:
+    """In the worker: leave what goes wrong where the starting process finds it."""
+    try:
+        worker(*arguments)
+    except SystemExit:  # another rank says why
+        raise
+    except BaseException as error:
+        known = isinstance(error, PrefLabError)
+        told = {"message": str(error), "known": known, "traceback": traceback.format_exc(), "time": time.time()}
+        (Path(folder) / f"{os.environ['RANK']}.json").write_text(json.dumps(told), encoding="utf-8")
+        sys.stderr = open(os.devnull, "w")  # noqa: SIM115  (it is told once, by the process that started us)
+        raise SystemExit(1) from None
+
+
+def _tell_why(failed, folder: Path, stop: StopSignals) -> None:
+    """Raise for the worker that failed first: the errors of the others follow from it."""
+    told = [(json.loads(path.read_text(encoding="utf-8")), path.stem) for path in folder.glob("*.json")]
+    rank, failure = failed.get_first_failure()
+    if failure.exitcode < 0:  # killed: it could not tell, and what the others saw is its end
+        if stop.received is not None and -failure.exitcode == stop.received:
+            return  # before it could listen; nothing had begun
+        name = signal.Signals(-failure.exitcode).name
+        raise WorkerDied(f"worker {rank} was killed by {name}{' (out of memory?)' if name == 'SIGKILL' else ''}; all workers were stopped") from failed
+    if not told:
+        raise WorkerDied(f"worker {rank} ended with exit code {failure.exitcode}; all workers were stopped") from failed
+    first, rank = min(told, key=lambda pair: pair[0]["time"])
+    if first["known"]:
+        raise PrefLabError(first["message"])
+    print(first["traceback"], file=sys.stderr)
+    raise WorkerDied(f"worker {rank} died of the error above; all workers were stopped")

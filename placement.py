@@ -1,0 +1,180 @@
+"""Where a model lives: sharded over ranks (FSDP2), its layers split over ranks (DTensor) or over devices of one process.
+
+Each takes a built `Scorer` and changes it in place. Nothing here knows a loss, and nothing else knows how a model is
+placed: scoring goes through `Scorer.run`, weights come back through `full_weights`.
+"""
+
+import math
+import types
+from collections import Counter
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import (
+    CPUOffloadPolicy,
+    FSDPModule,
+    MixedPrecisionPolicy,
+    OffloadPolicy,
+    fully_shard,
+    register_fsdp_forward_method,
+)
+from torch.distributed.tensor import DTensor, Replicate
+from torch.distributed.tensor.parallel import (
+    ColwiseParallel,
+    RowwiseParallel,
+    parallelize_module,
+)
+
+from distributed import World, join_alone
+from logprobs import Scorer
+from utils import ConfigError
+
+# ------------------------------------------------------------------------------------------------ over ranks: FSDP2
+
+
+def shard(scorer: Scorer, world: World, config, dtype: torch.dtype) -> None:
+    """Shard a model over the ranks with FSDP2, block by block, in `dtype`; layers are split first with tensor_parallel_size.
+
+    The weights may be mapped from files, of another dtype too: a rank converts and copies its own part of a block before
+    it touches the next, and never holds the whole model. Gradients come out as means over the data ranks.
+    """
+    join_alone()
+    model = scorer.causal_lm
+    mesh = _mesh(world, config)
+    blocks = find_blocks(model, config.model.block_name)
+    if config.tensor_parallel_size > 1:
+        _split_layers(model, mesh["peers"])
+    half = config.model.fsdp_policy_mp
+    options = dict(
+        mesh=mesh["replicas", "shards"] if mesh["replicas"].size() > 1 else mesh["shards"],
+        mp_policy=MixedPrecisionPolicy(param_dtype=getattr(torch, half) if half else None, reduce_dtype=torch.float32 if half else None),
+        offload_policy=CPUOffloadPolicy(pin_memory=world.device.type == "cuda") if config.fsdp_cpu_offload else OffloadPolicy(),
+    )
+    for block in blocks:
+        _cast(block, dtype)
+        fully_shard(block, **options)
+    _cast(model, dtype)
+    # The root holds embeddings, last norm and head. They stay gathered from the forward to the backward pass, in which
+    # the chunks of the head are computed again.
+    fully_shard(model, reshard_after_forward=False, **options)
+    model.enter = types.MethodType(lambda self, function: function(), model)
+    register_fsdp_forward_method(model, "enter")
+    scorer.enter, scorer.autocast, scorer.placed_on = model.enter, None, world.device
+
+
+def reshard(model: nn.Module) -> None:
+    """Drop what a forward pass without a backward pass left gathered; until then the root's parameters are not the shards."""
+    for module in model.modules():
+        if isinstance(module, FSDPModule):
+            module.reshard()
+
+
+def _mesh(world: World, config):
+    shards = config.fsdp_shard_size or world.data_ranks
+    shape = (world.data_ranks // shards, shards, world.peers)
+    return init_device_mesh(world.device.type, shape, mesh_dim_names=("replicas", "shards", "peers"))
+
+
+def find_blocks(model: nn.Module, name: str | None) -> list[nn.Module]:
+    """The transformer blocks: modules of class `name`, by default those that transformers says not to split.
+
+    Raises ConfigError that lists the repeated classes of the model when there is none.
+    """
+    names = {name} if name else set(getattr(model, "_no_split_modules", None) or ())
+    blocks = [module for module in model.modules() if type(module).__name__ in names]
+    if not blocks:
+        repeated = Counter(type(m).__name__ for parent in model.modules() if isinstance(parent, nn.ModuleList) for m in parent)
+        raise ConfigError(
+            f"model.block_name={name} matches no module of {type(model).__name__}; "
+            f"its repeated blocks are of class {', '.join(sorted(repeated)) or '(none)'}"
+        )
+    return blocks
+
+
+def _cast(module: nn.Module, dtype: torch.dtype) -> None:
+    """Parameters to `dtype`; buffers, such as rotary frequencies, keep theirs, and so do parameters already sharded."""
+    for parameter in module.parameters():
+        if not isinstance(parameter, DTensor) and parameter.dtype != dtype:
+            parameter.data = parameter.data.to(dtype)
+
+
+STYLES = {
+    "colwise": ColwiseParallel,
+    "rowwise": RowwiseParallel,
+    "colwise_gather_output": lambda: ColwiseParallel(output_layouts=Replicate()),
+    "embedding_rowwise": None,  # left whole: it saves little, and the head is often tied to it
+}
+
+
+def layer_plan(model: nn.Module, peers: int) -> dict:
+    """How to split each linear layer over `peers` ranks, from the plan transformers has for the model.
+
+    Raises ConfigError for a model without a plan, with layers or heads that `peers` does not divide, or with LoRA.
+    """
+    name, config = type(model).__name__, model.config.get_text_config()
+    plan = getattr(model, "_tp_plan", None) or {}
+    unknown = sorted({style for style in plan.values() if style not in STYLES})
+    if not plan or unknown:
+        why = f"uses {', '.join(unknown)}, which is not known here" if unknown else "does not exist in transformers"
+        raise ConfigError(f"tensor_parallel_size={peers}: the plan of {name} {why}; use tensor_parallel_size=1 (FSDP alone) or TensorParallelTrainer")
+    if hasattr(model, "peft_config") or any("lora_" in key for key, _ in model.named_parameters()):
+        raise ConfigError(f"tensor_parallel_size={peers} does not split LoRA adapters; use tensor_parallel_size=1 (FSDP alone), or model.lora.r=0")
+    sizes = {"attention heads": config.num_attention_heads, "key and value heads": getattr(config, "num_key_value_heads", None)}
+    for what, size in sizes.items():
+        if size is not None and size % peers:
+            raise ConfigError(f"tensor_parallel_size={peers} does not divide the {size} {what} of {name}")
+    tied = model.get_output_embeddings() is not None and model.get_output_embeddings().weight is model.get_input_embeddings().weight
+    return {
+        path: STYLES[style]()
+        for path, style in plan.items()
+        if STYLES[style] is not None and not (tied and style == "colwise_gather_output")
+    }
+
+
+def _split_layers(model: nn.Module, mesh) -> None:
+    parallelize_module(model, mesh, layer_plan(model, mesh.size()))
+
+
+# ------------------------------------------------------------------------------------------- weights and gradients
+
+
+@torch.no_grad()
+def clip_grad_norm(parameters: list[nn.Parameter], max_norm: float) -> float:
+    """Scale gradients to a global norm of at most `max_norm`, wherever they live; returns the norm before."""
+    by_mesh: dict = {}
+    for p in parameters:
+        if p.grad is not None:
+            by_mesh.setdefault((p.grad.device_mesh, p.grad.placements) if isinstance(p.grad, DTensor) else p.grad.device, []).append(p)
+    norms = [torch.nn.utils.get_total_norm([p.grad for p in group]) for group in by_mesh.values()]
+    norms = [norm.full_tensor() if isinstance(norm, DTensor) else norm for norm in norms]
+    total = norms[0] if len(norms) == 1 else torch.linalg.vector_norm(torch.stack([norm.to(norms[0].device) for norm in norms]))
+    for group in by_mesh.values():
+        torch.nn.utils.clip_grads_with_norm_(group, max_norm, total)
+    return total.item()
+
+
+def full_weights(scorer: Scorer, scratch: Path, *, keep: bool, alias: bool) -> dict[str, Tensor]:
+    """All weights of a model by name, whole. Every rank must call it; the dict is filled where `keep` is true (rank 0).
+
+    A weight that is not whole on this CPU already is copied to a file in `scratch` and mapped from there, so that one
+    weight at a time is in memory; without `alias` so are the others. Weights that share memory do so here too.
+    """
+    reshard(scorer.model)
+    state: dict[str, Tensor] = {}
+    seen: dict[int, Tensor] = {}
+    for i, (name, tensor) in enumerate(scorer.model.state_dict(keep_vars=True).items()):
+        if id(tensor) not in seen:
+            sharded = isinstance(tensor, DTensor)
+            whole = tensor.detach().full_tensor() if sharded else tensor.detach()
+            if not keep:
+                seen[id(tensor)] = whole.new_empty(0)
+            elif alias and not sharded and whole.device.type == "cpu":
+                seen[id(tensor)] = whole
+            else:
+                mapped = torch.from_file(str(scratch / f"{i}"), shared=True, size=max(1, whole.numel()), dtype=whole.dtype)
+                seen[id(tensor)] = mapped[: whole.numel()].view(whole.shape).copy_(whole)
+            del whole
+        state[name] = seen[id(tensor)]
+    return state if keep else {}
