@@ -83,8 +83,7 @@ class Scorer:
     @torch.no_grad()
     def check(self) -> None:
         """Refuse a model whose own logits differ from head(body(x)): its log-probs would be silently wrong."""
-        vocabulary = self.causal_lm.get_input_embeddings().weight.shape[0]
-        ids = torch.arange(1, 9, device=self.device).remainder(vocabulary)[None]
+        ids = torch.arange(1, 9, device=self.device).remainder(self.causal_lm.config.get_text_config().vocab_size)[None]
         batch = Batch(ids, torch.ones_like(ids), *[None] * 8)
         ours = self.run(lambda: self.logits(self.hidden(batch, torch.arange(8))))
         with self.active():
@@ -98,7 +97,7 @@ class Scorer:
             )
 
     def _is_full_precision(self) -> bool:
-        return self.autocast is None and self.causal_lm.get_input_embeddings().weight.dtype == torch.float32
+        return self.autocast is None and next(self.model.parameters()).dtype == torch.float32
 
 
 @dataclass

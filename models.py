@@ -18,7 +18,7 @@ from transformers.core_model_loading import revert_weight_conversion
 from transformers.utils import logging
 
 from logprobs import Scorer
-from placement import find_blocks, layer_plan, reshard
+from placement import devices_for, find_blocks, layer_plan, reshard
 from utils import ConfigError
 
 # Masks and tables that old transformers versions kept in checkpoints; none of them is a weight.
@@ -33,6 +33,8 @@ def check_model(config, *, scalar_head: bool = False) -> None:
     limit = getattr(model.get_text_config(), "max_position_embeddings", None)
     if limit is not None and config.max_length > limit:
         raise ConfigError(f"max_length={config.max_length} exceeds the {limit} positions of {config.model.name_or_path}; lower it")
+    if config.trainer == "TensorParallelTrainer":
+        devices_for(config)
     if config.trainer == "FSDPTrainer":
         model = skeleton(config.model, scalar_head=scalar_head)
         find_blocks(model, config.model.block_name)

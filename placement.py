@@ -6,6 +6,7 @@ placed: scoring goes through `Scorer.run`, weights come back through `full_weigh
 
 import math
 import types
+import warnings
 from collections import Counter
 from pathlib import Path
 
@@ -137,6 +138,109 @@ def _split_layers(model: nn.Module, mesh) -> None:
     parallelize_module(model, mesh, layer_plan(model, mesh.size()))
 
 
+# ------------------------------------------------------------- over devices of one process: the tensor-parallel package
+
+
+def devices_for(config) -> list[torch.device]:
+    """The devices TensorParallelTrainer splits layers over: `world_size` GPUs (by default all), or parts of the CPU.
+
+    Raises ConfigError when there are fewer, and for settings that the package cannot run.
+    """
+    gpus = torch.cuda.device_count()
+    n = config.world_size or gpus or 1
+    if gpus and n > gpus:
+        raise ConfigError(f"world_size={n}, but TensorParallelTrainer finds {gpus} GPUs; lower it")
+    if config.activation_checkpointing:
+        raise ConfigError("activation_checkpointing=true: TensorParallelTrainer cannot compute a part of a layer again; leave it out, or use FSDPTrainer")
+    if config.model.lora.r:
+        raise ConfigError(f"model.lora.r={config.model.lora.r}: TensorParallelTrainer does not split adapters; use BasicTrainer or FSDPTrainer")
+    return [torch.device("cuda", i) if gpus else torch.device("cpu") for i in range(n)]
+
+
+class _Parts(nn.Module):
+    """A language model whose body and head can be called apart. The package runs one such shard a device, in threads."""
+
+    def __init__(self, model: nn.Module, autocast: torch.dtype | None):
+        super().__init__()
+        self.model, self.autocast, self.shard = model, autocast, 0
+
+    def forward(self, **inputs):
+        if self.autocast is None:
+            return self._forward(**inputs)
+        device = next(value for value in inputs.values() if isinstance(value, Tensor)).device
+        with torch.autocast(device.type, self.autocast):  # the caller's does not reach into threads
+            return self._forward(**inputs)
+
+    def _forward(self, hidden: Tensor | None = None, past_key_values=None, **inputs):
+        if hidden is not None:
+            head = self.model.score if hasattr(self.model, "score") else self.model.get_output_embeddings()
+            return head(hidden)
+        if past_key_values is not None:  # each shard keeps a cache of its own; the caller holds that of the first
+            past_key_values = past_key_values.of_shards[self.shard]
+        return getattr(self.model, self.model.base_model_prefix)(past_key_values=past_key_values, **inputs)
+
+
+class _Body(nn.Module):
+    """Stands where the body of a model was."""
+
+    def __init__(self, shards: nn.Module):
+        super().__init__()
+        self.shards = shards
+
+    def forward(self, input_ids: Tensor, past_key_values=None, **inputs):
+        if past_key_values is not None and not hasattr(past_key_values, "of_shards"):
+            others = [type(past_key_values)() for _ in self.shards.module_shards[1:]]
+            past_key_values.of_shards = [past_key_values, *others]
+        return self.shards(input_ids=input_ids, past_key_values=past_key_values, **inputs)
+
+
+class _Head(nn.Module):
+    """Stands where the head of a model was."""
+
+    def __init__(self, shards: nn.Module):
+        super().__init__()
+        self.shards = shards
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        return self.shards(hidden=hidden)
+
+
+def split(scorer: Scorer, devices: list[torch.device], dtype: torch.dtype) -> None:
+    """Split every linear layer and embedding of a model over `devices`, with the tensor-parallel package's generic config.
+
+    The model keeps its class, so that it scores and samples as before; its body and head are now the package's. (Its
+    configs for single architectures expect classes as they were in 2023.)
+    """
+    model = scorer.model
+    _cast(model, dtype)
+    scorer.placed_on = devices[0]
+    if len(devices) == 1:
+        model.to(devices[0])
+        return
+    from tensor_parallel import (  # slow to import, and for this trainer alone
+        TensorParallel,
+    )
+    from tensor_parallel.autoconfig import get_default_config
+
+    warnings.filterwarnings("ignore", category=FutureWarning, module="tensor_parallel")
+    parts = _Parts(model, scorer.autocast)
+    shards = TensorParallel(parts, devices, tensor_parallel_config=get_default_config(parts, devices))
+    for i, part in enumerate(shards.module_shards):
+        part.shard = i
+    # What the package does not split (norms) it keeps in pieces and gathers when they have changed. Gathered without
+    # gradient in an evaluation, or with a graph that a backward pass has used up, they must not be taken again.
+    manager = shards.sharding_manager
+    shards.register_forward_pre_hook(lambda *_: setattr(manager, "_last_versions", None))
+    head = _Head(shards)
+    if hasattr(model, "score"):
+        model.score = head
+    else:
+        model.set_output_embeddings(head)
+    setattr(model, model.base_model_prefix, _Body(shards))
+    # transformers finds these by looking for layers that are no longer there.
+    model.get_output_embeddings, model.get_input_embeddings = lambda: head, lambda: None
+
+
 # ------------------------------------------------------------------------------------------- weights and gradients
 
 
@@ -162,6 +266,8 @@ def full_weights(scorer: Scorer, scratch: Path, *, keep: bool, alias: bool) -> d
     weight at a time is in memory; without `alias` so are the others. Weights that share memory do so here too.
     """
     reshard(scorer.model)
+    if isinstance(body := getattr(scorer.model, scorer.causal_lm.base_model_prefix), _Body):
+        return _whole_of_split(body.shards)
     state: dict[str, Tensor] = {}
     seen: dict[int, Tensor] = {}
     for i, (name, tensor) in enumerate(scorer.model.state_dict(keep_vars=True).items()):
@@ -178,3 +284,10 @@ def full_weights(scorer: Scorer, scratch: Path, *, keep: bool, alias: bool) -> d
             del whole
         state[name] = seen[id(tensor)]
     return state if keep else {}
+
+
+def _whole_of_split(shards: nn.Module) -> dict[str, Tensor]:
+    from tensor_parallel import save_tensor_parallel
+
+    with save_tensor_parallel(shards):
+        return {name.removeprefix("model."): tensor.detach().cpu() for name, tensor in shards.state_dict().items()}

@@ -32,7 +32,7 @@ from launch import StopSignals
 from logprobs import Scorer
 from models import archive_state, build_policy, build_reference, skeleton
 from objective import compute_loss
-from placement import clip_grad_norm, full_weights, shard
+from placement import clip_grad_norm, devices_for, full_weights, shard, split
 from rewards import build_reward
 from utils import PrefLabError, atomic_write, seed_everything
 
@@ -335,4 +335,11 @@ class FSDPTrainer(BasicTrainer):
         return self._group
 
 
-TRAINERS = {"BasicTrainer": BasicTrainer, "FSDPTrainer": FSDPTrainer}
+class TensorParallelTrainer(BasicTrainer):
+    """One process; every layer of the policy and of the reference is split over several devices."""
+
+    def place(self, scorer: Scorer, dtype: torch.dtype) -> None:
+        split(scorer, devices_for(self.config), dtype)
+
+
+TRAINERS = {trainer.__name__: trainer for trainer in (BasicTrainer, FSDPTrainer, TensorParallelTrainer)}
