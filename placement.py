@@ -267,7 +267,7 @@ def full_weights(scorer: Scorer, scratch: Path, *, keep: bool, alias: bool) -> d
     """
     reshard(scorer.model)
     if isinstance(body := getattr(scorer.model, scorer.causal_lm.base_model_prefix), _Body):
-        return _whole_of_split(body.shards)
+        return _whole_of_split(scorer.model, body.shards)
     state: dict[str, Tensor] = {}
     seen: dict[int, Tensor] = {}
     for i, (name, tensor) in enumerate(scorer.model.state_dict(keep_vars=True).items()):
@@ -286,8 +286,10 @@ def full_weights(scorer: Scorer, scratch: Path, *, keep: bool, alias: bool) -> d
     return state if keep else {}
 
 
-def _whole_of_split(shards: nn.Module) -> dict[str, Tensor]:
+def _whole_of_split(model: nn.Module, shards: nn.Module) -> dict[str, Tensor]:
     from tensor_parallel import save_tensor_parallel
 
     with save_tensor_parallel(shards):
-        return {name.removeprefix("model."): tensor.detach().cpu() for name, tensor in shards.state_dict().items()}
+        state = {name.removeprefix("model."): tensor.detach().cpu() for name, tensor in shards.state_dict().items()}
+    # The package puts a tied weight together under its first name alone.
+    return state | {name: state[tied_to] for name, tied_to in model.all_tied_weights_keys.items()}
