@@ -4,6 +4,7 @@ A run in one process has a world of one and none of this costs it anything. Unde
 tasks, or in the workers that train.py starts itself, the process group is joined the first time `world()` is asked for.
 """
 
+import atexit
 import os
 import subprocess
 import sys
@@ -179,6 +180,7 @@ def _init_process_group(*, device: torch.device, **options) -> None:
         dist.init_process_group("cpu:gloo,cuda:nccl", timeout=TIMEOUT, device_id=device, **options)
     else:
         dist.init_process_group("gloo", timeout=TIMEOUT, **options)
+        atexit.register(leave)  # its threads abort the process otherwise
 
 
 def leave() -> None:

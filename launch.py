@@ -1,5 +1,6 @@
 """Starting workers on this machine, telling them to stop, and telling why one of them died."""
 
+import contextlib
 import json
 import logging
 import multiprocessing
@@ -12,6 +13,7 @@ import threading
 import time
 import traceback
 from collections.abc import Callable
+from multiprocessing import resource_tracker
 from pathlib import Path
 
 from utils import ConfigError, PrefLabError
@@ -32,15 +34,10 @@ class StopSignals:
         self.handlers_before: dict[int, object] = {}
 
     def listen(self) -> None:
-        """Take the signals over; only the main thread of a process can."""
+        """Take the signals over, to the end of the process; only its main thread can."""
         if threading.current_thread() is threading.main_thread():
             for signum in STOP_SIGNALS:
                 self.handlers_before[signum] = signal.signal(signum, self._on_signal)
-
-    def stop_listening(self) -> None:
-        for signum, handler in self.handlers_before.items():
-            signal.signal(signum, handler)
-        self.handlers_before = {}
 
     def _on_signal(self, signum, frame) -> None:
         if self.received is not None and signum == signal.SIGINT:
@@ -51,10 +48,20 @@ class StopSignals:
             os.kill(worker.pid, signal.SIGTERM if signum == signal.SIGINT else signum)
 
     def hand_over(self) -> None:
-        """Once all is saved: let a launcher that waits for this signal (submitit) requeue the job, if there is one."""
-        handler = self.handlers_before.get(self.received)
+        """Once all is saved: if a launcher of jobs (submitit) waited for this signal, let it put the job back in the queue."""
+        handler = self.handlers_before.get(signal.SIGUSR2)
         if self.received in (signal.SIGUSR1, signal.SIGUSR2) and callable(handler):
-            handler(self.received, None)
+            handler(signal.SIGUSR2, None)
+
+
+@contextlib.contextmanager
+def sheltered():
+    """Helper processes started in here (wandb's, multiprocessing's) do not get SLURM's SIGUSR1, which goes to all."""
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGUSR1, signal.SIGUSR2})
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
 class WorkerDied(RuntimeError):
@@ -72,6 +79,8 @@ def launch(worker: Callable, n: int, port: int | None, arguments: tuple, stop: S
 
     logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)  # we say ourselves what went wrong
     os.environ.setdefault("OMP_NUM_THREADS", str(max(1, len(os.sched_getaffinity(0)) // n)))
+    with sheltered():
+        resource_tracker.ensure_running()
     with tempfile.TemporaryDirectory(prefix="preflab-workers-") as folder:
         settings = LaunchConfig(
             min_nodes=1, max_nodes=1, nproc_per_node=n, max_restarts=0, start_method="spawn", monitor_interval=0.1,

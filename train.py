@@ -5,6 +5,7 @@ import itertools
 import json
 import os
 import sys
+import time
 from pathlib import Path
 
 import hydra
@@ -20,8 +21,8 @@ from configuration import (
     must_match,
     register_resolvers,
 )
-from distributed import data_ranks, leave, local_workers, world
-from launch import StopSignals, WorkerDied, launch
+from distributed import data_ranks, leave, local_workers, ranks_given, world
+from launch import StopSignals, WorkerDied, launch, sheltered
 from metrics import start_wandb
 from models import check_model, load_tokenizer
 from report import write_report
@@ -47,6 +48,7 @@ def run(config: DictConfig) -> None:
     try:
         config = _saved_config(config, run_dir) if config.resume else config
         execute(config, run_dir, stop)
+        leave()
     except PrefLabError as error:
         if world().rank == 0:
             _remove_if_empty(run_dir)
@@ -59,10 +61,19 @@ def run(config: DictConfig) -> None:
     except Stopped as stopped:
         if world().rank == 0:
             print(f"stopped by {stopped}; the same command, or resume={run_dir}, continues", file=sys.stderr)
-        stop.hand_over()
-        raise SystemExit(128 + stopped.signum) from None
-    finally:
-        stop.stop_listening()
+        _leave_with(128 + stopped.signum, stop)
+
+
+def _leave_with(code: int, stop: StopSignals) -> None:
+    """End a run that saved itself, rank 0 last: srun's code must be its, and not that of a rank killed on its way out."""
+    rank = world().rank
+    leave()
+    stop.hand_over()
+    if rank > 0:
+        raise SystemExit(0)
+    if ranks_given() is not None:
+        time.sleep(2.0)
+    raise SystemExit(code) from None
 
 
 def execute(config: DictConfig, run_dir: Path, stop: StopSignals | None = None) -> dict:
@@ -122,7 +133,10 @@ def _train_or_evaluate(config: DictConfig, run_dir: Path, loss, tokenizer, data:
     """The summary of what this rank takes part in."""
     ranks = world()
     ranks.peers = config.tensor_parallel_size if config.trainer == "FSDPTrainer" else 1
-    wandb_run = None if config.debug or ranks.rank else start_wandb(config.wandb, run_dir, OmegaConf.to_container(config, resolve=True))
+    wandb_run = None
+    if not config.debug and ranks.rank == 0:
+        with sheltered():
+            wandb_run = start_wandb(config.wandb, run_dir, OmegaConf.to_container(config, resolve=True))
     trainer = TRAINERS[config.trainer](config, run_dir, loss, tokenizer, data, world=ranks, wandb_run=wandb_run, stop=stop)
     if config.function == "eval":
         trainer.evaluate()

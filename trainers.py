@@ -103,6 +103,7 @@ class BasicTrainer:
             if signum := self._asked_to_stop():
                 self.save()
                 self.finish_saving()
+                self.log.finish()
                 raise Stopped(signum)
         bar.close()
         self.save()
