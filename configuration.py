@@ -11,6 +11,7 @@ from pathlib import Path
 import torch
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import ChoiceSweep
+from hydra.errors import OverrideParseException
 from omegaconf import DictConfig, OmegaConf
 
 from distributed import data_ranks, world
@@ -97,7 +98,13 @@ def check_overrides(arguments: Sequence[str]) -> None:
     """Refuse unknown keys and options of a command line, naming the nearest valid ones."""
     own_config = any(a.split("=")[0] in ("--config-dir", "-cd", "--config-path", "-cp") for a in arguments)
     words = [a for a in arguments if "=" in a and not a.startswith("-")]
-    overrides = OverridesParser.create().parse_overrides(words)
+    try:
+        overrides = OverridesParser.create().parse_overrides(words)
+    except OverrideParseException as error:
+        raise ConfigError(
+            f"{error.override}: hydra cannot read this ({str(error).splitlines()[0]}); put a value with = , [ ] or spaces in quotes "
+            f"inside the quotes of the shell: \"key='value'\""
+        ) from error
     chosen = _default_options()
     for override in overrides:
         if override.key_or_group in GROUPS:

@@ -224,7 +224,7 @@ def split(scorer: Scorer, devices: list[torch.device], dtype: torch.dtype) -> No
 
     warnings.filterwarnings("ignore", category=FutureWarning, module="tensor_parallel")
     parts = _Parts(model, scorer.autocast)
-    shards = TensorParallel(parts, devices, tensor_parallel_config=get_default_config(parts, devices))
+    shards = TensorParallel(parts, devices, tensor_parallel_config=get_default_config(parts, devices), distributed=False)
     for i, part in enumerate(shards.module_shards):
         part.shard = i
     # What the package does not split (norms) it keeps in pieces and gathers when they have changed. Gathered without

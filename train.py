@@ -6,6 +6,7 @@ import json
 import os
 import sys
 import time
+import warnings
 from pathlib import Path
 
 import hydra
@@ -33,6 +34,8 @@ register_resolvers()  # here and not in main(): hydra's launchers import this mo
 
 
 def main() -> None:
+    # Our launcher settings carry the name of hydra's own, on purpose: it is the name that users know.
+    warnings.filterwarnings("ignore", message="(?s).*hydra/launcher/submitit_slurm' is validated against ConfigStore schema")
     try:
         check_overrides(sys.argv[1:])
     except PrefLabError as error:

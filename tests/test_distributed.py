@@ -1,0 +1,410 @@
+"""The same numbers on any number of ranks and devices; ranks that meet, stop and fail together. All on the CPU, with gloo."""
+
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+
+import pytest
+import torch
+from conftest import (
+    ARCHITECTURES,
+    ROOT,
+    final_weights,
+    make_model,
+    read_rows,
+    run_command,
+    run_here,
+    save_model,
+    scored_rows,
+    small_run,
+    untimed,
+    write_jsonl,
+)
+from omegaconf import OmegaConf
+
+import launch
+from distributed import World
+from logprobs import Scorer
+from placement import find_blocks, layer_plan, shard
+from utils import ConfigError, DataError, PrefLabError
+
+# 17 pairs in batches of 8: the last batch of an epoch holds one, which two ranks cannot share. 4 epochs are 12 steps.
+PAIRS, STEPS = 17, 12
+TWO = ("trainer=FSDPTrainer", "world_size=2")
+LORA = ("model.lora.r=4", "model.lora.target_modules=[q_proj,down_proj]")
+
+# name: (overrides, ranks it is started on). Every run of a group must give what its run `one` gives.
+PLACEMENTS = {
+    "one": ((), 1),
+    "sharded alone": (("trainer=FSDPTrainer",), 1),
+    "two ranks": (TWO, 2),
+    "two ranks accumulated": ((*TWO, "gradient_accumulation_steps=2"), 2),
+    "two ranks a copy each": ((*TWO, "fsdp_shard_size=1"), 2),
+    "two ranks share layers": ((*TWO, "tensor_parallel_size=2"), 2),
+    "two devices": (("trainer=TensorParallelTrainer", "world_size=2"), 1),
+}
+FEW = ("one", "two ranks")
+GROUPS = {
+    "dpo": (("loss=dpo",), PLACEMENTS),
+    "tdpo2": (("loss=tdpo2",), PLACEMENTS),
+    "sft": (("loss=sft",), PLACEMENTS),
+    "lora": (("loss=dpo", *LORA), FEW),
+    "recomputed": (("loss=tdpo2", "activation_checkpointing=true"), FEW),
+    "offloaded": (("loss=dpo", "fsdp_cpu_offload=true"), ("two ranks",)),
+    "scalar head": (("loss=bradley_terry", "optimizer=AdamW"), FEW),
+    "another seed": (("loss=dpo", "seed=1"), ("one",)),  # the control: what a difference looks like
+    "half": (("loss=dpo", "n_epochs=2"), FEW),  # later continued elsewhere
+    "half lora": (("loss=dpo", "n_epochs=2", *LORA), FEW),
+}
+CASES = [(group, placement) for group, (_, placements) in GROUPS.items() for placement in placements if placement != "one"]
+
+
+@pytest.fixture(scope="module")
+def setting(tmp_path_factory):
+    """A folder with data, and a model whose heads two ranks can share."""
+    folder = tmp_path_factory.mktemp("distributed")
+    for split, n in (("train", PAIRS), ("test", 7)):
+        write_jsonl(folder / "data" / f"imdb-sft-{split}.jsonl", scored_rows(n))
+    heads = ARCHITECTURES["llama"]["num_key_value_heads"]
+    ARCHITECTURES["llama"]["num_key_value_heads"] = 2
+    save_model(folder / "model")
+    ARCHITECTURES["llama"]["num_key_value_heads"] = heads
+    return folder
+
+
+def overrides(setting, name: str, *more: str) -> list[str]:
+    options = ("n_epochs=4", "n_eval_examples=7", "n_eval_model_samples=5", "eval_every=24", "keep_checkpoints=null")
+    given = {o.split("=")[0] for o in more}
+    options = [o for o in options if o.split("=")[0] not in given]
+    return small_run(setting / "model", setting / "data", setting / name, *options, *more)
+
+
+def start_on_two_ranks(setting, commands: list[list[str]]) -> None:
+    (setting / "commands.json").write_text(json.dumps([[str(word) for word in command] for command in commands]))
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    result = subprocess.run(
+        [*torchrun, str(ROOT / "tests" / "many_runs.py"), str(setting / "commands.json")],
+        capture_output=True, text=True, cwd=ROOT, timeout=600, env=environment,
+    )  # fmt: skip
+    assert result.returncode == 0, result.stderr[-5000:]
+
+
+@pytest.fixture(scope="module")
+def runs(setting):
+    """All runs of GROUPS, in folders `group/placement`."""
+    on_two = []
+    for group, (common, placements) in GROUPS.items():
+        for placement in placements:
+            more, ranks = PLACEMENTS[placement]
+            command = overrides(setting, f"{group}/{placement}", *common, *more)
+            if ranks == 2:
+                on_two.append(command)
+            else:
+                run_here(*command)
+    start_on_two_ranks(setting, on_two)
+    return setting
+
+
+def largest_difference(a, b) -> float:
+    ours, theirs = final_weights(a), final_weights(b)
+    assert ours.keys() == theirs.keys()
+    return max((ours[name] - theirs[name]).abs().max().item() for name in ours)
+
+
+def rows_of(folder, split: str) -> list[dict]:
+    return untimed([row for row in read_rows(folder / "metrics.jsonl") if row["split"] == split])
+
+
+WEIGHTS = 5e-5  # RMSprop moved them by about 0.1, and rounding in a small gradient is a large part of its step
+
+
+@pytest.mark.parametrize("group, placement", CASES)
+def test_the_same_losses_and_weights(runs, group, placement):
+    one = runs / ("dpo" if group == "offloaded" else group) / "one"
+    folder = runs / group / placement
+    steps = 6 if group.startswith("half") else STEPS
+    for split, n in (("train", steps), ("eval", None)):
+        ours, theirs = rows_of(folder, split), rows_of(one, split)
+        assert len(ours) == len(theirs) == (n or len(theirs)) > 1
+        for row, expected in zip(ours, theirs):
+            assert row.keys() == expected.keys()
+            for key, value in expected.items():
+                if key.startswith("samples_eval") and row["step"] > 0:
+                    continue  # rounding may move the edge between two tokens over the number drawn; the text is compared below
+                if isinstance(value, (int, float)):
+                    tolerance = 1e-5 if key.startswith("loss") and group != "scalar head" else 1e-3
+                    assert row[key] == pytest.approx(value, abs=tolerance, rel=tolerance), key
+    assert largest_difference(folder, one) < WEIGHTS
+
+
+def test_what_a_difference_looks_like(runs):
+    assert largest_difference(runs / "dpo" / "one", runs / "another seed" / "one") > 1000 * WEIGHTS
+
+
+@pytest.mark.parametrize("placement", [p for p in PLACEMENTS if p != "one"])
+def test_every_prompt_is_in_the_table_of_samples_once_in_the_same_order(runs, placement):
+    ours, theirs = (read_rows(runs / "dpo" / p / "samples.jsonl") for p in (placement, "one"))
+    assert [(row["examples"], row["prompt"], row["policy"], row["reference"]) for row in ours] == [
+        (row["examples"], row["prompt"], row["policy"], row["reference"]) for row in theirs
+    ]
+    for row, expected in zip(ours, theirs):
+        assert row["kl"] == pytest.approx(expected["kl"], abs=1e-4)
+        assert row["policy_reward"] == expected["policy_reward"]
+
+
+@pytest.mark.parametrize("placement", PLACEMENTS)
+def test_what_is_saved_is_whole_and_anyone_can_load_it(runs, placement):
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    latest = runs / "dpo" / placement / "LATEST"
+    saved = torch.load(latest / "policy.pt", weights_only=True)
+    assert saved["step_idx"] == STEPS and all(type(value) is torch.Tensor for value in saved["state"].values())
+    model = AutoModelForCausalLM.from_pretrained(latest / "hf")
+    assert all(torch.equal(value, saved["state"][name]) for name, value in model.state_dict().items())
+    assert AutoTokenizer.from_pretrained(latest / "hf").eos_token
+    assert model.config.architectures == ["LlamaForCausalLM"]
+
+
+def test_the_report_says_how_much_memory_a_save_took(runs):
+    summary = json.loads((runs / "dpo" / "two ranks" / "summary.json").read_text())
+    assert summary["ranks"] == 2 and summary["trainer"] == "FSDPTrainer"
+    assert 0 <= summary["save_peak_host_mib"] < 500
+
+
+@pytest.mark.parametrize("lora", [(), LORA])
+def test_a_run_is_continued_on_other_ranks(runs, lora):
+    """Half of the epochs on two ranks, the rest on one, as FSDPTrainer and as BasicTrainer; and the other way round."""
+    name, whole = ("half lora", "lora") if lora else ("half", "dpo")
+    common = [o for o in GROUPS[name][0] if not o.startswith("n_epochs")]
+    run_here(*overrides(runs, f"{name}/two ranks", *common, "trainer=FSDPTrainer"))
+    start_on_two_ranks(runs, [overrides(runs, f"{name}/one", *common, *TWO)])
+    for placement in ("two ranks", "one"):
+        assert [row["step"] for row in rows_of(runs / name / placement, "train")] == list(range(1, STEPS + 1))
+        assert largest_difference(runs / name / placement, runs / whole / "one") < WEIGHTS
+
+
+def test_the_optimizer_state_is_needed_for_that(runs, monkeypatch):
+    """The control: continued without it, the run ends elsewhere."""
+    run_here(*overrides(runs, "forgets", "loss=dpo", "n_epochs=2"))
+    monkeypatch.setattr("trainers.load_optimizer", lambda *arguments, **options: None)
+    run_here(*overrides(runs, "forgets", "loss=dpo", "trainer=FSDPTrainer"))
+    assert largest_difference(runs / "forgets", runs / "dpo" / "one") > 100 * WEIGHTS
+
+
+# ---------------------------------------------------------------------------------------------------------- sharing
+
+
+@pytest.mark.parametrize("n", [1, 5, 6, 7])
+@pytest.mark.parametrize("size, peers", [(1, 1), (3, 1), (4, 2)])
+def test_ranks_see_every_item_once_and_run_equally_often(n, size, peers):
+    items, seen, counts = list(range(n)), [], []
+    for rank in range(size):
+        batches = list(World(rank, size, peers=peers).batches(items, 2))
+        counts.append(len(batches))
+        assert all(len(part) >= max(1, n_real) for part, n_real in batches)
+        if rank % peers == 0:
+            seen += [i for part, n_real in batches for i in part[:n_real]]
+    assert sorted(seen) == items and len(set(counts)) == 1
+
+
+# ----------------------------------------------------------------------------------------- starting, stopping, failing
+
+
+def leftovers(group: int) -> bool:
+    """Whether any process of a process group still lives."""
+    try:
+        os.killpg(group, 0)
+    except ProcessLookupError:
+        return False
+    return True
+
+
+def start(setting, name: str, *more: str) -> subprocess.Popen:
+    flags = [word for word in more if word.startswith("--")]
+    more = [word for word in more if word not in flags]
+    command = [sys.executable, str(ROOT / "train.py"), *flags, *map(str, overrides(setting, name, *more))]
+    return subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True)
+
+
+def finish(process: subprocess.Popen, timeout: int = 120) -> tuple[str, str]:
+    output, errors = process.communicate(timeout=timeout)
+    for _ in range(50):
+        if not leftovers(process.pid):
+            break
+        time.sleep(0.1)
+    assert not leftovers(process.pid), "a worker was left behind"
+    return output, errors
+
+
+def test_one_command_starts_its_workers_and_they_stop_and_continue_together(setting, runs):
+    process = start(setting, "self-started", *TWO, "n_epochs=400", "loss=dpo")
+    while not list((setting / "self-started").glob("step-*")) and process.poll() is None:
+        time.sleep(0.05)
+    process.send_signal(signal.SIGUSR1)
+    output, errors = finish(process)
+    assert process.returncode == 128 + signal.SIGUSR1, errors
+    assert errors.count("stopped by SIGUSR1") == 1 and output.count("run folder") == 1
+    last = read_rows(setting / "self-started" / "metrics.jsonl")[-1]["step"]
+    assert (setting / "self-started" / "LATEST").resolve().name == f"step-{last}"
+    result = run_command("train.py", *overrides(setting, "self-started", *TWO, f"n_examples={(last // 3 + 1) * PAIRS}", "n_epochs=null", "loss=dpo"))
+    assert result.stdout.count(f"from step {last}") == 1 and "reward of the policy's samples" in result.stdout
+
+
+DIES = """
+import os, signal
+from losses import LossOutput, register_loss
+
+calls = 0
+
+@register_loss("dies", reads=set())
+def dies(pair, *, how: str):
+    global calls
+    calls += 1
+    if os.environ.get("RANK") == "1" and calls > 3:
+        if how == "killed":
+            os.kill(os.getpid(), signal.SIGKILL)
+        raise RuntimeError("this rank is unwell")
+    return LossOutput(-pair.policy_chosen_logps)
+"""
+
+
+@pytest.mark.parametrize("how, told", [("raises", "RuntimeError: this rank is unwell"), ("killed", "killed by SIGKILL")])
+def test_a_worker_that_dies_takes_the_run_down(setting, tmp_path, how, told):
+    (tmp_path / "dies.py").write_text(DIES)
+    (tmp_path / "config" / "loss").mkdir(parents=True)
+    (tmp_path / "config" / "loss" / "dies.yaml").write_text(f"name: dies\nmodule: {tmp_path / 'dies.py'}\nsft_weight: 0.0\nhow: {how}\n")
+    process = start(setting, f"dies-{how}", *TWO, f"--config-dir={tmp_path / 'config'}", "loss=dies", "do_first_eval=false")
+    output, errors = finish(process)
+    assert process.returncode == 1, errors
+    assert told in errors and "all workers were stopped" in errors
+    if how == "raises":
+        assert errors.count("Traceback") == 1 and "worker 1" in errors
+
+
+def test_an_archive_of_another_model_is_told_once(setting, tmp_path):
+    torch.save({"step_idx": 0, "state": make_model("gpt2").state_dict(), "metrics": {}}, tmp_path / "policy.pt")
+    process = start(setting, "archive", *TWO, f"model.archive={tmp_path / 'policy.pt'}")
+    output, errors = finish(process)
+    assert process.returncode == 2
+    assert errors.count("error:") == 1 and "does not fit LlamaForCausalLM" in errors and "transformer.h.0.attn" in errors
+    assert "Traceback" not in errors
+
+
+def test_a_port_in_use(setting):
+    with socket.socket() as taken:
+        taken.bind(("localhost", 0))
+        taken.listen()
+        port = taken.getsockname()[1]
+        with pytest.raises(ConfigError, match=f"fsdp_port={port} cannot be used"):
+            launch.launch(print, 2, port, (), launch.StopSignals())
+
+
+@pytest.mark.parametrize(
+    "more, message",
+    [
+        (("world_size=20", "batch_size=40"), "holds 17 examples for 20 ranks"),
+        (("world_size=3",), "batch_size=8 must be divisible by gradient_accumulation_steps.world_size=3; try 6 or 9"),
+        (("world_size=2", "model.block_name=GPT2Block"), "GPT2Block matches no module .* of class LlamaDecoderLayer"),
+        (("world_size=4", "tensor_parallel_size=3"), "tensor_parallel_size=3 does not divide the 4 ranks; take one of 1, 2, 4"),
+        (("world_size=4", "fsdp_shard_size=3"), "fsdp_shard_size=3 does not divide the 4 data-parallel ranks"),
+        (("world_size=4", "tensor_parallel_size=4"), "does not divide the 2 attention heads"),
+        (("world_size=2", "tensor_parallel_size=2", "model.lora.r=4"), "does not split LoRA adapters"),
+        (("trainer=TensorParallelTrainer", "world_size=2", "model.lora.r=4"), "does not split adapters"),
+        (("trainer=TensorParallelTrainer", "world_size=2", "activation_checkpointing=true"), "cannot compute a part of a layer again"),
+        (("trainer=BasicTrainer", "world_size=2"), "world_size=2 needs a distributed trainer"),
+        (("trainer=BasicTrainer", "fsdp_cpu_offload=true"), "fsdp_cpu_offload=True is for trainer=FSDPTrainer"),
+    ],
+)
+def test_what_cannot_work_is_refused_before_a_worker_starts(setting, more, message, monkeypatch):
+    monkeypatch.setattr("train.launch", lambda *a: pytest.fail("workers were started"))
+    monkeypatch.setattr("trainers.build_policy", lambda *a, **k: pytest.fail("a model was loaded"))
+    with pytest.raises((ConfigError, DataError), match=message):
+        run_here(*overrides(setting, "refused", *(more if "trainer=" in more[0] else ("trainer=FSDPTrainer", *more))))
+
+
+def test_a_loss_that_couples_a_batch_is_not_split(setting, tmp_path):
+    (tmp_path / "couples.py").write_text(
+        "from losses import LossOutput, register_loss\n"
+        "@register_loss('couples', reads=set(), couples_batch=True)\n"
+        "def couples(pair):\n"
+        "    return LossOutput(-pair.policy_chosen_logps / pair.policy_chosen_logps.detach().mean())\n"
+    )
+    (tmp_path / "loss").mkdir()
+    (tmp_path / "loss" / "couples.yaml").write_text(f"name: couples\nmodule: {tmp_path / 'couples.py'}\nsft_weight: 0.0\n")
+    result = run_command("train.py", f"--config-dir={tmp_path}", *overrides(setting, "couples", *TWO), "loss=couples", check=False)
+    assert result.returncode == 2 and "couples the pairs of a batch" in result.stderr
+
+
+def test_a_block_is_found_in_every_architecture():
+    for architecture in ARCHITECTURES:
+        assert len(find_blocks(make_model(architecture), None)) == 2
+    with pytest.raises(ConfigError, match="does not exist in transformers; use tensor_parallel_size=1"):
+        layer_plan(make_model("gpt2"), 2)
+
+
+def test_a_rank_never_holds_the_model_its_files_hold(tmp_path):
+    """Loading maps the files: what is the process's own grows by what is sharded to it, one block at a time."""
+    from checkpoints import HostMemory
+    from models import load_model
+
+    ARCHITECTURES["llama"], small = ARCHITECTURES["llama"] | dict(hidden_size=512, intermediate_size=2048, num_hidden_layers=6), ARCHITECTURES["llama"]
+    try:
+        folder = save_model(tmp_path / "model")
+    finally:
+        ARCHITECTURES["llama"] = small
+    size = sum(file.stat().st_size for file in folder.glob("*.safetensors"))
+    config = OmegaConf.create({"name_or_path": str(folder), "trust_remote_code": False, "attn_implementation": None, "from_scratch": False})
+    with HostMemory() as memory:
+        model = load_model(config, "float32", mapped=True)
+    if memory.peak is None:
+        pytest.skip("/proc is not there to measure memory")
+    assert size > 80e6 and memory.peak < size / 4
+    with HostMemory() as memory:
+        whole = [p.clone() for p in model.parameters()]  # the control
+    assert memory.peak > size / 2 and whole
+
+
+def test_gradients_of_a_sharded_model_equal_those_of_a_whole_one():
+    from batching import collate_sequences
+
+    batch = collate_sequences([([1, 2, 3], [4, 5, 6, 256]), ([7], [8, 9])], pad_id=257)
+    config = OmegaConf.create(
+        {"model": {"block_name": None, "fsdp_policy_mp": None}, "tensor_parallel_size": 1, "fsdp_shard_size": None, "fsdp_cpu_offload": False}
+    )
+    from logprobs import score_responses
+
+    for architecture in ("llama", "gpt2", "opt"):
+        gradients = []
+        for sharded in (False, True):
+            scorer = Scorer(make_model(architecture))
+            if sharded:
+                shard(scorer, World(), config, torch.float32)
+                score_responses(scorer, batch).logps.detach()  # an evaluation first: it leaves weights gathered
+            score_responses(scorer, batch).logps.sum().backward()
+            gradients.append([p.grad.full_tensor() if sharded else p.grad for p in scorer.model.parameters()])
+        for ours, theirs in zip(*gradients):
+            assert torch.equal(ours, theirs)
+
+
+def test_torchrun_and_srun_are_recognised(monkeypatch):
+    from distributed import ranks_given
+
+    for key in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "SLURM_STEP_NUM_TASKS", "SLURM_PROCID"):
+        monkeypatch.delenv(key, raising=False)
+    assert ranks_given() is None
+    for key, value in {"SLURM_STEP_NUM_TASKS": "16", "SLURM_PROCID": "9", "SLURM_LOCALID": "1", "SLURM_STEP_TASKS_PER_NODE": "8(x2)"}.items():
+        monkeypatch.setenv(key, value)
+    assert ranks_given() == (9, 16, 1, 8)
+    for key, value in {"RANK": "3", "WORLD_SIZE": "4", "LOCAL_RANK": "1", "LOCAL_WORLD_SIZE": "2"}.items():
+        monkeypatch.setenv(key, value)
+    assert ranks_given() == (3, 4, 1, 2)
+
+
+def test_an_error_of_rank_0_ends_the_others_silently():
+    with pytest.raises(PrefLabError, match="no"):
+        World().agree(lambda: (_ for _ in ()).throw(PrefLabError("no")))
