@@ -149,8 +149,10 @@ def check_config(config: DictConfig, trainers: Iterable[str]) -> tuple[BoundLoss
     Raises ConfigError or DataError that says what came, what is accepted and what to change.
     """
     check_keys(config)
-    _check_choice("function", config.function, ("train", "eval"))
+    _check_choice("function", config.function, ("train", "eval", "plan"))
     _check_choice("trainer", config.trainer, trainers)
+    if config.function == "plan" and world().size > 1:
+        raise ConfigError(f"function=plan needs no ranks, and {world().size} were started; run it as one process and say world_size={world().size}")
     _check_numbers(config)
     _check_lengths(config)
     _check_optimizer(config.optimizer)
@@ -194,6 +196,8 @@ def _check_numbers(config: DictConfig) -> None:
         value = config[key]
         if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 <= value < float("inf"):
             raise ConfigError(f"{key}={value} must be a number of at least 0")
+    if config.plan.gpu_gib is not None and not (isinstance(config.plan.gpu_gib, (int, float)) and config.plan.gpu_gib > 0):
+        raise ConfigError(f"plan.gpu_gib={config.plan.gpu_gib} must be a number of GiB above 0, or null")
     if not 0 < config.topp <= 1:
         raise ConfigError(f"topp={config.topp} must lie in (0, 1]; 1 draws from the whole vocabulary")
     if not 0 < config.test_fraction < 1:
@@ -251,7 +255,7 @@ def _open_datasets(config: DictConfig, loss: BoundLoss) -> dict[str, list[Source
         test_fraction=config.test_fraction,
         columns={ours: theirs for ours, theirs in config.dataset_columns.items() if theirs},
     )
-    splits = ("train", "test") if config.function == "train" else ("test",)
+    splits = {"train": ("train", "test"), "eval": ("test",), "plan": ("train",)}[config.function]
     sources = {split: [open_dataset(name, split, **settings) for name in config.datasets] for split in splits}
     for source in (source for split in sources.values() for source in split):
         for need, wanted in (("pairs", loss.examples == "pairs"), ("scores", "scores" in loss.reads)):

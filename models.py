@@ -33,7 +33,7 @@ def check_model(config, *, scalar_head: bool = False) -> None:
     limit = getattr(model.get_text_config(), "max_position_embeddings", None)
     if limit is not None and config.max_length > limit:
         raise ConfigError(f"max_length={config.max_length} exceeds the {limit} positions of {config.model.name_or_path}; lower it")
-    if config.trainer == "TensorParallelTrainer":
+    if config.trainer == "TensorParallelTrainer" and config.function != "plan":
         devices_for(config)
     if config.trainer == "FSDPTrainer":
         model = skeleton(config.model, scalar_head=scalar_head)

@@ -8,6 +8,7 @@ import math
 import types
 import warnings
 from collections import Counter
+from collections.abc import Iterable
 from pathlib import Path
 
 import torch
@@ -257,6 +258,12 @@ def clip_grad_norm(parameters: list[nn.Parameter], max_norm: float) -> float:
     for group in by_mesh.values():
         torch.nn.utils.clip_grads_with_norm_(group, max_norm, total)
     return total.item()
+
+
+def bytes_here(tensors: Iterable[Tensor]) -> int:
+    """What this rank holds of them; numbers of no dimension, such as step counts, are left out."""
+    here = [tensor.to_local() if isinstance(tensor, DTensor) else tensor for tensor in tensors if tensor.ndim]
+    return sum(tensor.numel() * tensor.element_size() for tensor in here)
 
 
 def full_weights(scorer: Scorer, scratch: Path, *, keep: bool, alias: bool) -> dict[str, Tensor]:

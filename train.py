@@ -26,6 +26,7 @@ from distributed import data_ranks, leave, local_workers, ranks_given, world
 from launch import StopSignals, WorkerDied, launch, sheltered
 from metrics import start_wandb
 from models import check_model, load_tokenizer
+from plan import describe, make_plan
 from report import write_report
 from trainers import TRAINERS, Stopped
 from utils import DataError, PrefLabError, atomic_write
@@ -92,6 +93,10 @@ def execute(config: DictConfig, run_dir: Path, stop: StopSignals | None = None) 
         print(f"{run_dir} is already finished")
         return _report(run_dir, summary)
     tokenizer, stores, data = ranks.first(lambda: _load(config, sources, loss))
+    if config.function == "plan":
+        print(describe(make_plan(config, loss, data["train"]), config.plan.gpu_gib))
+        _remove_if_empty(run_dir)
+        return {}
     resolved = OmegaConf.to_container(config, resolve=True)
     if ranks.rank == 0:
         run_dir.mkdir(parents=True, exist_ok=True)
@@ -193,7 +198,7 @@ def _run_dir_for(config: DictConfig, run_dir: Path) -> Path:
         folders = itertools.chain([run_dir], (run_dir / f"eval-{n}" for n in itertools.count(1)))
         return next(folder for folder in folders if not (folder / "config.yaml").exists())
     path = run_dir / "config.yaml"
-    if path.is_file():
+    if config.function == "train" and path.is_file():
         must_match(OmegaConf.load(path), config)
     return run_dir
 

@@ -32,7 +32,7 @@ from launch import StopSignals
 from logprobs import Scorer
 from models import archive_state, build_policy, build_reference, skeleton
 from objective import compute_loss
-from placement import clip_grad_norm, devices_for, full_weights, shard, split
+from placement import bytes_here, clip_grad_norm, devices_for, full_weights, shard, split
 from rewards import build_reward
 from utils import PrefLabError, atomic_write, seed_everything
 
@@ -68,7 +68,8 @@ class BasicTrainer:
         self.last_eval: dict | None = None
         self.stop = stop or StopSignals()
         self.saving: Saving | None = None
-        self.save_peaks: list[int] = []
+        self.save_peaks: list[int | None] = []
+        self.state_bytes: dict[str, int] = {}
         training = config.function == "train"
         self.checkpoint = world.agree(lambda: latest_checkpoint(run_dir)) if training else None
         self.build_models()
@@ -140,10 +141,17 @@ class BasicTrainer:
         if self._any_not_finite(grad_norm, torch.cat(losses)):
             self._stop_at_non_finite(examples, torch.cat(losses))
         self.optimizer.step()
+        self.state_bytes = self.state_bytes or self._measure_state()
         self.optimizer.zero_grad(set_to_none=True)
         self.counters.steps += 1
         self.counters.examples += len(examples)
         self._log_step(sums, begun, len(examples), n_tokens, grad_norm, bar)
+
+    def _measure_state(self) -> dict[str, int]:
+        """Bytes of weights, gradients and optimizer state on the rank that has most of each."""
+        slots = (value for state in self.optimizer.state.values() for value in state.values() if isinstance(value, torch.Tensor))
+        kinds = {"weights": self.policy.model.parameters(), "gradients": (p.grad for p in self.parameters if p.grad is not None), "optimizer": slots}
+        return dict(zip(kinds, map(int, self.world.max([float(bytes_here(tensors)) for tensors in kinds.values()]))))
 
     def _microbatches(self, examples):
         return self.world.batches(examples, math.ceil(self.world.largest_share(len(examples)) / self.config.gradient_accumulation_steps))
@@ -232,7 +240,7 @@ class BasicTrainer:
         summary |= {"pairs_per_second": rate, "examples": counters.examples, "steps": counters.steps, "seconds": counters.seconds}
         summary |= {"seed": self.config.seed, "temperature": self.config.temperature, "top_p": self.config.topp}
         peaks = [peak for peak in self.save_peaks if peak is not None]
-        summary |= {"trainer": self.config.trainer, "ranks": self.world.size, "save_peak_host_mib": max(peaks) / 2**20 if peaks else None}
+        summary |= {"trainer": self.config.trainer, "ranks": self.world.size, "rank_bytes": self.state_bytes, "save_peak_host_mib": max(peaks) / 2**20 if peaks else None}
         if self.world.rank == 0:
             with atomic_write(self.run_dir / "summary.json") as f:
                 json.dump(summary, f, indent=1)
