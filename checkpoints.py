@@ -4,6 +4,7 @@ import contextlib
 import os
 import random
 import re
+import resource
 import shutil
 import tempfile
 import threading
@@ -217,6 +218,13 @@ class HostMemory:
     def _watch(self) -> None:
         while self._before is not None and not self._done.wait(0.005):
             self._highest = max(self._highest, _anonymous_memory())
+
+
+def peak_memory() -> int:
+    """The most memory this process ever had, in bytes: on its GPU, else of the host, libraries and mapped files included."""
+    if torch.cuda.is_available():
+        return torch.cuda.max_memory_allocated()
+    return 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 
 
 def _anonymous_memory() -> int | None:

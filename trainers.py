@@ -19,6 +19,7 @@ from checkpoints import (
     Saving,
     latest_checkpoint,
     load_optimizer,
+    peak_memory,
     random_state,
     save_checkpoint,
     save_optimizer,
@@ -240,6 +241,7 @@ class BasicTrainer:
         summary |= {"pairs_per_second": rate, "examples": counters.examples, "steps": counters.steps, "seconds": counters.seconds}
         summary |= {"seed": self.config.seed, "temperature": self.config.temperature, "top_p": self.config.topp}
         peaks = [peak for peak in self.save_peaks if peak is not None]
+        summary["peak_memory_bytes"] = int(self.world.max([float(peak_memory())])[0])
         summary |= {"trainer": self.config.trainer, "ranks": self.world.size, "rank_bytes": self.state_bytes, "save_peak_host_mib": max(peaks) / 2**20 if peaks else None}
         if self.world.rank == 0:
             with atomic_write(self.run_dir / "summary.json") as f:
