@@ -17,7 +17,7 @@ from models import build_policy, check_model, load_tokenizer
 from sampling import sample
 from train import load_data
 from trainers import TRAINERS
-from utils import PrefLabError, atomic_write
+from utils import ConfigError, PrefLabError, atomic_write
 
 
 def main() -> None:
@@ -40,6 +40,8 @@ def run(config: DictConfig) -> None:
 
 def generate(config: DictConfig, run_dir: Path) -> Path:
     """Sample one response for each of `n_eval_examples` test prompts; returns the file."""
+    if config.trainer != "BasicTrainer":
+        raise ConfigError(f"trainer={config.trainer}: generate.py samples in one process; leave it out, or use train.py function=eval")
     loss, sources = check_config(config, TRAINERS)
     check_model(config)
     tokenizer = load_tokenizer(config.model)

@@ -58,11 +58,20 @@ class MetricLog:
         if self.wandb_run is not None and (row.get("split") != "train" or now - self._last >= self.interval):
             self._last = now
             numbers = {key: value for key, value in row.items() if isinstance(value, (int, float))}
-            self.wandb_run.log(numbers, step=row["step"])
+            self._tell_wandb(lambda run: run.log(numbers, step=row["step"]))
 
     def finish(self) -> None:
-        if self.wandb_run is not None:
-            self.wandb_run.finish()
+        self._tell_wandb(lambda run: run.finish())
+
+    def _tell_wandb(self, what) -> None:
+        """What goes wrong at wandb's end, its service killed for example, ends the mirror and not the run."""
+        if self.wandb_run is None:
+            return
+        try:
+            what(self.wandb_run)
+        except Exception as error:
+            self.wandb_run = None
+            print(f"wandb stopped, the run goes on without it: {error}", file=sys.stderr)
 
 
 def rewind(path: Path, examples: int) -> None:

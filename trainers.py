@@ -149,10 +149,15 @@ class BasicTrainer:
         self._log_step(sums, begun, len(examples), n_tokens, grad_norm, bar)
 
     def _measure_state(self) -> dict[str, int]:
-        """Bytes of weights, gradients and optimizer state on the rank that has most of each."""
-        slots = (value for state in self.optimizer.state.values() for value in state.values() if isinstance(value, torch.Tensor))
-        kinds = {"weights": self.policy.model.parameters(), "gradients": (p.grad for p in self.parameters if p.grad is not None), "optimizer": slots}
+        """Bytes of weights, gradients and optimizer state of a device, on the rank that has most of each."""
+        held = [p for name, p in self.policy.model.named_parameters() if self.on_first_device(name)]
+        slots = (value for p in held for value in self.optimizer.state.get(p, {}).values() if isinstance(value, torch.Tensor))
+        kinds = {"weights": held, "gradients": (p.grad for p in held if p.grad is not None), "optimizer": slots}
         return dict(zip(kinds, map(int, self.world.max([float(bytes_here(tensors)) for tensors in kinds.values()]))))
+
+    def on_first_device(self, name: str) -> bool:
+        """Whether the parameter of this name lives on the first of this process's devices."""
+        return True
 
     def _microbatches(self, examples):
         return self.world.batches(examples, math.ceil(self.world.largest_share(len(examples)) / self.config.gradient_accumulation_steps))
@@ -351,6 +356,9 @@ class TensorParallelTrainer(BasicTrainer):
 
     def place(self, scorer: Scorer, dtype: torch.dtype) -> None:
         split(scorer, devices_for(self.config), dtype)
+
+    def on_first_device(self, name: str) -> bool:
+        return ".module_shards.0." in name or name.endswith("flat_shards.0") or "_shards." not in name
 
 
 TRAINERS = {trainer.__name__: trainer for trainer in (BasicTrainer, FSDPTrainer, TensorParallelTrainer)}

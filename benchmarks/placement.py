@@ -3,9 +3,10 @@
     python benchmarks/placement.py --output benchmarks/results [--rounds 3] [--devices 2] [OVERRIDES]
 
 Every round runs each placement once, in fresh processes and in an order that rotates, on the same pairs with the same
-model of random weights. What is compared are medians over rounds: tokens/s after the first step, the peak memory of a
-rank, and the bytes of weights, gradients and optimizer state on the rank that has most of them. Writes placement.json
-and placement.png, and prints the table. OVERRIDES are train.py's, for another model or longer texts.
+model of random weights. What is compared are medians over rounds: tokens/s after the first step, the peak memory of the
+largest process (of its GPU, or on a CPU its own memory, mapped files left out), and the bytes of weights, gradients and
+optimizer state of one rank or device. Writes placement.json and placement.png, and prints the table. OVERRIDES are
+train.py's, for another model or longer texts.
 """
 
 import argparse
@@ -16,6 +17,7 @@ import statistics
 import subprocess
 import sys
 import tempfile
+import time
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -72,13 +74,35 @@ def measure(model: Path, run_dir: Path, overrides: list[str]) -> dict:
         "eval_every=1000000", "n_eval_examples=1", "sample_during_eval=false", "wandb.enabled=false", "debug=true",
     ]  # fmt: skip
     command = [sys.executable, str(ROOT / "train.py"), *settings, *overrides]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
-    if done.returncode:
-        raise SystemExit(f"{' '.join(command)}\n{done.stderr}")
+    with open(f"{run_dir}.log", "w") as log, subprocess.Popen(command, cwd=ROOT, stdout=log, stderr=log) as process:
+        peak = 0
+        while process.poll() is None:
+            peak = max([peak, *map(own_memory, family(process.pid))])
+            time.sleep(0.02)
+    if process.returncode:
+        raise SystemExit(f"{' '.join(command)}\n{Path(log.name).read_text()}")
     rows = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
     speeds = [row["tokens_per_second"] for row in rows if row["split"] == "train"][1:]
     summary = json.loads((run_dir / "summary.json").read_text(encoding="utf-8"))
-    return {"tokens_per_second": statistics.median(speeds), "peak_memory": summary["peak_memory_bytes"], **summary["rank_bytes"]}
+    peak = summary["peak_memory_bytes"] if machine()["gpus"] else peak
+    return {"tokens_per_second": statistics.median(speeds), "peak_memory": peak, **summary["rank_bytes"]}
+
+
+def family(pid: int) -> list[int]:
+    """A process and all that it started."""
+    try:
+        children = [int(child) for task in Path(f"/proc/{pid}/task").iterdir() for child in (task / "children").read_text().split()]
+    except OSError:  # it ended meanwhile
+        return []
+    return [pid, *(member for child in children for member in family(child))]
+
+
+def own_memory(pid: int) -> int:
+    """Bytes of a process's memory that no file stands behind."""
+    try:
+        return 1024 * int(Path(f"/proc/{pid}/status").read_text().partition("RssAnon:")[2].split()[0])
+    except (OSError, IndexError):
+        return 0
 
 
 def summarise(measured: dict[str, list[dict]]) -> dict[str, dict]:
@@ -105,12 +129,12 @@ COLUMNS = {"tokens_per_second": "tokens/s", "peak_memory": "peak memory", "weigh
 
 
 def table(results: dict) -> str:
-    lines = [f"{'of a rank, as a ratio to Basic':<32}" + "".join(f"{title:>14}" for title in COLUMNS.values())]
+    lines = [f"{'of a rank or device, ratio to Basic':<36}" + "".join(f"{title:>14}" for title in COLUMNS.values())]
     for name, values in results["placements"].items():
-        lines.append(f"{name:<32}" + "".join(f"{values[f'{key}_ratio']:>14.2f}" for key in COLUMNS))
+        lines.append(f"{name:<36}" + "".join(f"{values[f'{key}_ratio']:>14.2f}" for key in COLUMNS))
     basic = results["placements"]["Basic"]
     sizes = [f"{basic['tokens_per_second']:,.0f}", *(f"{basic[key] / 2**20:,.0f} MiB" for key in list(COLUMNS)[1:])]
-    lines.append(f"{'Basic itself':<32}" + "".join(f"{size:>14}" for size in sizes))
+    lines.append(f"{'Basic itself':<36}" + "".join(f"{size:>14}" for size in sizes))
     return "\n".join(lines)
 
 

@@ -54,6 +54,8 @@ def test_readme_command_runs(command, workplace, tmp_path):
     elif "-m" in arguments:
         runs = sorted(p.parent.name for p in (tmp_path / "sweep").glob("*/summary.json"))
         assert len(runs) == 8 and len({tuple(row["loss/eval"] for row in read_rows(tmp_path / "sweep" / r / "metrics.jsonl") if row["split"] == "eval") for r in runs}) == 8
+    elif "function=plan" in arguments:
+        assert "plan.gpu_gib=80: fits" in result.stdout and not (tmp_path / "run").exists()
     elif script == "generate.py":
         assert len(read_rows(tmp_path / "run" / "generations.jsonl")) == 32
     else:
@@ -78,14 +80,14 @@ def test_the_default_experiment_raises_the_reward_and_a_larger_beta_stays_closer
     assert found[1.0]["kl"] + 2 * found[1.0]["kl_se"] < found[0.1]["kl"]
 
 
-# What the papers' repositories document, without the trainer and sizes that need GPUs.
+# What the papers' repositories document, without sizes that need GPUs.
 RECIPES = [
-    "model=gpt2-large datasets=[imdb] loss=odpo seed=1 loss.beta=0.7 loss.alpha=0.5 exp_name=imdb gradient_accumulation_steps=2 sample_during_eval=false",
-    "model=gpt-neo datasets=[toxicity] loss=odpo seed=1 loss.beta=0.05 loss.alpha=1. exp_name=toxicity gradient_accumulation_steps=2 sample_during_eval=false",
-    "model=gptj datasets=[tldr] loss=odpo seed=0 loss.beta=0.5 exp_name=tldr gradient_accumulation_steps=2 sample_during_eval=false",
-    "function=eval model=gptj datasets=[tldr] loss=odpo seed=0 loss.beta=0.5 temperature=0.25 n_eval_examples=100 exp_name=tldr_test sample_during_eval=false",
-    "model=pythia28 datasets=[hh] loss=sft exp_name=hh_pythia28 gradient_accumulation_steps=2 sample_during_eval=false model.fsdp_policy_mp=bfloat16",
-    "model=pythia28 datasets=[hh] loss=cal-dpo loss.beta=0.1 exp_name=hh_pythia28 gradient_accumulation_steps=2 sample_during_eval=false model.fsdp_policy_mp=bfloat16",
+    "model=gpt2-large datasets=[imdb] loss=odpo seed=1 loss.beta=0.7 loss.alpha=0.5 exp_name=imdb trainer=FSDPTrainer gradient_accumulation_steps=2 sample_during_eval=false",
+    "model=gpt-neo datasets=[toxicity] loss=odpo seed=1 loss.beta=0.05 loss.alpha=1. exp_name=toxicity trainer=FSDPTrainer gradient_accumulation_steps=2 sample_during_eval=false",
+    "model=gptj datasets=[tldr] loss=odpo seed=0 loss.beta=0.5 exp_name=tldr trainer=FSDPTrainer gradient_accumulation_steps=2 sample_during_eval=false",
+    "function=eval model=gptj datasets=[tldr] loss=odpo seed=0 loss.beta=0.5 temperature=0.25 n_eval_examples=100 exp_name=tldr_test trainer=FSDPTrainer sample_during_eval=false",
+    "model=pythia28 datasets=[hh] loss=sft exp_name=hh_pythia28 gradient_accumulation_steps=2 trainer=FSDPTrainer sample_during_eval=false model.fsdp_policy_mp=bfloat16",
+    "model=pythia28 datasets=[hh] loss=cal-dpo loss.beta=0.1 exp_name=hh_pythia28 gradient_accumulation_steps=2 trainer=FSDPTrainer sample_during_eval=false model.fsdp_policy_mp=bfloat16",
     "model=pythia28 datasets=[hh] loss=tdpo loss.alpha=0.5 loss.beta=0.1 sample_during_eval=false",
     "model=pythia28 datasets=[hh] loss=tdpo loss.alpha=0.5 loss.beta=0.1 loss.if_tdpo2=false sample_during_eval=false",
     "model=pythia28 datasets=[tldr_filtered] loss=sft exp_name=sft_tldr_pythia28",

@@ -1,0 +1,76 @@
+"""What only a GPU can show: CUDA, NCCL where there are two, bf16, sampling. Skipped elsewhere."""
+
+import json
+
+import pytest
+import torch
+from conftest import final_weights, read_rows, run_command, run_here, small_run
+
+pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU here")]
+two_gpus = pytest.mark.skipif(torch.cuda.device_count() < 2, reason="fewer than two GPUs here, so NCCL between them was not tried")
+
+HIDE = {"CUDA_VISIBLE_DEVICES": ""}
+
+
+@pytest.fixture
+def command(imdb_dir, llama_folder, tmp_path):
+    def command(name: str, *more: str) -> list[str]:
+        return small_run(llama_folder, imdb_dir, tmp_path / name, "n_epochs=2", *more)
+
+    return command
+
+
+def losses(folder) -> list[float]:
+    return [row["loss/train"] for row in read_rows(folder / "metrics.jsonl") if row["split"] == "train"]
+
+
+@pytest.fixture
+def on_cpu(command, tmp_path):
+    """The losses of the same run on the CPU."""
+    import os
+
+    def on_cpu(*more: str) -> list[float]:
+        run_command("train.py", *command("cpu", *more), env=os.environ | HIDE)
+        return losses(tmp_path / "cpu")
+
+    return on_cpu
+
+
+@pytest.mark.parametrize("loss", ["dpo", "tdpo2", "sft"])
+@pytest.mark.parametrize("trainer", ["BasicTrainer", "FSDPTrainer", "TensorParallelTrainer"])
+def test_one_gpu_gives_the_losses_of_the_cpu(command, on_cpu, tmp_path, trainer, loss):
+    more = (f"loss={loss}", "optimizer=AdamW")
+    expected = on_cpu(*more)
+    run_here(*command("gpu", *more, f"trainer={trainer}", "world_size=1"))
+    assert losses(tmp_path / "gpu") == pytest.approx(expected, abs=1e-3, rel=1e-3)
+
+
+@pytest.mark.parametrize("trainer", ["BasicTrainer", "FSDPTrainer"])
+def test_bf16_stays_near_fp32_and_its_weights_stay_fp32(command, on_cpu, tmp_path, trainer):
+    expected = on_cpu("optimizer=AdamW")
+    run_here(*command("half", f"trainer={trainer}", "world_size=1", "model.fsdp_policy_mp=bfloat16", "optimizer=AdamW"))
+    assert losses(tmp_path / "half") == pytest.approx(expected, abs=0.1) and losses(tmp_path / "half") != expected
+    assert all(value.dtype == torch.float32 for value in final_weights(tmp_path / "half").values() if value.is_floating_point())
+
+
+def test_sampling_and_a_checkpoint(command, tmp_path):
+    run_here(*command("run", "trainer=FSDPTrainer", "world_size=1", "n_examples=24"))
+    run_here(*command("run", "trainer=FSDPTrainer", "world_size=1"))  # continues
+    rows = read_rows(tmp_path / "run" / "samples.jsonl")
+    assert rows and all(row["kl"] >= 0 and row["policy_tokens"] > 0 for row in rows)
+    assert json.loads((tmp_path / "run" / "summary.json").read_text())["peak_memory_bytes"] > 0
+
+
+@two_gpus
+@pytest.mark.parametrize("more", [(), ("fsdp_cpu_offload=true",), ("activation_checkpointing=true",), ("loss=tdpo2",)])
+def test_two_gpus_give_the_losses_of_one(command, tmp_path, more):
+    run_here(*command("one", "trainer=FSDPTrainer", "world_size=1", "optimizer=AdamW", *more))
+    run_command("train.py", *command("two", "trainer=FSDPTrainer", "world_size=2", "optimizer=AdamW", *more))
+    assert losses(tmp_path / "two") == pytest.approx(losses(tmp_path / "one"), abs=1e-3, rel=1e-3)
+
+
+@two_gpus
+def test_layers_split_over_two_gpus_in_one_process(command, tmp_path):
+    run_here(*command("one", "trainer=FSDPTrainer", "world_size=1", "optimizer=AdamW"))
+    run_here(*command("split", "trainer=TensorParallelTrainer", "world_size=2", "optimizer=AdamW"))
+    assert losses(tmp_path / "split") == pytest.approx(losses(tmp_path / "one"), abs=1e-3, rel=1e-3)
