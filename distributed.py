@@ -164,7 +164,11 @@ def _join() -> World:
     joined = World(rank, size, local_rank, local_size)
     if rank > 0:
         sys.stdout = open(os.devnull, "w")  # noqa: SIM115  (rank 0 speaks for all)
-    _init_process_group(rank=rank, world_size=size, device=joined.device)
+    try:
+        _init_process_group(rank=rank, world_size=size, device=joined.device)
+    except dist.DistNetworkError as error:
+        where = f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}"
+        raise ConfigError(f"the ranks cannot meet at {where} ({str(error).splitlines()[0]}); set fsdp_port to a free port") from error
     return joined
 
 

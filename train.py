@@ -39,6 +39,7 @@ def main() -> None:
     warnings.filterwarnings("ignore", message="(?s).*hydra/launcher/submitit_slurm' is validated against ConfigStore schema")
     try:
         check_overrides(sys.argv[1:])
+        world()  # ranks meet before hydra asks them for a folder
     except PrefLabError as error:
         fail(error)
     run()
