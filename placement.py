@@ -4,7 +4,7 @@ Each takes a built `Scorer` and changes it in place. Nothing here knows a loss, 
 placed: scoring goes through `Scorer.run`, weights come back through `full_weights`.
 """
 
-import math
+import logging
 import types
 import warnings
 from collections import Counter
@@ -136,6 +136,7 @@ def layer_plan(model: nn.Module, peers: int) -> dict:
 
 
 def _split_layers(model: nn.Module, mesh) -> None:
+    logging.getLogger("torch.distributed.tensor._redistribute").setLevel(logging.ERROR)  # says that 2-D meshes take two steps
     parallelize_module(model, mesh, layer_plan(model, mesh.size()))
 
 

@@ -34,6 +34,7 @@ from utils import ConfigError, DataError, PrefLabError
 
 # 17 pairs in batches of 8: the last batch of an epoch holds one, which two ranks cannot share. 4 epochs are 12 steps.
 PAIRS, STEPS = 17, 12
+FOUR = ("trainer=FSDPTrainer", "world_size=4")
 TWO = ("trainer=FSDPTrainer", "world_size=2")
 LORA = ("model.lora.r=4", "model.lora.target_modules=[q_proj,down_proj]")
 
@@ -45,13 +46,16 @@ PLACEMENTS = {
     "two ranks accumulated": ((*TWO, "gradient_accumulation_steps=2"), 2),
     "two ranks a copy each": ((*TWO, "fsdp_shard_size=1"), 2),
     "two ranks share layers": ((*TWO, "tensor_parallel_size=2"), 2),
+    "two by two sharded and split": ((*FOUR, "tensor_parallel_size=2"), 4),
+    "two by two sharded and copied": ((*FOUR, "fsdp_shard_size=2"), 4),
     "two devices": (("trainer=TensorParallelTrainer", "world_size=2"), 1),
 }
+UP_TO_TWO = [name for name, (_, ranks) in PLACEMENTS.items() if ranks <= 2]
 FEW = ("one", "two ranks")
 GROUPS = {
     "dpo": (("loss=dpo",), PLACEMENTS),
-    "tdpo2": (("loss=tdpo2",), PLACEMENTS),
-    "sft": (("loss=sft",), PLACEMENTS),
+    "tdpo2": (("loss=tdpo2",), UP_TO_TWO),
+    "sft": (("loss=sft",), UP_TO_TWO),
     "lora": (("loss=dpo", *LORA), FEW),
     "recomputed": (("loss=tdpo2", "activation_checkpointing=true"), FEW),
     "offloaded": (("loss=dpo", "fsdp_cpu_offload=true"), ("two ranks",)),
@@ -83,9 +87,9 @@ def overrides(setting, name: str, *more: str) -> list[str]:
     return small_run(setting / "model", setting / "data", setting / name, *options, *more)
 
 
-def start_on_two_ranks(setting, commands: list[list[str]]) -> None:
+def start_on_ranks(n: int, setting, commands: list[list[str]]) -> None:
     (setting / "commands.json").write_text(json.dumps([[str(word) for word in command] for command in commands]))
-    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={n}"]
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
     result = subprocess.run(
         [*torchrun, str(ROOT / "tests" / "many_runs.py"), str(setting / "commands.json")],
@@ -97,16 +101,17 @@ def start_on_two_ranks(setting, commands: list[list[str]]) -> None:
 @pytest.fixture(scope="module")
 def runs(setting):
     """All runs of GROUPS, in folders `group/placement`."""
-    on_two = []
+    on_ranks = {2: [], 4: []}
     for group, (common, placements) in GROUPS.items():
         for placement in placements:
             more, ranks = PLACEMENTS[placement]
             command = overrides(setting, f"{group}/{placement}", *common, *more)
-            if ranks == 2:
-                on_two.append(command)
+            if ranks > 1:
+                on_ranks[ranks].append(command)
             else:
                 run_here(*command)
-    start_on_two_ranks(setting, on_two)
+    for ranks, commands in on_ranks.items():
+        start_on_ranks(ranks, setting, commands)
     return setting
 
 
@@ -182,7 +187,7 @@ def test_a_run_is_continued_on_other_ranks(runs, lora):
     name, whole = ("half lora", "lora") if lora else ("half", "dpo")
     common = [o for o in GROUPS[name][0] if not o.startswith("n_epochs")]
     run_here(*overrides(runs, f"{name}/two ranks", *common, "trainer=FSDPTrainer"))
-    start_on_two_ranks(runs, [overrides(runs, f"{name}/one", *common, *TWO)])
+    start_on_ranks(2, runs, [overrides(runs, f"{name}/one", *common, *TWO)])
     for placement in ("two ranks", "one"):
         assert [row["step"] for row in rows_of(runs / name / placement, "train")] == list(range(1, STEPS + 1))
         assert largest_difference(runs / name / placement, runs / whole / "one") < WEIGHTS
