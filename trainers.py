@@ -61,7 +61,10 @@ class BasicTrainer:
     Every rank of a distributed trainer runs this same loop on its share of each batch; a subclass says where models live.
     """
 
-    def __init__(self, config, run_dir: Path, loss: BoundLoss, tokenizer, data: dict[str, PreferenceData], *, world: World = ALONE, wandb_run=None, stop: StopSignals | None = None):
+    def __init__(
+        self, config, run_dir: Path, loss: BoundLoss, tokenizer, data: dict[str, PreferenceData],
+        *, world: World = ALONE, wandb_run=None, stop: StopSignals | None = None,
+    ):  # fmt: skip
         seed_everything(config.seed)
         self.config, self.run_dir, self.loss, self.tokenizer, self.data, self.world = config, run_dir, loss, tokenizer, data, world
         self.log = MetricLog(run_dir, wandb_run, config.minimum_log_interval_secs, writes=world.rank == 0)
@@ -247,7 +250,8 @@ class BasicTrainer:
         summary |= {"seed": self.config.seed, "temperature": self.config.temperature, "top_p": self.config.topp}
         peaks = [peak for peak in self.save_peaks if peak is not None]
         summary["peak_memory_bytes"] = int(self.world.max([float(peak_memory())])[0])
-        summary |= {"trainer": self.config.trainer, "ranks": self.world.size, "rank_bytes": self.state_bytes, "save_peak_host_mib": max(peaks) / 2**20 if peaks else None}
+        summary |= {"trainer": self.config.trainer, "ranks": self.world.size, "rank_bytes": self.state_bytes}
+        summary["save_peak_host_mib"] = max(peaks) / 2**20 if peaks else None
         if self.world.rank == 0:
             with atomic_write(self.run_dir / "summary.json") as f:
                 json.dump(summary, f, indent=1)
