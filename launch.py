@@ -122,7 +122,10 @@ def _tell_why(failed, folder: Path, stop: StopSignals) -> None:
     """Raise for the worker that failed first: the errors of the others follow from it."""
     told = [(json.loads(path.read_text(encoding="utf-8")), path.stem) for path in folder.glob("*.json")]
     rank, failure = failed.get_first_failure()
-    if failure.exitcode < 0:  # killed: it could not tell, and what the others saw is its end
+    for other, died in failed.failures.items():
+        if died.exitcode < 0 and died.exitcode != -signal.SIGTERM:  # killed from outside; what the others raised follows from it
+            rank, failure = other, died
+    if failure.exitcode < 0:
         if stop.received is not None and -failure.exitcode == stop.received:
             return  # before it could listen; nothing had begun
         name = signal.Signals(-failure.exitcode).name
