@@ -1,20 +1,21 @@
 """From records to batches: tokenise once into memory-mapped arrays, order the examples, collate.
 
-The order of the data is a pure function of (seed, epoch) and the loader's state is two integers. How a batch is laid
-out in rows is decided here alone: every batch says, for each scored token, where its hidden state sits, which token it
-is and which response owns it, so that losses and log-probs never see rows.
+The order of the data is a pure function of (seed, epoch) and the loader's state is two integers.
 """
 
+import heapq
 import json
-from collections.abc import Iterator
-from dataclasses import dataclass, field, fields
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor
 from tqdm import tqdm
 
+from layouts import Batch, Layout, lay_out
 from preference_datasets import Record, Source
 from utils import DataError, atomic_directory, content_hash
 
@@ -48,6 +49,8 @@ class TokenStore:
     columns: dict[str, np.ndarray]
     sources: list[str] | np.ndarray
     counts: dict
+    key: str = ""  # changes with the content
+    reference: Any = None  # what the frozen reference says of each response, where it is kept; see reference.py
 
 
 ARRAYS = ("tokens", "prompts", "responses", "response_prompt", "cut", "scores", "pairs", "targets", "sources")
@@ -126,7 +129,7 @@ def _load_store(folder: Path) -> TokenStore:
     arrays = {key: np.load(folder / f"{key}.npy", mmap_mode="r") for key in ARRAYS if key != "tokens"}
     arrays["tokens"] = np.memmap(folder / "tokens.bin", dtype=np.int32, mode="r")
     columns = {name: np.load(folder / f"column-{content_hash(name)}.npy") for name in meta["columns"]}
-    return TokenStore(meta["name"], meta["truncation"], columns=columns, counts=meta["counts"], **arrays)
+    return TokenStore(meta["name"], meta["truncation"], columns=columns, counts=meta["counts"], key=folder.name, **arrays)
 
 
 def _chunks(items: Iterator, size: int) -> Iterator[list]:
@@ -209,6 +212,7 @@ class PreferenceData:
         self.begins = np.cumsum([0, *sizes])
         prompts = np.cumsum([0, *(len(store.prompts) for store in stores)])
         self.groups = np.concatenate([self._example_prompts(store) + n for store, n in zip(stores, prompts)])
+        self._numbers = {id(store): i for i, store in enumerate(stores)}
         if not len(self):
             raise DataError(f"datasets: {name} hold no {kind}; counts: {json.dumps([store.counts for store in stores])}")
 
@@ -228,6 +232,9 @@ class PreferenceData:
         """The store and the response indices of an example: [chosen, rejected], or [target]."""
         store, i = self.locate(example)
         return store, [int(r) for r in store.pairs[i]] if self.kind == "pairs" else [int(store.targets[i])]
+
+    def number_of(self, store: TokenStore) -> int:
+        return self._numbers[id(store)]
 
     def describe(self, example: int) -> str:
         """Where an example came from, for messages."""
@@ -300,18 +307,24 @@ def prompts_to_sample(data: PreferenceData, n: int, max_prompt_length: int) -> l
 # -------------------------------------------------------------------------------------------------------- order
 
 
-def epoch_order(groups: np.ndarray, seed: int, epoch: int) -> np.ndarray:
-    """A permutation of the examples, a pure function of (seed, epoch), examples of one group spread out.
+ORDERS = ("pairs", "prompts")
 
-    groups (examples,): the prompt of each example. The m examples of a prompt sit at u/m, (1+u)/m, ... of the epoch for
-    one random u a prompt, so two of them meet in a batch only when the batch is longer than an m-th of the epoch.
+
+def epoch_order(groups: np.ndarray, seed: int, epoch: int, order: str = "pairs") -> np.ndarray:
+    """A permutation of the examples, a pure function of (seed, epoch).
+
+    groups (examples,): the prompt of each example. order: "pairs" spreads the examples of a prompt out: its m examples
+    sit at u/m, (1+u)/m, ... of the epoch for one random u a prompt, so two of them meet in a batch only when the batch is
+    longer than an m-th of the epoch. "prompts" keeps them together, prompt after prompt.
     """
     rng = np.random.default_rng([seed, epoch])
     shuffled = rng.permutation(len(groups))
     by_group = shuffled[np.argsort(groups[shuffled], kind="stable")]
     _, first, inverse, count = np.unique(groups[by_group], return_index=True, return_inverse=True, return_counts=True)
-    rank = np.arange(len(groups)) - first[inverse]
-    place = (rank + rng.random(len(count))[inverse]) / count[inverse]
+    place = rng.random(len(count))[inverse]
+    if order == "pairs":
+        rank = np.arange(len(groups)) - first[inverse]
+        place = (rank + place) / count[inverse]
     return by_group[np.argsort(place, kind="stable")]
 
 
@@ -327,8 +340,8 @@ class Loader:
     last batch of an epoch, and the last of all, may be smaller. State: (epoch, cursor).
     """
 
-    def __init__(self, groups, *, batch_size: int, seed: int, n_epochs: int | None, n_examples: int | None):
-        self.groups, self.batch_size, self.seed = groups, batch_size, seed
+    def __init__(self, groups, *, batch_size: int, seed: int, n_epochs: int | None, n_examples: int | None, order: str = "pairs"):
+        self.groups, self.batch_size, self.seed, self.order = groups, batch_size, seed, order
         limits = [n for n in (n_examples, n_epochs and n_epochs * len(groups)) if n is not None]
         self.total = min(limits)
         self.epoch = self.cursor = 0
@@ -343,16 +356,34 @@ class Loader:
         return self
 
     def __next__(self) -> np.ndarray:
-        if self.examples >= self.total:
+        indices = self.peek()
+        if not len(indices):
             raise StopIteration
-        if self._order is None or self._order[0] != self.epoch:
-            self._order = self.epoch, epoch_order(self.groups, self.seed, self.epoch)
-        size = min(self.batch_size, self.total - self.examples)
-        indices = self._order[1][self.cursor : self.cursor + size]
         self.cursor += len(indices)
         if self.cursor == len(self.groups):
             self.epoch, self.cursor = self.epoch + 1, 0
         return indices
+
+    def peek(self) -> np.ndarray:
+        """What comes next, and empty at the end."""
+        if self._order is None or self._order[0] != self.epoch:
+            self._order = self.epoch, epoch_order(self.groups, self.seed, self.epoch, self.order)
+        size = min(self.batch_size, self.total - self.examples)
+        return self._order[1][self.cursor : self.cursor + max(0, size)]
+
+    def first_epoch(self) -> np.ndarray:
+        """All examples of a run, each once."""
+        return epoch_order(self.groups, self.seed, 0, self.order)[: self.total]
+
+    def ahead(self, prepare: Callable[[np.ndarray], Any]) -> Iterator[tuple[np.ndarray, Any]]:
+        """(indices, `prepare(indices)`) of each step, the next one prepared by a thread while this one is used."""
+        with ThreadPoolExecutor(1, "prepare") as thread:
+            coming = thread.submit(prepare, self.peek()) if len(self.peek()) else None
+            while coming is not None:
+                prepared = coming.result()
+                indices = next(self)
+                coming = thread.submit(prepare, self.peek()) if len(self.peek()) else None
+                yield indices, prepared
 
     def state_dict(self) -> dict:
         return {"epoch": self.epoch, "cursor": self.cursor}
@@ -361,97 +392,89 @@ class Loader:
         self.epoch, self.cursor = state["epoch"], state["cursor"]
 
 
+# ------------------------------------------------------------------------------------------------- microbatches
+
+
+def split_step(
+    data: PreferenceData, examples: np.ndarray, layout: Layout, *, ranks: int, at_least: int = 1, tokens: int | None = None, grouping: bool = True
+) -> list[list[np.ndarray]]:
+    """The examples of one step as microbatches: for each rank equally many, whose sizes differ little in tokens.
+
+    at_least: microbatches of a rank. tokens: wanted size of one; null: any. What shares a prompt stays together where the
+    layout gains by it. Without `grouping` examples keep their order; with it microbatches are evened out, or, where
+    there is padding, hold examples of like lengths. A microbatch may be empty where there is less to share than ranks.
+    """
+    units, sizes = _units(data, examples, layout)
+    n = at_least if tokens is None else max(at_least, -(-int(sizes.sum()) // (ranks * tokens)))
+    n = max(1, min(n, -(-len(units) // ranks)))
+    bins: list[list[int]] = [[] for _ in range(n * ranks)]
+    if grouping and layout.name != "padded":  # the largest first, each where there is least
+        filled = [(0, i) for i in range(len(bins))]
+        for unit in np.argsort(-sizes, kind="stable"):
+            size, i = filled[0]
+            bins[i].append(int(unit))
+            heapq.heapreplace(filled, (size + int(sizes[unit]), i))
+    else:
+        order = np.argsort(sizes, kind="stable") if grouping else np.arange(len(units))
+        middle = np.cumsum(sizes[order]) - sizes[order] / 2
+        for unit, i in zip(order, np.minimum((middle * len(bins) / sizes.sum()).astype(int), len(bins) - 1)):
+            bins[i].append(int(unit))
+    return [[examples[sorted(i for unit in of_bin for i in units[unit])] for of_bin in bins[rank::ranks]] for rank in range(ranks)]
+
+
+def _units(data: PreferenceData, examples: np.ndarray, layout: Layout) -> tuple[list[list[int]], np.ndarray]:
+    """What must not be parted (places in `examples`), and the input tokens of each."""
+    units: dict[Any, tuple[list[int], dict]] = {}
+    for i, example in enumerate(examples):
+        store, responses = data.responses_of(int(example))
+        key = int(data.groups[example]) if layout.name == "prefix_shared" else i
+        of_unit, tokens = units.setdefault(key, ([], {}))
+        of_unit.append(i)
+        prompt = int(np.diff(store.prompts[store.response_prompt[responses[0]]])[0])
+        tokens.update({r: int(np.diff(store.responses[r])[0]) for r in responses})
+        tokens["prompt"] = prompt * (1 if layout.name == "prefix_shared" else len(responses))
+    return [places for places, _ in units.values()], np.array([sum(tokens.values()) for _, tokens in units.values()], dtype=np.int64)
+
+
 # ------------------------------------------------------------------------------------------------------ batches
 
 
-@dataclass
-class Batch:
-    """Examples as a model sees them, and the map from scored tokens back to responses.
-
-    input_ids, attention_mask (rows, width). For every scored token: `positions` (tokens,), where in rows*width the
-    hidden state sits that predicts it; `targets` (tokens,), its id; `owners` (tokens,), the response it belongs to,
-    in order. `ends` (responses,): where the last token of each response sits. lengths (responses,) in scored tokens.
-    chosen, rejected (examples,): responses of each example; rejected is None for targets.
-    scores (responses,), NaN where the data has none. columns: (examples,) by name. examples: indices into the data.
-    """
-
-    input_ids: Tensor
-    attention_mask: Tensor
-    positions: Tensor
-    targets: Tensor
-    owners: Tensor
-    ends: Tensor
-    lengths: Tensor
-    chosen: Tensor
-    rejected: Tensor | None
-    scores: Tensor
-    columns: dict[str, Tensor] = field(default_factory=dict)
-    examples: list[int] = field(default_factory=list)
-    n_tokens: int = 0  # input tokens, padding excluded
-
-    def to(self, device) -> "Batch":
-        moved = {f.name: getattr(self, f.name) for f in fields(self)}
-        for key, value in moved.items():
-            if isinstance(value, Tensor):
-                moved[key] = value.to(device, non_blocking=True)
-        moved["columns"] = {name: value.to(device, non_blocking=True) for name, value in self.columns.items()}
-        return Batch(**moved)
-
-
-def collate(data: PreferenceData, examples: np.ndarray, pad_id: int) -> Batch:
-    """The padded layout: one row for each distinct response of the batch, prompt in front, padding behind."""
-    index: dict[tuple[int, int], int] = {}  # (store, response) -> response of this batch
-    sequences, scores = [], []
-    members = []
-    for example in examples:
-        store, responses = data.responses_of(int(example))
+def collate(data: PreferenceData, examples: np.ndarray, layout: Layout) -> Batch:
+    """Each distinct response of the examples once, however many of them it takes part in."""
+    trees: dict[tuple[int, int], dict[int, int]] = {}  # (store, prompt) -> its responses in this batch
+    located = [data.responses_of(int(example)) for example in examples]
+    for store, responses in located:
+        tree = trees.setdefault((data.number_of(store), int(store.response_prompt[responses[0]])), {})
         for r in responses:
-            if index.setdefault((id(store), r), len(sequences)) == len(sequences):
-                prompt, response = (store.tokens[begin:end] for begin, end in (store.prompts[store.response_prompt[r]], store.responses[r]))
-                sequences.append((prompt, response))
-                scores.append(float(store.scores[r]))
-        members.append([index[id(store), r] for r in responses])
-    columns = {}
+            tree.setdefault(r, len(tree))
+    sequences, scores, reference_logps, first = [], [], [], {}
+    for (number, prompt), tree in trees.items():
+        store = data.stores[number]
+        first[number, prompt] = len(scores)
+        sequences.append((_tokens(store, store.prompts[prompt]), [_tokens(store, store.responses[r]) for r in tree]))
+        scores.extend(float(store.scores[r]) for r in tree)
+        if store.reference is not None:
+            reference_logps.extend(store.reference.logps(r) for r in tree)
+    batch = lay_out(sequences, layout)
+    members = []
+    for store, responses in located:
+        key = data.number_of(store), int(store.response_prompt[responses[0]])
+        members.append([first[key] + trees[key][r] for r in responses])
     if data.kind == "pairs":
-        located = [data.locate(int(example)) for example in examples]
-        shared = set.intersection(*(set(store.columns) for store, _ in located))
-        columns = {name: torch.tensor([float(store.columns[name][i]) for store, i in located], dtype=torch.float64) for name in shared}
-    batch = collate_sequences(sequences, pad_id)
+        rows = [data.locate(int(example)) for example in examples]
+        shared = set.intersection(*(set(store.columns) for store, _ in rows))
+        batch.columns = {name: torch.tensor([float(store.columns[name][i]) for store, i in rows], dtype=torch.float64) for name in shared}
     batch.chosen = torch.tensor([pair[0] for pair in members])
     batch.rejected = torch.tensor([pair[1] for pair in members]) if data.kind == "pairs" else None
     batch.scores = torch.tensor(scores, dtype=torch.float64)
-    batch.columns = columns
     batch.examples = [int(example) for example in examples]
+    if len(reference_logps) == len(scores):
+        batch.reference_logps = torch.from_numpy(np.concatenate(reference_logps))
     return batch
 
 
-def collate_sequences(sequences: list[tuple], pad_id: int) -> Batch:
-    """(prompt tokens, response tokens) pairs as rows of a padded batch in which each response is its own example."""
-    prompts = np.array([len(prompt) for prompt, _ in sequences])
-    lengths = np.array([len(response) for _, response in sequences])
-    width = int((prompts + lengths).max())
-    input_ids = np.full((len(sequences), width), pad_id, dtype=np.int64)
-    for row, (prompt, response) in zip(input_ids, sequences):
-        row[: len(prompt)] = prompt
-        row[len(prompt) : len(prompt) + len(response)] = response
-    starts = np.arange(len(sequences)) * width + prompts
-    owners = np.repeat(np.arange(len(sequences)), lengths)
-    within = np.arange(int(lengths.sum())) - np.repeat(np.cumsum(lengths) - lengths, lengths)
-    places = starts[owners] + within  # where each response token sits; it is predicted one position earlier
-    return Batch(
-        input_ids=torch.from_numpy(input_ids),
-        attention_mask=torch.from_numpy((np.arange(width) < (prompts + lengths)[:, None]).astype(np.int64)),
-        positions=torch.from_numpy(places - 1),
-        targets=torch.from_numpy(input_ids.reshape(-1)[places]),
-        owners=torch.from_numpy(owners),
-        ends=torch.from_numpy(starts + lengths - 1),
-        lengths=torch.from_numpy(lengths),
-        chosen=torch.arange(len(sequences)),
-        rejected=None,
-        scores=torch.full((len(sequences),), float("nan"), dtype=torch.float64),
-        examples=list(range(len(sequences))),
-        n_tokens=int((prompts + lengths).sum()),
-    )
+def _tokens(store: TokenStore, span: np.ndarray) -> np.ndarray:
+    return store.tokens[span[0] : span[1]]
 
 
 # ------------------------------------------------------------------------------------------- what the data are like

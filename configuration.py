@@ -14,7 +14,9 @@ from hydra.core.override_parser.types import ChoiceSweep
 from hydra.errors import OverrideParseException
 from omegaconf import DictConfig, OmegaConf
 
+from batching import ORDERS
 from distributed import data_ranks, world
+from layouts import LAYOUTS
 from losses import BoundLoss, bind_loss
 from preference_datasets import DATASETS, Source, open_dataset
 from rewards import check_reward
@@ -29,7 +31,7 @@ MAY_CHANGE = {
     "n_epochs", "n_examples", "eval_batch_size", "n_eval_examples", "n_eval_model_samples", "eval_every", "save_every",
     "sample_during_eval", "do_first_eval", "wandb", "minimum_log_interval_secs", "keep_checkpoints", "local_dirs",
     "local_run_dir", "resume", "trainer", "world_size", "fsdp_port", "fsdp_cpu_offload", "fsdp_shard_size", "tensor_parallel_size",
-    "activation_checkpointing", "gradient_accumulation_steps", "plan", "temperature", "topp", "max_new_tokens", "cache_dir", "data_dir", "exp_name", "reward",
+    "activation_checkpointing", "gradient_accumulation_steps", "microbatch_tokens", "layout", "length_grouping", "reference", "plan", "temperature", "topp", "max_new_tokens", "cache_dir", "data_dir", "exp_name", "reward",
 }  # fmt: skip
 
 
@@ -153,6 +155,8 @@ def check_config(config: DictConfig, trainers: Iterable[str]) -> tuple[BoundLoss
     _check_choice("trainer", config.trainer, trainers)
     if config.function == "plan" and world().size > 1:
         raise ConfigError(f"function=plan needs no ranks, and {world().size} were started; run it as one process and say world_size={world().size}")
+    _check_choice("layout", config.layout, ("auto", *LAYOUTS))
+    _check_choice("order", config.order, ORDERS)
     _check_numbers(config)
     _check_lengths(config)
     _check_optimizer(config.optimizer)
@@ -165,6 +169,7 @@ def check_config(config: DictConfig, trainers: Iterable[str]) -> tuple[BoundLoss
         if config.model[key] and not Path(config.model[key]).exists():
             raise ConfigError(f"model.{key}={config.model[key]}: no such file or folder")
     check_reward(config.reward)
+    _check_choice("reference.cache", config.reference.cache, ("auto", True, False))
     loss = bind_loss(OmegaConf.to_container(config.loss, resolve=True))
     if loss.couples_batch and (config.gradient_accumulation_steps > 1 or data_ranks(config, world()) > 1):
         raise ConfigError(
@@ -185,7 +190,7 @@ def _check_numbers(config: DictConfig) -> None:
         "max_prompt_length": 2, "n_eval_examples": 1, "n_eval_model_samples": 1, "eval_every": 1, "model.lora.r": 0,
         "tensor_parallel_size": 1,
     }  # fmt: skip
-    optional = {"n_epochs": 1, "n_examples": 1, "max_new_tokens": 1, "save_every": 1, "keep_checkpoints": 1, "world_size": 1, "fsdp_shard_size": 1}
+    optional = {"n_epochs": 1, "n_examples": 1, "max_new_tokens": 1, "save_every": 1, "keep_checkpoints": 1, "world_size": 1, "fsdp_shard_size": 1, "microbatch_tokens": 1}
     for key, smallest in {**whole, **optional}.items():
         value = OmegaConf.select(config, key)
         if value is None and key in optional:

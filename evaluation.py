@@ -10,11 +10,11 @@ from tqdm import tqdm
 from batching import (
     PreferenceData,
     collate,
-    collate_sequences,
     evaluation_order,
     prompts_to_sample,
 )
 from distributed import ALONE, World
+from layouts import Layout, lay_out
 from logprobs import Scorer, score_responses, sum_by_owner
 from losses import BoundLoss
 from metrics import Sums
@@ -26,14 +26,14 @@ from utils import atomic_write
 
 @torch.no_grad()
 def evaluate_loss(
-    loss: BoundLoss, policy: Scorer, reference: Scorer | None, data: PreferenceData, *, n: int, batch_size: int, pad_id: int, world: World = ALONE
+    loss: BoundLoss, policy: Scorer, reference: Scorer | None, data: PreferenceData, *, n: int, batch_size: int, layout: Layout, world: World = ALONE
 ) -> dict[str, float]:
     """Means of the loss and of every logged metric over the first `n` examples of the fixed evaluation order."""
     examples = evaluation_order(data.groups)[:n]
     sums = Sums()
     parts = list(world.batches(examples, batch_size))
     for part, n_real in tqdm(parts, desc="evaluate", leave=False, delay=1.0, disable=world.no_bar):
-        batch = collate(data, part, pad_id).to(policy.device)
+        batch = collate(data, part, layout).to(policy.device)
         sums.add(compute_loss(loss, policy, reference, batch, data, "eval")[1], n_real)
     return sums.flush(world)
 
@@ -53,6 +53,7 @@ def sample_and_measure(
     top_p: float,
     seed: int,
     batch_size: int,
+    layout: Layout,
     world: World = ALONE,
 ) -> tuple[list[dict], dict[str, float]]:
     """Sample one response for each of `n` held-out prompts from both models; rows for samples.jsonl, and their means.
@@ -73,7 +74,7 @@ def sample_and_measure(
     texts = {who: [tokenizer.decode(t, skip_special_tokens=True) for t in responses] for who, responses in drawn.items()}
     prompt_texts = [tokenizer.decode(t, skip_special_tokens=True) for t in tokens]
     rewards = {who: world.gather(reward(world.share(prompt_texts), world.share(responses))) for who, responses in texts.items()}
-    kl = sample_kl(policy, reference, tokens, drawn["policy"], batch_size, tokenizer.pad_token_id, world) if reference else {}
+    kl = sample_kl(policy, reference, tokens, drawn["policy"], batch_size, layout, world) if reference else {}
     rows = []
     for i, prompt in enumerate(prompts):
         row = {
@@ -117,7 +118,7 @@ def mean_and_error(values: list[float]) -> tuple[float, float | None]:
 
 @torch.no_grad()
 def sample_kl(
-    policy: Scorer, reference: Scorer, prompts: list[list[int]], responses: list[list[int]], batch_size: int, pad_id: int,
+    policy: Scorer, reference: Scorer, prompts: list[list[int]], responses: list[list[int]], batch_size: int, layout: Layout,
     world: World = ALONE,
 ) -> dict[str, list[float]]:
     """Three estimators of KL(policy || reference) for each sampled response, summed over its tokens, EOS included.
@@ -128,7 +129,7 @@ def sample_kl(
     order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]) + len(responses[i]))
     mine = []
     for rows, n_real in world.batches(order, batch_size):
-        batch = collate_sequences([(prompts[i], responses[i]) for i in rows], pad_id).to(policy.device)
+        batch = lay_out([(prompts[i], [responses[i]]) for i in rows], layout).to(policy.device)
         scores = score_responses(policy, batch, reference=reference, kl="policy||reference")
         ratio = scores.token_logps.double() - scores.reference_token_logps.double()
         k3 = sum_by_owner(torch.expm1(-ratio) + ratio, batch.owners.to(ratio.device), len(rows))

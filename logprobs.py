@@ -1,8 +1,8 @@
-"""The only code that touches logits: response log-probs and full-vocabulary KL, chunked over tokens, in fp32.
+"""The only code that touches logits: response log-probs, full-vocabulary KL and entropy, chunked over tokens, in fp32.
 
-The LM head is applied to the hidden states of scored positions alone, a chunk of tokens at a time, and each chunk is
-computed again in the backward pass. So no tensor of [responses, positions, vocabulary] ever exists: what is kept for
-the backward pass is (tokens, hidden size).
+The LM head is applied to the hidden states of scored positions alone, a chunk of tokens at a time, in one function with
+the log-softmax and with a backward pass of its own. So no tensor of [responses, positions, vocabulary] ever exists: what
+is kept for the backward pass is (tokens, hidden size), and probabilities only where they are few.
 """
 
 import contextlib
@@ -11,12 +11,15 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 from torch.utils.checkpoint import checkpoint
 
-from batching import Batch
+from attention import block_mask
+from layouts import Batch
 from utils import ConfigError
 
-CHUNK_ELEMENTS = 2**24  # logits in flight: 64 MiB in fp32; larger chunks were no faster
+CHUNK_ELEMENTS = 2**25  # logits in flight: 128 MiB in fp32
+KEPT_CHUNKS = 2  # probabilities of so many chunks are kept for the backward pass; of more they are computed again
 
 
 class Scorer:
@@ -59,7 +62,8 @@ class Scorer:
     def hidden(self, batch: Batch, positions: Tensor) -> Tensor:
         """Last hidden states at `positions` of rows*width: (positions, hidden size)."""
         body = getattr(self.causal_lm, self.causal_lm.base_model_prefix)
-        output = body(input_ids=batch.input_ids, attention_mask=batch.attention_mask, use_cache=False)
+        options = {} if batch.segments is None else {"position_ids": batch.position_ids}
+        output = body(input_ids=batch.input_ids, attention_mask=_mask(batch), use_cache=False, **options)
         states = output.last_hidden_state
         return states.flatten(0, 1)[positions.to(states.device)]
 
@@ -76,6 +80,14 @@ class Scorer:
             logits = cap * torch.tanh(logits / cap)
         return logits
 
+    def plain_head(self) -> tuple[Tensor, Tensor | None] | None:
+        """Weight and bias of the LM head, where logits are a linear layer of whole weights and nothing more."""
+        head, config = self.causal_lm.get_output_embeddings(), self.causal_lm.config.get_text_config()
+        more = [getattr(config, name, None) for name in ("logit_scale", "logits_scaling", "final_logit_softcapping")]
+        if not isinstance(head, nn.Linear) or hasattr(head, "base_layer") or isinstance(head.weight, DTensor) or any(more):
+            return None
+        return head.weight, head.bias
+
     def values(self, batch: Batch) -> Tensor:
         """Output of a scalar head at the last token of each response, (responses,) float64."""
         return self.run(lambda: self.causal_lm.score(self.hidden(batch, batch.ends))).squeeze(-1).double()
@@ -84,28 +96,39 @@ class Scorer:
     def check(self) -> None:
         """Refuse a model whose own logits differ from head(body(x)): its log-probs would be silently wrong."""
         ids = torch.arange(1, 9, device=self.device).remainder(self.causal_lm.config.get_text_config().vocab_size)[None]
-        batch = Batch(ids, torch.ones_like(ids), *[None] * 8)
+        batch = Batch(ids, *[None] * 8, attention_mask=torch.ones_like(ids))
         ours = self.run(lambda: self.logits(self.hidden(batch, torch.arange(8))))
         with self.active():
             theirs = self.causal_lm(input_ids=ids, use_cache=False).logits[0].to(ours)
         error = (ours.log_softmax(-1) - theirs.log_softmax(-1)).abs().max().item()
-        bound = 1e-3 if theirs.dtype == torch.float64 or self._is_full_precision() else 0.1
+        bound = 1e-3 if self.is_full_precision() else 0.1
         if not error < bound:
             raise ConfigError(
                 f"{type(self.causal_lm).__name__} does something between its last hidden state and its logits that is "
                 f"not known here: log-probs differ by {error:.3g}; add it to Scorer.logits in logprobs.py"
             )
 
-    def _is_full_precision(self) -> bool:
-        return self.autocast is None and next(self.model.parameters()).dtype == torch.float32
+    def is_full_precision(self) -> bool:
+        return self.autocast is None and next(self.model.parameters()).dtype in (torch.float32, torch.float64)
+
+
+def _mask(batch: Batch):
+    """What goes to the layers as the attention mask of a batch; see attention.py."""
+    if batch.segments is None:
+        return batch.attention_mask
+    if batch.input_ids.device.type != "cuda":
+        return batch.segments
+    if batch.blocks is None:
+        batch.blocks = block_mask(batch.segments, batch.input_ids.shape[1], batch.input_ids.device)
+    return batch.blocks
 
 
 @dataclass
 class ResponseScores:
     """Log-probs of a batch's responses; sums in float64, tokens as computed. None where not asked for.
 
-    logps, reference_logps, kl: (responses,). token_logps, reference_token_logps, token_kl: (tokens,), in the order of
-    `batch.targets`.
+    logps, reference_logps, kl: (responses,). token_logps, reference_token_logps, token_kl, token_entropy: (tokens,), in
+    the order of `batch.targets`.
     """
 
     logps: Tensor
@@ -114,77 +137,203 @@ class ResponseScores:
     reference_token_logps: Tensor | None = None
     kl: Tensor | None = None
     token_kl: Tensor | None = None
+    token_entropy: Tensor | None = None
 
 
-def score_responses(policy: Scorer, batch: Batch, *, reference: Scorer | None = None, kl: str | None = None) -> ResponseScores:
+def score_responses(
+    policy: Scorer, batch: Batch, *, reference: Scorer | None = None, kl: str | None = None, entropy: bool = False
+) -> ResponseScores:
     """Log-probs of every response token, under the policy (with gradient, if enabled) and the reference (without).
 
-    kl: full-vocabulary KL at each scored position, with gradient through the policy: "reference||policy" (TDPO) or
-    "policy||reference" (evaluation of samples); needs `reference`.
+    reference: not run where the batch knows what it says of each token. kl: full-vocabulary KL at each scored position,
+    with gradient through the policy: "reference||policy" (TDPO) or "policy||reference" (evaluation of samples); needs
+    `reference`. entropy: of the policy's distribution at each scored position, in nats, without gradient.
     """
     n = len(batch.lengths)
-    reference_hidden = reference_token_logps = None
-    if reference is not None:
+    reference_hidden, reference_token_logps = None, batch.reference_logps
+    if reference is not None and (kl is not None or reference_token_logps is None):
         with torch.no_grad():
             reference_hidden, reference_token_logps = reference.run(lambda: _score_reference(reference, batch))
     if kl is None:
-        reference_hidden = None
-    token_logps, token_kl, owners = policy.run(lambda: _score_policy(policy, batch, reference, reference_hidden, kl))
-    scores = ResponseScores(sum_by_owner(token_logps, owners, n), token_logps)
-    if reference is not None:
+        reference = reference_hidden = None
+    token_logps, token_kl, token_entropy, owners = policy.run(lambda: _score_policy(policy, batch, reference, reference_hidden, kl, entropy))
+    scores = ResponseScores(sum_by_owner(token_logps, owners, n), token_logps, token_kl=token_kl, token_entropy=token_entropy)
+    if reference_token_logps is not None:
         scores.reference_token_logps = reference_token_logps.to(token_logps.device)
         scores.reference_logps = sum_by_owner(scores.reference_token_logps, owners, n)
     if kl is not None:
-        scores.token_kl = token_kl
         scores.kl = sum_by_owner(token_kl, owners, n)
     return scores
-
-
-def _chunks(scorer: Scorer, n: int) -> list[slice]:
-    """`n` tokens in chunks whose logits fit into CHUNK_ELEMENTS."""
-    step = max(1, CHUNK_ELEMENTS // scorer.causal_lm.config.get_text_config().vocab_size)
-    return [slice(begin, begin + step) for begin in range(0, n, step)]
 
 
 def _score_reference(reference: Scorer, batch: Batch) -> tuple[Tensor, Tensor]:
     """Hidden states at the scored positions and log-probs of the scored tokens, under the reference."""
     hidden = reference.hidden(batch, batch.positions)
-    targets = batch.targets.to(hidden.device)
-    logps = [_pick(reference.logits(hidden[piece]), targets[piece]) for piece in _chunks(reference, len(hidden))]
-    return hidden, torch.cat(logps)
+    return hidden, _score(reference, hidden, batch.targets.to(hidden.device))[0]
 
 
-def _score_policy(policy: Scorer, batch: Batch, reference: Scorer | None, reference_hidden: Tensor | None, kl: str | None):
-    """Log-probs of the scored tokens, their KL or None, (tokens,) each, and the owner of each."""
+def _score_policy(policy: Scorer, batch: Batch, reference: Scorer | None, reference_hidden: Tensor | None, kl: str | None, entropy: bool):
+    """Log-probs of the scored tokens, their KL or None, their entropy or None, (tokens,) each, and the owner of each."""
     hidden = policy.hidden(batch, batch.positions)
-    targets, columns = batch.targets.to(hidden.device), []
-    for piece in _chunks(policy, len(hidden)):
-        arguments = (policy, hidden[piece], targets[piece], reference, None if kl is None else reference_hidden[piece], kl)
+    columns = _score(policy, hidden, batch.targets.to(hidden.device), reference, reference_hidden, kl, entropy)
+    return *columns, batch.owners.to(hidden.device)
+
+
+def _score(
+    policy: Scorer, hidden: Tensor, targets: Tensor, reference: Scorer | None = None, reference_hidden: Tensor | None = None, kl: str | None = None,
+    entropy: bool = False,
+):  # fmt: skip
+    """Log-probs, KL or None, entropy or None of tokens whose hidden states are known, (tokens,) each."""
+    heads = [policy.plain_head(), reference.plain_head() if reference is not None else (None, None)]
+    if None not in heads and (kl is None or heads[1][0].device == hidden.device):
+        theirs = (None, None, None) if kl is None else (reference_hidden, *heads[1])
+        ours, theirs = _autocast(hidden, *heads[0]), _autocast(*theirs)
+        with torch.autocast(hidden.device.type, enabled=False):
+            return LinearLogProbs.apply(*ours, targets, *theirs, kl, entropy)
+    columns = []
+    for piece in _chunks(len(hidden), policy.causal_lm.config.get_text_config().vocab_size):
+        arguments = (policy, hidden[piece], targets[piece], reference, None if kl is None else reference_hidden[piece], kl, entropy)
         if torch.is_grad_enabled() and hidden.requires_grad:
             columns.append(checkpoint(_score_chunk, *arguments, use_reentrant=False, preserve_rng_state=False))
         else:
             columns.append(_score_chunk(*arguments))
-    logps, kls = zip(*columns)
-    return torch.cat(logps), None if kl is None else torch.cat(kls), batch.owners.to(hidden.device)
+    return tuple(None if column[0] is None else torch.cat(column) for column in zip(*columns))
 
 
-def _score_chunk(policy: Scorer, hidden: Tensor, targets: Tensor, reference: Scorer | None, reference_hidden: Tensor | None, kl: str | None):
-    """Per token of a chunk: policy log-prob and KL, (tokens in chunk,) or None."""
+def _chunks(n: int, vocabulary: int, buffers: int = 1) -> list[slice]:
+    """`n` tokens in chunks whose logits, `buffers` times, fit into CHUNK_ELEMENTS."""
+    step = max(1, CHUNK_ELEMENTS // (vocabulary * buffers))
+    return [slice(begin, min(begin + step, n)) for begin in range(0, n, step)]
+
+
+def _autocast(*tensors: Tensor | None) -> list[Tensor | None]:
+    """What autocast would do to the operands of a linear layer."""
+    device = next((tensor.device.type for tensor in tensors if tensor is not None), None)
+    if device is None or not torch.is_autocast_enabled(device):
+        return list(tensors)
+    return [tensor if tensor is None else tensor.to(torch.get_autocast_dtype(device)) for tensor in tensors]
+
+
+def _score_chunk(
+    policy: Scorer, hidden: Tensor, targets: Tensor, reference: Scorer | None, reference_hidden: Tensor | None, kl: str | None, entropy: bool
+):
+    """Per token of a chunk, for any kind of head: log-prob, KL or None, entropy or None, (tokens in chunk,) each."""
     logits = policy.logits(hidden)
-    token_logps = _pick(logits, targets)
+    token_logps, p = logits.gather(-1, targets[:, None]).squeeze(-1) - logits.logsumexp(-1), None
+    token_kl = token_entropy = None
+    if kl is not None:
+        with torch.no_grad(), reference.active():
+            reference_logits = reference.logits(reference_hidden).to(logits.device)
+        p, q = logits.log_softmax(-1), reference_logits.log_softmax(-1)
+        if kl == "reference||policy":
+            p, q = q, p
+        token_kl = (p.exp() * (p - q)).sum(-1)
+    if entropy:
+        token_entropy = torch.special.entr(logits.detach().softmax(-1)).sum(-1)
+    return token_logps, token_kl, token_entropy
+
+
+class LinearLogProbs(torch.autograd.Function):
+    """Linear layer, log-softmax, and what is read off it, in one: the logits of a chunk are overwritten by each next step.
+
+    hidden (tokens, hidden size), weight (vocabulary, hidden size), bias (vocabulary,) or None, targets (tokens,); the
+    same of the reference, without gradient; kl and entropy as in `score_responses`. Returns log-probs, KL or None,
+    entropy or None, (tokens,) each. With p and q the distributions of policy and reference and z the policy's logits:
+    d log p(t) / dz = onehot(t) - p, d KL(q || p) / dz = p - q, d KL(p || q) / dz = p (log p/q - KL).
+    """
+
+    @staticmethod
+    def forward(ctx, hidden, weight, bias, targets, reference_hidden, reference_weight, reference_bias, kl, entropy):
+        inputs = hidden, weight, bias, targets, reference_hidden, reference_weight, reference_bias
+        ctx.save_for_backward(*inputs)
+        ctx.kl, ctx.kept = kl, []
+        pieces = _chunks(len(hidden), len(weight), 1 if kl is None else 4)
+        columns = []
+        for piece in pieces:
+            *values, kept = _forward_chunk(inputs, piece, kl, entropy)
+            columns.append(values)
+            if len(pieces) <= KEPT_CHUNKS and any(ctx.needs_input_grad):
+                ctx.kept.append(kept)
+            del kept
+        columns = [None if column[0] is None else torch.cat(column) for column in zip(*columns)]
+        if entropy:
+            ctx.mark_non_differentiable(columns[2])
+        return tuple(columns)
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, grad_logps, grad_kl, _):
+        inputs = ctx.saved_tensors
+        hidden, weight, bias, targets = inputs[:4]
+        wanted = [tensor is not None and needed for tensor, needed in zip((hidden, weight, bias), ctx.needs_input_grad)]
+        grads = [torch.empty_like(hidden) if wanted[0] else None, None, None]
+        with torch.autocast(hidden.device.type, enabled=False):
+            for piece in _chunks(len(hidden), len(weight), 1 if ctx.kl is None else 4):
+                # What was kept is overwritten here, so a second backward pass computes it again.
+                kept = ctx.kept.pop(0) if ctx.kept else _forward_chunk(inputs, piece, ctx.kl, False)[-1]
+                slope = _logit_gradient(kept, targets[piece], grad_logps[piece], None if ctx.kl is None else grad_kl[piece])
+                slope = slope.to(weight.dtype)
+                if wanted[0]:
+                    torch.mm(slope, weight, out=grads[0][piece])
+                if wanted[1]:
+                    grads[1] = slope.t() @ hidden[piece] if grads[1] is None else grads[1].addmm_(slope.t(), hidden[piece])
+                if wanted[2]:
+                    grads[2] = slope.sum(0) + (0 if grads[2] is None else grads[2])
+                del kept, slope
+        return *grads, *[None] * 6
+
+
+def _forward_chunk(inputs, piece: slice, kl: str | None, entropy: bool):
+    """Log-probs, KL or None, entropy or None of a chunk, and what its backward pass needs."""
+    hidden, weight, bias, targets, *reference = inputs
+    logits = _linear(hidden[piece], weight, bias)
+    picked = logits.gather(1, targets[piece, None])
+    p, log_total = _softmax_(logits if kl is None else logits.clone())
+    logps = (picked - log_total).squeeze(1)
+    token_entropy = torch.special.entr(p).sum(1) if entropy else None
     if kl is None:
-        return token_logps, None
-    with torch.no_grad(), reference.active():
-        reference_logits = reference.logits(reference_hidden).to(logits.device)
-    p, q = logits.log_softmax(-1), reference_logits.log_softmax(-1)
+        return logps, None, token_entropy, (None, p)
+    reference_logits = _linear(reference[0][piece], *reference[1:])
+    q, reference_log_total = _softmax_(reference_logits.clone())
+    ratio = logits.sub_(log_total).sub_(reference_logits.sub_(reference_log_total))  # log p/q
     if kl == "reference||policy":
-        p, q = q, p
-    return token_logps, (p.exp() * (p - q)).sum(-1)
+        return logps, -_dot(q, ratio), token_entropy, (kl, p, q)
+    token_kl = _dot(p, ratio)
+    return logps, token_kl, token_entropy, (kl, p, ratio.sub_(token_kl[:, None]))
 
 
-def _pick(logits: Tensor, targets: Tensor) -> Tensor:
-    """log softmax(logits)[target] for each row, without writing the log-softmax down."""
-    return logits.gather(-1, targets[:, None]).squeeze(-1) - logits.logsumexp(-1)
+def _linear(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """Logits in fp32 or better."""
+    logits = hidden @ weight.t()
+    logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
+    return logits if bias is None else logits.add_(bias)
+
+
+def _softmax_(logits: Tensor) -> tuple[Tensor, Tensor]:
+    """Logits (tokens, vocabulary) overwritten by their softmax, and their log-sum-exp (tokens, 1)."""
+    largest = logits.amax(1, keepdim=True)
+    total = logits.sub_(largest).exp_().sum(1, keepdim=True)
+    return logits.div_(total), largest + total.log()
+
+
+def _dot(a: Tensor, b: Tensor) -> Tensor:
+    """Row by row, without writing the products down."""
+    return torch.bmm(a[:, None], b[:, :, None]).flatten()
+
+
+def _logit_gradient(kept: tuple, targets: Tensor, grad_logps: Tensor, grad_kl: Tensor | None) -> Tensor:
+    """Gradient with respect to the logits of a chunk, in the memory of its probabilities."""
+    kl, p, *other = kept
+    a = grad_logps[:, None].to(p.dtype)
+    if kl is None:
+        slope = p.mul_(-a)
+    elif kl == "reference||policy":
+        g = grad_kl[:, None].to(p.dtype)
+        slope = p.mul_(g - a).sub_(other[0].mul_(g))
+    else:
+        g = grad_kl[:, None].to(p.dtype)
+        slope = p.mul_(other[0].mul_(g).sub_(a))
+    return slope.scatter_add_(1, targets[:, None], a)
 
 
 @contextlib.contextmanager

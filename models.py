@@ -14,9 +14,13 @@ from transformers import (
     AutoModelForSequenceClassification,
     AutoTokenizer,
 )
+from transformers.activations import NewGELUActivation
 from transformers.core_model_loading import revert_weight_conversion
-from transformers.utils import logging
+from transformers.utils import cached_file, logging
 
+from attention import SHARING, window_of
+from attention import enable as enable_segments
+from layouts import LAYOUTS, Layout, lay_out
 from logprobs import Scorer
 from placement import devices_for, find_blocks, layer_plan, reshard
 from utils import ConfigError
@@ -87,7 +91,7 @@ def build_policy(config, *, scalar_head: bool = False, trainable: bool = True, c
         model = _add_lora(model, config.lora, scalar_head)
         if checkpoint is not None:  # policy.pt holds the adapter folded in; training goes on from the adapter
             model.load_state_dict(torch.load(checkpoint / "adapter.pt", map_location="cpu", weights_only=True), strict=False)
-    return _ready(Scorer(model, autocast=_autocast(config)), scalar_head, place, dtype_of(config.policy_dtype))
+    return _ready(Scorer(model, autocast=_autocast(config)), scalar_head, place, dtype_of(config.policy_dtype), config)
 
 
 def build_reference(config, policy: Scorer, *, function: str, place: Place | None = None) -> Scorer:
@@ -105,11 +109,14 @@ def build_reference(config, policy: Scorer, *, function: str, place: Place | Non
     if archive:
         load_archive(model, archive, mapped=place is not None)
     model.requires_grad_(False)
-    return _ready(Scorer(model, autocast=_autocast(config)), False, place, dtype_of(config.reference_dtype))
+    return _ready(Scorer(model, autocast=_autocast(config)), False, place, dtype_of(config.reference_dtype), config)
 
 
-def _ready(scorer: Scorer, scalar_head: bool, place: Place | None, dtype: torch.dtype) -> Scorer:
+def _ready(scorer: Scorer, scalar_head: bool, place: Place | None, dtype: torch.dtype, config) -> Scorer:
     disable_dropout(scorer.model)
+    fuse_activations(scorer.model)
+    if not config.attn_implementation and scorer.causal_lm.config.model_type in SHARING:
+        enable_segments(scorer.causal_lm)
     scorer.model.eval()
     if place is not None:
         place(scorer, dtype)
@@ -117,6 +124,63 @@ def _ready(scorer: Scorer, scalar_head: bool, place: Place | None, dtype: torch.
         scorer.check()
     reshard(scorer.model)
     return scorer
+
+
+# ------------------------------------------------------------------------------------------------------- layouts
+
+
+def known_layouts(config, model, device: torch.device) -> tuple[tuple[str, ...], str]:
+    """The layouts that an architecture is known to support, the fastest first, and why there are no more.
+
+    model: its transformers config. What only a run of the model can tell is left to `choose_layout`.
+    """
+    window = window_of(model.get_text_config())
+    why = ""
+    if config.model.attn_implementation:
+        why = f"model.attn_implementation={config.model.attn_implementation} takes no packed rows"
+    elif model.model_type not in SHARING:
+        why = f"{model.model_type} is not among the architectures tested with packed rows, SHARING in attention.py"
+    elif window is not None and window < config.max_length and device.type == "cuda":
+        why = f"attention windows of {window} tokens are shorter than max_length={config.max_length}, and packed rows honour them on a CPU only"
+    return ("padded",) if why else LAYOUTS, why
+
+
+def choose_layout(config, policy: Scorer) -> tuple[str, str]:
+    """The layout of `config.layout`, or the fastest that gives this model the padded layout's log-probs; and why not a faster one.
+
+    Raises ConfigError where the layout that was asked for is wrong for the model.
+    """
+    known, why = known_layouts(config, policy.causal_lm.config, policy.device)
+    asked = config.layout
+    if asked == "padded" or (asked == "auto" and known == ("padded",)):
+        return "padded", why
+    if not why:
+        why = sharing_problem(policy) or ""
+    if why and asked != "auto":
+        raise ConfigError(f"layout={asked} cannot be had: {why}; use layout=padded")
+    return (asked if asked != "auto" else LAYOUTS[0], "") if not why else ("padded", why)
+
+
+@torch.no_grad()
+def sharing_problem(scorer: Scorer) -> str | None:
+    """What is wrong with packed rows in this model, seen on two made-up prompts with several responses each; None if nothing.
+
+    The control is the same row with responses that see each other: a model that cannot tell them apart proves nothing.
+    """
+    generator = torch.Generator().manual_seed(0)
+    vocabulary = scorer.causal_lm.config.get_text_config().vocab_size
+    trees = [(7, (5, 1, 3)), (1, (4, 6))]
+    draw = lambda n: torch.randint(vocabulary, (n,), generator=generator).numpy()  # noqa: E731
+    tokens = [(draw(prompt), [draw(n) for n in responses]) for prompt, responses in trees]
+    padded, shared, wrong = (lay_out(tokens, Layout(name)) for name in ("padded", "prefix_shared", "prefix_shared"))
+    wrong.segments = torch.tensor([[[[0, 7, 7, 6], [13, 1, 14, 8]]]])  # one long response a prompt
+    found = []
+    for batch in (batch.to(scorer.device) for batch in (padded, shared, wrong)):
+        found.append(scorer.run(lambda batch=batch: scorer.hidden(batch, batch.positions)).double())
+    error, control = ((other - found[0]).abs().max().item() for other in found[1:])
+    if error < control * (0.02 if scorer.is_full_precision() else 0.2):
+        return None
+    return f"hidden states of packed rows of {type(scorer.causal_lm).__name__} are off by {error:.2g} (a wrong mask: by {control:.2g})"
 
 
 def skeleton(config, *, scalar_head: bool = False, trainable: bool = True) -> nn.Module:
@@ -170,6 +234,14 @@ def disable_dropout(model: nn.Module) -> None:
                 setattr(module, name, 0.0)
 
 
+def fuse_activations(model: nn.Module) -> None:
+    """tanh-GELU as the one operation that torch has for it, where transformers writes it out in eight."""
+    for module in model.modules():
+        for name, child in module.named_children():
+            if isinstance(child, NewGELUActivation):
+                setattr(module, name, nn.GELU(approximate="tanh"))
+
+
 def _add_lora(model: nn.Module, lora, scalar_head: bool) -> nn.Module:
     from peft import (  # slow to import, and most runs have no LoRA
         LoraConfig,
@@ -201,19 +273,33 @@ def read_archive(path: str | Path) -> dict[str, torch.Tensor]:
     state dict, a safetensors file, a `save_pretrained` folder, a run or a checkpoint folder of ours. Nothing is
     unpickled but tensors and plain containers.
     """
+    return {key: value for file in archive_files(path) for key, value in _read_tensors(file).items()}
+
+
+def archive_files(path: str | Path) -> list[Path]:
+    """The files that hold the weights of an archive. Raises ConfigError when there are none."""
     path = Path(path)
     found = next((p for p in (path / "policy.pt", path / "LATEST" / "policy.pt") if p.is_file()), path)
-    if found.is_dir():
-        files = sorted(found.glob("*.safetensors")) or sorted(found.glob("pytorch_model*.bin"))
-        if not files:
-            raise ConfigError(
-                f"archive {path}: a folder without policy.pt, LATEST/policy.pt or *.safetensors; give a policy.pt, a run "
-                f"folder or a save_pretrained folder"
-            )
-        return {key: value for file in files for key, value in _read_tensors(file).items()}
-    if not found.is_file():
+    if not found.exists():
         raise ConfigError(f"archive {path}: no such file or folder")
-    return _read_tensors(found)
+    files = _weight_files(found) if found.is_dir() else [found]
+    if not files:
+        raise ConfigError(
+            f"archive {path}: a folder without policy.pt, LATEST/policy.pt or *.safetensors; give a policy.pt, a run "
+            f"folder or a save_pretrained folder"
+        )
+    return files
+
+
+def model_files(name_or_path: str) -> list[Path]:
+    """The config and the weights of a model, in its folder or in the local copy of the hub's."""
+    with _readable("model.name_or_path", name_or_path):
+        config = Path(cached_file(name_or_path, "config.json"))
+    return [config, *_weight_files(config.parent)]
+
+
+def _weight_files(folder: Path) -> list[Path]:
+    return sorted(folder.glob("*.safetensors")) or sorted(folder.glob("pytorch_model*.bin"))
 
 
 def _read_tensors(path: Path) -> dict[str, torch.Tensor]:

@@ -7,6 +7,8 @@ from batching import Batch, ExampleNames, PreferenceData
 from logprobs import Scorer, pad_by_owner, score_responses
 from losses import BoundLoss, LossOutput, Pair, Target
 
+ROUNDING = 1e-5  # of a summed log-prob in fp32, relative, when two computations lay its tokens out differently
+
 
 def compute_loss(
     loss: BoundLoss, policy: Scorer, reference: Scorer | None, batch: Batch, data: PreferenceData, split: str
@@ -57,6 +59,15 @@ def _logps_as_inputs(loss: BoundLoss, policy: Scorer, reference: Scorer | None, 
     return pair
 
 
+def _equal_to_reference(pair: Pair) -> Tensor | bool:
+    """Where the policy has not moved from the reference on either response: all that is left between them is rounding."""
+    if pair.reference_chosen_logps is None or pair.policy_chosen_logps is None:
+        return False
+    sides = ((pair.chosen_logratio, pair.policy_chosen_logps), (pair.rejected_logratio, pair.policy_rejected_logps))
+    chosen, rejected = (ratio.abs() <= ROUNDING * logps.abs() for ratio, logps in sides)
+    return chosen & rejected
+
+
 def _metrics(inputs: Pair | Target, output: LossOutput, split: str) -> dict[str, Tensor]:
     metrics = {f"loss/{split}": output.losses}
     if isinstance(inputs, Target):
@@ -72,6 +83,7 @@ def _metrics(inputs: Pair | Target, output: LossOutput, split: str) -> dict[str,
         metrics[f"rewards_{split}/chosen"] = chosen
         metrics[f"rewards_{split}/rejected"] = rejected
         # A tie counts one half: at policy = reference every pair ties, and that is chance, not failure.
-        metrics[f"rewards_{split}/accuracies"] = (chosen > rejected).double() + 0.5 * (chosen == rejected).double()
+        tie = (chosen == rejected) | _equal_to_reference(inputs)
+        metrics[f"rewards_{split}/accuracies"] = torch.where(tie, 0.5, (chosen > rejected).double())
         metrics[f"rewards_{split}/margins"] = chosen - rejected
     return metrics | {name.format(split=split): values for name, values in output.metrics.items()}

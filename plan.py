@@ -17,8 +17,9 @@ from torch.distributed.tensor import DTensor
 from transformers import AttentionInterface
 from transformers.masking_utils import AttentionMaskInterface
 
-from batching import Batch, Loader, PreferenceData
-from distributed import ALONE, data_ranks
+from batching import Loader, PreferenceData
+from distributed import ALONE, World, data_ranks
+from layouts import Batch
 from logprobs import CHUNK_ELEMENTS, Scorer
 from models import dtype_of, skeleton
 from placement import shard
@@ -150,8 +151,6 @@ def _as_if_rank_0(config):
     """Inside, this process is rank 0 of a process group whose other ranks do not exist. Nothing is ever sent."""
     from torch.testing._internal.distributed.fake_pg import FakeStore
 
-    from distributed import World
-
     size = data_ranks(config, ALONE) * config.tensor_parallel_size if config.trainer == "FSDPTrainer" else 1
     if dist.is_initialized():  # that of an earlier run in this process, alone
         dist.destroy_process_group()
@@ -198,7 +197,7 @@ def _activations(config, scalar: bool, shape: tuple[int, int]) -> int:
         model.set_attn_implementation("counted")
     scorer = Scorer(model)
     ids = torch.zeros(rows, width, dtype=torch.long, device="meta")
-    batch = Batch(ids, torch.ones_like(ids), *[None] * 8)
+    batch = Batch(ids, *[None] * 8, attention_mask=torch.ones_like(ids))
     kept: dict[int, tuple[int, object]] = {}
     weights = {p.untyped_storage()._cdata for p in model.parameters()}
 

@@ -222,6 +222,8 @@ def _remove_if_empty(folder: Path) -> None:
 
 
 if __name__ == "__main__":
-    from train import main  # so that functions belong to the module `train`, which launchers of jobs import by name
+    from train import (
+        main,  # so that functions belong to the module `train`, which launchers of jobs import by name
+    )
 
     main()

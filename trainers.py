@@ -12,7 +12,13 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
-from batching import Loader, PreferenceData, collate
+from batching import (
+    Loader,
+    PreferenceData,
+    collate,
+    evaluation_order,
+    split_step,
+)
 from checkpoints import (
     Counters,
     HostMemory,
@@ -27,17 +33,33 @@ from checkpoints import (
 )
 from distributed import ALONE, World
 from evaluation import append_samples, evaluate_loss, sample_and_measure
+from launch import StopSignals
+from layouts import Batch, Layout
+from logprobs import Scorer
 from losses import BoundLoss
 from metrics import MetricLog, Sums, rewind
-from launch import StopSignals
-from logprobs import Scorer
-from models import archive_state, build_policy, build_reference, skeleton
+from models import (
+    archive_state,
+    build_policy,
+    build_reference,
+    choose_layout,
+    skeleton,
+)
 from objective import compute_loss
-from placement import bytes_here, clip_grad_norm, devices_for, full_weights, shard, split
+from placement import (
+    bytes_here,
+    clip_grad_norm,
+    devices_for,
+    full_weights,
+    reshard,
+    shard,
+    split,
+)
+from reference import attach_reference, wants_cache, why_not_cached
 from rewards import build_reward
 from utils import PrefLabError, atomic_write, seed_everything
 
-
+MICROBATCH_TOKENS = {"cpu": 4096, "cuda": 16384}  # beyond, a microbatch takes more memory and gains no speed
 SHARD = "2GB"  # of the hf folder: a shard is in memory while it is written
 
 
@@ -75,6 +97,11 @@ class BasicTrainer:
         self.save_peaks: list[int | None] = []
         self.state_bytes: dict[str, int] = {}
         training = config.function == "train"
+        if training:
+            self.loader = Loader(
+                data["train"].groups,
+                batch_size=config.batch_size, seed=config.seed, n_epochs=config.n_epochs, n_examples=config.n_examples, order=config.order,
+            )  # fmt: skip
         self.checkpoint = world.agree(lambda: latest_checkpoint(run_dir)) if training else None
         self.build_models()
 
@@ -83,8 +110,37 @@ class BasicTrainer:
         model, training = self.config.model, self.config.function == "train"
         self.reward = None if self.scalar else build_reward(self.config.reward)
         self.policy = build_policy(model, scalar_head=self.scalar, trainable=training, checkpoint=self.checkpoint, place=self.place)
-        wanted = "reference" in self.loss.reads or (not training and not self.scalar)
-        self.reference = build_reference(model, self.policy, function=self.config.function, place=self.place) if wanted else None
+        name, why = choose_layout(self.config, self.policy)
+        reshard(self.policy.model)
+        print(f"layout: {name}" + (f" ({why})" if why else ""))
+        self.layout = Layout(name, self.tokenizer.pad_token_id, last_tokens=self.scalar)
+        reads = "reference" in self.loss.reads
+        cached = wants_cache(self.config, self.loss)
+        wanted = (reads and (self._samples() or not cached)) or (not training and not self.scalar)
+        self.reference = self._build_reference() if wanted else None
+        if training and reads and not cached:
+            print(f"reference: runs in every step ({why_not_cached(self.config, self.loss) or 'reference.cache=false'})")
+        if cached:
+            needed = {"train": self.loader.first_epoch(), "test": evaluation_order(self.data["test"].groups)[: self.config.n_eval_examples]}
+            attach_reference(self.config, self.data, needed, self._like_reference, self.layout, self._microbatch_tokens(), self.world)
+
+    def _build_reference(self) -> Scorer:
+        return build_reference(self.config.model, self.policy, function=self.config.function, place=self.place)
+
+    def _like_reference(self) -> Scorer:
+        """The reference, or what equals it: the policy of a run that starts, with the adapter off if it has one."""
+        model = self.config.model
+        starts = self.checkpoint is None and not model.reference_archive and model.policy_dtype == model.reference_dtype
+        if self.reference is None and starts and not model.lora.r:
+            return self.policy
+        return self.reference or self._build_reference()
+
+    def _samples(self) -> bool:
+        """Whether evaluations sample from policy and reference, and measure the KL between them."""
+        return not self.scalar and (self.config.sample_during_eval or self.config.function == "eval")
+
+    def _microbatch_tokens(self) -> int:
+        return self.config.microbatch_tokens or MICROBATCH_TOKENS[self.policy.device.type]
 
     place = None  # where models go: a method (scorer, dtype) of the other trainers
 
@@ -98,8 +154,8 @@ class BasicTrainer:
         if self.counters.steps == 0 and self.last_eval is None and self.config.do_first_eval:
             self.evaluate()
         bar = self._progress_bar()
-        for examples in self.loader:
-            self.train_step(examples, bar)
+        for examples, microbatches in self.loader.ahead(self._collate):
+            self.train_step(examples, microbatches, bar)
             if self._crossed(self.config.eval_every, len(examples)) or self.counters.examples == self.loader.total:
                 self.evaluate()
             self.counters.seconds = time.perf_counter() - started
@@ -128,22 +184,33 @@ class BasicTrainer:
             total=self.loader.total, initial=self.counters.examples, unit=unit, desc="train", mininterval=interval, disable=self.world.rank > 0
         )  # fmt: skip
 
-    def train_step(self, examples, bar: tqdm) -> None:
+    def _collate(self, examples) -> list[tuple[Batch, int]]:
+        """This rank's microbatches of a step, and how many examples of each count: a rank with nothing left gets a stand-in."""
+        config, data = self.config, self.data["train"]
+        budget = None if self.loss.couples_batch else self._microbatch_tokens()
+        [parts] = self.world.share(split_step(
+            data, examples, self.layout, ranks=self.world.data_ranks, at_least=config.gradient_accumulation_steps, tokens=budget,
+            grouping=config.length_grouping,
+        ))  # fmt: skip
+        return [(collate(data, part if len(part) else examples[:1], self.layout), len(part)) for part in parts]
+
+    def train_step(self, examples, microbatches: list[tuple[Batch, int]], bar: tqdm) -> None:
         """One optimizer step: the gradient of the mean loss over `examples`, however they are split over ranks and microbatches."""
         begun = time.perf_counter()
-        sums, n_tokens, losses = Sums(), 0, []
+        sums, n_tokens, losses, seen = Sums(), 0, [], []
         self._set_learning_rate()
-        for part, n_real in self._microbatches(examples):
-            batch = collate(self.data["train"], part, self.tokenizer.pad_token_id).to(self.policy.device)
+        for batch, n_real in microbatches:
+            batch = batch.to(self.policy.device)
             output, metrics = compute_loss(self.loss, self.policy, self.reference, batch, self.data["train"], "train")
             # Gradients come back as means over the data ranks; what is wanted is the mean over the examples of all of them.
             (output.losses[:n_real].sum() * (self.world.data_ranks / len(examples))).backward()
             sums.add(metrics, n_real)
             losses.append(output.losses[:n_real].detach())
+            seen += batch.examples[:n_real]
             n_tokens += batch.n_tokens if n_real else 0
         grad_norm = clip_grad_norm(self.parameters, self.config.max_grad_norm)
         if self._any_not_finite(grad_norm, torch.cat(losses)):
-            self._stop_at_non_finite(examples, torch.cat(losses))
+            self._stop_at_non_finite(examples, seen, torch.cat(losses))
         self.optimizer.step()
         self.state_bytes = self.state_bytes or self._measure_state()
         self.optimizer.zero_grad(set_to_none=True)
@@ -161,9 +228,6 @@ class BasicTrainer:
     def on_first_device(self, name: str) -> bool:
         """Whether the parameter of this name lives on the first of this process's devices."""
         return True
-
-    def _microbatches(self, examples):
-        return self.world.batches(examples, math.ceil(self.world.largest_share(len(examples)) / self.config.gradient_accumulation_steps))
 
     def _any_not_finite(self, grad_norm: float, losses) -> bool:
         bad = not math.isfinite(grad_norm) or not bool(torch.isfinite(losses).all())
@@ -194,9 +258,9 @@ class BasicTrainer:
         """Whether the last `n` examples reached a multiple of `every`."""
         return self.counters.examples // every > (self.counters.examples - n) // every
 
-    def _stop_at_non_finite(self, examples, losses) -> None:
-        finite = self.world.gather(torch.isfinite(losses).tolist())
-        bad = [int(e) for e, good in zip(examples, finite) if not good]
+    def _stop_at_non_finite(self, examples, seen: list[int], losses) -> None:
+        finite = self.world.gather(list(zip(seen, torch.isfinite(losses).tolist())))
+        bad = sorted(e for e, good in finite if not good)
         what = "loss" if bad else "gradient"
         names = [self.data["train"].describe(e) for e in (bad or [int(e) for e in examples])[:8]]
         self.optimizer.zero_grad(set_to_none=True)
@@ -220,15 +284,16 @@ class BasicTrainer:
         config = self.config
         values = evaluate_loss(
             self.loss, self.policy, self.reference, self.data["test"],
-            n=config.n_eval_examples, batch_size=config.eval_batch_size, pad_id=self.tokenizer.pad_token_id, world=self.world,
+            n=config.n_eval_examples, batch_size=config.eval_batch_size, layout=self.layout, world=self.world,
         )  # fmt: skip
-        if self.reward is not None and (config.sample_during_eval or config.function == "eval"):
+        if self._samples():
             rows, means = sample_and_measure(
                 self.policy, self.reference, self.tokenizer, self.data["test"], self.reward, config.reward.name,
                 n=config.n_eval_examples if config.function == "eval" else config.n_eval_model_samples,
                 max_prompt_length=config.max_prompt_length,
                 max_new_tokens=config.max_new_tokens or config.max_length - config.max_prompt_length,
-                temperature=config.temperature, top_p=config.topp, seed=config.seed, batch_size=config.eval_batch_size, world=self.world,
+                temperature=config.temperature, top_p=config.topp, seed=config.seed, batch_size=config.eval_batch_size,
+                layout=self.layout, world=self.world,
             )  # fmt: skip
             if self.world.rank == 0:
                 append_samples(self.run_dir / "samples.jsonl", rows, self.counters.examples)
@@ -268,10 +333,6 @@ class BasicTrainer:
         trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
         self.parameters, self.parameter_names = list(trained.values()), list(trained)
         self.optimizer = getattr(torch.optim, config.optimizer)(self.parameters, lr=config.lr)
-        self.loader = Loader(
-            self.data["train"].groups,
-            batch_size=config.batch_size, seed=config.seed, n_epochs=config.n_epochs, n_examples=config.n_examples,
-        )  # fmt: skip
 
     def save(self) -> None:
         """Begin a checkpoint; where the optimizer's state is sharded, it is written while training goes on."""

@@ -17,13 +17,16 @@ from batching import (
     prepare,
     prompts_to_sample,
     render_prompt,
+    split_step,
     truncate,
 )
+from layouts import LAYOUTS, Layout
 from preference_datasets import Record
 from utils import DataError
 
 EOS = BOS = 256
 PAD = 257
+PADDED = Layout("padded", PAD, last_tokens=True)
 
 
 class FakeSource:
@@ -218,12 +221,101 @@ def test_seed_changes_the_order():
     assert [b.tolist() for b in loader(seed=0)] != [b.tolist() for b in loader(seed=1)]
 
 
+def test_order_prompts_keeps_the_pairs_of_a_prompt_together():
+    groups = np.tile(np.arange(20), 3)
+    order = epoch_order(groups, 0, 0, "prompts")
+    assert sorted(order) == list(range(60))
+    assert [len(set(groups[order[i : i + 3]])) for i in range(0, 60, 3)] == [1] * 20
+    assert groups[order].tolist() != sorted(groups.tolist())  # prompts are shuffled
+    assert order.tolist() == epoch_order(groups, 0, 0, "prompts").tolist() != epoch_order(groups, 1, 0, "prompts").tolist()
+
+
+def test_the_next_step_is_prepared_ahead_and_the_state_is_that_of_what_was_used():
+    prepared, whole = [], [b.tolist() for b in loader(n_epochs=2)]
+
+    def prepare(indices):
+        prepared.append(indices.tolist())
+        return indices.sum()
+
+    ahead = loader(n_epochs=2)
+    for i, (indices, total) in enumerate(ahead.ahead(prepare)):
+        assert indices.tolist() == whole[i] and total == sum(whole[i])
+        assert ahead.examples == sum(map(len, whole[: i + 1]))
+        rest = loader(n_epochs=2)
+        rest.load_state_dict(ahead.state_dict())
+        assert [b.tolist() for b in rest] == whole[i + 1 :]
+    assert prepared == whole
+
+
+def test_an_error_in_preparation_reaches_the_step_it_belongs_to():
+    def prepare(indices):
+        if 0 in indices:
+            raise DataError("bad example")
+
+    with pytest.raises(DataError, match="bad example"):
+        list(loader().ahead(prepare))
+
+
+# ------------------------------------------------------------------------------------------------- microbatches
+
+
+def uneven_data(tmp_path, n_prompts=9):
+    """Prompts of several lengths with three responses and three pairs each."""
+    every = ((0, 1), (0, 2), (1, 2))
+    records = [record("p" * (1 + 3 * i % 17), ["a" * (i + 1), "b" * 3, "c" * (20 - i)], every, None) for i in range(n_prompts)]
+    return PreferenceData([store_of(tmp_path, records)], "pairs", "fake")
+
+
+def tokens_of(data, examples, layout):
+    return collate(data, examples, layout).n_tokens if len(examples) else 0
+
+
+@pytest.mark.parametrize("name", LAYOUTS)
+@pytest.mark.parametrize("grouping", [True, False])
+@pytest.mark.parametrize("ranks, at_least, tokens", [(1, 1, None), (1, 3, None), (1, 1, 120), (2, 1, 100), (3, 2, None)])
+def test_microbatches_hold_every_example_of_a_step_once(tmp_path, name, grouping, ranks, at_least, tokens):
+    data, examples = uneven_data(tmp_path), np.random.default_rng(0).permutation(27)
+    layout = Layout(name, PAD)
+    parts = split_step(data, examples, layout, ranks=ranks, at_least=at_least, tokens=tokens, grouping=grouping)
+    assert len(parts) == ranks and len({len(of_rank) for of_rank in parts}) == 1
+    assert sorted(int(e) for of_rank in parts for part in of_rank for e in part) == list(range(27))
+    assert len(parts[0]) >= min(at_least, 9)
+    assert [e.tolist() for of_rank in parts for e in of_rank] == [
+        e.tolist() for of_rank in split_step(data, examples, layout, ranks=ranks, at_least=at_least, tokens=tokens, grouping=grouping) for e in of_rank
+    ]
+    if name == "prefix_shared":
+        homes = [{int(data.groups[e]) for e in part} for of_rank in parts for part in of_rank]
+        assert sum(map(len, homes)) == len(set.union(*homes))  # no prompt in two microbatches
+    if grouping and name != "padded":
+        sizes = [tokens_of(data, part, layout) for of_rank in parts for part in of_rank]
+        assert max(sizes) - min(sizes) < 60  # one prompt with its responses
+    if tokens is None:
+        assert len(parts[0]) == at_least
+
+
+def test_grouping_by_length_saves_padding(tmp_path):
+    data, examples, layout = uneven_data(tmp_path), np.random.default_rng(0).permutation(27), Layout("padded", PAD)
+
+    def padded(grouping):
+        parts = split_step(data, examples, layout, ranks=1, at_least=6, grouping=grouping)[0]
+        return sum(collate(data, part, layout).input_ids.numel() for part in parts if len(part))
+
+    assert padded(True) < 0.9 * padded(False)
+
+
+def test_fewer_prompts_than_ranks_leave_a_rank_empty(tmp_path):
+    data = uneven_data(tmp_path, n_prompts=1)
+    parts = split_step(data, np.arange(3), Layout("prefix_shared", PAD), ranks=2, at_least=4)
+    assert sorted(len(part) for of_rank in parts for part in of_rank) == [0, 3]
+    assert [len(of_rank) for of_rank in parts] == [1, 1]
+
+
 # ------------------------------------------------------------------------------------------------------ batches
 
 
 def test_batch_says_where_each_scored_token_is_predicted_and_who_owns_it(tmp_path):
     data = PreferenceData([store_of(tmp_path, [record(), record("longer", ("q", "rst"), ((0, 1),))])], "pairs", "fake")
-    batch = collate(data, np.array([0, 1]), PAD)
+    batch = collate(data, np.array([0, 1]), PADDED)
     rows, width = batch.input_ids.shape
     assert (rows, width) == (4, 11)
     expected = [ids("yz") + [EOS], ids("x") + [EOS], ids("q") + [EOS], ids("rst") + [EOS]]
@@ -246,7 +338,7 @@ def test_masks_come_from_lengths_not_from_ids(tmp_path):
     """A response that holds the EOS and pad ids in its text is scored in full."""
     text = "a<|endoftext|>b<|pad|>c"
     data = PreferenceData([store_of(tmp_path, [record("p", (text, "x"), ((0, 1),))])], "pairs", "fake")
-    batch = collate(data, np.array([0]), PAD)
+    batch = collate(data, np.array([0]), PADDED)
     assert EOS in ids(text) and PAD in ids(text)
     assert batch.targets[batch.owners == 0].tolist() == [*ids(text), EOS]
     assert batch.attention_mask[0].sum() == 2 + len(ids(text)) + 1
@@ -254,7 +346,7 @@ def test_masks_come_from_lengths_not_from_ids(tmp_path):
 
 def test_a_response_in_several_pairs_is_one_row(tmp_path):
     data = PreferenceData([store_of(tmp_path, [record("p", ("a", "b", "c"), ((0, 1), (0, 2), (1, 2)), (3, 2, 1), 0)])], "pairs", "fake")
-    batch = collate(data, np.array([0, 1, 2]), PAD)
+    batch = collate(data, np.array([0, 1, 2]), PADDED)
     assert batch.input_ids.shape[0] == 3
     assert (batch.chosen.tolist(), batch.rejected.tolist()) == ([0, 0, 1], [1, 2, 2])
 
@@ -264,10 +356,10 @@ def test_targets_and_mixtures_and_columns(tmp_path):
     two = store_of(tmp_path, [record("other", source="g.jsonl:7", columns={"magnitude": [0.75]})])
     data = PreferenceData([one, two], "pairs", "fake")
     assert len(data) == 2 and data.describe(1).startswith("g.jsonl:7")
-    assert collate(data, np.array([1, 0]), PAD).columns["magnitude"].tolist() == [0.75, 0.25]
+    assert collate(data, np.array([1, 0]), PADDED).columns["magnitude"].tolist() == [0.75, 0.25]
     assert data.groups.tolist() == [0, 1]
     targets = PreferenceData([one, two], "targets", "fake")
-    batch = collate(targets, np.array([0, 1]), PAD)
+    batch = collate(targets, np.array([0, 1]), PADDED)
     assert batch.rejected is None and batch.targets[batch.owners == 0].tolist() == [*ids("yz"), EOS]
 
 
@@ -300,6 +392,6 @@ def test_histograms_count_everything(tmp_path):
 
 def test_batch_moves_with_all_its_tensors(tmp_path):
     data = PreferenceData([store_of(tmp_path, [record(columns={"magnitude": [0.25]})])], "pairs", "fake")
-    moved = collate(data, np.array([0]), PAD).to("meta")
+    moved = collate(data, np.array([0]), PADDED).to("meta")
     tensors = [v for v in vars(moved).values() if isinstance(v, torch.Tensor)] + list(moved.columns.values())
     assert len(tensors) == 11 and all(t.device.type == "meta" for t in tensors)

@@ -5,7 +5,16 @@ import re
 import shlex
 
 import pytest
-from conftest import ROOT, read_rows, run_command, run_here, save_model, scored_rows, small_run, write_jsonl
+from conftest import (
+    ROOT,
+    read_rows,
+    run_command,
+    run_here,
+    save_model,
+    scored_rows,
+    small_run,
+    write_jsonl,
+)
 
 import train
 from configuration import check_overrides

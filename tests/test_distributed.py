@@ -375,9 +375,9 @@ def test_a_rank_never_holds_the_model_its_files_hold(tmp_path):
 
 
 def test_gradients_of_a_sharded_model_equal_those_of_a_whole_one():
-    from batching import collate_sequences
+    from layouts import Layout, lay_out
 
-    batch = collate_sequences([([1, 2, 3], [4, 5, 6, 256]), ([7], [8, 9])], pad_id=257)
+    batch = lay_out([([1, 2, 3], [[4, 5, 6, 256]]), ([7], [[8, 9]])], Layout("padded", 257))
     config = OmegaConf.create(
         {"model": {"block_name": None, "fsdp_policy_mp": None}, "tensor_parallel_size": 1, "fsdp_shard_size": None, "fsdp_cpu_offload": False}
     )

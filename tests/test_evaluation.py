@@ -19,12 +19,15 @@ from conftest import (
 from transformers import AutoConfig, AutoModelForSequenceClassification
 
 from evaluation import mean_and_error, sample_kl
+from layouts import Layout
 from logprobs import Scorer
 from rewards import REWARDS, build_reward, register_reward
 from sampling import InverseCDF, sample
 from utils import ConfigError
 
 PROMPTS = [[256, *b"hello"], [256], [256, *b"a much longer prompt than these"], [256, *b"mid one"]]
+
+PADDED = Layout("padded", 257)
 
 
 def draw(model, prompts=PROMPTS, **options):
@@ -101,14 +104,14 @@ def test_kl_estimators_agree_and_are_zero_for_equal_models():
     policy, reference = make_model("llama", scale=2.0), make_model("llama", seed=1, scale=2.0)
     prompts = [[256, 65 + i % 20] for i in range(400)]
     responses = sample(Scorer(policy), make_tokenizer(), prompts, keys=list(range(400)), max_new_tokens=8, seed=3, batch_size=100)
-    found = sample_kl(Scorer(policy), Scorer(reference), prompts, responses, 64, 257)
+    found = sample_kl(Scorer(policy), Scorer(reference), prompts, responses, 64, PADDED)
     means = {name: mean_and_error(values) for name, values in found.items()}
     assert min(found["kl"]) >= 0 and min(found["kl_k3"]) >= 0 and min(found["kl_k1"]) < 0
     for name in ("kl_k1", "kl_k3"):  # unbiased estimators of the same number
         assert abs(means[name][0] - means["kl"][0]) < 4 * math.hypot(means[name][1], means["kl"][1])
     assert means["kl"][1] < means["kl_k1"][1]
     assert means["kl"][0] > 0.3
-    same = sample_kl(Scorer(policy), Scorer(policy), prompts[:5], responses[:5], 2, 257)
+    same = sample_kl(Scorer(policy), Scorer(policy), prompts[:5], responses[:5], 2, PADDED)
     assert all(value == 0 for values in same.values() for value in values)
 
 
@@ -118,7 +121,7 @@ def test_kl_of_one_sample_by_hand():
     ids = torch.tensor([prompt + response])
     p, q = (m(ids).logits[0, 2:5].log_softmax(-1) for m in (policy, reference))
     ratio = torch.stack([(p - q)[i, t] for i, t in enumerate(response)])
-    found = sample_kl(Scorer(policy), Scorer(reference), [prompt], [response], 1, 257)
+    found = sample_kl(Scorer(policy), Scorer(reference), [prompt], [response], 1, PADDED)
     assert found["kl"][0] == pytest.approx((p.exp() * (p - q)).sum().item())
     assert found["kl_k1"][0] == pytest.approx(ratio.sum().item())
     assert found["kl_k3"][0] == pytest.approx(((-ratio).exp() - 1 + ratio).sum().item())

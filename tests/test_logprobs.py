@@ -7,13 +7,13 @@ import torch
 from conftest import ARCHITECTURES, make_model
 
 import logprobs
-from batching import collate_sequences
-from logprobs import Scorer, pad_by_owner, score_responses, sum_by_owner
+from layouts import Layout, lay_out
+from logprobs import LinearLogProbs, Scorer, pad_by_owner, score_responses, sum_by_owner
 from models import disable_dropout
 from utils import ConfigError
 
-PAD = 257
-FLOAT32_INSIDE = {"gpt_neo", "gemma2"}  # their attention or norms compute in float32 whatever the weights are
+PADDED = Layout("padded", 257)
+FLOAT32_INSIDE = {"gpt_neo", "gemma", "gemma2"}  # their attention or norms compute in float32 whatever the weights are
 
 
 def sequences(seed=0):
@@ -22,6 +22,10 @@ def sequences(seed=0):
     lengths = [(1, 5), (7, 1), (4, 9), (12, 3)]
     draw = lambda n: torch.randint(0, 258, (n,), generator=generator).tolist()  # noqa: E731
     return [(draw(p), draw(r)) for p, r in lengths]
+
+
+def trees():
+    return [(prompt, [response]) for prompt, response in sequences()]
 
 
 def naive(model, reference, pairs, kl=None):
@@ -52,7 +56,7 @@ def grads(model):
 def test_values_and_gradients_match_naive_float64(architecture, kl, monkeypatch):
     monkeypatch.setattr(logprobs, "CHUNK_ELEMENTS", 5 * 258)  # several chunks and a left-over one
     policy, reference = (make_model(architecture, seed=s, dtype=torch.float64) for s in (0, 1))
-    batch = collate_sequences(sequences(), PAD)
+    batch = lay_out(trees(), PADDED)
     scorer = Scorer(policy)
     scorer.check()
     scores = score_responses(scorer, batch, reference=Scorer(reference), kl=kl)
@@ -79,7 +83,7 @@ def test_values_and_gradients_match_naive_float64(architecture, kl, monkeypatch)
 
 def test_policy_to_reference_kl_is_the_other_direction():
     policy, reference = (make_model("gpt2", seed=s, dtype=torch.float64) for s in (0, 1))
-    batch = collate_sequences(sequences(), PAD)
+    batch = lay_out(trees(), PADDED)
     found = {d: score_responses(Scorer(policy), batch, reference=Scorer(reference), kl=d).kl for d in ("policy||reference", "reference||policy")}
     for direction, kl in found.items():
         assert torch.allclose(kl, naive(policy, reference, sequences(), direction)[2], rtol=1e-9)
@@ -88,7 +92,7 @@ def test_policy_to_reference_kl_is_the_other_direction():
 
 def test_float32_is_close_to_float64():
     model = make_model("llama")
-    scores = score_responses(Scorer(model), collate_sequences(sequences(), PAD))
+    scores = score_responses(Scorer(model), lay_out(trees(), PADDED))
     exact = naive(copy.deepcopy(model).double(), copy.deepcopy(model).double(), sequences())[0]
     assert scores.logps.dtype == torch.float64 and scores.token_logps.dtype == torch.float32
     assert torch.allclose(scores.logps, exact, rtol=2e-5, atol=1e-3)
@@ -98,9 +102,9 @@ def test_a_wrong_mask_does_not_match():
     """The control: positions shifted by one, or a mask that hides the prompt, must not give the same values."""
     model = make_model("gpt2", dtype=torch.float64)
     exact = naive(model, model, sequences())[0]
-    shifted = collate_sequences(sequences(), PAD)
+    shifted = lay_out(trees(), Layout("padded", 257, last_tokens=True))
     shifted.positions = shifted.positions + 1
-    hidden_prompt = collate_sequences(sequences(), PAD)
+    hidden_prompt = lay_out(trees(), PADDED)
     hidden_prompt.attention_mask[:, 0] = 0
     for batch in (shifted, hidden_prompt):
         assert not torch.allclose(score_responses(Scorer(model), batch).logps, exact, rtol=1e-2)
@@ -108,18 +112,114 @@ def test_a_wrong_mask_does_not_match():
 
 def test_never_more_logits_than_a_chunk(monkeypatch):
     monkeypatch.setattr(logprobs, "CHUNK_ELEMENTS", 4 * 258)
-    model, seen = make_model("llama"), []
-    model.lm_head.register_forward_hook(lambda module, inputs, output: seen.append(tuple(output.shape)))
-    score_responses(Scorer(model), collate_sequences(sequences(), PAD)).logps.sum().backward()
+    model, seen, linear = make_model("llama"), [], logprobs._linear
+    monkeypatch.setattr(logprobs, "_linear", lambda hidden, *head: seen.append(hidden.shape) or linear(hidden, *head))
+    score_responses(Scorer(model), lay_out(trees(), PADDED)).logps.sum().backward()
     n_scored = sum(len(response) for _, response in sequences())
     assert seen and all(len(shape) == 2 and shape[0] <= 4 for shape in seen)
     assert sum(shape[0] for shape in seen) == 2 * n_scored  # once forward, once again in the backward pass
 
 
+HEAD = dict(tokens=11, width=6, vocabulary=40)
+
+
+def head_inputs(bias: bool, dtype=torch.float64, seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    normal = lambda *shape: torch.randn(*shape, generator=generator, dtype=dtype)
+    n, d, v = HEAD.values()
+    ours = [normal(n, d), normal(v, d), normal(v) if bias else None]
+    theirs = [normal(n, d), normal(v, d), normal(v) if bias else None]
+    targets = torch.randint(v, (n,), generator=generator)
+    return [t if t is None else t.requires_grad_() for t in ours], targets, theirs
+
+
+def plainly(ours, targets, theirs, kl):
+    """The same by autograd through the whole log-softmax."""
+    p, q = (torch.nn.functional.linear(h, w, b).log_softmax(-1) for h, w, b in (ours, theirs))
+    logps, entropy = p.gather(1, targets[:, None])[:, 0], -(p.exp() * p).sum(1)
+    if kl == "reference||policy":
+        return logps, (q.exp() * (q - p)).sum(1), entropy
+    return logps, (p.exp() * (p - q)).sum(1) if kl else None, entropy
+
+
+@pytest.mark.parametrize("kl", [None, "reference||policy", "policy||reference"])
+@pytest.mark.parametrize("bias", [False, True])
+@pytest.mark.parametrize("rows", [1, 4, 6, 50])  # of a chunk: computed again in the backward pass, or kept
+def test_the_fused_head_is_the_plain_one(kl, bias, rows, monkeypatch):
+    monkeypatch.setattr(logprobs, "CHUNK_ELEMENTS", rows * HEAD["vocabulary"] * (1 if kl is None else 4))
+    ours, targets, theirs = head_inputs(bias)
+    found = LinearLogProbs.apply(*ours, targets, *(theirs if kl else (None,) * 3), kl, True)
+    expected = plainly(ours, targets, theirs, kl)
+    for a, b in zip(found, expected):
+        assert (a is None) == (b is None) and (a is None or torch.allclose(a, b, rtol=1e-11, atol=1e-12))
+    assert not found[2].requires_grad
+    weights = torch.linspace(-2, 1, len(targets), dtype=torch.float64)
+    wanted = [t for t in ours if t is not None]
+    value = lambda columns: (columns[0] * weights).sum() + (0 if kl is None else (columns[1] * weights.flip(0)).sum())
+    theirs_grads = torch.autograd.grad(value(expected), wanted)
+    for _ in range(2):  # what the first backward pass overwrote must not reach the second
+        for a, b in zip(torch.autograd.grad(value(found), wanted, retain_graph=True), theirs_grads):
+            assert torch.allclose(a, b, rtol=1e-10, atol=1e-12)
+
+
+def test_the_fused_head_leaves_frozen_weights_alone():
+    """LoRA: the head's weight has no gradient, its input has."""
+    (hidden, weight, _), targets, _ = head_inputs(False)
+    weight = weight.detach()
+    LinearLogProbs.apply(hidden, weight, None, targets, None, None, None, None, False)[0].sum().backward()
+    expected = torch.autograd.grad(plainly((hidden, weight, None), targets, head_inputs(False)[2], None)[0].sum(), hidden)[0]
+    assert torch.allclose(hidden.grad, expected, rtol=1e-10) and weight.grad is None
+
+
+def test_a_log_prob_below_the_smallest_float_is_kept():
+    """softmax then log would be -inf; the log-sum-exp is not."""
+    hidden, weight = torch.tensor([[300.0]], requires_grad=True), torch.tensor([[1.0], [-1.0]])
+    logp = LinearLogProbs.apply(hidden, weight, None, torch.tensor([1]), None, None, None, None, False)[0]
+    assert logp.item() == -600.0
+    logp.sum().backward()
+    assert hidden.grad.item() == -2.0
+
+
+@pytest.mark.parametrize("kl", [None, "reference||policy"])
+def test_other_heads_go_through_their_own_module(kl):
+    """A head that is not a plain linear layer gives the same numbers by the general path."""
+    policy, reference = (make_model("llama", seed=s, dtype=torch.float64) for s in (0, 1))
+    batch = lay_out(trees(), PADDED)
+    fused = score_responses(Scorer(policy), batch, reference=Scorer(reference), kl=kl, entropy=True)
+    ours = grads_of(policy, fused.logps.sum() + (0 if kl is None else fused.kl.sum()))
+
+    class Scaled(torch.nn.Linear):
+        base_layer = None  # as adapters on the head have
+
+    policy.lm_head.__class__ = Scaled
+    assert Scorer(policy).plain_head() is None
+    general = score_responses(Scorer(policy), batch, reference=Scorer(reference), kl=kl, entropy=True)
+    theirs = grads_of(policy, general.logps.sum() + (0 if kl is None else general.kl.sum()))
+    assert torch.allclose(fused.logps, general.logps, rtol=1e-10) and torch.allclose(fused.token_entropy, general.token_entropy, rtol=1e-10)
+    assert kl is None or torch.allclose(fused.kl, general.kl, rtol=1e-10)
+    assert max((ours[name] - theirs[name]).abs().max() for name in theirs) < 1e-8
+
+
+def grads_of(model, loss):
+    model.zero_grad()
+    loss.backward()
+    return grads(model)
+
+
+def test_entropy_is_that_of_the_whole_distribution():
+    model = make_model("gpt2", dtype=torch.float64)
+    found = score_responses(Scorer(model), lay_out(trees(), PADDED), entropy=True).token_entropy
+    expected = []
+    for prompt, response in sequences():
+        p = model(input_ids=torch.tensor([prompt + response])).logits[0, len(prompt) - 1 : -1].log_softmax(-1)
+        expected.append(-(p.exp() * p).sum(-1))
+    assert torch.allclose(found, torch.cat(expected), rtol=1e-9)
+
+
 def test_kl_stays_finite_where_softmax_then_log_underflows():
     """With logits in the hundreds a probability is 0 in fp32, its logarithm -inf; log-softmax on both sides is not."""
     policy, reference = (make_model("llama", seed=s, scale=40.0) for s in (0, 1))
-    scores = score_responses(Scorer(policy), collate_sequences(sequences(), PAD), reference=Scorer(reference), kl="reference||policy")
+    scores = score_responses(Scorer(policy), lay_out(trees(), PADDED), reference=Scorer(reference), kl="reference||policy")
     scores.kl.sum().backward()
     assert torch.isfinite(scores.kl).all() and scores.kl.max() > 100
     assert all(torch.isfinite(p.grad).all() for p in policy.parameters() if p.grad is not None)
@@ -140,7 +240,7 @@ def _halved(output):
 
 @pytest.mark.parametrize("architecture", sorted(ARCHITECTURES))
 def test_dropout_is_off_in_training_mode_too(architecture):
-    batch = collate_sequences(sequences(), PAD)
+    batch = lay_out(trees(), PADDED)
     model = make_model(architecture)
     for module in model.modules():
         if isinstance(module, torch.nn.Dropout):

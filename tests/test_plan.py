@@ -4,7 +4,15 @@ import json
 
 import pytest
 import torch
-from conftest import ROOT, make_model, make_tokenizer, run_command, run_here, save_model, small_run
+from conftest import (
+    ROOT,
+    make_model,
+    make_tokenizer,
+    run_command,
+    run_here,
+    save_model,
+    small_run,
+)
 from hydra import compose, initialize_config_dir
 from transformers import AutoConfig
 

@@ -11,7 +11,14 @@ from conftest import ROOT, write_jsonl
 from omegaconf import OmegaConf
 
 import report
-from report import find_runs, smooth, summary_table, verdict, write_comparison, write_report
+from report import (
+    find_runs,
+    smooth,
+    summary_table,
+    verdict,
+    write_comparison,
+    write_report,
+)
 from utils import DataError
 
 SUMMARY = {

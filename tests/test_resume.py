@@ -103,7 +103,7 @@ def test_a_signal_to_a_running_process(command, tmp_path, signum):
 def test_a_run_saved_before_its_first_step_does_not_evaluate_twice(command, tmp_path, monkeypatch):
     run_here(*command("whole"))
 
-    def stop_at_once(self, examples, bar):
+    def stop_at_once(self, examples, microbatches, bar):
         self.loader.load_state_dict({"epoch": 0, "cursor": 0})
         self.save()
         raise Crash

@@ -8,7 +8,18 @@ import time
 from pathlib import Path
 
 import pytest
-from conftest import ROOT, final_weights, read_rows, run_command, run_here, same_weights, save_model, scored_rows, small_run, write_jsonl
+from conftest import (
+    ROOT,
+    final_weights,
+    read_rows,
+    run_command,
+    run_here,
+    same_weights,
+    save_model,
+    scored_rows,
+    small_run,
+    write_jsonl,
+)
 
 
 def why_not() -> str | None:

@@ -1,0 +1,142 @@
+"""Attention over prompts that several responses share: exact, without a dense mask.
+
+A packed row holds trees, one after the other: a prompt, then each of its responses, whose positions go on from the
+prompt's. A response sees its prompt and itself, never another response. The rows of `Batch.segments` say where they are:
+(begin of the prompt, its length, begin of a response, its length). They reach every layer in place of the attention
+mask, which transformers hands on untouched when it has four dimensions.
+"""
+
+import types
+from functools import lru_cache
+
+import torch
+from torch import Tensor, nn
+from torch.nn.attention.flex_attention import BlockMask, create_block_mask
+from transformers import AttentionInterface
+from transformers.integrations.flex_attention import flex_attention_forward
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
+
+NAME = "preflab_segments"
+
+# The architectures whose layers were compared, shared against padded, for values and gradients (tests/test_layouts.py).
+SHARING = {"gemma", "gpt2", "gpt_neo", "gpt_neox", "gptj", "llama", "mistral", "olmo2", "opt", "phi", "phi3", "qwen2", "qwen3"}
+
+
+def enable(model: nn.Module) -> None:
+    """Let a transformers model take segments (or a block mask of `block_mask`) as its attention mask.
+
+    Without them it attends as with `attn_implementation="sdpa"`, in generation for example.
+    """
+    AttentionInterface.register(NAME, segment_attention)
+    AttentionMaskInterface.register(NAME, sdpa_mask)
+    own_loops = [module for module in model.modules() if type(module).__name__ in OWN_LOOPS]
+    for module in own_loops:  # GPT-J and GPT-Neo compute attention themselves, whatever implementation is asked for
+        module._attn = types.MethodType(_instead_of_own_loop, module)
+    if not own_loops:
+        model.set_attn_implementation(NAME)
+
+
+def segment_attention(module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask, **options) -> tuple[Tensor, None]:
+    """An attention function of transformers: query (1, heads, tokens, head size) to output (1, tokens, heads, head size).
+
+    attention_mask: segments, a block mask, or what `sdpa` takes.
+    """
+    if isinstance(attention_mask, BlockMask):
+        return flex_attention_forward(module, query, key, value, attention_mask, **options)
+    if attention_mask is None or attention_mask.dtype != torch.int64:
+        return sdpa_attention_forward(module, query, key, value, attention_mask, **options)
+    window = options.pop("sliding_window", None)
+    trees = _trees(attention_mask)
+    # Split and concatenate: slices of the whole would each fill a zero tensor of its size in the backward pass.
+    sizes = [size for prompt, responses in trees for size in (prompt + responses[0], sum(responses[1:])) if size]
+    pieces = iter(zip(*(tensor.split(sizes, dim=2) for tensor in (query, key, value))))
+    outputs = []
+    for prompt, responses in trees:
+        head_q, head_k, head_v = next(pieces)
+        causal = _mask(prompt, (responses[0],), window, query.dtype, query.device) if _exceeds(window, prompt, responses) else None
+        outputs.append(sdpa_attention_forward(module, head_q, head_k, head_v, causal, is_causal=True, **options)[0])
+        if sum(responses[1:]):
+            q, k, v = next(pieces)
+            k, v = (torch.cat([first[:, :, :prompt], rest], dim=2) for first, rest in ((head_k, k), (head_v, v)))
+            blind = _mask(prompt, responses[1:], window, query.dtype, query.device)[:, :, prompt:]
+            outputs.append(sdpa_attention_forward(module, q, k, v, blind, **options)[0])
+    return torch.cat(outputs, dim=1), None
+
+
+def _trees(segments: Tensor) -> list[tuple[int, tuple[int, ...]]]:
+    """Segments as [(prompt length, response lengths)], in the order of the row."""
+    trees: dict[int, tuple[int, list[int]]] = {}
+    for begin, prompt, _, length in segments.flatten(0, 2).tolist():
+        trees.setdefault(begin, (prompt, []))[1].append(length)
+    return [(prompt, tuple(lengths)) for prompt, lengths in trees.values()]
+
+
+def _exceeds(window: int | None, prompt: int, responses) -> bool:
+    return window is not None and prompt + max(responses) > window
+
+
+@lru_cache(maxsize=64)  # every layer asks for the same masks
+def _mask(prompt: int, responses: tuple[int, ...], window: int | None, dtype: torch.dtype, device: torch.device) -> Tensor:
+    """Additive mask of one tree, (1, 1, tokens, tokens)."""
+    segments = [(0, prompt, prompt + sum(responses[:i]), length) for i, length in enumerate(responses)]
+    allowed = allowed_pairs(torch.tensor(segments), prompt + sum(responses), window)
+    # A number, not -inf: it is added in eager attention too, and a row of -inf would come out as NaN.
+    return torch.zeros(allowed.shape, dtype=dtype).masked_fill(~allowed, torch.finfo(dtype).min)[None, None].to(device)
+
+
+def describe_tokens(segments: Tensor, n_tokens: int) -> tuple[Tensor, Tensor, Tensor]:
+    """For every token of a packed row: its tree, its response (0 in a prompt) and its position, (tokens,) each.
+
+    What no segment holds is a tree of its own, of which each token sees only itself and those before.
+    """
+    tree = torch.full((n_tokens,), -1)
+    response, position = torch.zeros_like(tree), torch.arange(n_tokens)
+    for i, (begin, prompt, at, length) in enumerate(segments.flatten(0, -2).tolist()):
+        tree[begin : begin + prompt] = begin
+        position[begin : begin + prompt] = torch.arange(prompt)
+        tree[at : at + length], response[at : at + length] = begin, i + 1
+        position[at : at + length] = torch.arange(prompt, prompt + length)
+    return tree, response, position
+
+
+def allowed_pairs(segments: Tensor, n_tokens: int, window: int | None = None) -> Tensor:
+    """Which token (row) sees which (column), (tokens, tokens): the dense mask that everything else is tested against."""
+    tree, response, position = describe_tokens(segments, n_tokens)
+    own = (response[:, None] == response) | (response == 0)
+    allowed = (tree[:, None] == tree) & own & (position[:, None] >= position)
+    return allowed if window is None else allowed & (position[:, None] - position < window)
+
+
+def block_mask(segments: Tensor, n_tokens: int, device: torch.device) -> BlockMask:
+    """The same as a block-sparse mask for FlexAttention, which computes blocks with an allowed pair only."""
+    tree, response, position = (column.to(device) for column in describe_tokens(segments, n_tokens))
+
+    def allowed(batch, head, q, k):
+        own = (response[k] == 0) | (response[k] == response[q])
+        return (tree[q] == tree[k]) & own & (position[q] >= position[k])
+
+    return create_block_mask(allowed, None, None, n_tokens, n_tokens, device=str(device))
+
+
+def window_of(config) -> int | None:
+    """The smallest attention window of an architecture, in tokens; None where every layer sees everything."""
+    if config.model_type == "gpt_neo":
+        return config.window_size if "local" in config.attention_layers else None
+    return getattr(config, "sliding_window", None) if getattr(config, "use_sliding_window", True) else None
+
+
+# ---------------------------------------------------------------------------- architectures with attention of their own
+
+OWN_LOOPS = {"GPTJAttention", "GPTNeoSelfAttention"}
+
+
+def _instead_of_own_loop(module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask=None) -> tuple[Tensor, None]:
+    """`_attn` of GPT-J and GPT-Neo for segments; their own for anything else. Returns (1, heads, tokens, head size)."""
+    if not isinstance(attention_mask, BlockMask) and (attention_mask is None or attention_mask.dtype != torch.int64):
+        return type(module)._attn(module, query, key, value, attention_mask)
+    local = getattr(module, "attention_type", None) == "local"  # GPT-Neo: every other layer, and no scaling
+    scaling = 1 / float(module.scale_attn) if hasattr(module, "scale_attn") else 1.0
+    options = {"scaling": scaling, "sliding_window": module.config.window_size if local else None}
+    output, _ = segment_attention(module, query.to(value.dtype), key.to(value.dtype), value, attention_mask, **options)
+    return output.transpose(1, 2), None

@@ -1,0 +1,185 @@
+"""The reference's log-probs on disk: computed once, the same numbers, never for other weights or tokens."""
+
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+from conftest import (
+    ROOT,
+    final_weights,
+    read_rows,
+    run_here,
+    same_weights,
+    save_model,
+    scored_rows,
+    small_run,
+    untimed,
+    write_jsonl,
+)
+
+import reference
+import trainers
+from utils import ConfigError, DataError
+
+EXACT = ("model.policy_dtype=float64", "model.reference_dtype=float64", "sample_during_eval=false")
+
+
+@pytest.fixture
+def run(imdb_dir, llama_folder, tmp_path):
+    def run(name: str, *overrides: str):
+        run_here(*small_run(llama_folder, imdb_dir, tmp_path / name, *overrides))
+        return tmp_path / name
+
+    return run
+
+
+@pytest.fixture
+def counted(monkeypatch):
+    """How many responses the reference was run on for the cache, and how many references were built."""
+    counts = {"responses": 0, "built": 0}
+    fill, build = reference._fill, trainers.build_reference
+
+    def counting(stores, missing, *more):
+        counts["responses"] += sum(map(len, missing.values()))
+        return fill(stores, missing, *more)
+
+    def building(*arguments, **options):
+        counts["built"] += 1
+        return build(*arguments, **options)
+
+    monkeypatch.setattr(reference, "_fill", counting)
+    monkeypatch.setattr(trainers, "build_reference", building)
+    return counts
+
+
+def folders(tmp_path):
+    return sorted(p for p in (tmp_path / "cache" / "reference").iterdir() if p.is_dir())
+
+
+@pytest.mark.parametrize("more", [(), ("model.lora.r=4",), ("gradient_accumulation_steps=4", "layout=padded")])
+def test_a_cached_reference_trains_the_same_policy(run, more):
+    kept, ran = run("kept", *EXACT, *more), run("ran", *EXACT, *more, "reference.cache=false")
+    a, b = final_weights(kept), final_weights(ran)
+    assert max((a[key] - b[key]).abs().max().item() for key in a) < 1e-9
+    for ours, theirs in zip(read_rows(kept / "metrics.jsonl"), read_rows(ran / "metrics.jsonl"), strict=True):
+        assert ours[f"loss/{ours['split']}"] == pytest.approx(theirs[f"loss/{theirs['split']}"], rel=1e-9)
+
+
+def test_it_is_computed_once_for_all_runs_and_the_reference_is_never_built(run, counted, tmp_path):
+    first = run("first", "sample_during_eval=false")
+    assert counted["responses"] > 0 and counted["built"] == 0
+    counted["responses"] = 0
+    run("other-loss", "sample_during_eval=false", "loss=ipo", "seed=3", "n_epochs=2")
+    again = run("again", "sample_during_eval=false")
+    assert counted == {"responses": 0, "built": 0}
+    assert same_weights(final_weights(first), final_weights(again))
+    assert untimed(read_rows(first / "metrics.jsonl")) == untimed(read_rows(again / "metrics.jsonl"))
+    assert len(folders(tmp_path)) == 2  # train and test
+
+
+def test_only_what_a_run_needs_is_computed(run, counted):
+    run("short", "sample_during_eval=false", "n_examples=8", "n_eval_examples=4")
+    short = counted["responses"]
+    assert 0 < short <= 2 * (8 + 4)
+    run("long", "sample_during_eval=false")
+    assert counted["responses"] > short
+
+
+def test_other_weights_dtypes_and_tokens_get_folders_of_their_own(run, counted, llama_folder, imdb_dir, tmp_path):
+    base = ("sample_during_eval=false", "n_examples=8")
+    start = run("start", *base)
+    n = len(folders(tmp_path))
+    other, third = (save_model(tmp_path / f"other{seed}", seed=seed) for seed in (5, 6))
+    for name, more in {
+        "weights": (f"model.name_or_path={other}",),
+        "archive": (f"model.archive={start / 'LATEST' / 'policy.pt'}",),
+        "reference": (f"model.reference_archive={third}",),
+        "dtype": ("model.reference_dtype=float64",),
+        "half": ("model.fsdp_policy_mp=bfloat16",),
+        "length": ("max_length=60",),
+    }.items():
+        before = counted["responses"]
+        run(name, *base, *more)
+        assert counted["responses"] > before, name
+        assert len(folders(tmp_path)) == n + 2, name
+        n += 2
+    before = counted["responses"]
+    run("same", *base, f"model.reference_archive={start / 'LATEST'}")  # the weights of "archive" under another name
+    assert counted["responses"] == before
+    write_jsonl(imdb_dir / "imdb-sft-train.jsonl", scored_rows(23))
+    before = counted["responses"]
+    run("tokens", *base)
+    assert counted["responses"] > before and len(folders(tmp_path)) == n + 1  # the test split is the old one
+
+
+def test_damage_is_found_when_it_is_loaded(run, tmp_path):
+    run("first", "sample_during_eval=false")
+    for folder in folders(tmp_path):
+        values = np.memmap(folder / "logps", dtype="float32", mode="r+")
+        values[:] = values * 1.01
+        values.flush()
+    with pytest.raises(DataError, match="are off by.*delete that folder"):
+        run("second", "sample_during_eval=false")
+
+
+def test_a_resumed_run_finds_it_too(run, counted):
+    run("run", "sample_during_eval=false", "n_examples=16")
+    before = dict(counted)
+    run("run", "sample_during_eval=false", "n_examples=24")
+    assert counted["built"] == before["built"] + 1  # to check: the policy is no longer what the reference is
+    whole = run("whole", "sample_during_eval=false", "n_examples=24")
+    assert same_weights(final_weights(whole), final_weights(whole.parent / "run"))
+
+
+@pytest.mark.parametrize("more, why", [(("loss=tdpo2",), "whole distribution"), (("model.from_scratch=true",), "drawn anew|draws")])
+def test_what_cannot_be_kept_runs_and_says_so(run, capsys, more, why):
+    run("auto", "n_examples=8", *more)
+    assert "runs in every step" in capsys.readouterr().out
+    with pytest.raises(ConfigError, match=f"reference.cache=true.*({why})"):
+        run("asked", "n_examples=8", *more, "reference.cache=true")
+
+
+def test_a_loss_that_reads_no_reference_keeps_nothing(run, tmp_path):
+    run("sft", "loss=sft")
+    assert not (tmp_path / "cache" / "reference").exists()
+
+
+def test_a_killed_run_leaves_nothing_half_known(run, counted, monkeypatch, tmp_path):
+    write, calls = reference.ReferenceLogps.write, []
+
+    def killed(self, responses, logps):
+        calls.append(1)
+        if len(calls) > 1:
+            for begin, end in self.spans[responses]:
+                self.values[begin:end] = 7.0  # on disk, but not yet known
+            raise KeyboardInterrupt
+        write(self, responses, logps)
+
+    tiny = ("sample_during_eval=false", "microbatch_tokens=64")
+    with monkeypatch.context() as patch:
+        patch.setattr(reference.ReferenceLogps, "write", killed)
+        with pytest.raises(KeyboardInterrupt):
+            run("killed", *tiny)
+    known = sum(int(np.fromfile(folder / "known", dtype=np.uint8).sum()) for folder in folders(tmp_path))
+    all_of_them, counted["responses"] = counted["responses"], 0
+    after = run("after", *tiny)
+    assert 0 < known and counted["responses"] == all_of_them - known
+    a, b = final_weights(after), final_weights(run("clean", *tiny, "reference.cache=false"))
+    assert max((a[key] - b[key]).abs().max().item() for key in a) < 1e-4
+
+
+def test_runs_that_start_together_wait_for_the_one_that_computes(imdb_dir, llama_folder, tmp_path):
+    commands = [small_run(llama_folder, imdb_dir, tmp_path / name, "sample_during_eval=false") for name in ("a", "b")]
+    started = [
+        subprocess.Popen([sys.executable, str(ROOT / "train.py"), *map(str, command)], cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+        for command in commands
+    ]
+    told = []
+    for process in started:
+        out, error = process.communicate(timeout=300)
+        assert process.returncode == 0, error
+        told += [line for line in out.splitlines() if line.startswith("reference:")]
+    found = sorted(int(line.split(" responses, ")[1].split()[0].replace(",", "")) for line in told)
+    assert len(found) == 2 and found[0] == 0 and found[1] > 0  # one computed all, the other none
+    assert same_weights(final_weights(tmp_path / "a"), final_weights(tmp_path / "b"))
