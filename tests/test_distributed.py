@@ -59,6 +59,9 @@ GROUPS = {
     "lora": (("loss=dpo", *LORA), FEW),
     "recomputed": (("loss=tdpo2", "activation_checkpointing=true"), FEW),
     "offloaded": (("loss=dpo", "fsdp_cpu_offload=true"), ("two ranks",)),
+    "padded": (("loss=dpo", "layout=padded", "length_grouping=false"), ("two ranks",)),
+    "many microbatches": (("loss=dpo", "microbatch_tokens=150", "reference.cache=false"), ("two ranks",)),
+    "reference never built": (("loss=dpo", "optimizer=AdamW", "sample_during_eval=false"), FEW),  # each with a cache of its own
     "scalar head": (("loss=bradley_terry", "optimizer=AdamW"), FEW),
     "another seed": (("loss=dpo", "seed=1"), ("one",)),  # the control: what a difference looks like
     "half": (("loss=dpo", "n_epochs=2"), FEW),  # later continued elsewhere
@@ -84,6 +87,8 @@ def overrides(setting, name: str, *more: str) -> list[str]:
     options = ("n_epochs=4", "n_eval_examples=7", "n_eval_model_samples=5", "eval_every=24", "keep_checkpoints=null")
     given = {o.split("=")[0] for o in more}
     options = [o for o in options if o.split("=")[0] not in given]
+    if name.startswith("reference never built"):
+        options.append(f"cache_dir={setting / name} cache")
     return small_run(setting / "model", setting / "data", setting / name, *options, *more)
 
 
@@ -130,7 +135,7 @@ WEIGHTS = 5e-5  # RMSprop moved them by about 0.1, and rounding in a small gradi
 
 @pytest.mark.parametrize("group, placement", CASES)
 def test_the_same_losses_and_weights(runs, group, placement):
-    one = runs / ("dpo" if group == "offloaded" else group) / "one"
+    one = runs / (group if "one" in GROUPS[group][1] else "dpo") / "one"
     folder = runs / group / placement
     steps = 6 if group.startswith("half") else STEPS
     for split, n in (("train", steps), ("eval", None)):
