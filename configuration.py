@@ -31,7 +31,7 @@ MAY_CHANGE = {
     "n_epochs", "n_examples", "eval_batch_size", "n_eval_examples", "n_eval_model_samples", "eval_every", "save_every",
     "sample_during_eval", "do_first_eval", "wandb", "minimum_log_interval_secs", "keep_checkpoints", "local_dirs",
     "local_run_dir", "resume", "trainer", "world_size", "fsdp_port", "fsdp_cpu_offload", "fsdp_shard_size", "tensor_parallel_size",
-    "activation_checkpointing", "gradient_accumulation_steps", "microbatch_tokens", "layout", "length_grouping", "reference", "plan", "temperature", "topp", "max_new_tokens", "cache_dir", "data_dir", "exp_name", "reward",
+    "activation_checkpointing", "compile", "gradient_accumulation_steps", "microbatch_tokens", "layout", "length_grouping", "reference", "plan", "temperature", "topp", "max_new_tokens", "cache_dir", "data_dir", "exp_name", "reward",
 }  # fmt: skip
 
 

@@ -8,6 +8,7 @@ is kept for the backward pass is (tokens, hidden size), and probabilities only w
 import contextlib
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -19,7 +20,7 @@ from layouts import Batch
 from utils import ConfigError
 
 CHUNK_ELEMENTS = 2**25  # logits in flight: 128 MiB in fp32
-KEPT_CHUNKS = 2  # probabilities of so many chunks are kept for the backward pass; of more they are computed again
+KEPT_ELEMENTS = 2**26  # probabilities kept for the backward pass: 256 MiB; where there are more, all are computed again
 
 
 class Scorer:
@@ -151,53 +152,62 @@ def score_responses(
     """
     n = len(batch.lengths)
     reference_hidden, reference_token_logps = None, batch.reference_logps
-    if reference is not None and (kl is not None or reference_token_logps is None):
+    if kl is not None:
         with torch.no_grad():
-            reference_hidden, reference_token_logps = reference.run(lambda: _score_reference(reference, batch))
-    if kl is None:
-        reference = reference_hidden = None
-    token_logps, token_kl, token_entropy, owners = policy.run(lambda: _score_policy(policy, batch, reference, reference_hidden, kl, entropy))
-    scores = ResponseScores(sum_by_owner(token_logps, owners, n), token_logps, token_kl=token_kl, token_entropy=token_entropy)
+            reference_hidden = reference.run(lambda: reference.hidden(batch, batch.positions))
+    elif reference is not None and reference_token_logps is None:
+        with torch.no_grad():
+            reference_token_logps = reference.run(lambda: _score_body(reference, batch)).logps
+    tokens = policy.run(lambda: _score_body(policy, batch, reference if kl else None, reference_hidden, kl, entropy))
+    owners = batch.owners.to(tokens.logps.device)
+    scores = ResponseScores(sum_by_owner(tokens.logps, owners, n), tokens.logps, token_kl=tokens.kl, token_entropy=tokens.entropy)
+    if kl is not None:
+        reference_token_logps = tokens.reference_logps
     if reference_token_logps is not None:
-        scores.reference_token_logps = reference_token_logps.to(token_logps.device)
+        scores.reference_token_logps = reference_token_logps.to(tokens.logps.device)
         scores.reference_logps = sum_by_owner(scores.reference_token_logps, owners, n)
     if kl is not None:
-        scores.kl = sum_by_owner(token_kl, owners, n)
+        scores.kl = sum_by_owner(tokens.kl, owners, n)
     return scores
 
 
-def _score_reference(reference: Scorer, batch: Batch) -> tuple[Tensor, Tensor]:
-    """Hidden states at the scored positions and log-probs of the scored tokens, under the reference."""
-    hidden = reference.hidden(batch, batch.positions)
-    return hidden, _score(reference, hidden, batch.targets.to(hidden.device))[0]
+class Tokens(NamedTuple):
+    """What is known of each scored token, (tokens,) each; None where not asked for."""
+
+    logps: Tensor
+    kl: Tensor | None
+    entropy: Tensor | None
+    reference_logps: Tensor | None
 
 
-def _score_policy(policy: Scorer, batch: Batch, reference: Scorer | None, reference_hidden: Tensor | None, kl: str | None, entropy: bool):
-    """Log-probs of the scored tokens, their KL or None, their entropy or None, (tokens,) each, and the owner of each."""
-    hidden = policy.hidden(batch, batch.positions)
-    columns = _score(policy, hidden, batch.targets.to(hidden.device), reference, reference_hidden, kl, entropy)
-    return *columns, batch.owners.to(hidden.device)
+def _score_body(scorer: Scorer, batch: Batch, *more) -> Tokens:
+    hidden = scorer.hidden(batch, batch.positions)
+    return _score_hidden(scorer, hidden, batch.targets.to(hidden.device), *more)
 
 
-def _score(
+def _score_hidden(
     policy: Scorer, hidden: Tensor, targets: Tensor, reference: Scorer | None = None, reference_hidden: Tensor | None = None, kl: str | None = None,
     entropy: bool = False,
-):  # fmt: skip
-    """Log-probs, KL or None, entropy or None of tokens whose hidden states are known, (tokens,) each."""
+) -> Tokens:  # fmt: skip
+    """Tokens whose hidden states are known; with `kl` also those of the reference, which then comes along."""
     heads = [policy.plain_head(), reference.plain_head() if reference is not None else (None, None)]
     if None not in heads and (kl is None or heads[1][0].device == hidden.device):
         theirs = (None, None, None) if kl is None else (reference_hidden, *heads[1])
         ours, theirs = _autocast(hidden, *heads[0]), _autocast(*theirs)
         with torch.autocast(hidden.device.type, enabled=False):
-            return LinearLogProbs.apply(*ours, targets, *theirs, kl, entropy)
-    columns = []
+            return Tokens(*LinearLogProbs.apply(*ours, targets, *theirs, kl, entropy))
+    chunks = []
     for piece in _chunks(len(hidden), policy.causal_lm.config.get_text_config().vocab_size):
         arguments = (policy, hidden[piece], targets[piece], reference, None if kl is None else reference_hidden[piece], kl, entropy)
         if torch.is_grad_enabled() and hidden.requires_grad:
-            columns.append(checkpoint(_score_chunk, *arguments, use_reentrant=False, preserve_rng_state=False))
+            chunks.append(checkpoint(_score_chunk, *arguments, use_reentrant=False, preserve_rng_state=False))
         else:
-            columns.append(_score_chunk(*arguments))
-    return tuple(None if column[0] is None else torch.cat(column) for column in zip(*columns))
+            chunks.append(_score_chunk(*arguments))
+    return _together(chunks)
+
+
+def _together(chunks: list[Tokens]) -> Tokens:
+    return Tokens(*(None if column[0] is None else torch.cat(column) for column in zip(*chunks)))
 
 
 def _chunks(n: int, vocabulary: int, buffers: int = 1) -> list[slice]:
@@ -216,29 +226,26 @@ def _autocast(*tensors: Tensor | None) -> list[Tensor | None]:
 
 def _score_chunk(
     policy: Scorer, hidden: Tensor, targets: Tensor, reference: Scorer | None, reference_hidden: Tensor | None, kl: str | None, entropy: bool
-):
-    """Per token of a chunk, for any kind of head: log-prob, KL or None, entropy or None, (tokens in chunk,) each."""
-    logits = policy.logits(hidden)
-    token_logps, p = logits.gather(-1, targets[:, None]).squeeze(-1) - logits.logsumexp(-1), None
-    token_kl = token_entropy = None
+) -> Tokens:
+    """The tokens of a chunk, for any kind of head, by autograd."""
+    logps = policy.logits(hidden).log_softmax(-1)
+    token_kl = reference_logps = None
     if kl is not None:
         with torch.no_grad(), reference.active():
-            reference_logits = reference.logits(reference_hidden).to(logits.device)
-        p, q = logits.log_softmax(-1), reference_logits.log_softmax(-1)
-        if kl == "reference||policy":
-            p, q = q, p
+            theirs = reference.logits(reference_hidden).to(logps.device).log_softmax(-1)
+        reference_logps = theirs.gather(-1, targets[:, None]).squeeze(-1)
+        p, q = (theirs, logps) if kl == "reference||policy" else (logps, theirs)
         token_kl = (p.exp() * (p - q)).sum(-1)
-    if entropy:
-        token_entropy = torch.special.entr(logits.detach().softmax(-1)).sum(-1)
-    return token_logps, token_kl, token_entropy
+    token_entropy = torch.special.entr(logps.detach().exp()).sum(-1) if entropy else None
+    return Tokens(logps.gather(-1, targets[:, None]).squeeze(-1), token_kl, token_entropy, reference_logps)
 
 
 class LinearLogProbs(torch.autograd.Function):
     """Linear layer, log-softmax, and what is read off it, in one: the logits of a chunk are overwritten by each next step.
 
     hidden (tokens, hidden size), weight (vocabulary, hidden size), bias (vocabulary,) or None, targets (tokens,); the
-    same of the reference, without gradient; kl and entropy as in `score_responses`. Returns log-probs, KL or None,
-    entropy or None, (tokens,) each. With p and q the distributions of policy and reference and z the policy's logits:
+    same of the reference, without gradient; kl and entropy as in `score_responses`. Returns the fields of `Tokens`,
+    entropy and the reference's log-probs without gradient. With p and q the distributions of policy and reference and z the policy's logits:
     d log p(t) / dz = onehot(t) - p, d KL(q || p) / dz = p - q, d KL(p || q) / dz = p (log p/q - KL).
     """
 
@@ -248,21 +255,21 @@ class LinearLogProbs(torch.autograd.Function):
         ctx.save_for_backward(*inputs)
         ctx.kl, ctx.kept = kl, []
         pieces = _chunks(len(hidden), len(weight), 1 if kl is None else 4)
-        columns = []
+        keep = any(ctx.needs_input_grad) and len(hidden) * len(weight) * (1 if kl is None else 2) <= KEPT_ELEMENTS
+        chunks = []
         for piece in pieces:
-            *values, kept = _forward_chunk(inputs, piece, kl, entropy)
-            columns.append(values)
-            if len(pieces) <= KEPT_CHUNKS and any(ctx.needs_input_grad):
+            tokens, kept = _forward_chunk(inputs, piece, kl, entropy)
+            chunks.append(tokens)
+            if keep:
                 ctx.kept.append(kept)
             del kept
-        columns = [None if column[0] is None else torch.cat(column) for column in zip(*columns)]
-        if entropy:
-            ctx.mark_non_differentiable(columns[2])
-        return tuple(columns)
+        tokens = _together(chunks)
+        ctx.mark_non_differentiable(*(column for column in tokens[2:] if column is not None))
+        return tuple(tokens)
 
     @staticmethod
     @torch.autograd.function.once_differentiable
-    def backward(ctx, grad_logps, grad_kl, _):
+    def backward(ctx, grad_logps, grad_kl, *_):
         inputs = ctx.saved_tensors
         hidden, weight, bias, targets = inputs[:4]
         wanted = [tensor is not None and needed for tensor, needed in zip((hidden, weight, bias), ctx.needs_input_grad)]
@@ -270,7 +277,7 @@ class LinearLogProbs(torch.autograd.Function):
         with torch.autocast(hidden.device.type, enabled=False):
             for piece in _chunks(len(hidden), len(weight), 1 if ctx.kl is None else 4):
                 # What was kept is overwritten here, so a second backward pass computes it again.
-                kept = ctx.kept.pop(0) if ctx.kept else _forward_chunk(inputs, piece, ctx.kl, False)[-1]
+                kept = ctx.kept.pop(0) if ctx.kept else _forward_chunk(inputs, piece, ctx.kl, False)[1]
                 slope = _logit_gradient(kept, targets[piece], grad_logps[piece], None if ctx.kl is None else grad_kl[piece])
                 slope = slope.to(weight.dtype)
                 if wanted[0]:
@@ -283,8 +290,8 @@ class LinearLogProbs(torch.autograd.Function):
         return *grads, *[None] * 6
 
 
-def _forward_chunk(inputs, piece: slice, kl: str | None, entropy: bool):
-    """Log-probs, KL or None, entropy or None of a chunk, and what its backward pass needs."""
+def _forward_chunk(inputs, piece: slice, kl: str | None, entropy: bool) -> tuple[Tokens, tuple]:
+    """The tokens of a chunk, and what its backward pass needs."""
     hidden, weight, bias, targets, *reference = inputs
     logits = _linear(hidden[piece], weight, bias)
     picked = logits.gather(1, targets[piece, None])
@@ -292,14 +299,15 @@ def _forward_chunk(inputs, piece: slice, kl: str | None, entropy: bool):
     logps = (picked - log_total).squeeze(1)
     token_entropy = torch.special.entr(p).sum(1) if entropy else None
     if kl is None:
-        return logps, None, token_entropy, (None, p)
+        return Tokens(logps, None, token_entropy, None), (None, p)
     reference_logits = _linear(reference[0][piece], *reference[1:])
     q, reference_log_total = _softmax_(reference_logits.clone())
     ratio = logits.sub_(log_total).sub_(reference_logits.sub_(reference_log_total))  # log p/q
+    reference_logps = reference_logits.gather(1, targets[piece, None]).squeeze(1)
     if kl == "reference||policy":
-        return logps, -_dot(q, ratio), token_entropy, (kl, p, q)
+        return Tokens(logps, -_dot(q, ratio), token_entropy, reference_logps), (kl, p, q)
     token_kl = _dot(p, ratio)
-    return logps, token_kl, token_entropy, (kl, p, ratio.sub_(token_kl[:, None]))
+    return Tokens(logps, token_kl, token_entropy, reference_logps), (kl, p, ratio.sub_(token_kl[:, None]))
 
 
 def _linear(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:

@@ -154,6 +154,8 @@ def devices_for(config) -> list[torch.device]:
         raise ConfigError(f"world_size={n}, but TensorParallelTrainer finds {gpus} GPUs; lower it")
     if config.activation_checkpointing:
         raise ConfigError("activation_checkpointing=true: TensorParallelTrainer cannot compute a part of a layer again; leave it out, or use FSDPTrainer")
+    if config.compile:
+        raise ConfigError("compile=true: TensorParallelTrainer runs layers in threads, which cannot be compiled; leave it out, or use FSDPTrainer")
     if config.model.lora.r:
         raise ConfigError(f"model.lora.r={config.model.lora.r}: TensorParallelTrainer does not split adapters; use BasicTrainer or FSDPTrainer")
     return [torch.device("cuda", i) if gpus else torch.device("cpu") for i in range(n)]

@@ -52,6 +52,7 @@ from placement import (
     bytes_here,
     clip_grad_norm,
     devices_for,
+    find_blocks,
     full_weights,
     reshard,
     shard,
@@ -152,7 +153,8 @@ class BasicTrainer:
         return not self.scalar and (self.config.sample_during_eval or self.config.function == "eval")
 
     def _microbatch_tokens(self) -> int:
-        return self.config.microbatch_tokens or MICROBATCH_TOKENS[self.policy.device.type]
+        distributions = 2 if "token_kl" in self.loss.reads else 1  # over the vocabulary, kept for the backward pass
+        return self.config.microbatch_tokens or MICROBATCH_TOKENS[self.policy.device.type] // distributions
 
     place = None  # where models go: a method (scorer, dtype) of the other trainers
 
@@ -342,6 +344,9 @@ class BasicTrainer:
         if config.activation_checkpointing:
             model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
             model.train()  # transformers recomputes in training mode only; dropout is off for good
+        if config.compile:
+            for block in find_blocks(self.policy.causal_lm, config.model.block_name):
+                block.compile(dynamic=True)
         trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
         self.parameters, self.parameter_names = list(trained.values()), list(trained)
         self.optimizer = make_optimizer(config, self.parameters)

@@ -52,7 +52,6 @@ OURS = {  # layout and reference cache
     "prefix_shared, reference run": ("prefix_shared", "false"),
     "packed": ("packed", "auto"),
     "padded": ("padded", "auto"),
-    "padded, reference run": ("padded", "false"),
 }
 BETA = 0.1
 
@@ -72,28 +71,36 @@ def main() -> None:
         parser.error("--output is required")
     from placement import machine
 
-    results = {"machine": machine() | {"matmul_gflops": round(matmul_rate() / 1e9, 1)}, "bf16": arguments.bf16, "rounds": arguments.rounds, "cases": {}}
     arguments.output.mkdir(parents=True, exist_ok=True)
-    name = "step-" + ("cuda" if results["machine"]["gpus"] else "cpu") + ("-bf16" if arguments.bf16 else "")
+    here = machine()
+    path = arguments.output / ("step-" + ("cuda" if here["gpus"] else "cpu") + ("-bf16" if arguments.bf16 else "") + ".json")
+    results = {"machine": here, "cases": {}}
+    if path.is_file() and (before := json.loads(path.read_text(encoding="utf-8")))["machine"] == here:
+        results = before
+
+    def keep(part: str, name: str, value) -> None:
+        results.setdefault(part, {})[name] = value
+        path.write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
+        draw(results, path.with_suffix(".png"))
+
     with tempfile.TemporaryDirectory() as folder:
-        for case in arguments.cases.split(","):
-            results["cases"][case] = measure_case(Path(folder), case, arguments.rounds, arguments.bf16, results["machine"]["matmul_gflops"] * 1e9)
+        for case in filter(None, arguments.cases.split(",")):
+            keep("cases", case, measure_case(Path(folder), case, arguments.rounds, arguments.bf16))
             print(table(case, results["cases"][case]), flush=True)
-        if not arguments.no_curves:
-            results["curves"] = measure_curves(Path(folder), arguments.bf16)
-    (arguments.output / f"{name}.json").write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
-    draw(results, arguments.output / f"{name}.png")
+        for what in () if arguments.no_curves else GROWTH:
+            keep("curves", what, measure_curve(Path(folder), what, arguments.bf16))
 
 
 # -------------------------------------------------------------------------------------------------------- a case
 
 
-def measure_case(folder: Path, case: str, rounds: int, bf16: bool, rate: float) -> dict:
+def measure_case(folder: Path, case: str, rounds: int, bf16: bool) -> dict:
+    rate = matmul_rate()
     model, lengths, loss, n_pairs, n_prompts, in_trl = CASES[case]
     job = make_job(folder / case, MODELS[model], VOCABULARY, loss, make_pairs(*LENGTHS[lengths], n_pairs, n_prompts), bf16)
     variants = ["classic", *OURS]
     if "token_kl" in reads(loss):  # the reference always runs
-        variants = ["classic", "prefix_shared, reference run", "packed, reference run", "padded, reference run"]
+        variants = ["classic", "prefix_shared", "packed", "padded"]
     if in_trl and has_trl():
         variants += ["TRL, defaults", "TRL, best"]
     measured = {variant: [] for variant in variants}
@@ -104,10 +111,12 @@ def measure_case(folder: Path, case: str, rounds: int, bf16: bool, rate: float) 
             print(f"{case}, round {number + 1}, {variant}: {measured[variant][-1]['seconds']:.2f} s", file=sys.stderr)
             if number == 0:
                 measured[variant][0] |= compare_gradients(folder / "gradients", variant)
-    return {"pairs": n_pairs, "prompts": n_prompts, "tokens": job["tokens"], "floor_seconds": floor(job) / rate, "variants": summarise(measured)}
+    tokens = {key: job["tokens"][key] for key in ("padded", "distinct", "scored")}
+    known = {"rounds": rounds, "pairs": n_pairs, "prompts": n_prompts, "tokens": tokens, "matmul_gflops": round(rate / 1e9, 1), "floor_seconds": floor(job) / rate}
+    return known | {"variants": summarise(measured)}
 
 
-def make_pairs(prompt, response, n_pairs: int, n_prompts: int, seed: int = 0) -> list[dict]:
+def make_pairs(prompt, response, n_pairs: int, n_prompts: int, seed: int = 0, vocabulary: int = VOCABULARY) -> list[dict]:
     """Random words of the given lengths; with one prompt, the pairs are of seven responses to it."""
     import numpy as np
 
@@ -115,7 +124,7 @@ def make_pairs(prompt, response, n_pairs: int, n_prompts: int, seed: int = 0) ->
 
     def words(middle, spread, low, high):
         n = int(np.clip(round(middle * np.exp(spread * rng.standard_normal())), low, high))
-        return " ".join(f"w{i}" for i in rng.integers(0, VOCABULARY - 1, n))
+        return " ".join(f"w{i}" for i in rng.integers(0, vocabulary - 1, n))
 
     if n_prompts == 1:
         text, answers = words(*prompt), [" " + words(*response) for _ in range(7)]
@@ -462,21 +471,18 @@ GROWTH = {  # what grows: its values; the others stay at the first of `STANDARD`
 STANDARD = {"response length": 64, "prompt length": 128, "vocabulary": 32768, "pairs": 8}
 
 
-def measure_curves(folder: Path, bf16: bool) -> dict:
+def measure_curve(folder: Path, what: str, bf16: bool) -> list[dict]:
     """Pairs a second of our step and of the classic one where one thing grows."""
-    global VOCABULARY
-    curves = {}
-    for what, values in GROWTH.items():
-        curves[what] = []
-        for value in values:
-            at = STANDARD | {what: value}
-            VOCABULARY = at["vocabulary"]
-            exactly = [(at[f"{side} length"], 0.0, 1, 10**6) for side in ("prompt", "response")]
-            job = make_job(folder / f"{what}-{value}".replace(" ", "-"), MODELS["30M"], at["vocabulary"], "dpo", make_pairs(*exactly, at["pairs"], at["pairs"]), bf16)
-            point = {name: at["pairs"] / run(job | {"variant": name, "gradients": None})["seconds"] for name in ("prefix_shared", "classic")}
-            curves[what].append({"value": value, **point})
-            print(f"{what} {value}: {point['prefix_shared']:.2f} pairs/s, classic {point['classic']:.2f}", file=sys.stderr)
-    return curves
+    points = []
+    for value in GROWTH[what]:
+        at = STANDARD | {what: value}
+        exactly = [(at[f"{side} length"], 0.0, 1, 10**6) for side in ("prompt", "response")]
+        pairs = make_pairs(*exactly, at["pairs"], at["pairs"], vocabulary=at["vocabulary"])
+        job = make_job(folder / f"{what}-{value}".replace(" ", "-"), MODELS["30M"], at["vocabulary"], "dpo", pairs, bf16)
+        point = {name: at["pairs"] / run(job | {"variant": name, "gradients": None})["seconds"] for name in ("prefix_shared", "classic")}
+        points.append({"value": value, **point})
+        print(f"{what} {value}: {point['prefix_shared']:.2f} pairs/s, classic {point['classic']:.2f}", file=sys.stderr)
+    return points
 
 
 # --------------------------------------------------------------------------------------------- tables and pictures

@@ -18,6 +18,7 @@ from conftest import (
 )
 from transformers import AutoConfig, AutoModelForSequenceClassification
 
+import sampling
 from evaluation import mean_and_error, sample_kl
 from layouts import Layout
 from logprobs import Scorer
@@ -36,6 +37,31 @@ def draw(model, prompts=PROMPTS, **options):
 
 
 # -------------------------------------------------------------------------------------------------- sampling
+
+
+@pytest.mark.parametrize("architecture", ["gpt2", "gptj", "llama", "mistral", "opt"])
+def test_greedy_tokens_are_those_of_plain_generate(architecture):
+    """With packed weights and a cache of our own, past the point at which the cache first grows."""
+    model = make_model(architecture)
+    prompt = PROMPTS[2]
+    ids = torch.tensor([prompt])
+    plain = model.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=90, do_sample=False, eos_token_id=None, pad_token_id=257)
+    [ours] = sample(Scorer(model), make_tokenizer(), [prompt], keys=[0], max_new_tokens=90, temperature=0)
+    expected = plain[0, ids.shape[1] :].tolist()
+    assert ours == expected[: expected.index(256) + 1 if 256 in expected else None]
+
+
+def test_packed_weights_are_there_for_sampling_only(monkeypatch):
+    model, packed = make_model("gpt2"), []
+    product = sampling._packed_linear
+    monkeypatch.setattr(sampling, "_packed_linear", lambda *operands: packed.append(1) or product(*operands))
+    before = model(torch.tensor([[1, 2, 3]])).logits
+    draw(model)
+    assert packed
+    packed.clear()
+    assert torch.equal(model(torch.tensor([[1, 2, 3]])).logits, before) and not packed
+    draw(model.double())
+    assert not packed  # float64 stays float64
 
 
 @pytest.mark.parametrize("architecture", ["gpt2", "llama", "opt", "gpt_neox"])

@@ -122,6 +122,13 @@ def test_activation_checkpointing_does_not_change_what_is_computed(run):
     assert weights_close(final_weights(run("plain", *exact)), final_weights(run("other", *exact, "activation_checkpointing=true")), 1e-8)
 
 
+def test_compiling_does_not_change_what_is_computed(run):
+    settings = ("optimizer=SGD", "lr=0.1", "sample_during_eval=false", "n_examples=16", "layout=padded")
+    plain, compiled = (final_weights(run(f"{compile}", *settings, f"compile={compile}")) for compile in (False, True))
+    assert not same_weights(plain, compiled)  # other kernels
+    assert weights_close(plain, compiled, 1e-5)
+
+
 def test_mixed_precision_keeps_full_precision_weights(run):
     folder = run("run", "model.fsdp_policy_mp=bfloat16")
     assert {w.dtype for w in final_weights(folder).values()} == {torch.float32}
