@@ -395,6 +395,15 @@ class Loader:
 # ------------------------------------------------------------------------------------------------- microbatches
 
 
+MICROBATCH_TOKENS = {"cpu": 2048, "cuda": 16384}  # beyond, a microbatch takes more memory and gains no speed
+
+
+def microbatch_tokens(config, loss, device: str) -> int:
+    """How many input tokens a microbatch is meant to have."""
+    distributions = 2 if "token_kl" in loss.reads else 1  # over the vocabulary, kept for the backward pass
+    return config.microbatch_tokens or MICROBATCH_TOKENS[device] // distributions
+
+
 def split_step(
     data: PreferenceData, examples: np.ndarray, layout: Layout, *, ranks: int, at_least: int = 1, tokens: int | None = None, grouping: bool = True
 ) -> list[list[np.ndarray]]:

@@ -6,6 +6,7 @@ of one forward pass of the largest microbatch, also counted, on the meta device.
 """
 
 import contextlib
+import itertools
 import math
 from dataclasses import dataclass, field
 
@@ -14,17 +15,24 @@ import torch
 import torch.distributed as dist
 from torch import nn
 from torch.distributed.tensor import DTensor
-from transformers import AttentionInterface
+from transformers import AttentionInterface, AutoConfig
 from transformers.masking_utils import AttentionMaskInterface
 
-from batching import Loader, PreferenceData
+from batching import (
+    Loader,
+    PreferenceData,
+    collate,
+    microbatch_tokens,
+    split_step,
+)
 from distributed import ALONE, World, data_ranks
-from layouts import Batch
+from layouts import Batch, Layout
 from logprobs import CHUNK_ELEMENTS, Scorer
-from models import dtype_of, skeleton
+from models import dtype_of, known_layouts, skeleton
 from placement import shard
 
 GIB = 2**30
+LOOK_AT = 50  # steps, from the first, for the tokens of an example and the largest microbatch
 
 
 @dataclass
@@ -38,7 +46,7 @@ class Plan:
     examples: int = 0
     steps: int = 0
     tokens: int = 0
-    longest_microbatch: tuple[int, int] = (0, 0)
+    largest_microbatch: tuple[int, int] = (0, 0)
 
     @property
     def total(self) -> int:
@@ -51,7 +59,7 @@ def make_plan(config, loss, data: PreferenceData) -> Plan:
     model = skeleton(config.model, scalar_head=scalar)
     trained = [p for p in model.parameters() if p.requires_grad]
     plan = Plan(sum(p.numel() for p in model.parameters()), sum(p.numel() for p in trained), data_ranks(config, ALONE) * config.tensor_parallel_size)
-    _count_data(plan, config, data)
+    _count_data(plan, config, loss, data)
     policy, gathered = _bytes_on_a_rank(config, scalar, config.model.policy_dtype)
     trained_bytes, slots = sum(size for size, needs in policy if needs), _optimizer_slots(config)
     plan.memory = {
@@ -64,20 +72,20 @@ def make_plan(config, loss, data: PreferenceData) -> Plan:
         separate = not config.model.lora.r or config.model.reference_archive
         whole, gathered = _bytes_on_a_rank(config, False, config.model.reference_dtype, lora=False) if separate else ([], 0)
         plan.memory["reference"] = sum(size for size, _ in whole) + gathered
-    plan.memory["activations"] = _activations(config, scalar, plan.longest_microbatch)
+    plan.memory["activations"] = _activations(config, scalar, plan.largest_microbatch)
     return plan
 
 
 def describe(plan: Plan, gpu_gib: float | None) -> str:
     """The plan as a table, and whether it fits."""
-    rows, width = plan.longest_microbatch
+    rows, width = plan.largest_microbatch
     lines = [
         f"parameters                {plan.parameters:>16,}",
         f"of which trained          {plan.trained:>16,}",
         f"ranks                     {plan.ranks:>16,}",
         f"examples                  {plan.examples:>16,}",
         f"steps                     {plan.steps:>16,}",
-        f"tokens, without padding   {plan.tokens:>16,}",
+        f"tokens, about             {plan.tokens:>16,}",
         f"largest microbatch        {f'{rows} rows x {width}':>16}",
         "",
         "memory of a rank, MiB",
@@ -98,20 +106,35 @@ def _advice(plan: Plan) -> str:
     return "most of it is the model's state: shard it over more ranks (trainer=FSDPTrainer), or set fsdp_cpu_offload=true"
 
 
-def _count_data(plan: Plan, config, data: PreferenceData) -> None:
-    loader = Loader(data.groups, batch_size=config.batch_size, seed=config.seed, n_epochs=config.n_epochs, n_examples=config.n_examples)
+def _count_data(plan: Plan, config, loss, data: PreferenceData) -> None:
+    loader = Loader(
+        data.groups, batch_size=config.batch_size, seed=config.seed, n_epochs=config.n_epochs, n_examples=config.n_examples, order=config.order
+    )
     whole, rest = divmod(loader.total, len(data))
     plan.examples = loader.total
     plan.steps = whole * math.ceil(len(data) / config.batch_size) + math.ceil(rest / config.batch_size)
-    lengths, widest = [], 0
-    for store in data.stores:
-        sides = [store.pairs[:, 0], store.pairs[:, 1]] if data.kind == "pairs" else [store.targets]
-        rows = [np.diff(store.prompts, axis=1)[store.response_prompt[side], 0] + np.diff(store.responses, axis=1)[side, 0] for side in sides]
-        lengths.append(np.sum(rows, axis=0))
-        widest = max(widest, int(np.max(rows)))
-    plan.tokens = round(float(np.concatenate(lengths).mean()) * loader.total)
-    share = math.ceil(math.ceil(config.batch_size / data_ranks(config, ALONE)) / config.gradient_accumulation_steps)
-    plan.longest_microbatch = (share * (2 if data.kind == "pairs" else 1), widest)
+    layout = Layout(_layout(config), last_tokens="scalar_head" in loss.reads)
+    device = "cuda" if torch.cuda.is_available() or config.plan.gpu_gib is not None else "cpu"
+    budget = None if loss.couples_batch else microbatch_tokens(config, loss, device)
+    looked_at = tokens = 0
+    for examples in itertools.islice(loader, LOOK_AT):
+        parts = split_step(
+            data, examples, layout, ranks=data_ranks(config, ALONE), at_least=config.gradient_accumulation_steps, tokens=budget, grouping=config.length_grouping
+        )
+        for part in (part for of_rank in parts for part in of_rank if len(part)):
+            batch = collate(data, part, layout)
+            tokens += batch.n_tokens
+            plan.largest_microbatch = max(plan.largest_microbatch, tuple(batch.input_ids.shape), key=math.prod)
+        looked_at += len(examples)
+    plan.tokens = round(tokens / looked_at * plan.examples)
+
+
+def _layout(config) -> str:
+    """What `layout=auto` will take, but for what only a run of the model shows."""
+    if config.layout != "auto":
+        return config.layout
+    device = torch.device("cuda" if torch.cuda.is_available() or config.plan.gpu_gib is not None else "cpu")
+    return known_layouts(config, AutoConfig.from_pretrained(config.model.name_or_path, trust_remote_code=config.model.trust_remote_code), device)[0][0]
 
 
 def _bytes_on_a_rank(config, scalar: bool, dtype: str, lora: bool = True) -> tuple[list[tuple[int, bool]], int]:

@@ -19,6 +19,7 @@ from batching import (
     PreferenceData,
     collate,
     evaluation_order,
+    microbatch_tokens,
     split_step,
 )
 from checkpoints import (
@@ -62,7 +63,6 @@ from reference import attach_reference, wants_cache, why_not_cached
 from rewards import build_reward
 from utils import PrefLabError, atomic_write, seed_everything
 
-MICROBATCH_TOKENS = {"cpu": 2048, "cuda": 16384}  # beyond, a microbatch takes more memory and gains no speed
 SHARD = "2GB"  # of the hf folder: a shard is in memory while it is written
 
 
@@ -153,8 +153,7 @@ class BasicTrainer:
         return not self.scalar and (self.config.sample_during_eval or self.config.function == "eval")
 
     def _microbatch_tokens(self) -> int:
-        distributions = 2 if "token_kl" in self.loss.reads else 1  # over the vocabulary, kept for the backward pass
-        return self.config.microbatch_tokens or MICROBATCH_TOKENS[self.policy.device.type] // distributions
+        return microbatch_tokens(self.config, self.loss, self.policy.device.type)
 
     place = None  # where models go: a method (scorer, dtype) of the other trainers
 

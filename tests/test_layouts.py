@@ -4,7 +4,7 @@ import copy
 
 import pytest
 import torch
-from conftest import make_model
+from conftest import ARCHITECTURES, ROOT, make_model
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from omegaconf import OmegaConf
@@ -235,3 +235,38 @@ def test_generation_is_what_it_was():
         mask[0, :3] = 0
         options = dict(attention_mask=mask, max_new_tokens=12, do_sample=False, pad_token_id=257)
         assert torch.equal(model.generate(ids, **options), plain.generate(ids, **options))
+
+
+# ------------------------------------------------------------------------------------------------------ the docs' table
+
+MARKS = "<!-- layouts: `python tests/test_layouts.py` writes this table -->\n", "<!-- end -->"
+
+
+def supported(architecture: str, device: str) -> str:
+    """The layouts that can be had, by what the code says of this architecture and, on this CPU, by what it computes."""
+    model = make_model(architecture)
+    names, _ = known_layouts(settings_of(), model.config, torch.device(device))
+    if names != ("padded",):
+        attention.enable(model)
+        assert sharing_problem(Scorer(model)) is None
+    return ", ".join(names)
+
+
+def table() -> str:
+    lines = ["| architecture | attention window | on a CPU | on a GPU |", "| --- | --- | --- | --- |"]
+    for architecture in sorted(ARCHITECTURES):
+        window = attention.window_of(make_model(architecture).config)
+        lines.append(f"| {architecture} | {'yes' if window else 'no'} | {supported(architecture, 'cpu')} | {supported(architecture, 'cuda')} |")
+    return "\n".join(lines) + "\n"
+
+
+def test_the_table_in_the_docs_is_what_the_code_does():
+    text = (ROOT / "docs" / "details.md").read_text(encoding="utf-8")
+    assert text.split(MARKS[0])[1].split(MARKS[1])[0] == table()
+    assert attention.SHARING < set(ARCHITECTURES)  # all of them are tested here, and one that cannot share
+
+
+if __name__ == "__main__":
+    docs = ROOT / "docs" / "details.md"
+    before, rest = docs.read_text(encoding="utf-8").split(MARKS[0])
+    docs.write_text(before + MARKS[0] + table() + MARKS[1] + rest.split(MARKS[1])[1], encoding="utf-8")
