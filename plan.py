@@ -10,7 +10,6 @@ import itertools
 import math
 from dataclasses import dataclass, field
 
-import numpy as np
 import torch
 import torch.distributed as dist
 from torch import nn

@@ -4,7 +4,18 @@ import json
 
 import pytest
 import torch
-from conftest import final_weights, read_rows, run_command, run_here, small_run
+from conftest import (
+    final_weights,
+    make_model,
+    read_rows,
+    run_command,
+    run_here,
+    small_run,
+)
+
+from attention import SHARING, enable, window_of
+from logprobs import Scorer
+from models import sharing_problem
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU here")]
 two_gpus = pytest.mark.skipif(torch.cuda.device_count() < 2, reason="fewer than two GPUs here, so NCCL between them was not tried")
@@ -51,6 +62,29 @@ def test_bf16_stays_near_fp32_and_its_weights_stay_fp32(command, on_cpu, tmp_pat
     run_here(*command("half", f"trainer={trainer}", "world_size=1", "model.fsdp_policy_mp=bfloat16", "optimizer=AdamW"))
     assert losses(tmp_path / "half") == pytest.approx(expected, abs=0.1) and losses(tmp_path / "half") != expected
     assert all(value.dtype == torch.float32 for value in final_weights(tmp_path / "half").values() if value.is_floating_point())
+
+
+@pytest.mark.parametrize("trainer", ["BasicTrainer", "FSDPTrainer"])
+@pytest.mark.parametrize("layout", ["prefix_shared", "packed"])
+@pytest.mark.parametrize("more", [(), ("loss=tdpo2",), ("model.fsdp_policy_mp=bfloat16",)])
+def test_packed_rows_give_the_losses_of_padded_ones(command, tmp_path, trainer, layout, more):
+    run_here(*command("padded", f"trainer={trainer}", "layout=padded", *more))
+    run_here(*command("packed", f"trainer={trainer}", f"layout={layout}", *more))
+    tolerance = 0.05 if "model.fsdp_policy_mp=bfloat16" in more else 1e-3
+    assert losses(tmp_path / "packed") == pytest.approx(losses(tmp_path / "padded"), abs=tolerance, rel=tolerance)
+
+
+@pytest.mark.parametrize("architecture", sorted(SHARING))
+def test_every_architecture_shares_prompts_on_a_gpu(architecture):
+    model = make_model(architecture).cuda()
+    enable(model)
+    assert window_of(model.config) is not None or sharing_problem(Scorer(model)) is None
+
+
+def test_compiled_blocks_give_the_same_losses(command, tmp_path):
+    run_here(*command("plain", "sample_during_eval=false"))
+    run_here(*command("compiled", "sample_during_eval=false", "compile=true"))
+    assert losses(tmp_path / "compiled") == pytest.approx(losses(tmp_path / "plain"), abs=1e-3, rel=1e-3)
 
 
 def test_sampling_and_a_checkpoint(command, tmp_path):

@@ -190,6 +190,19 @@ def test_the_check_at_the_start_finds_a_model_that_ignores_its_mask(architecture
     assert "off by" in sharing_problem(Scorer(model))
 
 
+def test_attention_that_fails_is_padded_or_told(monkeypatch):
+    """A kernel that raises, as one may on a GPU of another make."""
+    model = make_model("llama")
+    attention.enable(model)
+    monkeypatch.setattr(attention, "_trees", lambda segments: 1 / 0)
+    name, why = choose_layout(settings_of(), Scorer(model))
+    assert name == "padded" and "fails here (ZeroDivisionError" in why
+    placed = Scorer(model)
+    placed.placed_on = torch.device("cpu")
+    with pytest.raises(ConfigError, match="fails here.*use layout=padded"):
+        choose_layout(settings_of(), placed)
+
+
 def ignore_masks(model):
     ignoring = lambda module, query, key, value, mask, **more: sdpa_attention_forward(module, query, key, value, None, **more)
     AttentionInterface.register("ignoring", ignoring)
