@@ -1,4 +1,4 @@
-"""Attention over prompts that several responses share: exact, without a dense mask.
+"""Attention over prompts that several responses share: exact, and without a mask over the whole row.
 
 A packed row holds trees, one after the other: a prompt, then each of its responses, whose positions go on from the
 prompt's. A response sees its prompt and itself, never another response. The rows of `Batch.segments` say where they are:

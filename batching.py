@@ -228,6 +228,11 @@ class PreferenceData:
         part = int(np.searchsorted(self.begins, example, side="right")) - 1
         return self.stores[part], int(example - self.begins[part])
 
+    def by_store(self, examples: np.ndarray) -> Iterator[tuple[TokenStore, np.ndarray]]:
+        """Each store with its own part of some examples, as rows of its pairs or targets."""
+        for begin, end, store in zip(self.begins[:-1], self.begins[1:], self.stores):
+            yield store, examples[(examples >= begin) & (examples < end)] - begin
+
     def responses_of(self, example: int) -> tuple[TokenStore, list[int]]:
         """The store and the response indices of an example: [chosen, rejected], or [target]."""
         store, i = self.locate(example)
@@ -413,36 +418,46 @@ def split_step(
     layout gains by it. Without `grouping` examples keep their order; with it microbatches are evened out, or, where
     there is padding, hold examples of like lengths. A microbatch may be empty where there is less to share than ranks.
     """
-    units, sizes = _units(data, examples, layout)
-    n = at_least if tokens is None else max(at_least, -(-int(sizes.sum()) // (ranks * tokens)))
-    n = max(1, min(n, -(-len(units) // ranks)))
-    bins: list[list[int]] = [[] for _ in range(n * ranks)]
+    units, rows, sizes = _units(data, examples, layout)
+    most = -(-len(units) // ranks) * ranks
+
+    def cost(of_bin: np.ndarray) -> int:
+        """Input tokens of a microbatch; where there is padding, with it."""
+        return int(sizes[of_bin].sum() if layout.name != "padded" else rows[of_bin].sum() * (sizes[of_bin] // rows[of_bin]).max(initial=0))
+
     if grouping and layout.name != "padded":  # the largest first, each where there is least
+        n = at_least if tokens is None else max(at_least, -(-int(sizes.sum()) // (ranks * tokens)))
+        bins: list[list[int]] = [[] for _ in range(min(n * ranks, most))]
         filled = [(0, i) for i in range(len(bins))]
         for unit in np.argsort(-sizes, kind="stable"):
             size, i = filled[0]
             bins[i].append(int(unit))
             heapq.heapreplace(filled, (size + int(sizes[unit]), i))
-    else:
-        order = np.argsort(sizes, kind="stable") if grouping else np.arange(len(units))
-        middle = np.cumsum(sizes[order]) - sizes[order] / 2
-        for unit, i in zip(order, np.minimum((middle * len(bins) / sizes.sum()).astype(int), len(bins) - 1)):
-            bins[i].append(int(unit))
+    else:  # one after the other, in as many as it takes
+        order = np.argsort(sizes // rows, kind="stable") if grouping else np.arange(len(units))
+        for n in range(min(at_least * ranks, most), most + 1, ranks):
+            bins = np.array_split(order, n)
+            if tokens is None or max(map(cost, bins)) <= tokens:
+                break
     return [[examples[sorted(i for unit in of_bin for i in units[unit])] for of_bin in bins[rank::ranks]] for rank in range(ranks)]
 
 
-def _units(data: PreferenceData, examples: np.ndarray, layout: Layout) -> tuple[list[list[int]], np.ndarray]:
-    """What must not be parted (places in `examples`), and the input tokens of each."""
-    units: dict[Any, tuple[list[int], dict]] = {}
+def _units(data: PreferenceData, examples: np.ndarray, layout: Layout) -> tuple[list[list[int]], np.ndarray, np.ndarray]:
+    """What must not be parted (places in `examples`), and of each its rows and its input tokens; padded rows are as wide as the widest."""
+    units: dict[Any, tuple[list[int], int, dict[int, int]]] = {}
     for i, example in enumerate(examples):
         store, responses = data.responses_of(int(example))
         key = int(data.groups[example]) if layout.name == "prefix_shared" else i
-        of_unit, tokens = units.setdefault(key, ([], {}))
-        of_unit.append(i)
         prompt = int(np.diff(store.prompts[store.response_prompt[responses[0]]])[0])
-        tokens.update({r: int(np.diff(store.responses[r])[0]) for r in responses})
-        tokens["prompt"] = prompt * (1 if layout.name == "prefix_shared" else len(responses))
-    return [places for places, _ in units.values()], np.array([sum(tokens.values()) for _, tokens in units.values()], dtype=np.int64)
+        places, _, lengths = units.setdefault(key, ([], prompt, {}))
+        places.append(i)
+        lengths.update({r: int(np.diff(store.responses[r])[0]) for r in responses})
+    rows = np.array([1 if layout.name == "prefix_shared" else len(lengths) for _, _, lengths in units.values()])
+    if layout.name == "padded":
+        sizes = [len(lengths) * (prompt + max(lengths.values())) for _, prompt, lengths in units.values()]
+    else:
+        sizes = [n * prompt + sum(lengths.values()) for n, (_, prompt, lengths) in zip(rows, units.values())]
+    return [places for places, _, _ in units.values()], rows, np.array(sizes)
 
 
 # ------------------------------------------------------------------------------------------------------ batches

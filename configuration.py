@@ -19,6 +19,7 @@ from distributed import data_ranks, world
 from layouts import LAYOUTS
 from losses import BoundLoss, bind_loss
 from preference_datasets import DATASETS, Source, open_dataset
+from reference import wants_cache
 from rewards import check_reward
 from utils import ConfigError, nearest
 
@@ -176,6 +177,7 @@ def check_config(config: DictConfig, trainers: Iterable[str]) -> tuple[BoundLoss
             f"loss={loss.name} couples the pairs of a batch, so the batch must not be split; set gradient_accumulation_steps=1, and "
             f"train on one rank or with tensor_parallel_size equal to the ranks"
         )
+    wants_cache(config, loss)
     return loss, _open_datasets(config, loss)
 
 

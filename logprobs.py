@@ -32,6 +32,7 @@ class Scorer:
 
     def __init__(self, model: nn.Module, *, adapter_off: bool = False, autocast: torch.dtype | None = None):
         self.model, self.adapter_off, self.autocast = model, adapter_off, autocast
+        self.mixed = autocast  # dtype of the forward pass where it is not that of the weights, whoever sees to it
         self.enter: Callable = lambda function: function()  # where a sharded model gathers its weights
         self.placed_on: torch.device | None = None  # where inputs go, if that is not where the weights rest
 
@@ -110,7 +111,7 @@ class Scorer:
             )
 
     def is_full_precision(self) -> bool:
-        return self.autocast is None and next(self.model.parameters()).dtype in (torch.float32, torch.float64)
+        return self.mixed is None and next(self.model.parameters()).dtype in (torch.float32, torch.float64)
 
 
 def _mask(batch: Batch):
@@ -194,8 +195,9 @@ def _score_hidden(
     if None not in heads and (kl is None or heads[1][0].device == hidden.device):
         theirs = (None, None, None) if kl is None else (reference_hidden, *heads[1])
         ours, theirs = _autocast(hidden, *heads[0]), _autocast(*theirs)
+        differentiable = torch.is_grad_enabled()
         with torch.autocast(hidden.device.type, enabled=False):
-            return Tokens(*LinearLogProbs.apply(*ours, targets, *theirs, kl, entropy))
+            return Tokens(*LinearLogProbs.apply(*ours, targets, *theirs, kl, entropy, differentiable))
     chunks = []
     for piece in _chunks(len(hidden), policy.causal_lm.config.get_text_config().vocab_size):
         arguments = (policy, hidden[piece], targets[piece], reference, None if kl is None else reference_hidden[piece], kl, entropy)
@@ -250,12 +252,12 @@ class LinearLogProbs(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx, hidden, weight, bias, targets, reference_hidden, reference_weight, reference_bias, kl, entropy):
+    def forward(ctx, hidden, weight, bias, targets, reference_hidden, reference_weight, reference_bias, kl, entropy, differentiable=True):
         inputs = hidden, weight, bias, targets, reference_hidden, reference_weight, reference_bias
         ctx.save_for_backward(*inputs)
         ctx.kl, ctx.kept = kl, []
         pieces = _chunks(len(hidden), len(weight), 1 if kl is None else 4)
-        keep = any(ctx.needs_input_grad) and len(hidden) * len(weight) * (1 if kl is None else 2) <= KEPT_ELEMENTS
+        keep = differentiable and any(ctx.needs_input_grad) and len(hidden) * len(weight) * (1 if kl is None else 2) <= KEPT_ELEMENTS
         chunks = []
         for piece in pieces:
             tokens, kept = _forward_chunk(inputs, piece, kl, entropy)
@@ -287,7 +289,7 @@ class LinearLogProbs(torch.autograd.Function):
                 if wanted[2]:
                     grads[2] = slope.sum(0) + (0 if grads[2] is None else grads[2])
                 del kept, slope
-        return *grads, *[None] * 6
+        return *grads, *[None] * 7
 
 
 def _forward_chunk(inputs, piece: slice, kl: str | None, entropy: bool) -> tuple[Tokens, tuple]:

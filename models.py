@@ -103,7 +103,7 @@ def build_reference(config, policy: Scorer, *, function: str, place: Place | Non
     archive = config.reference_archive or (config.archive if function == "train" else None)
     if hasattr(policy.model, "peft_config") and not config.reference_archive:
         reference = Scorer(policy.model, adapter_off=True, autocast=policy.autocast)
-        reference.enter, reference.placed_on = policy.enter, policy.placed_on
+        reference.enter, reference.placed_on, reference.mixed = policy.enter, policy.placed_on, policy.mixed
         return reference
     model = load_model(config, config.reference_dtype, mapped=place is not None)
     if archive:

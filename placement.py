@@ -64,6 +64,7 @@ def shard(scorer: Scorer, world: World, config, dtype: torch.dtype) -> None:
     model.enter = types.MethodType(lambda self, function: function(), model)
     register_fsdp_forward_method(model, "enter")
     scorer.enter, scorer.autocast, scorer.placed_on = model.enter, None, world.device
+    scorer.mixed = getattr(torch, half) if half else None
 
 
 def reshard(model: nn.Module) -> None:

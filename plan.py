@@ -29,6 +29,7 @@ from layouts import Batch, Layout
 from logprobs import CHUNK_ELEMENTS, Scorer
 from models import dtype_of, known_layouts, skeleton
 from placement import shard
+from reference import is_built
 
 GIB = 2**30
 LOOK_AT = 50  # steps, from the first, for the tokens of an example and the largest microbatch
@@ -67,7 +68,7 @@ def make_plan(config, loss, data: PreferenceData) -> Plan:
         "optimizer": int(trained_bytes * slots),
         "gathered weights": gathered,
     }
-    if "reference" in loss.reads or "token_kl" in loss.reads:
+    if is_built(config, loss):
         separate = not config.model.lora.r or config.model.reference_archive
         whole, gathered = _bytes_on_a_rank(config, False, config.model.reference_dtype, lora=False) if separate else ([], 0)
         plan.memory["reference"] = sum(size for size, _ in whole) + gathered

@@ -24,7 +24,7 @@ from models import archive_files, model_files
 from utils import ConfigError, DataError, content_hash
 
 VERSION = 1  # raise it whenever the same weights and tokens would give other log-probs
-SPOT_CHECKS = 8  # responses computed anew when log-probs are found on disk
+SPOT_CHECKS = 4  # responses of each data set computed anew when log-probs are found on disk
 
 
 class ReferenceLogps:
@@ -46,12 +46,13 @@ class ReferenceLogps:
         begin, end = self.spans[response]
         return self.values[begin:end]
 
-    def write(self, responses: list[int], logps: list[np.ndarray]) -> None:
-        for response, values in zip(responses, logps):
+    def write(self, logps: dict[int, np.ndarray]) -> None:
+        """logps: by response."""
+        for response, values in logps.items():
             begin, end = self.spans[response]
             self.values[begin:end] = values
         self.values.flush()  # known only once it is there
-        self.known[responses] = 1
+        self.known[list(logps)] = 1
 
 
 def why_not_cached(config, loss) -> str | None:
@@ -64,13 +65,23 @@ def why_not_cached(config, loss) -> str | None:
 
 
 def wants_cache(config, loss) -> bool:
-    """Whether a run keeps the reference's log-probs. Raises ConfigError where it was asked to and cannot."""
-    if config.reference.cache is False or config.function != "train" or "reference" not in loss.reads:
+    """Whether a training run keeps the reference's log-probs. Raises ConfigError where it was asked to and cannot."""
+    if config.reference.cache is False or config.function == "eval" or "reference" not in loss.reads:
         return False
     why = why_not_cached(config, loss)
     if why and config.reference.cache is True:
         raise ConfigError(f"reference.cache=true: {why}, which is not kept; use reference.cache=auto")
     return why is None
+
+
+def is_built(config, loss) -> bool:
+    """Whether a training run has a reference beside its policy, to run in the steps or to sample from."""
+    return "reference" in loss.reads and (samples(config, loss) or not wants_cache(config, loss))
+
+
+def samples(config, loss) -> bool:
+    """Whether evaluations sample from policy and reference, and measure the KL between them."""
+    return "scalar_head" not in loss.reads and (config.sample_during_eval or config.function == "eval")
 
 
 def reference_key(config) -> str:
@@ -83,7 +94,13 @@ def reference_key(config) -> str:
     for path in files:
         with open(path, "rb") as f:
             hashes.append(hashlib.file_digest(f, "sha256").hexdigest())
-    return content_hash(f"reference {VERSION}", transformers.__version__, str(model.reference_dtype), str(model.fsdp_policy_mp), *hashes)
+    mixed = f"{model.fsdp_policy_mp} {config.trainer == 'FSDPTrainer'}" if model.fsdp_policy_mp else ""  # autocast keeps more in float32
+    return content_hash(f"reference {VERSION}", transformers.__version__, _weights_dtype(model), mixed, *hashes)
+
+
+def _weights_dtype(model) -> str:
+    """That of the reference's weights; with LoRA they are the policy's."""
+    return model.policy_dtype if model.lora.r and not model.reference_archive else model.reference_dtype
 
 
 def attach_reference(
@@ -99,7 +116,7 @@ def attach_reference(
     stores = {store.key: store for split in data.values() for store in split.stores}
     wanted = _responses_of(data, needed)
     folders = {name: root / content_hash(key, name) for name in stores}
-    dtype = "float64" if config.model.reference_dtype == "float64" else "float32"
+    dtype = "float64" if _weights_dtype(config.model) == "float64" else "float32"
     world.agree(lambda: [_create(folders[name], stores[name], np.dtype(dtype).itemsize) for name in stores])
     lock = FileLock(root / f"{content_hash(key, *sorted(stores))}.lock")
     told = False
@@ -108,32 +125,32 @@ def attach_reference(
             print("another run computes the reference's log-probs; waiting for it")
         told = True
     try:
-        kept = {name: ReferenceLogps(folders[name], stores[name], dtype, "r+") for name in stores}
-        found, missing = ({name: [r for r in wanted[name] if bool(kept[name].known[r]) == known] for name in stores} for known in (True, False))
-        # Every rank has looked before rank 0 writes, or they would not agree on what is missing.
-        missing = world.agree(lambda: missing)
-        if any(missing.values()):
-            _fill(stores, missing, kept if world.rank == 0 else None, scorer(), layout, tokens, world)
+        kept = {name: ReferenceLogps(folders[name], stores[name], dtype, "r+") for name in stores} if world.rank == 0 else {}
+        # As rank 0 saw it: another rank may look when the first values are there already.
+        found, missing = world.agree(lambda: [{name: wanted[name][kept[name].known[wanted[name]] == known] for name in stores} for known in (1, 0)])
+        if any(map(len, missing.values())):
+            _fill(stores, missing, kept, scorer(), layout, tokens, world)
         world.barrier()
     finally:
         lock.release()
     n_found, n_all = (sum(map(len, lists.values())) for lists in (found, wanted))
     print(f"reference: log-probs of {n_all:,} responses, {n_found:,} of them found on disk; it does not run in the training steps")
     for store in (store for split in data.values() for store in split.stores):
-        store.reference = ReferenceLogps(folders[store.key], store, dtype)
-        if not store.reference.known[wanted[store.key]].all():
+        there = (folders[store.key] / "known").is_file()
+        store.reference = ReferenceLogps(folders[store.key], store, dtype) if there else None
+        if not there or not store.reference.known[wanted[store.key]].all():
             raise ConfigError(f"cache_dir={config.cache_dir} is not the same folder on every machine; put it on a shared disk, or use reference.cache=false")
     if n_found:
-        _spot_check(stores, world.agree(lambda: found), scorer(), layout)
+        _spot_check(stores, found, scorer(), layout)
 
 
-def _responses_of(data: dict[str, PreferenceData], needed: dict[str, np.ndarray]) -> dict[str, list[int]]:
-    wanted: dict[str, set[int]] = {store.key: set() for split in data.values() for store in split.stores}
+def _responses_of(data: dict[str, PreferenceData], needed: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+    """The responses of some examples by the key of their store, each once, in order."""
+    wanted: dict[str, list[np.ndarray]] = {}
     for split, examples in needed.items():
-        for example in examples:
-            store, responses = data[split].responses_of(int(example))
-            wanted[store.key].update(responses)
-    return {name: sorted(responses) for name, responses in wanted.items()}
+        for store, rows in data[split].by_store(examples):
+            wanted.setdefault(store.key, []).append(np.asarray(store.pairs if data[split].kind == "pairs" else store.targets)[rows].ravel())
+    return {name: np.unique(np.concatenate(parts)) for name, parts in wanted.items()}
 
 
 def _create(folder: Path, store: TokenStore, itemsize: int) -> None:
@@ -152,11 +169,11 @@ def _acquire(lock: FileLock, seconds: float) -> bool:
     return True
 
 
-def _fill(stores, missing: dict[str, list[int]], kept: dict | None, scorer: Scorer, layout: Layout, tokens: int, world: World) -> None:
+def _fill(stores, missing: dict[str, np.ndarray], kept: dict[str, ReferenceLogps], scorer: Scorer, layout: Layout, tokens: int, world: World) -> None:
     """Compute what is missing, a prompt with all its responses at a time; rank 0 writes it down."""
     trees: dict[tuple[str, int], list[int]] = {}
     for name, responses in missing.items():
-        for r in responses:
+        for r in responses.tolist():
             trees.setdefault((name, int(stores[name].response_prompt[r])), []).append(r)
     work = [(name, prompt, responses, _tokens_of(stores[name], prompt, responses)) for (name, prompt), responses in trees.items()]
     work.sort(key=lambda item: -item[3])
@@ -169,11 +186,13 @@ def _fill(stores, missing: dict[str, list[int]], kept: dict | None, scorer: Scor
     for [batch], n_real in world.batches(batches, 1):
         logps = iter(_logps(scorer, [_tree(stores[name], prompt, responses) for name, prompt, responses, _ in batch], layout))
         done = [(name, responses, [next(logps) for _ in responses]) for name, _, responses, _ in batch]
+        found: dict[str, dict[int, np.ndarray]] = {}
         for name, responses, values in world.gather(done if n_real else []):
             _check_finite(stores[name], responses, values)
-            if kept is not None:
-                kept[name].write(responses, values)
+            found.setdefault(name, {}).update(zip(responses, values))
             bar.update(len(responses))
+        for name in kept.keys() & found.keys():
+            kept[name].write(found[name])
     bar.close()
 
 
@@ -201,14 +220,16 @@ def _check_finite(store: TokenStore, responses: list[int], values: list[np.ndarr
             raise DataError(f"the reference's log-probs of a response of {store.sources[store.response_prompt[response]]} are not finite")
 
 
-def _spot_check(stores, found: dict[str, list[int]], scorer: Scorer, layout: Layout) -> None:
+def _spot_check(stores, found: dict[str, np.ndarray], scorer: Scorer, layout: Layout) -> None:
     """Compute a few of the log-probs found on disk again. Raises DataError where they differ beyond rounding."""
-    bound = 1e-3 if scorer.is_full_precision() else 0.2
-    everything = [(name, r) for name, responses in found.items() for r in responses]
-    for i in np.unique(np.linspace(0, len(everything) - 1, SPOT_CHECKS).astype(int)):
-        name, r = everything[i]
+    bound = 1e-3 if scorer.is_full_precision() else 0.05
+    for name, r in ((name, int(r)) for name, responses in found.items() for r in _spread(responses, SPOT_CHECKS)):
         store = stores[name]
         [now] = _logps(scorer, [_tree(store, int(store.response_prompt[r]), [r])], layout)
-        error = np.abs(now - store.reference.logps(r)).max()
+        error = np.abs(now - store.reference.logps(r)).mean()
         if not error < bound:
-            raise DataError(f"the reference's log-probs in {store.reference.folder} are off by {error:.3g} at response {r}: delete that folder, and they are computed anew")
+            raise DataError(f"the reference's log-probs in {store.reference.folder} are off by {error:.3g} a token at response {r}: delete that folder, and they are computed anew")
+
+
+def _spread(items: np.ndarray, n: int) -> np.ndarray:
+    return items[np.unique(np.linspace(0, len(items) - 1, n).astype(int))] if len(items) else items

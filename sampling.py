@@ -152,13 +152,13 @@ def _packed(policy: Scorer):
     """
     model, changed = policy.causal_lm, []
     usable = policy.placed_on is None and policy.autocast is None and torch.backends.mkldnn.is_available()
-    for module in model.modules() if usable else ():
-        if type(module) in (nn.Linear, Conv1D) and module.weight.device.type == "cpu" and module.weight.dtype == torch.float32:
-            weight = module.weight.detach().t() if isinstance(module, Conv1D) else module.weight.detach()
-            packed = torch.ops.mkldnn._reorder_linear_weight(weight.contiguous())
-            module.forward = functools.partial(_packed_linear, packed, module.bias)
-            changed.append(module)
     try:
+        for module in model.modules() if usable else ():
+            if type(module) in (nn.Linear, Conv1D) and module.weight.device.type == "cpu" and module.weight.dtype == torch.float32:
+                weight = module.weight.detach().t() if isinstance(module, Conv1D) else module.weight.detach()
+                packed = torch.ops.mkldnn._reorder_linear_weight(weight.contiguous())
+                module.forward = functools.partial(_packed_linear, packed, module.bias)
+                changed.append(module)
         yield
     finally:
         for module in changed:

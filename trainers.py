@@ -59,7 +59,13 @@ from placement import (
     shard,
     split,
 )
-from reference import attach_reference, wants_cache, why_not_cached
+from reference import (
+    attach_reference,
+    is_built,
+    samples,
+    wants_cache,
+    why_not_cached,
+)
 from rewards import build_reward
 from utils import PrefLabError, atomic_write, seed_everything
 
@@ -126,11 +132,10 @@ class BasicTrainer:
         reshard(self.policy.model)
         print(f"layout: {name}" + (f" ({why})" if why else ""))
         self.layout = Layout(name, self.tokenizer.pad_token_id, last_tokens=self.scalar)
-        reads = "reference" in self.loss.reads
         cached = wants_cache(self.config, self.loss)
-        wanted = (reads and (self._samples() or not cached)) or (not training and not self.scalar)
+        wanted = is_built(self.config, self.loss) if training else not self.scalar
         self.reference = self._build_reference() if wanted else None
-        if training and reads and not cached:
+        if training and "reference" in self.loss.reads and not cached:
             print(f"reference: runs in every step ({why_not_cached(self.config, self.loss) or 'reference.cache=false'})")
         if cached:
             needed = {"train": self.loader.first_epoch(), "test": evaluation_order(self.data["test"].groups)[: self.config.n_eval_examples]}
@@ -147,10 +152,6 @@ class BasicTrainer:
         if self.reference is None and starts and not model.lora.r:
             return self.policy
         return self.reference or self._build_reference()
-
-    def _samples(self) -> bool:
-        """Whether evaluations sample from policy and reference, and measure the KL between them."""
-        return not self.scalar and (self.config.sample_during_eval or self.config.function == "eval")
 
     def _microbatch_tokens(self) -> int:
         return microbatch_tokens(self.config, self.loss, self.policy.device.type)
@@ -299,7 +300,7 @@ class BasicTrainer:
             self.loss, self.policy, self.reference, self.data["test"],
             n=config.n_eval_examples, batch_size=config.eval_batch_size, layout=self.layout, world=self.world,
         )  # fmt: skip
-        if self._samples():
+        if samples(config, self.loss):
             rows, means = sample_and_measure(
                 self.policy, self.reference, self.tokenizer, self.data["test"], self.reward, config.reward.name,
                 n=config.n_eval_examples if config.function == "eval" else config.n_eval_model_samples,

@@ -303,6 +303,15 @@ def test_grouping_by_length_saves_padding(tmp_path):
     assert padded(True) < 0.9 * padded(False)
 
 
+def test_padding_counts_towards_the_size_of_a_microbatch(tmp_path):
+    """One long pair among short ones: a microbatch by real tokens alone would be mostly padding."""
+    records = [record("p" * 5, ["a" * n, "b" * n], ((0, 1),), None) for n in (50, *[5] * 30)]
+    data, layout = PreferenceData([store_of(tmp_path, records)], "pairs", "fake"), Layout("padded", PAD)
+    for grouping in (True, False):
+        parts = split_step(data, np.arange(31), layout, ranks=1, tokens=400, grouping=grouping)[0]
+        assert all(len(part) and collate(data, part, layout).input_ids.numel() <= 400 for part in parts)
+
+
 def test_fewer_prompts_than_ranks_leave_a_rank_empty(tmp_path):
     data = uneven_data(tmp_path, n_prompts=1)
     parts = split_step(data, np.arange(3), Layout("prefix_shared", PAD), ranks=2, at_least=4)

@@ -97,6 +97,7 @@ def test_other_weights_dtypes_and_tokens_get_folders_of_their_own(run, counted, 
         "reference": (f"model.reference_archive={third}",),
         "dtype": ("model.reference_dtype=float64",),
         "half": ("model.fsdp_policy_mp=bfloat16",),
+        "adapted": ("model.lora.r=4", "model.policy_dtype=bfloat16"),  # whose reference has the policy's weights
         "length": ("max_length=60",),
     }.items():
         before = counted["responses"]
@@ -148,13 +149,13 @@ def test_a_loss_that_reads_no_reference_keeps_nothing(run, tmp_path):
 def test_a_killed_run_leaves_nothing_half_known(run, counted, monkeypatch, tmp_path):
     write, calls = reference.ReferenceLogps.write, []
 
-    def killed(self, responses, logps):
+    def killed(self, logps):
         calls.append(1)
         if len(calls) > 1:
-            for begin, end in self.spans[responses]:
+            for begin, end in self.spans[list(logps)]:
                 self.values[begin:end] = 7.0  # on disk, but not yet known
             raise KeyboardInterrupt
-        write(self, responses, logps)
+        write(self, logps)
 
     tiny = ("sample_during_eval=false", "microbatch_tokens=64")
     with monkeypatch.context() as patch:
