@@ -139,6 +139,17 @@ def run_here(*overrides: str) -> dict:
     return train.execute(config, Path(config.local_run_dir))
 
 
+@pytest.fixture
+def run(imdb_dir, llama_folder, tmp_path):
+    """Run with some overrides in a folder of its own; returns the folder."""
+
+    def run(name: str, *overrides: str) -> Path:
+        run_here(*small_run(llama_folder, imdb_dir, tmp_path / name, *overrides))
+        return tmp_path / name
+
+    return run
+
+
 def final_weights(run_dir: Path) -> dict[str, torch.Tensor]:
     return torch.load(run_dir / "LATEST" / "policy.pt", weights_only=True)["state"]
 

@@ -9,7 +9,6 @@ from conftest import (
     ROOT,
     final_weights,
     read_rows,
-    run_here,
     same_weights,
     save_model,
     scored_rows,
@@ -23,15 +22,6 @@ import trainers
 from utils import ConfigError, DataError
 
 EXACT = ("model.policy_dtype=float64", "model.reference_dtype=float64", "sample_during_eval=false")
-
-
-@pytest.fixture
-def run(imdb_dir, llama_folder, tmp_path):
-    def run(name: str, *overrides: str):
-        run_here(*small_run(llama_folder, imdb_dir, tmp_path / name, *overrides))
-        return tmp_path / name
-
-    return run
 
 
 @pytest.fixture

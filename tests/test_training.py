@@ -36,17 +36,6 @@ def weights_close(a, b, tolerance):
     return all(torch.allclose(a[key], b[key], rtol=tolerance, atol=tolerance) for key in a)
 
 
-@pytest.fixture
-def run(imdb_dir, llama_folder, tmp_path):
-    """Run with some overrides in a folder of its own; returns the folder."""
-
-    def run(name: str, *overrides: str):
-        run_here(*small_run(llama_folder, imdb_dir, tmp_path / name, *overrides))
-        return tmp_path / name
-
-    return run
-
-
 @pytest.mark.parametrize("name", LOSS_NAMES)
 def test_every_loss_trains_and_starts_where_it_must(run, imdb_dir, name):
     for split, n in (("train", 24), ("test", 8)):
