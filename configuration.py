@@ -14,13 +14,14 @@ from hydra.core.override_parser.types import ChoiceSweep
 from hydra.errors import OverrideParseException
 from omegaconf import DictConfig, OmegaConf
 
+from archives import expand_archives, temperatures
 from batching import ORDERS
 from distributed import data_ranks, world
 from layouts import LAYOUTS
 from losses import BoundLoss, bind_loss
 from preference_datasets import DATASETS, Source, open_dataset
 from reference import wants_cache
-from rewards import check_reward
+from rewards import all_rewards, check_reward
 from utils import ConfigError, nearest
 
 ROOT = Path(__file__).resolve().parent
@@ -31,7 +32,7 @@ GROUPS = ("model", "loss", "reward", "experiment")
 MAY_CHANGE = {
     "n_epochs", "n_examples", "eval_batch_size", "n_eval_examples", "n_eval_model_samples", "eval_every", "save_every",
     "sample_during_eval", "do_first_eval", "wandb", "minimum_log_interval_secs", "keep_checkpoints", "local_dirs",
-    "local_run_dir", "resume", "trainer", "world_size", "fsdp_port", "fsdp_cpu_offload", "fsdp_shard_size", "tensor_parallel_size",
+    "local_run_dir", "resume", "skip_finished", "samples_per_prompt", "more_rewards", "trainer", "world_size", "fsdp_port", "fsdp_cpu_offload", "fsdp_shard_size", "tensor_parallel_size",
     "activation_checkpointing", "compile", "gradient_accumulation_steps", "microbatch_tokens", "layout", "length_grouping", "reference", "plan", "temperature", "topp", "max_new_tokens", "cache_dir", "data_dir", "exp_name", "reward",
 }  # fmt: skip
 
@@ -166,10 +167,9 @@ def check_config(config: DictConfig, trainers: Iterable[str]) -> tuple[BoundLoss
             _check_choice(f"model.{key}", config.model[key], ("float32", "bfloat16", "float16", "float64"))
     if not config.model.name_or_path:
         raise ConfigError("model.name_or_path is not set; give a folder or a hub name, or choose model=tiny")
-    for key in ("archive", "reference_archive"):
-        if config.model[key] and not Path(config.model[key]).exists():
-            raise ConfigError(f"model.{key}={config.model[key]}: no such file or folder")
-    check_reward(config.reward)
+    _check_archives(config)
+    for settings in all_rewards(config).values():
+        check_reward(settings)
     _check_choice("reference.cache", config.reference.cache, ("auto", True, False))
     loss = bind_loss(OmegaConf.to_container(config.loss, resolve=True))
     if loss.couples_batch and (config.gradient_accumulation_steps > 1 or data_ranks(config, world()) > 1):
@@ -181,6 +181,19 @@ def check_config(config: DictConfig, trainers: Iterable[str]) -> tuple[BoundLoss
     return loss, _open_datasets(config, loss)
 
 
+def _check_archives(config: DictConfig) -> None:
+    archive, reference = config.model.archive, config.model.reference_archive
+    if config.function == "eval":
+        expand_archives(archive)
+    elif not isinstance(archive, (str, type(None))):
+        raise ConfigError(f"model.archive={archive}: training starts from one archive; function=eval compares several")
+    for key, path in (("archive", archive if config.function != "eval" else None), ("reference_archive", reference)):
+        if path and not Path(path).exists():
+            raise ConfigError(f"model.{key}={path}: no such file or folder")
+    if config.skip_finished and not Path(config.skip_finished).is_dir():
+        raise ConfigError(f"skip_finished={config.skip_finished}: no such folder; give one that holds run folders, or leave it out")
+
+
 def _check_choice(key: str, value, accepted: Iterable[str]) -> None:
     if value not in accepted:
         raise ConfigError(f"{key}={value}; {nearest(str(value), accepted)}")
@@ -188,7 +201,7 @@ def _check_choice(key: str, value, accepted: Iterable[str]) -> None:
 
 def _check_numbers(config: DictConfig) -> None:
     whole = {
-        "seed": 0, "batch_size": 1, "eval_batch_size": 1, "gradient_accumulation_steps": 1, "warmup_steps": 0, "max_length": 2,
+        "seed": 0, "batch_size": 1, "eval_batch_size": 1, "gradient_accumulation_steps": 1, "warmup_steps": 0, "samples_per_prompt": 1, "max_length": 2,
         "max_prompt_length": 2, "n_eval_examples": 1, "n_eval_model_samples": 1, "eval_every": 1, "model.lora.r": 0,
         "tensor_parallel_size": 1,
     }  # fmt: skip
@@ -199,8 +212,9 @@ def _check_numbers(config: DictConfig) -> None:
             continue
         if isinstance(value, bool) or not isinstance(value, int) or value < smallest:
             raise ConfigError(f"{key}={value} must be a whole number of at least {smallest}")
-    for key in ("lr", "max_grad_norm", "temperature", "topp", "min_gap", "minimum_log_interval_secs", "test_fraction"):
-        value = config[key]
+    numbers = [(key, config[key]) for key in ("lr", "max_grad_norm", "topp", "min_gap", "minimum_log_interval_secs", "test_fraction")]
+    several = config.function == "eval" and OmegaConf.is_list(config.temperature)
+    for key, value in numbers + [("temperature", t) for t in (temperatures(config) if several else [config.temperature])]:
         if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 <= value < float("inf"):
             raise ConfigError(f"{key}={value} must be a number of at least 0")
     if config.plan.gpu_gib is not None and not (isinstance(config.plan.gpu_gib, (int, float)) and config.plan.gpu_gib > 0):
@@ -285,6 +299,27 @@ def must_match(saved: DictConfig, config: DictConfig) -> None:
     if different:
         told = ", ".join(f"{key} was {_value(before, key)} and is now {_value(now, key)}" for key in different)
         raise ConfigError(f"{told}: the run folder holds another run; take another local_run_dir, or leave these as they were")
+
+
+# Keys that change where a run is kept, or how fast it gets there, and nothing of what it is.
+SURROUNDINGS = {
+    "local_dirs", "local_run_dir", "exp_name", "wandb", "cache_dir", "resume", "skip_finished", "minimum_log_interval_secs",
+    "keep_checkpoints", "fsdp_port", "hydra", "plan", "debug",
+}  # fmt: skip
+
+
+def same_settings(saved: DictConfig, config: DictConfig) -> bool:
+    """Whether two configs ask for the same run, wherever it is kept."""
+    both = ({key: value for key, value in OmegaConf.to_container(c, resolve=True).items() if key not in SURROUNDINGS} for c in (saved, config))
+    return next(both) == next(both)
+
+
+def finished_like(config: DictConfig, folder: str | None) -> Path | None:
+    """A finished run below `folder` with the settings of `config`, if there is one."""
+    for path in sorted(Path(folder).rglob("config.yaml")) if folder else ():
+        if (path.parent / "summary.json").is_file() and same_settings(OmegaConf.load(path), config):
+            return path.parent
+    return None
 
 
 def _value(tree: dict, key: str):

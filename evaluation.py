@@ -1,9 +1,9 @@
 """Evaluation: losses on held-out examples; samples from policy and reference, their KL and their reward."""
 
-import json
 import math
-from pathlib import Path
+from dataclasses import dataclass
 
+import numpy as np
 import torch
 from tqdm import tqdm
 
@@ -21,128 +21,152 @@ from metrics import Sums
 from objective import compute_loss
 from rewards import Score
 from sampling import sample
-from utils import atomic_write
+from utils import mean_and_error
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """How an evaluation samples: for the first `n` held-out prompts, `k` responses each.
+
+    max_prompt_length, max_new_tokens: in tokens. temperature 0 is greedy.
+    """
+
+    n: int
+    k: int
+    max_prompt_length: int
+    max_new_tokens: int
+    temperature: float
+    top_p: float
+    seed: int
+    batch_size: int
 
 
 @torch.no_grad()
 def evaluate_loss(
     loss: BoundLoss, policy: Scorer, reference: Scorer | None, data: PreferenceData, *, n: int, batch_size: int, layout: Layout, world: World = ALONE
 ) -> dict[str, float]:
-    """Means of the loss and of every logged metric over the first `n` examples of the fixed evaluation order."""
+    """Means of the loss and of every logged metric over the first `n` examples of the fixed evaluation order.
+
+    With several data sets, the means over the examples of each are there as well, named METRIC@DATASET.
+    """
     examples = evaluation_order(data.groups)[:n]
-    sums = Sums()
+    numbers = np.searchsorted(data.begins, examples, side="right") - 1  # of the data set of each
+    total, sums = Sums(), {number: Sums() for number in np.unique(numbers).tolist()}
     parts = list(world.batches(examples, batch_size))
     for part, n_real in tqdm(parts, desc="evaluate", leave=False, delay=1.0, disable=world.no_bar):
         batch = collate(data, part, layout).to(policy.device)
-        sums.add(compute_loss(loss, policy, reference, batch, data, "eval")[1], n_real)
-    return sums.flush(world)
-
-
-def sample_and_measure(
-    policy: Scorer,
-    reference: Scorer | None,
-    tokenizer,
-    data: PreferenceData,
-    reward: Score,
-    reward_name: str,
-    *,
-    n: int,
-    max_prompt_length: int,
-    max_new_tokens: int,
-    temperature: float,
-    top_p: float,
-    seed: int,
-    batch_size: int,
-    layout: Layout,
-    world: World = ALONE,
-) -> tuple[list[dict], dict[str, float]]:
-    """Sample one response for each of `n` held-out prompts from both models; rows for samples.jsonl, and their means.
-
-    Both models draw the same random numbers, so equal models give equal samples and differences are paired. KL is
-    measured on the policy's samples, whatever `temperature` and `top_p` they were drawn with; only at temperature 1 and
-    top_p 1 is it the KL of the sampled distribution. Without a reference there is neither KL nor reference sample.
-    """
-    prompts = prompts_to_sample(data, n, max_prompt_length)
-    options = dict(
-        keys=[p.key for p in prompts], max_new_tokens=max_new_tokens, temperature=temperature, top_p=top_p, seed=seed,
-        batch_size=batch_size, world=world,
-    )  # fmt: skip
-    tokens = [p.tokens for p in prompts]
-    drawn = {"policy": sample(policy, tokenizer, tokens, description="sample policy", **options)}
-    if reference is not None:
-        drawn["reference"] = sample(reference, tokenizer, tokens, description="sample reference", **options)
-    texts = {who: [tokenizer.decode(t, skip_special_tokens=True) for t in responses] for who, responses in drawn.items()}
-    prompt_texts = [tokenizer.decode(t, skip_special_tokens=True) for t in tokens]
-    rewards = {who: world.gather(reward(world.share(prompt_texts), world.share(responses))) for who, responses in texts.items()}
-    kl = sample_kl(policy, reference, tokens, drawn["policy"], batch_size, layout, world) if reference else {}
-    rows = []
-    for i, prompt in enumerate(prompts):
-        row = {
-            "prompt": prompt_texts[i],
-            "policy": texts["policy"][i],
-            "reference": texts["reference"][i] if reference else None,
-            "chosen": tokenizer.decode(prompt.chosen, skip_special_tokens=True),
-            "policy_reward": {reward_name: rewards["policy"][i]},
-            "reference_reward": {reward_name: rewards["reference"][i]} if reference else None,
-            "policy_tokens": len(drawn["policy"][i]),
-            "reference_tokens": len(drawn["reference"][i]) if reference else None,
-            **{name: values[i] for name, values in kl.items()},
-            "temperature": temperature,
-            "top_p": top_p,
-        }
-        rows.append(row)
-    return rows, _sample_means(rows, reward_name, list(kl))
-
-
-def _sample_means(rows: list[dict], reward_name: str, kl_names: list[str]) -> dict[str, float]:
-    columns = {"policy_reward": [row["policy_reward"][reward_name] for row in rows]}
-    columns["policy_length"] = [row["policy_tokens"] for row in rows]
-    if kl_names:
-        columns["reference_reward"] = [row["reference_reward"][reward_name] for row in rows]
-        columns["reference_length"] = [row["reference_tokens"] for row in rows]
-        columns["reward_gain"] = [p - r for p, r in zip(columns["policy_reward"], columns["reference_reward"])]
-        columns |= {name: [row[name] for row in rows] for name in kl_names}
-    means = {}
-    for name, values in columns.items():
-        means[f"samples_eval/{name}"], means[f"samples_eval/{name}_se"] = mean_and_error(values)
+        metrics = compute_loss(loss, policy, reference, batch, data, "eval")[1]
+        total.add(metrics, n_real)
+        of = np.searchsorted(data.begins, part[:n_real], side="right") - 1
+        for number, own in sums.items() if len(sums) > 1 else ():
+            mine = torch.from_numpy(np.flatnonzero(of == number)).to(policy.device)
+            own.add({name: values[mine] for name, values in metrics.items()}, len(mine))
+    means = total.flush(world)
+    for number, own in sums.items() if len(sums) > 1 else ():
+        means |= {f"{name}@{data.stores[number].name}": value for name, value in own.flush(world).items()}
     return means
 
 
-def mean_and_error(values: list[float]) -> tuple[float, float | None]:
-    """Mean and its standard error (None for a single value)."""
-    mean = math.fsum(values) / len(values)
-    if len(values) < 2:
-        return mean, None
-    return mean, math.sqrt(math.fsum((v - mean) ** 2 for v in values) / (len(values) - 1) / len(values))
+def sample_and_measure(
+    policy: Scorer, reference: Scorer | None, tokenizer, data: PreferenceData, rewards: dict[str, Score], how: Sampling,
+    layout: Layout, world: World = ALONE, kept: dict | None = None,
+) -> tuple[list[dict], dict[str, float]]:  # fmt: skip
+    """Samples of both models for held-out prompts; rows for samples.jsonl, and the means of what is measured on them.
+
+    Both models draw the same random numbers, so equal models give equal samples and differences are paired. KL is
+    measured on the policy's samples, whatever temperature and top_p they were drawn with; only at temperature 1 and
+    top_p 1 is it the KL of the sampled distribution. Without a reference there is neither KL nor reference sample.
+    Standard errors are over prompts, each with the mean of its samples. The first of `rewards` is what `policy_reward`
+    means. kept: a dict in which the samples of a reference are found again, for several policies with the same one.
+    """
+    prompts = prompts_to_sample(data, how.n, how.max_prompt_length)
+    texts_of = lambda responses: [tokenizer.decode(tokens, skip_special_tokens=True) for tokens in responses]  # noqa: E731
+    tokens = [p.tokens for p in prompts for _ in range(how.k)]
+    prompt_texts, chosen_texts = texts_of(tokens), texts_of(p.chosen for p in prompts)
+
+    def draw(scorer: Scorer, who: str) -> tuple[list[list[int]], list[str], dict[str, list[float]]]:
+        drawn = sample(
+            scorer, tokenizer, tokens, keys=[(p.key, i) if i else p.key for p in prompts for i in range(how.k)], max_new_tokens=how.max_new_tokens,
+            temperature=how.temperature, top_p=how.top_p, seed=how.seed, batch_size=how.batch_size, world=world, description=f"sample {who}",
+        )  # fmt: skip
+        texts = texts_of(drawn)
+        mine = world.share(prompt_texts), world.share(texts)
+        return drawn, texts, {name: world.gather(score(*mine)) for name, score in rewards.items()}
+
+    drawn = {"policy": draw(policy, "policy")}
+    measured = measure_samples(policy, reference, tokens, drawn["policy"][0], how.batch_size, layout, world)
+    if reference is not None:
+        kept = {} if kept is None else kept
+        drawn["reference"] = kept[how] = kept.get(how) or draw(reference, "reference")
+    rows = []
+    for i in range(len(tokens)):
+        row = {"prompt": prompt_texts[i], "sample": i % how.k, "policy": None, "reference": None, "chosen": chosen_texts[i // how.k]}
+        row |= {"policy_reward": None, "reference_reward": None, "policy_tokens": None, "reference_tokens": None}
+        for who, (responses, texts, scores) in drawn.items():
+            row |= {who: texts[i], f"{who}_reward": {name: values[i] for name, values in scores.items()}, f"{who}_tokens": len(responses[i])}
+            row[f"{who}_ended"] = responses[i][-1:] == [tokenizer.eos_token_id]
+        row |= {name: values[i] for name, values in measured.items()}
+        row["repetition"] = repetition(drawn["policy"][0][i])
+        rows.append(row | {"temperature": how.temperature, "top_p": how.top_p})
+    means = _sample_means(rows, list(rewards), list(measured), how.k)
+    for who, (responses, *_) in drawn.items():
+        means |= {f"samples_eval/{who}_distinct_{n}": distinct(responses, n) for n in (1, 2, 3)}
+    return rows, means
+
+
+def _sample_means(rows: list[dict], rewards: list[str], measured: list[str], k: int) -> dict[str, float]:
+    columns = {}
+    for name in rewards:
+        more = "" if name == rewards[0] else f"[{name}]"
+        columns[f"policy_reward{more}"] = [row["policy_reward"][name] for row in rows]
+        if rows[0]["reference"] is not None:
+            columns[f"reference_reward{more}"] = [row["reference_reward"][name] for row in rows]
+            columns[f"reward_gain{more}"] = [p - r for p, r in zip(columns[f"policy_reward{more}"], columns[f"reference_reward{more}"])]
+    for who in ("policy", "reference") if rows[0]["reference"] is not None else ("policy",):
+        columns |= {f"{who}_length": [row[f"{who}_tokens"] for row in rows], f"{who}_ended": [float(row[f"{who}_ended"]) for row in rows]}
+    columns |= {name: [row[name] for row in rows] for name in (*measured, "repetition")}
+    means = {}
+    for name, values in columns.items():
+        of_prompts = [math.fsum(values[i : i + k]) / k for i in range(0, len(values), k)]
+        means[f"samples_eval/{name}"], means[f"samples_eval/{name}_se"] = mean_and_error(of_prompts)
+    return means
+
+
+def repetition(tokens: list[int], n: int = 4) -> float:
+    """The share of a response's n-grams that it already had: 0 for none, towards 1 for a loop; 0 with less than two."""
+    grams = [tuple(tokens[i : i + n]) for i in range(len(tokens) - n + 1)]
+    return 1 - len(set(grams)) / len(grams) if grams else 0.0
+
+
+def distinct(responses: list[list[int]], n: int) -> float | None:
+    """distinct-n (Li et al. 2016): different n-grams of all responses together, over their number; None without any."""
+    grams = [tuple(tokens[i : i + n]) for tokens in responses for i in range(len(tokens) - n + 1)]
+    return len(set(grams)) / len(grams) if grams else None
 
 
 @torch.no_grad()
-def sample_kl(
-    policy: Scorer, reference: Scorer, prompts: list[list[int]], responses: list[list[int]], batch_size: int, layout: Layout,
+def measure_samples(
+    policy: Scorer, reference: Scorer | None, prompts: list[list[int]], responses: list[list[int]], batch_size: int, layout: Layout,
     world: World = ALONE,
 ) -> dict[str, list[float]]:
-    """Three estimators of KL(policy || reference) for each sampled response, summed over its tokens, EOS included.
+    """For each sampled response, EOS included: the policy's entropy, and three estimators of KL(policy || reference).
 
-    kl: full-vocabulary KL at each visited prefix (Rao-Blackwellised, never negative); kl_k1: log pi - log pi_ref of the
-    sampled tokens; kl_k3: exp(-r) - 1 + r with r = log pi - log pi_ref of a token (never negative).
+    entropy: mean over its tokens, in nats. kl: full-vocabulary KL at each visited prefix, summed (Rao-Blackwellised,
+    never negative); kl_k1: log pi - log pi_ref of the sampled tokens; kl_k3: exp(-r) - 1 + r with r = log pi - log pi_ref
+    of a token (never negative). Without a reference the entropy alone.
     """
     order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]) + len(responses[i]))
     mine = []
     for rows, n_real in world.batches(order, batch_size):
         batch = lay_out([(prompts[i], [responses[i]]) for i in rows], layout).to(policy.device)
-        scores = score_responses(policy, batch, reference=reference, kl="policy||reference")
-        ratio = scores.token_logps.double() - scores.reference_token_logps.double()
-        k3 = sum_by_owner(torch.expm1(-ratio) + ratio, batch.owners.to(ratio.device), len(rows))
-        values = torch.stack([scores.kl, scores.logps - scores.reference_logps, k3], dim=1).tolist()
-        mine += list(zip(rows, values))[:n_real]
+        scores = score_responses(policy, batch, reference=reference, kl="policy||reference" if reference else None, entropy=True)
+        owners = batch.owners.to(scores.logps.device)
+        values = {"entropy": sum_by_owner(scores.token_entropy, owners, len(rows)) / batch.lengths.to(scores.logps.device)}
+        if reference is not None:
+            ratio = scores.token_logps.double() - scores.reference_token_logps.double()
+            k3 = sum_by_owner(torch.expm1(-ratio) + ratio, owners, len(rows))
+            values |= {"kl": scores.kl, "kl_k1": scores.logps - scores.reference_logps, "kl_k3": k3}
+        mine += list(zip(rows, torch.stack(list(values.values()), dim=1).tolist()))[:n_real]
     found = dict(world.gather(mine))
-    return {name: [found[i][column] for i in range(len(prompts))] for column, name in enumerate(("kl", "kl_k1", "kl_k3"))}
-
-
-def append_samples(path: Path, rows: list[dict], examples: int) -> None:
-    """Add the rows of one evaluation to samples.jsonl, all or none of them."""
-    kept = path.read_text(encoding="utf-8") if path.is_file() else ""
-    with atomic_write(path) as f:
-        f.write(kept)
-        for row in rows:
-            f.write(json.dumps({"examples": examples, **row}, ensure_ascii=False) + "\n")
+    names = ("entropy", "kl", "kl_k1", "kl_k3") if reference is not None else ("entropy",)
+    return {name: [found[i][column] for i in range(len(prompts))] for column, name in enumerate(names)}

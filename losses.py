@@ -6,20 +6,16 @@ log-ratio of a response, h = d_w - d_l the gap of a pair, S the logistic sigmoid
 included. All tensors are float64: a summed log-probability near -400 carries 3e-5 of rounding in float32.
 """
 
-import importlib
-import importlib.util
 import inspect
 import math
-import sys
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from pathlib import Path
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from utils import ConfigError, DataError, nearest
+from utils import ConfigError, DataError, load_module, nearest
 
 NEEDS = {
     "reference",  # log-probs under the frozen reference: reference_*_logps, *_logratio
@@ -182,7 +178,7 @@ def bind_loss(config: Mapping) -> BoundLoss:
     """
     config = dict(config)
     if config.get("module"):
-        _import_user_module(config["module"])
+        load_module(config["module"], "loss.module")
     name = config.get("name")
     if name not in LOSSES:
         raise ConfigError(f"loss.name={name!r} is not a registered loss; {nearest(str(name), LOSSES)}")
@@ -250,29 +246,10 @@ def _check_ranges(name: str, settings: Mapping) -> None:
         raise ConfigError(f"loss.beta={settings['beta']} must be greater than 0 (usual values: 0.01 to 1)")
     if not 0 <= (settings.get("label_smoothing") or 0) < 0.5:
         raise ConfigError(f"loss.label_smoothing={settings['label_smoothing']} must lie in [0, 0.5)")
-    for key in ("alpha", "cal_weight"):
+    for key in ("alpha", "cal_weight", "gamma"):
         if (settings.get(key) or 0) < 0:
             raise ConfigError(f"loss.{key}={settings[key]} must not be negative")
 
-
-def _import_user_module(module: str) -> None:
-    """Import `my_losses` or `path/to/my_losses.py`, whose `register_loss` calls add to the registry."""
-    path = Path(module)
-    if path.suffix == ".py":
-        if not path.is_file():
-            raise ConfigError(f"loss.module={module!r}: no such file (looked in {Path.cwd()})")
-        spec = importlib.util.spec_from_file_location(path.stem, path)
-        loaded = importlib.util.module_from_spec(spec)
-        spec.loader.exec_module(loaded)
-        return
-    if str(Path.cwd()) not in sys.path:
-        sys.path.insert(0, str(Path.cwd()))
-    try:
-        importlib.import_module(module)
-    except ModuleNotFoundError as error:
-        if error.name != module.split(".")[0] and error.name != module:
-            raise
-        raise ConfigError(f"loss.module={module!r} cannot be imported from {Path.cwd()}; give a module name or a path ending in .py")
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -385,6 +362,19 @@ def odpo(pair: Pair, *, beta: float, alpha: float = 1.0, offset: str = "log", ra
         margin = margin - alpha * f
         metrics["offset_{split}"] = alpha * f
     return LossOutput(-F.logsigmoid(margin), beta * chosen, beta * rejected, metrics)
+
+
+@register_loss("soft-label", reads={"reference", "scores"})
+def soft_label(pair: Pair, *, beta: float, gamma: float = 1.0) -> LossOutput:
+    """-p log S(beta h) - (1-p) log S(-beta h), p = S(gamma (s_w - s_l)): DPO towards the preference that the scores imply.
+
+    The cross-entropy of DPO's Bradley-Terry model (arXiv:2305.18290 eq. 6) with the one of the scores. beta: inverse
+    temperature of the implicit reward, > 0; gamma: that of the scores, >= 0 (0: every pair is a coin toss).
+    """
+    gap = beta * (pair.chosen_logratio - pair.rejected_logratio)
+    p = torch.sigmoid(gamma * (pair.chosen_scores - pair.rejected_scores)).to(gap.dtype)
+    losses = -p * F.logsigmoid(gap) - (1 - p) * F.logsigmoid(-gap)
+    return LossOutput(losses, beta * pair.chosen_logratio, beta * pair.rejected_logratio, {"preference_{split}/mean": p})
 
 
 @register_loss("cal-dpo", reads={"reference"})

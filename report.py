@@ -1,89 +1,40 @@
 """Run folders to tables and pictures: `python report.py RUN`, or a folder of runs. Needs no torch and starts in a second.
 
-A single run gets PNGs and a self-contained report.html; a sweep gets a comparison table and its reward-KL frontier.
-Both work while runs are still going.
+    python report.py RUN                     a run, finished or not: report.html and pictures; also of what function=eval wrote
+    python report.py SWEEP_DIR               a folder of runs: one table, paired differences, frontiers, curves with bands, samples
+    python report.py SWEEP_DIR --baseline loss.name=dpo loss.beta=0.1
+    python report.py RUN --watch [SECONDS]   again and again, until all runs there are done
+
+A sweep gets comparison.csv (numbers), comparison.md and comparison.tex (mean ± standard error over seeds), differences.csv (from
+the baseline, paired by seed, with bootstrap intervals), frontier.csv (the best reward within a KL, by seed) and report.html.
 """
 
 import argparse
 import base64
 import csv
-import io
-import json
-import math
 import sys
+import time
 from collections import defaultdict
 from pathlib import Path
 
 import jinja2
-from matplotlib.backends.backend_agg import FigureCanvasAgg
-from matplotlib.figure import Figure
 from omegaconf import OmegaConf
 
-from utils import DataError, PrefLabError, atomic_write
+import pictures
+from runs import (
+    Group,
+    Run,
+    bootstrap,
+    differing_settings,
+    envelopes,
+    find_runs,
+    group_runs,
+    is_number,
+    paired_difference,
+)
+from utils import ConfigError, DataError, PrefLabError, atomic_write, mean_and_error
 
-# The Okabe-Ito palette, which colour-blind readers can tell apart.
-COLOURS = {"policy": "#0072B2", "reference": "#7F7F7F", "chosen": "#009E73", "rejected": "#D55E00", "train": "#56B4E9", "eval": "#CC3311"}
-CYCLE = ["#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000", "#999933"]
-MAX_POINTS = 2000  # of a curve; longer ones are thinned, the eye sees no difference
-
-
-# ------------------------------------------------------------------------------------------------- reading runs
-
-
-def read_jsonl(path: Path) -> list[dict]:
-    """Rows of a JSON-lines file; a last line that a running or killed process has not finished is left out."""
-    if not path.is_file():
-        return []
-    rows = []
-    lines = path.read_text(encoding="utf-8", errors="replace").splitlines()
-    for number, line in enumerate(lines, 1):
-        try:
-            rows.append(json.loads(line))
-        except json.JSONDecodeError as error:
-            if number < len(lines):
-                raise DataError(f"{path}:{number}: not JSON, though more lines follow: {error}") from error
-    return rows
-
-
-def read_json(path: Path) -> dict:
-    return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
-
-
-class Run:
-    """What a run folder holds so far."""
-
-    def __init__(self, folder: Path):
-        self.folder = folder
-        self.config = OmegaConf.to_container(OmegaConf.load(folder / "config.yaml"))
-        self.rows = read_jsonl(folder / "metrics.jsonl")
-        self.summary = read_json(folder / "summary.json")
-        self.data = read_json(folder / "data.json")
-
-    @property
-    def finished(self) -> bool:
-        return bool(self.summary.get("finished"))
-
-    def series(self, split: str, name: str) -> tuple[list, list]:
-        """(examples, values) of a metric, where it has a value."""
-        points = [(row["examples"], row[name]) for row in self.rows if row.get("split") == split and row.get(name) is not None]
-        points = points[:: max(1, len(points) // MAX_POINTS)]
-        return [x for x, _ in points], [y for _, y in points]
-
-    def frontier(self) -> list[tuple[float, float, float]]:
-        """(KL, reward, examples) of every evaluation that sampled."""
-        names = ("samples_eval/kl", "samples_eval/policy_reward", "examples")
-        return [tuple(row[n] for n in names) for row in self.rows if row.get("split") == "eval" and all(row.get(n) is not None for n in names)]
-
-    def latest(self) -> dict:
-        """The summary of a finished run, or the same numbers from the last evaluation of a running one."""
-        if self.summary:
-            return self.summary
-        evals = [row for row in self.rows if row.get("split") == "eval"]
-        last = evals[-1] if evals else {}
-        found = {key.split("/")[1]: value for key, value in last.items() if key.startswith("samples_eval/")}
-        trained = [row for row in self.rows if row.get("split") == "train"]
-        found["pairs_per_second"] = trained[-1].get("examples_per_second") if trained else None
-        return found | {"eval_accuracy": last.get("rewards_eval/accuracies"), "eval_loss": last.get("loss/eval"), "examples": last.get("examples")}
+MAX_SAMPLES = 60  # in a page
 
 
 # -------------------------------------------------------------------------------------------------------- tables
@@ -130,131 +81,6 @@ def verdict(summary: dict) -> str:
     return f"The policy's samples score {'higher' if gain > 0 else 'lower'}, {told}: {gain:+.3f} ± {error:.3f}."
 
 
-# ------------------------------------------------------------------------------------------------------ pictures
-
-
-def _axes(figure: Figure, rows: int, columns: int) -> list:
-    axes = figure.subplots(rows, columns, squeeze=False).flatten().tolist()
-    for ax in axes:
-        ax.spines[["top", "right"]].set_visible(False)
-        ax.grid(alpha=0.25, linewidth=0.6)
-        ax.tick_params(labelsize=9)
-    return axes
-
-
-def _label(ax, title: str, x: str, y: str) -> None:
-    ax.set_title(title, fontsize=11, loc="left")
-    ax.set_xlabel(x, fontsize=9)
-    ax.set_ylabel(y, fontsize=9)
-    if ax.get_legend_handles_labels()[1]:
-        ax.legend(fontsize=8, frameon=False)
-
-
-def smooth(values: list[float], weight: float = 0.9) -> list[float]:
-    """Exponential moving average, corrected for its start."""
-    mean, total, smoothed = 0.0, 0.0, []
-    for value in values:
-        mean, total = weight * mean + (1 - weight) * value, weight * total + (1 - weight)
-        smoothed.append(mean / total)
-    return smoothed
-
-
-def curves(run: Run) -> Figure | None:
-    """Loss, accuracy, rewards, log-ratios, and what else the run logged, against examples."""
-    panels = [("loss", "loss per example", [("loss/{}", "eval", "")])]
-    panels += [("accuracy of the implicit reward", "share of pairs", [("rewards_{}/accuracies", "eval", "")])]
-    pair = [("/chosen", "chosen"), ("/rejected", "rejected")]
-    panels += [("implicit rewards", "beta x log-ratio", [(f"rewards_{{}}{end}", role, role) for end, role in pair])]
-    panels += [("log-ratios", "log pi - log ref (nats)", [(f"logratios_{{}}{end}", role, role) for end, role in pair])]
-    panels += [("KL along the data's responses", "nats", [(f"kl_{{}}{end}", role, role) for end, role in pair])]
-    panels += [("gradient norm, before clipping", "norm", [("grad_norm", "train", "")])]
-    panels = [p for p in panels if any(run.series(split, name.format(split))[0] for name, *_ in p[2] for split in ("train", "eval"))]
-    if not panels:
-        return None
-    n_rows = math.ceil(len(panels) / 2)
-    figure = Figure(figsize=(10, 3.1 * n_rows), layout="constrained")
-    axes = _axes(figure, n_rows, 2)
-    for ax, (title, unit, lines) in zip(axes, panels):
-        for name, colour, role in lines:
-            x, y = run.series("train", name.format("train"))
-            ax.plot(x, y, color=COLOURS["train" if not role else colour], alpha=0.25, linewidth=0.8)
-            ax.plot(x, smooth(y), color=COLOURS["train" if not role else colour], linewidth=1.2, label=f"{role} train".strip() if x else None)
-            x, y = run.series("eval", name.format("eval"))
-            if x and name != "grad_norm":
-                ax.plot(x, y, color=COLOURS[colour], marker="o", markersize=4, linewidth=1.5, label=f"{role} eval".strip())
-        _label(ax, title, "examples", unit)
-    for ax in axes[len(panels) :]:
-        ax.set_visible(False)
-    return figure
-
-
-def reward_kl(run: Run) -> Figure | None:
-    """Reward of the samples against examples, and against KL: the run's own frontier."""
-    points = run.frontier()
-    x, y = run.series("eval", "samples_eval/policy_reward")
-    if not x:
-        return None
-    figure = Figure(figsize=(10, 3.4), layout="constrained")
-    left, right = _axes(figure, 1, 2)
-    for who in ("policy", "reference"):
-        x, y = run.series("eval", f"samples_eval/{who}_reward")
-        errors = run.series("eval", f"samples_eval/{who}_reward_se")[1]
-        if x:
-            bars = [1.96 * e for e in errors] if len(errors) == len(x) else None
-            left.errorbar(x, y, yerr=bars, color=COLOURS[who], marker="o", markersize=4, capsize=2, linewidth=1.5, label=who)
-    name = run.config.get("reward", {}).get("name", "reward")
-    _label(left, "reward of samples (bars: 95%)", "examples", name)
-    if points:
-        right.plot([p[0] for p in points], [p[1] for p in points], color=COLOURS["policy"], marker="o", markersize=4, linewidth=1.2)
-        for kl, reward, examples in (points[0], points[-1]):
-            right.annotate(f"{examples:,}", (kl, reward), textcoords="offset points", xytext=(6, -10), fontsize=8)
-        _label(right, "reward against KL, labelled by examples", "KL(policy || reference) of samples (nats)", name)
-    else:
-        right.set_visible(False)
-    return figure
-
-
-def data_picture(run: Run) -> Figure | None:
-    """Histograms of prompt and response lengths and score gaps, train and test."""
-    names = [n for n in ("prompt_tokens", "response_tokens", "score_gap") if any(n in s.get("histograms", {}) for s in run.data.values())]
-    if not names:
-        return None
-    units = {"prompt_tokens": "tokens of a prompt", "response_tokens": "tokens of a response", "score_gap": "score gap of a pair"}
-    figure = Figure(figsize=(10, 2.8), layout="constrained")
-    for ax, name in zip(_axes(figure, 1, len(names)), names):
-        for split, colour in (("train", "train"), ("test", "eval")):
-            h = run.data.get(split, {}).get("histograms", {}).get(name)
-            if h:
-                total = sum(h["counts"]) or 1
-                ax.stairs([c / total for c in h["counts"]], h["edges"], color=COLOURS[colour], label=split, fill=split == "train", alpha=0.7)
-        _label(ax, units[name], units[name], "share")
-    return figure
-
-
-def frontier_picture(runs: list[Run]) -> Figure | None:
-    """Reward against KL for every sampled evaluation of every run; a colour a loss, a line a run, final ones larger."""
-    runs = [run for run in runs if run.frontier()]
-    if not runs:
-        return None
-    figure = Figure(figsize=(8, 5), layout="constrained")
-    (ax,) = _axes(figure, 1, 1)
-    losses = sorted({run.config["loss"]["name"] for run in runs})
-    for run in runs:
-        loss, points = run.config["loss"]["name"], run.frontier()
-        colour = CYCLE[losses.index(loss) % len(CYCLE)]
-        first = loss not in ax.get_legend_handles_labels()[1]
-        ax.plot([p[0] for p in points], [p[1] for p in points], color=colour, marker=".", linewidth=0.8, alpha=0.6, label=loss if first else None)
-        ax.plot(*points[-1][:2], color=colour, marker="o", markersize=8)
-    _label(ax, "reward against KL; large points are the ends of runs", "KL(policy || reference) of samples (nats)", "reward of samples")
-    return figure
-
-
-def png(figure: Figure) -> bytes:
-    buffer = io.BytesIO()
-    FigureCanvasAgg(figure).print_png(buffer, metadata={"Software": None})
-    return buffer.getvalue()
-
-
 # -------------------------------------------------------------------------------------------------------- pages
 
 PAGE = jinja2.Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True).from_string("""<!doctype html>
@@ -267,13 +93,14 @@ h1 { font-size: 1.5rem } h2 { font-size: 1.15rem; margin-top: 2rem }
 img { width: 100%; min-width: 44rem; height: auto; background: white; border-radius: 6px; margin: .4rem 0 }
 table { border-collapse: collapse } td, th { padding: .3rem .8rem .3rem 0; text-align: left; vertical-align: top; border-bottom: 1px solid #8884 }
 .scroll { overflow-x: auto } .number { text-align: right; font-variant-numeric: tabular-nums; white-space: nowrap }
-.sample { border-bottom: 1px solid #8884; padding: .7rem 0 } .three { display: grid; grid-template-columns: repeat(3, 1fr); gap: 1rem }
-@media (max-width: 45rem) { .three { grid-template-columns: 1fr; gap: .4rem } }
+.sample { border-bottom: 1px solid #8884; padding: .7rem 0 } .three { display: grid; grid-template-columns: repeat(auto-fit, minmax(14rem, 1fr)); gap: .4rem 1rem }
+.bad { color: #c33 }
 .who { font-size: .8rem; opacity: .7 } .text { white-space: pre-wrap; overflow-wrap: anywhere }
 input { width: 100%; box-sizing: border-box; padding: .5rem; font: inherit } pre { overflow-x: auto; font-size: .85rem }
 </style></head><body>
 <h1>{{ title }}</h1>
 {% if subtitle %}<p>{{ subtitle }}</p>{% endif %}
+{% for line in problems %}<p class="bad">{{ line }}</p>{% endfor %}
 {% for table in tables %}
 {% if table.title %}<h2>{{ table.title }}</h2>{% endif %}
 <div class="scroll"><table>
@@ -284,9 +111,9 @@ input { width: 100%; box-sizing: border-box; padding: .5rem; font: inherit } pre
 {% endfor %}
 {% for picture in pictures %}<h2>{{ picture.title }}</h2><div class="scroll"><img alt="{{ picture.title }}" src="data:image/png;base64,{{ picture.base64 }}"></div>
 {% endfor %}
-{% if samples %}<h2>Samples of the last evaluation</h2>
+{% if samples %}<h2>Samples</h2>
 <input id="search" placeholder="search in {{ samples|length }} samples" aria-label="search samples">
-{% for s in samples %}<div class="sample"><div class="text"><b>{{ s.prompt }}</b></div><div class="three">
+{% for s in samples %}<div class="sample"><div class="text"><b>{{ s.prompt }}</b></div>{% if s.where %}<div class="who">{{ s.where }}</div>{% endif %}<div class="three">
 {% for who, text, score in s.columns %}<div><div class="who">{{ who }}{% if score %} · {{ score }}{% endif %}</div><div class="text">{{ text|trim }}</div></div>
 {% endfor %}</div></div>
 {% endfor %}
@@ -308,7 +135,8 @@ def _sample_columns(sample: dict) -> dict:
     policy = scores(sample.get("policy_reward")) + (f", KL {sample['kl']:.2f}" if sample.get("kl") is not None else "")
     columns = [("reference", sample.get("reference"), scores(sample.get("reference_reward"))), ("policy", sample.get("policy"), policy)]
     columns.append(("best in the data", sample.get("chosen"), ""))
-    return {"prompt": sample.get("prompt", ""), "columns": [c for c in columns if c[1] is not None]}
+    where = [f"{key} {sample[key]}" for key in ("checkpoint", "temperature") if sample.get(key) is not None] if "checkpoint" in sample else []
+    return {"prompt": sample.get("prompt", ""), "where": ", ".join(where), "columns": [c for c in columns if c[1] is not None]}
 
 
 def _data_table(data: dict) -> dict | None:
@@ -322,95 +150,234 @@ def _data_table(data: dict) -> dict | None:
     return {"title": "Data", "head": ["", *(key.replace("_", " ") for key in keys)], "rows": rows, "notes": notes}
 
 
+def _winrate_table(winrates: list[dict]) -> dict | None:
+    if not winrates:
+        return None
+    rows = []
+    for rate in winrates:
+        told = f"{rate['win_rate']:.3f} [{rate['low']:.3f}, {rate['high']:.3f}]" if is_number(rate.get("win_rate")) else "-"
+        counts = (rate.get(key, 0) for key in ("wins", "ties", "losses", "contradictions", "unjudged"))
+        rows.append([rate.get("checkpoint") or "policy", rate.get("temperature"), rate["against"], rate["by"], told, *counts])
+    head = ["", "temperature", "against", "by", "win rate, 95%", "wins", "ties", "losses", "contradictions", "unjudged"]
+    return {"title": "Win rates", "head": head, "rows": rows, "notes": ["A tie counts one half; so does a pair on which the two orders contradict each other."]}
+
+
+EVALUATED = {  # columns of the table of checkpoints
+    "reward": "samples_eval/policy_reward", "reference's": "samples_eval/reference_reward", "KL": "samples_eval/kl", "tokens": "samples_eval/policy_length",
+    "ended": "samples_eval/policy_ended", "entropy": "samples_eval/entropy", "repetition": "samples_eval/repetition",
+    "distinct-2": "samples_eval/policy_distinct_2", "accuracy": "rewards_eval/accuracies",
+}  # fmt: skip
+
+
+def _evaluation_table(evaluations: list[dict]) -> dict | None:
+    if not evaluations:
+        return None
+    extra = {key.removeprefix("samples_eval/policy_reward"): key for row in evaluations for key in row if key.startswith("samples_eval/policy_reward[") and key.endswith("]")}
+    extra |= {f"accuracy on {key.split('@')[1]}": key for row in evaluations for key in row if key.startswith("rewards_eval/accuracies@")}
+    columns = EVALUATED | extra
+    rows = [
+        [row["name"], pictures.training_name(row), row["temperature"], *(plus_minus(row.get(key), row.get(f"{key}_se")) for key in columns.values())]
+        for row in evaluations
+    ]
+    notes = ["Rewards, KL and the rest are means over prompts with standard errors; the KL is that of the sampled distribution only at temperature 1 and top-p 1."]
+    return {"title": "Checkpoints", "head": ["checkpoint", "trained with", "temperature", *columns], "rows": rows, "notes": notes}
+
+
 def write_report(run_dir: Path) -> str:
-    """Write the PNGs and report.html of a run folder; returns the table of its numbers as text."""
+    """Write the pictures and report.html of a run folder; returns the table of its numbers as text."""
     run = Run(Path(run_dir))
-    figures = {"reward_kl": ("Reward", reward_kl(run)), "curves": ("Training", curves(run)), "data": ("Lengths and scores", data_picture(run))}
-    pictures = _save_pictures(run.folder, figures)
-    summary, samples = run.latest(), read_jsonl(run.folder / "samples.jsonl")
-    last = [s for s in samples if s.get("examples") == samples[-1].get("examples")][:50] if samples else []
-    state = "" if run.finished else "This run has not finished. "
-    tables = [{"rows": summary_rows(summary)}, _data_table(run.data)]
+    figures = {
+        "reward_kl": ("Reward", pictures.reward_kl(run) if not run.is_evaluation else None), "checkpoints": ("Checkpoints", pictures.checkpoints_picture(run.evaluations)),
+        "temperature": ("Temperature", pictures.temperature_picture(run.evaluations, run.winrates)),
+        "curves": ("Training", pictures.curves(run) if not run.is_evaluation else None), "data": ("Lengths and scores", pictures.data_picture(run)),
+    }  # fmt: skip
+    summary, samples = run.latest(), run.samples()
+    bad = run.not_finite()
+    tables = [{"rows": summary_rows(summary)} if len(run.evaluations) < 2 else None]
+    tables += [_evaluation_table(run.evaluations), _winrate_table(run.winrates), _data_table(run.data)]
     page = PAGE.render(
-        title=f"{run.config.get('exp_name', run.folder.name)}: {run.config['loss']['name']}",
-        subtitle=state + verdict(summary),
+        title=f"{run.config.get('exp_name', run.folder.name)}: " + ("evaluation" if run.is_evaluation else run.loss),
+        subtitle=("" if run.finished else f"This run has not finished ({run.state}). ") + (verdict(summary) if len(run.evaluations) < 2 else ""),
+        problems=[f"{bad:,} values of metrics.jsonl are missing or no numbers; they are left out of the curves."] if bad else [],
         tables=[table for table in tables if table],
-        pictures=pictures,
-        samples=[_sample_columns(s) for s in last],
+        pictures=_save_pictures(run.folder, figures),
+        samples=[_sample_columns(s) for s in _spread(samples)],
         config=OmegaConf.to_yaml(OmegaConf.create(run.config)),
     )
     with atomic_write(run.folder / "report.html") as f:
         f.write(page)
+    if len(run.evaluations) > 1:
+        table = _evaluation_table(run.evaluations)
+        return _aligned([table["head"], *table["rows"]])
     return summary_table(summary)
 
 
+def _spread(samples: list[dict]) -> list[dict]:
+    """As many samples as a page takes, the same prompts of every checkpoint and temperature side by side."""
+    by_prompt = defaultdict(list)
+    for sample in samples:
+        by_prompt[sample.get("prompt")].append(sample)
+    return [sample for of_prompt in by_prompt.values() for sample in of_prompt][:MAX_SAMPLES]
+
+
 def _save_pictures(folder: Path, figures: dict) -> list[dict]:
-    pictures = []
+    """Each figure as PNG and SVG; returns what a page shows."""
+    saved = []
     for name, (title, figure) in figures.items():
         if figure is not None:
-            content = png(figure)
-            with atomic_write(folder / f"{name}.png", "wb") as f:
-                f.write(content)
-            pictures.append({"title": title, "base64": base64.b64encode(content).decode()})
-    return pictures
+            content = pictures.png(figure)
+            for end, data in (("png", content), ("svg", pictures.svg(figure))):
+                with atomic_write(folder / f"{name}.{end}", "wb") as f:
+                    f.write(data)
+            saved.append({"title": title, "base64": base64.b64encode(content).decode()})
+    return saved
 
 
 # -------------------------------------------------------------------------------------------------------- sweeps
 
-COMPARED = ("policy_reward", "reference_reward", "kl", "eval_accuracy", "pairs_per_second")
-NOT_SETTINGS = ("local_run_dir", "exp_name", "local_dirs", "seed", "cache_dir", "wandb")
+COMPARED = ("policy_reward", "reference_reward", "kl", "eval_accuracy", "eval_loss", "policy_length", "pairs_per_second")
+AT_KL = (0.25, 0.5, 1.0, 1.5, 2.0, 3.0, 5.0, 8.0)
 
 
-def write_comparison(folder: Path, runs: list[Run]) -> str:
-    """comparison.csv, comparison.md, frontier.png and report.html of a folder of runs; returns the table as text."""
-    differing = _differing_settings(runs)
-    groups: dict[tuple, list[Run]] = defaultdict(list)
-    for run in runs:
-        groups[tuple(_setting(run, key) for key in differing)].append(run)
-    head = [*differing, "seeds", *COMPARED, "state"]
+def write_comparison(folder: Path, runs: list[Run], baseline: dict[str, str] | None = None, problems: list[str] = ()) -> str:
+    """Tables, pictures and report.html of a folder of runs; returns the tables as text.
+
+    baseline: settings of the group that others are compared with, seed by seed; by default the first of the table.
+    """
+    trained, evaluations = [run for run in runs if not run.is_evaluation], [run for run in runs if run.is_evaluation]
+    keys = differing_settings(trained) if trained else []
+    groups = group_runs(trained, keys)
+    problems = [*problems, *_doubts(trained)]
+    tables, figures = [], {}
+    if groups:
+        head, rows = comparison(groups, keys)
+        tables.append({"title": "Final evaluations: mean ± standard error over seeds", "head": head, "rows": rows})
+        differences = _differences(groups, _baseline(groups, baseline))
+        tables += [differences["table"]] if differences else []
+        tables += [_frontier_table(folder, groups)]
+        _write_tables(folder, groups, keys, head, rows, differences)
+        figures |= {
+            "frontier": ("Reward-KL frontier", pictures.frontier_picture(groups)), "bands": ("Over training", pictures.bands_picture(groups)),
+            "lengths": ("Length and reward", pictures.length_picture(groups)),
+        }  # fmt: skip
+    rows_of_evaluations, winrates = [row for run in evaluations for row in run.evaluations], [rate for run in runs for rate in run.winrates]
+    tables += [_evaluation_table(rows_of_evaluations), _winrate_table(winrates)]
+    figures["temperature"] = ("Temperature", pictures.temperature_picture(rows_of_evaluations, winrates))
+    figures["checkpoints"] = ("Checkpoints", pictures.checkpoints_picture(rows_of_evaluations))
+    tables = [table for table in tables if table]
+    states = defaultdict(int)
+    for run in trained:
+        states[run.state.split(":")[0]] += 1
+    page = PAGE.render(
+        title=f"{folder.resolve().name}: {len(trained)} runs", subtitle=", ".join(f"{n} {state}" for state, n in states.items()), problems=problems,
+        tables=tables, pictures=_save_pictures(folder, figures), samples=_side_by_side(groups),
+    )  # fmt: skip
+    with atomic_write(folder / "report.html") as f:
+        f.write(page)
+    return "\n\n".join([*problems, *(table["title"] + "\n" + _aligned([table["head"], *table["rows"]]) for table in tables)])
+
+
+def _doubts(runs: list[Run]) -> list[str]:
+    """What a reader of a comparison has to know before believing it."""
+    told = [f"{run.folder}: {run.state}" for run in runs if run.state.startswith(("failed", "killed"))]
+    told += [f"{run.folder}: {n:,} values of metrics.jsonl are missing or no numbers" for run in runs if (n := run.not_finite())]
+    for key, what in (("datasets", "on different data"), ("reward.name", "with different rewards"), ("model.name_or_path", "of different models"), ("temperature", "at different temperatures")):
+        if len(found := sorted({run.setting(key) for run in runs})) > 1:
+            told.append(f"These runs were evaluated {what} ({', '.join(found)}): their numbers do not compare.")
+    if runs and not any(is_number(run.latest().get("policy_reward")) for run in runs):
+        told.append("No run has sampled yet, or sampling was off (sample_during_eval=false): there is no reward to compare.")
+    return told
+
+
+def comparison(groups: list[Group], keys: list[str]) -> tuple[list[str], list[list[str]]]:
+    """The table for people: a row a group, mean ± standard error over its seeds."""
+    digits = {"pairs_per_second": 1, "policy_length": 1, "kl": 2}
     rows = []
-    for settings, members in sorted(groups.items(), key=lambda item: str(item[0])):
-        seeds = sorted(str(run.config.get("seed")) for run in members)
-        state = "finished" if all(run.finished for run in members) else f"{sum(run.finished for run in members)} of {len(members)} finished"
-        rows.append([*settings, " ".join(seeds), *(_over_seeds([run.latest().get(name) for run in members]) for name in COMPARED), state])
+    for group in groups:
+        cells = (plus_minus(*mean_and_error(group.by_seed(name).values()), digits.get(name, 3)) for name in COMPARED)
+        rows.append([*group.settings.values(), " ".join(str(run.seed) for run in group.runs), *cells, group.state])
+    return [*keys, "seeds", *COMPARED, "state"], rows
+
+
+def _baseline(groups: list[Group], wanted: dict[str, str] | None) -> Group:
+    if not wanted:
+        return groups[0]
+    for key in wanted:
+        if key not in groups[0].settings:
+            raise ConfigError(f"--baseline {key}: the runs do not differ in it; they differ in {', '.join(groups[0].settings)}")
+    found = [group for group in groups if all(group.settings[key] == value for key, value in wanted.items())]
+    if not found:
+        raise ConfigError(f"--baseline: no group has {wanted}; there are {', '.join(group.name for group in groups)}")
+    return found[0]
+
+
+def _differences(groups: list[Group], baseline: Group) -> dict | None:
+    """Every other group against the baseline, paired by seed."""
+    rows, numbers = [], []
+    for group in (g for g in groups if g is not baseline):
+        cells = []
+        for name in COMPARED[:-1]:
+            d = paired_difference(group.by_seed(name), baseline.by_seed(name))
+            interval = f" [{d['low']:+.3f}, {d['high']:+.3f}]" if d and d["low"] is not None else ""
+            cells.append(f"{d['mean']:+.3f}" + (f" ± {d['se']:.3f}" if d["se"] is not None else "") + interval if d else "-")
+            if d:
+                numbers.append([group.name, baseline.name, name, *d.values()])
+        rows.append([group.name, *cells])
+    if not numbers:
+        return None
+    title = f"Differences from {baseline.name}, paired by seed: mean ± standard error [bootstrap 95%]"
+    return {"table": {"title": title, "head": ["", *COMPARED[:-1]], "rows": rows}, "numbers": numbers}
+
+
+def _frontier_table(folder: Path, groups: list[Group]) -> dict | None:
+    """The best reward within a KL, over all checkpoints of a loss; frontier.csv has it by seed."""
+    families: dict[str, list[Run]] = defaultdict(list)
+    for group in groups:
+        families[pictures.frontier_label(group)] += group.runs
+    found = {name: envelopes(runs, AT_KL) for name, runs in families.items()}
+    if not any(found.values()):
+        return None
+    with atomic_write(folder / "frontier.csv") as f:
+        csv.writer(f).writerows([["loss", "seed", *(f"kl={kl}" for kl in AT_KL)], *([name, seed, *values] for name, by_seed in found.items() for seed, values in by_seed.items())])
+    rows = [[name, *(plus_minus(*mean_and_error(v for v in at if v is not None)) for at in zip(*by_seed.values()))] for name, by_seed in found.items() if by_seed]
+    return {"title": "Best reward within a KL to the reference: mean ± standard error over seeds", "head": ["", *(f"KL {kl:g}" for kl in AT_KL)], "rows": rows}
+
+
+def _write_tables(folder: Path, groups: list[Group], keys: list[str], head: list[str], rows: list[list[str]], differences: dict | None) -> None:
+    numbers = []
+    for group in groups:
+        values = [group.by_seed(name).values() for name in COMPARED]
+        numbers.append([*group.settings.values(), len(group.runs), *(n for v in values for n in (*mean_and_error(v), *bootstrap(v))), group.state])
+    columns = [f"{name}{end}" for name in COMPARED for end in ("", "_se", "_low", "_high")]
     with atomic_write(folder / "comparison.csv") as f:
-        csv.writer(f).writerows([head, *rows])
-    table = _aligned([head, *rows])
+        csv.writer(f).writerows([[*keys, "seeds", *columns, "state"], *numbers])
     with atomic_write(folder / "comparison.md") as f:
         f.write("\n".join("| " + " | ".join(map(str, row)) + " |" for row in [head, ["---"] * len(head), *rows]) + "\n")
-    pictures = _save_pictures(folder, {"frontier": ("Reward-KL frontier", frontier_picture(runs))})
-    with atomic_write(folder / "report.html") as f:
-        f.write(PAGE.render(title=f"{folder.name}: {len(runs)} runs", tables=[{"head": head, "rows": rows}], pictures=pictures))
-    return table
+    with atomic_write(folder / "comparison.tex") as f:
+        f.write(latex([head, *rows]))
+    if differences:
+        with atomic_write(folder / "differences.csv") as f:
+            csv.writer(f).writerows([["group", "baseline", "metric", "mean", "se", "low", "high", "seeds"], *differences["numbers"]])
 
 
-def _differing_settings(runs: list[Run]) -> list[str]:
-    """Dotted keys whose values differ among the runs that have them, the loss first; seeds are aggregated over."""
-    flat = [_flatten(run.config) for run in runs]
-    keys = sorted({key for f in flat for key in f}, key=lambda key: (key != "loss.name", key))
-    return [key for key in keys if key.split(".")[0] not in NOT_SETTINGS and len({str(f[key]) for f in flat if key in f}) > 1] or ["loss.name"]
+def latex(rows: list[list[str]]) -> str:
+    """A tabular for booktabs; the first row is its head."""
+    special = {"\\": r"\textbackslash{}", "&": r"\&", "%": r"\%", "$": r"\$", "#": r"\#", "_": r"\_", "{": r"\{", "}": r"\}", "~": r"\textasciitilde{}", "^": r"\textasciicircum{}", "±": r"$\pm$"}
+    lines = [" & ".join("".join(special.get(c, c) for c in str(cell)) for cell in row) + r" \\" for row in rows]
+    return "\n".join([r"\begin{tabular}{" + "l" * len(rows[0]) + "}", r"\toprule", lines[0], r"\midrule", *lines[1:], r"\bottomrule", r"\end{tabular}", ""])
 
 
-def _flatten(tree: dict, prefix: str = "") -> dict:
-    flat = {}
-    for key, value in tree.items():
-        flat |= _flatten(value, f"{prefix}{key}.") if isinstance(value, dict) else {f"{prefix}{key}": value}
-    return flat
-
-
-def _setting(run: Run, key: str) -> str:
-    return str(_flatten(run.config).get(key, "-"))
-
-
-def _over_seeds(values: list) -> str:
-    """Mean over seeds, with its standard error from two on."""
-    values = [v for v in values if v is not None]
-    if not values:
-        return "-"
-    mean = math.fsum(values) / len(values)
-    if len(values) == 1:
-        return f"{mean:.3f}"
-    return plus_minus(mean, math.sqrt(math.fsum((v - mean) ** 2 for v in values) / (len(values) - 1) / len(values)))
+def _side_by_side(groups: list[Group]) -> list[dict]:
+    """For each prompt what every group answered in its first seed, beside the reference and the data."""
+    found: dict[str, dict] = {}
+    for group in groups:
+        for row in group.runs[0].samples():
+            if row.get("sample", 0) == 0 and row.get("policy") is not None:
+                entry = found.setdefault(row["prompt"], {"prompt": row["prompt"], "where": "", "columns": []})
+                columns = _sample_columns(row)["columns"]
+                entry["columns"] += [c for c in columns if c[0] != "policy" and c[0] not in [k[0] for k in entry["columns"]]]
+                entry["columns"] += [(group.name, *c[1:]) for c in columns if c[0] == "policy"]
+    return list(found.values())[:MAX_SAMPLES]
 
 
 def _aligned(rows: list[list]) -> str:
@@ -418,25 +385,35 @@ def _aligned(rows: list[list]) -> str:
     return "\n".join("  ".join(str(cell).ljust(width) for cell, width in zip(row, widths)).rstrip() for row in rows)
 
 
-def find_runs(folder: Path) -> list[Run]:
-    """Run folders below `folder`: those with a config.yaml and a metrics.jsonl."""
-    found = [p.parent for p in sorted(folder.rglob("config.yaml")) if (p.parent / "metrics.jsonl").is_file()]
-    return [Run(path) for path in found if not any(part.startswith(".") for part in path.relative_to(folder).parts)]
+# --------------------------------------------------------------------------------------------------------- command
+
+
+def report(folder: Path, baseline: dict[str, str] | None = None) -> tuple[str, bool]:
+    """The report of a run or of a folder of runs: its table as text, and whether something there is still running."""
+    if (folder / "config.yaml").is_file():
+        return write_report(folder), Run(folder).state == "running"
+    runs, problems = find_runs(folder) if folder.is_dir() else ([], [])
+    if not runs:
+        raise DataError(f"{folder}: no run there; looked for folders with a config.yaml and a metrics.jsonl" + "".join(f"; {p}" for p in problems))
+    return write_comparison(folder, runs, baseline, problems), any(run.state == "running" for run in runs)
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("folder", type=Path, help="a run folder, or a folder of run folders")
-    folder = parser.parse_args().folder
+    parser.add_argument("--baseline", nargs="+", default=[], metavar="KEY=VALUE", help="settings of the group to compare with")
+    parser.add_argument("--watch", nargs="?", type=float, const=30.0, metavar="SECONDS", help="write it anew every so often while runs go on")
+    arguments = parser.parse_args()
     try:
-        if (folder / "config.yaml").is_file():
-            print(write_report(folder))
-        else:
-            runs = find_runs(folder) if folder.is_dir() else []
-            if not runs:
-                raise DataError(f"{folder}: no run there; looked for folders with a config.yaml and a metrics.jsonl")
-            print(write_comparison(folder, runs))
-        print(f"{folder / 'report.html'}")
+        while True:
+            table, running = report(arguments.folder, dict(pair.partition("=")[::2] for pair in arguments.baseline))
+            print(table)
+            print(f"{arguments.folder / 'report.html'}", flush=True)
+            if not (arguments.watch and running):
+                break
+            time.sleep(arguments.watch)
+    except KeyboardInterrupt:
+        pass
     except PrefLabError as error:
         print(f"error: {error}", file=sys.stderr)
         raise SystemExit(2) from None

@@ -3,14 +3,19 @@
 import inspect
 import json
 import math
+import os
 import re
+import time
 from collections.abc import Callable
 from pathlib import Path
 
-from utils import ConfigError, nearest
+from omegaconf import OmegaConf
+
+from utils import ConfigError, PrefLabError, load_module, nearest
 
 Score = Callable[[list[str], list[str]], list[float]]
 REWARDS: dict[str, Callable[..., Score]] = {}
+CONFIG_DIR = Path(__file__).resolve().parent / "config" / "reward"
 
 
 def register_reward(name: str):
@@ -23,10 +28,42 @@ def register_reward(name: str):
     return decorate
 
 
+class RewardError(PrefLabError):
+    """A reward that gave no usable scores: a failure is never taken for a score."""
+
+
+def reward_settings(name, settings: dict | None = None) -> dict:
+    """The settings of config/reward/NAME.yaml with `settings` in place of some of them. Raises ConfigError for an unknown name."""
+    path = CONFIG_DIR / f"{name}.yaml"
+    if not path.is_file() and name in REWARDS:  # of a file of the user's own
+        return {"name": name, **(settings or {})}
+    if not path.is_file():
+        raise ConfigError(f"{name!r} is no reward; {nearest(str(name), [p.stem for p in CONFIG_DIR.glob('*.yaml')])}")
+    return OmegaConf.to_container(OmegaConf.merge(OmegaConf.load(path), settings or {}), resolve=True)
+
+
+def all_rewards(config) -> dict[str, dict]:
+    """Settings of `reward`, and of every entry of `more_rewards`, by the name that its scores go by: `as`, or its own."""
+    if config.reward.get("module"):
+        load_module(config.reward["module"], "reward.module")
+    found = {}
+    for entry in (config.reward, *config.more_rewards):
+        entry = {"name": entry} if isinstance(entry, str) else dict(entry)
+        if "name" not in entry:
+            raise ConfigError(f"more_rewards: {entry} has no name; give a file of config/reward/, or {{name: NAME, setting: value}}")
+        called = entry.pop("as", entry["name"])
+        if called in found:
+            raise ConfigError(f"two rewards are called {called}; tell them apart: more_rewards=[{{name: {entry['name']}, as: another_name}}]")
+        found[called] = entry if not found else reward_settings(entry["name"], {key: value for key, value in entry.items() if key != "name"})
+    return found
+
+
 def check_reward(config) -> None:
-    """Raise ConfigError for an unknown reward, or settings that do not fit it; loads nothing."""
+    """Raise ConfigError for an unknown reward, or settings that do not fit it; loads nothing but `module`."""
     settings = dict(config)
-    name = settings.pop("name")
+    name, module = settings.pop("name"), settings.pop("module", None)
+    if module:
+        load_module(module, "reward.module")
     if name not in REWARDS:
         raise ConfigError(f"reward.name={name!r} is not a registered reward; {nearest(str(name), REWARDS)}")
     accepted = inspect.signature(REWARDS[name]).parameters
@@ -38,20 +75,26 @@ def check_reward(config) -> None:
         raise ConfigError(f"reward={name} needs {', '.join('reward.' + key for key in missing)}")
 
 
+def build_rewards(config) -> dict[str, Score]:
+    """`reward` first, then `more_rewards`, by name."""
+    return {name: build_reward(settings) for name, settings in all_rewards(config).items()}
+
+
 def build_reward(config) -> Score:
-    """The reward of the `reward` group, wrapped so that a wrong count or a number that is not finite is an error."""
+    """The reward of these settings, wrapped so that a wrong count or a number that is not finite is a RewardError."""
     check_reward(config)
     settings = dict(config)
     name = settings.pop("name")
+    settings.pop("module", None)
     score = REWARDS[name](**settings)
 
     def checked(prompts: list[str], responses: list[str]) -> list[float]:
         values = [float(value) for value in score(prompts, responses)]
         if len(values) != len(responses):
-            raise ValueError(f"reward {name} returned {len(values)} scores for {len(responses)} responses")
+            raise RewardError(f"reward {name} returned {len(values)} scores for {len(responses)} responses")
         for value, response in zip(values, responses):
             if not math.isfinite(value):
-                raise ValueError(f"reward {name} returned {value} for the response {response[:80]!r}")
+                raise RewardError(f"reward {name} returned {value} for the response {response[:80]!r}")
         return values
 
     return checked
@@ -118,6 +161,126 @@ def classifier(
                 others = torch.arange(logits.shape[-1], device=logits.device) != labels[label]
                 log_q = logits[:, others].logsumexp(-1) - logits.logsumexp(-1)
             values.extend((log_p.exp() if output == "probability" else log_p - log_q).tolist())
+        return values
+
+    return score
+
+
+@register_reward("length")
+def length(*, unit: str = "words") -> Score:
+    """How long the response is: unit "words" (runs of non-space) or "characters"."""
+    units = {"words": lambda text: len(text.split()), "characters": len}
+    if unit not in units:
+        raise ConfigError(f"reward.unit={unit!r}; accepted: {', '.join(units)}")
+    return lambda prompts, responses: [float(units[unit](response)) for response in responses]
+
+
+@register_reward("reward_model")
+def reward_model(*, path: str, chat_template: bool = False, max_length: int | None = None, batch_size: int = 16) -> Score:
+    """The one output of a sequence-classification model for prompt and response together.
+
+    path: a folder, a hub id, or a run of loss=bradley_terry; chat_template: prompt and response as a user's and an
+    assistant's message, in the form of the model's tokenizer; max_length: tokens kept, of the end (null: what the model takes).
+    """
+    import torch  # here, so that checking a config stays light
+    from transformers import AutoModelForSequenceClassification, AutoTokenizer
+
+    folder = Path(path) / "LATEST" / "hf"
+    path = str(folder) if folder.is_dir() else path
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(path, truncation_side="left", padding_side="right")
+        model = AutoModelForSequenceClassification.from_pretrained(path).eval()
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"reward.path={path} holds no sequence-classification model: {str(error).splitlines()[0]}") from error
+    if model.config.num_labels != 1:
+        raise ConfigError(f"reward.path={path} has {model.config.num_labels} outputs, and a reward model has one; reward=classifier reads a label")
+    if chat_template and not tokenizer.chat_template:
+        raise ConfigError(f"reward.chat_template=true, and the tokenizer of {path} has none")
+    if tokenizer.pad_token_id is None:
+        tokenizer.pad_token = tokenizer.eos_token
+    model.config.pad_token_id = tokenizer.pad_token_id
+    limit = max_length or getattr(model.config, "max_position_embeddings", None)
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    model.to(device)
+
+    def ids_of(prompt: str, response: str) -> list[int]:
+        if chat_template:
+            messages = [{"role": "user", "content": prompt}, {"role": "assistant", "content": response}]
+            ids = tokenizer(tokenizer.apply_chat_template(messages, tokenize=False), add_special_tokens=False)["input_ids"]
+            return ids[-limit:] if limit else ids
+        # As in training: prompt and response apart, BOS in front where there is one, EOS behind.
+        head = [tokenizer.bos_token_id] if tokenizer.bos_token_id is not None else []
+        ids = tokenizer(prompt, add_special_tokens=False)["input_ids"] + tokenizer(response, add_special_tokens=False)["input_ids"]
+        return head + (ids[-(limit - len(head) - 1) :] if limit else ids) + [tokenizer.eos_token_id]
+
+    @torch.no_grad()
+    def score(prompts: list[str], responses: list[str]) -> list[float]:
+        rows = [ids_of(prompt, response) for prompt, response in zip(prompts, responses)]
+        values = [0.0] * len(rows)
+        order = sorted(range(len(rows)), key=lambda i: len(rows[i]))
+        for begin in range(0, len(order), batch_size):
+            part = order[begin : begin + batch_size]
+            inputs = tokenizer.pad({"input_ids": [rows[i] for i in part]}, return_tensors="pt").to(device)
+            for i, value in zip(part, _last_value(model, inputs).tolist()):
+                values[i] = value
+        return values
+
+    return score
+
+
+def _last_value(model, inputs):
+    """(rows,): the scalar at the last token of each row, found from the mask: a pad that equals EOS would mislead the model's own search."""
+    import torch
+
+    last = inputs["attention_mask"].sum(1) - 1
+    body = model.base_model(input_ids=inputs["input_ids"], attention_mask=inputs["attention_mask"]).last_hidden_state
+    head = getattr(model, "score", None)
+    if head is None:  # an encoder with a head of its own
+        return model(**inputs).logits[:, 0].double()
+    return head(body[torch.arange(len(last), device=last.device), last])[:, 0].double()
+
+
+@register_reward("http")
+def http(*, url: str, token_env: str = "REWARD_TOKEN", batch_size: int = 64, timeout: float = 60.0, retries: int = 5, backoff: float = 0.5) -> Score:
+    """A scoring service: POST {"prompts": [...], "responses": [...]} to URL/predict, which answers {"scores": [...]}.
+
+    token_env: environment variable with a bearer token, if the service wants one; timeout: seconds of an attempt; retries:
+    further attempts after a timeout, a lost connection or a status 408, 429 or 5xx, with waits that double from
+    `backoff` seconds. Then, or on any other answer, RewardError.
+    """
+    import httpx
+
+    token = os.environ.get(token_env)
+    client = httpx.Client(base_url=url.rstrip("/"), timeout=timeout, headers={"Authorization": f"Bearer {token}"} if token else {})
+
+    def post(payload: dict) -> list:
+        for attempt in range(retries + 1):
+            try:
+                response = client.post("/predict", json=payload)
+                told = f"status {response.status_code}: {response.text[:200]}"
+                if response.status_code not in (408, 429) and response.status_code < 500:
+                    break
+            except httpx.TransportError as error:
+                told = f"{type(error).__name__}: {error}"
+            if attempt < retries:
+                time.sleep(backoff * 2**attempt)
+        else:
+            raise RewardError(f"reward.url={url} gave no scores in {retries + 1} attempts, the last: {told}")
+        try:
+            scores = response.json()["scores"]
+            assert response.status_code == 200 and all(isinstance(s, (int, float)) and not isinstance(s, bool) for s in scores)
+        except (ValueError, LookupError, TypeError, AssertionError) as error:
+            raise RewardError(f"reward.url={url} answered {told}; expected {{\"scores\": [numbers]}}") from error
+        return scores
+
+    def score(prompts: list[str], responses: list[str]) -> list[float]:
+        values = []
+        for begin in range(0, len(responses), batch_size):
+            part = slice(begin, begin + batch_size)
+            scores = post({"prompts": prompts[part], "responses": responses[part]})
+            if len(scores) != len(responses[part]):
+                raise RewardError(f"reward.url={url} answered {len(scores)} scores for {len(responses[part])} responses")
+            values += scores
         return values
 
     return score

@@ -51,7 +51,7 @@ def sample(
     tokenizer,
     prompts: list[list[int]],
     *,
-    keys: list[int],
+    keys: list[int | tuple[int, int]],
     max_new_tokens: int,
     temperature: float = 1.0,
     top_p: float = 1.0,
@@ -62,7 +62,7 @@ def sample(
 ) -> list[list[int]]:
     """One response a prompt, as token ids, with its EOS when it ended within `max_new_tokens`.
 
-    keys: a number for each prompt; equal (seed, key) draw equal random numbers. Prompts are batched by length and
+    keys: a number, or two, for each prompt; equal (seed, key) draw equal random numbers. Prompts are batched by length and
     spread over the ranks; every rank gets all responses.
     """
     order = sorted(range(len(prompts)), key=lambda i: (len(prompts[i]), i))
@@ -70,7 +70,7 @@ def sample(
     mine = []
     with _packed(policy):
         for rows, n_real in world.batches(order, batch_size):
-            uniforms = np.stack([np.random.default_rng([seed, keys[i]]).random(max_new_tokens) for i in rows])
+            uniforms = np.stack([np.random.default_rng([seed, *np.atleast_1d(keys[i])]).random(max_new_tokens) for i in rows])
             generated = _generate(
                 policy, tokenizer, [prompts[i] for i in rows], torch.from_numpy(uniforms), temperature, top_p, in_step=world.size > 1
             )

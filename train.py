@@ -4,6 +4,7 @@ import contextlib
 import itertools
 import json
 import os
+import socket
 import sys
 import time
 import warnings
@@ -13,14 +14,17 @@ import hydra
 from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig, OmegaConf
 
+from archives import pending
 from batching import PreferenceData, TokenStore, counts_line, describe_data, prepare
 from configuration import (
     CONFIG_DIR,
     check_config,
     check_overrides,
     fail,
+    finished_like,
     must_match,
     register_resolvers,
+    same_settings,
 )
 from distributed import data_ranks, leave, local_workers, ranks_given, world
 from launch import StopSignals, WorkerDied, launch, sheltered
@@ -89,6 +93,10 @@ def execute(config: DictConfig, run_dir: Path, stop: StopSignals | None = None) 
     ranks = world()
     stop = stop or StopSignals()
     loss, sources = ranks.first(lambda: check_config(config, TRAINERS))
+    if before := ranks.agree(lambda: finished_like(config, config.skip_finished)):
+        print(f"skipped: {before} is a finished run with these settings (skip_finished={config.skip_finished})")
+        _remove_if_empty(run_dir)
+        return json.loads((before / "summary.json").read_text(encoding="utf-8"))
     run_dir = ranks.agree(lambda: _run_dir_for(config, run_dir))
     if summary := ranks.agree(lambda: _finished(config, run_dir)):
         print(f"{run_dir} is already finished")
@@ -106,15 +114,40 @@ def execute(config: DictConfig, run_dir: Path, stop: StopSignals | None = None) 
         with atomic_write(run_dir / "data.json") as f:
             json.dump({split: describe_data(stores[split]) for split in stores}, f)
         print(f"run folder: {run_dir}")
+    with _told(run_dir, ranks.rank):
+        return _report(run_dir, _run_here_or_on_workers(config, resolved, run_dir, loss, tokenizer, data, stop))
+
+
+def _run_here_or_on_workers(config: DictConfig, resolved: dict, run_dir: Path, loss, tokenizer, data: dict, stop: StopSignals) -> dict:
     workers = local_workers(config)
-    if ranks.size == 1 and workers > 1:
+    if world().size == 1 and workers > 1:
         launch(work, workers, config.fsdp_port, (resolved, run_dir), stop)
         if stop.received:
             raise Stopped(stop.received)
-        summary = json.loads((run_dir / "summary.json").read_text(encoding="utf-8"))
-    else:
-        summary = _train_or_evaluate(config, run_dir, loss, tokenizer, data, stop)
-    return _report(run_dir, summary)
+        return json.loads((run_dir / "summary.json").read_text(encoding="utf-8"))
+    return _train_or_evaluate(config, run_dir, loss, tokenizer, data, stop)
+
+
+@contextlib.contextmanager
+def _told(run_dir: Path, rank: int):
+    """Keep in status.json whether the run is running, finished, stopped or failed, for those who look from outside."""
+
+    def tell(state: str, **more) -> None:
+        if rank == 0:
+            where = {"pid": os.getpid(), "host": socket.gethostname(), "time": time.time()}
+            with atomic_write(run_dir / "status.json") as f:
+                json.dump({"state": state, **where, **more}, f)
+
+    tell("running")
+    try:
+        yield
+    except Stopped as stopped:
+        tell("stopped", error=f"by {stopped}")
+        raise
+    except BaseException as error:
+        tell("failed", error=f"{type(error).__name__}: {error}"[:500])
+        raise
+    tell("finished")
 
 
 def work(resolved: dict, run_dir: Path) -> None:
@@ -146,9 +179,12 @@ def _train_or_evaluate(config: DictConfig, run_dir: Path, loss, tokenizer, data:
     if not config.debug and ranks.rank == 0:
         with sheltered():
             wandb_run = start_wandb(config.wandb, run_dir, OmegaConf.to_container(config, resolve=True))
+    if config.function == "eval":
+        left = ranks.agree(lambda: pending(config, run_dir))
+        config = OmegaConf.merge(config, {"model": {"archive": left[0][0].path}})
     trainer = TRAINERS[config.trainer](config, run_dir, loss, tokenizer, data, world=ranks, wandb_run=wandb_run, stop=stop)
     if config.function == "eval":
-        trainer.evaluate()
+        trainer.evaluate_checkpoints(left)
         return trainer.summarize()
     return trainer.train()
 
@@ -194,14 +230,18 @@ def _saved_config(config: DictConfig, run_dir: Path) -> DictConfig:
 
 
 def _run_dir_for(config: DictConfig, run_dir: Path) -> Path:
-    """`run_dir`, or for an evaluation a folder inside it when another run lives there."""
+    """`run_dir`, or for an evaluation a folder inside it when another run lives there; one that was cut short goes on."""
     if config.function == "eval":
         folders = itertools.chain([run_dir], (run_dir / f"eval-{n}" for n in itertools.count(1)))
-        return next(folder for folder in folders if not (folder / "config.yaml").exists())
+        return next(folder for folder in folders if not (folder / "config.yaml").exists() or _cut_short(folder, config))
     path = run_dir / "config.yaml"
     if config.function == "train" and path.is_file():
         must_match(OmegaConf.load(path), config)
     return run_dir
+
+
+def _cut_short(folder: Path, config: DictConfig) -> bool:
+    return not (folder / "summary.json").exists() and same_settings(OmegaConf.load(folder / "config.yaml"), config)
 
 
 def _finished(config: DictConfig, run_dir: Path) -> dict | None:

@@ -11,9 +11,11 @@ from concurrent.futures import Future
 from pathlib import Path
 
 import torch
+from omegaconf import OmegaConf
 from torch.distributed.tensor import DTensor
 from tqdm import tqdm
 
+from archives import Checkpoint, finish_evaluation, temperatures
 from batching import (
     Loader,
     PreferenceData,
@@ -35,7 +37,7 @@ from checkpoints import (
     set_random_state,
 )
 from distributed import ALONE, World
-from evaluation import append_samples, evaluate_loss, sample_and_measure
+from evaluation import Sampling, evaluate_loss, sample_and_measure
 from launch import StopSignals
 from layouts import Batch, Layout
 from logprobs import Scorer
@@ -66,9 +68,10 @@ from reference import (
     wants_cache,
     why_not_cached,
 )
-from rewards import build_reward
-from utils import PrefLabError, atomic_write, seed_everything
+from rewards import build_rewards
+from utils import PrefLabError, append_rows, atomic_write, seed_everything
 
+MEASURED = [f"samples_eval/{name}" for name in ("policy_length", "reference_length", "policy_ended", "entropy", "repetition")]  # also in summary.json
 SHARD = "2GB"  # of the hf folder: a shard is in memory while it is written
 
 
@@ -126,8 +129,8 @@ class BasicTrainer:
     def build_models(self) -> None:
         self.scalar = "scalar_head" in self.loss.reads  # such a model has no text to sample
         model, training = self.config.model, self.config.function == "train"
-        self.reward = None if self.scalar else build_reward(self.config.reward)
-        self.policy = build_policy(model, scalar_head=self.scalar, trainable=training, checkpoint=self.checkpoint, place=self.place)
+        self.rewards = {} if self.scalar else build_rewards(self.config)
+        self.policy = self._build_policy(model)
         name, why = choose_layout(self.config, self.policy)
         reshard(self.policy.model)
         print(f"layout: {name}" + (f" ({why})" if why else ""))
@@ -141,6 +144,10 @@ class BasicTrainer:
             needed = {"train": self.loader.first_epoch(), "test": evaluation_order(self.data["test"].groups)[: self.config.n_eval_examples]}
             attach_reference(self.config, self.data, needed, self._like_reference, self.layout, self._microbatch_tokens(), self.world)
             reshard(self.policy.model)  # it may have stood in for the reference
+
+    def _build_policy(self, model) -> Scorer:
+        training = self.config.function == "train"
+        return build_policy(model, scalar_head=self.scalar, trainable=training, checkpoint=self.checkpoint, place=self.place)
 
     def _build_reference(self) -> Scorer:
         return build_reference(self.config.model, self.policy, function=self.config.function, place=self.place)
@@ -296,24 +303,47 @@ class BasicTrainer:
     def evaluate(self) -> None:
         """Held-out losses, and samples if asked for: a row of metrics.jsonl and rows of samples.jsonl."""
         config = self.config
-        values = evaluate_loss(
-            self.loss, self.policy, self.reference, self.data["test"],
-            n=config.n_eval_examples, batch_size=config.eval_batch_size, layout=self.layout, world=self.world,
-        )  # fmt: skip
+        values = self._held_out_losses()
         if samples(config, self.loss):
-            rows, means = sample_and_measure(
-                self.policy, self.reference, self.tokenizer, self.data["test"], self.reward, config.reward.name,
-                n=config.n_eval_examples if config.function == "eval" else config.n_eval_model_samples,
-                max_prompt_length=config.max_prompt_length,
-                max_new_tokens=config.max_new_tokens or config.max_length - config.max_prompt_length,
-                temperature=config.temperature, top_p=config.topp, seed=config.seed, batch_size=config.eval_batch_size,
-                layout=self.layout, world=self.world,
-            )  # fmt: skip
+            rows, means = self._sample(config.n_eval_model_samples, config.temperature)
             if self.world.rank == 0:
-                append_samples(self.run_dir / "samples.jsonl", rows, self.counters.examples)
+                append_rows(self.run_dir / "samples.jsonl", rows, examples=self.counters.examples)
             values |= means
         self._write("eval", values)
         self.last_eval = {"examples": self.counters.examples, **values}
+
+    def evaluate_checkpoints(self, pending: list[tuple[Checkpoint, list[float]]]) -> None:
+        """Every checkpoint at every temperature: a row of eval.jsonl for each, and samples. `pending` has what is still to do."""
+        config, kept = self.config, {}
+        bar = tqdm(total=sum(len(wanted) for _, wanted in pending), desc="evaluations", disable=True if len(pending) < 2 else self.world.no_bar)
+        for number, (checkpoint, wanted) in enumerate(pending):
+            if number:  # the first was built with the trainer
+                self.policy = None  # two of them need not be in memory at once
+                self.policy = self._build_policy(OmegaConf.merge(config.model, {"archive": checkpoint.path}))
+            losses = self._held_out_losses()
+            for temperature in wanted:
+                rows, means = self._sample(config.n_eval_examples, temperature, kept) if samples(config, self.loss) else ([], {})
+                self.last_eval = {"examples": 0, **losses, **means}
+                if self.world.rank == 0:
+                    drawn = {"temperature": temperature, "top_p": config.topp, "samples_per_prompt": config.samples_per_prompt, "eval_seed": config.seed}
+                    finish_evaluation(self.run_dir, checkpoint, rows, drawn | losses | means)
+                self._write("eval", losses | means | {"checkpoint": checkpoint.path, "temperature": temperature})
+                bar.update()
+
+    def _held_out_losses(self) -> dict[str, float]:
+        return evaluate_loss(
+            self.loss, self.policy, self.reference, self.data["test"],
+            n=self.config.n_eval_examples, batch_size=self.config.eval_batch_size, layout=self.layout, world=self.world,
+        )  # fmt: skip
+
+    def _sample(self, n: int, temperature: float, kept: dict | None = None) -> tuple[list[dict], dict[str, float]]:
+        config = self.config
+        how = Sampling(
+            n=n, k=config.samples_per_prompt, max_prompt_length=config.max_prompt_length,
+            max_new_tokens=config.max_new_tokens or config.max_length - config.max_prompt_length,
+            temperature=temperature, top_p=config.topp, seed=config.seed, batch_size=config.eval_batch_size,
+        )  # fmt: skip
+        return sample_and_measure(self.policy, self.reference, self.tokenizer, self.data["test"], self.rewards, how, self.layout, self.world, kept)
 
     def summarize(self) -> dict:
         """Write summary.json: the last evaluation and the run's speed."""
@@ -325,8 +355,9 @@ class BasicTrainer:
         for name in ("kl", "kl_se", "kl_k1", "kl_k3"):
             summary[name] = values.get(f"samples_eval/{name}")
         summary |= {"eval_accuracy": values.get("rewards_eval/accuracies"), "eval_loss": values.get("loss/eval")}
+        summary |= {key.split("/")[1]: values[key] for key in MEASURED if key in values}
         summary |= {"pairs_per_second": rate, "examples": counters.examples, "steps": counters.steps, "seconds": counters.seconds}
-        summary |= {"seed": self.config.seed, "temperature": self.config.temperature, "top_p": self.config.topp}
+        summary |= {"seed": self.config.seed, "temperature": temperatures(self.config)[-1], "top_p": self.config.topp}
         peaks = [peak for peak in self.save_peaks if peak is not None]
         summary["peak_memory_bytes"] = int(self.world.max([float(peak_memory())])[0])
         summary |= {"trainer": self.config.trainer, "ranks": self.world.size, "rank_bytes": self.state_bytes}

@@ -3,9 +3,14 @@
 import contextlib
 import difflib
 import hashlib
+import importlib
+import importlib.util
+import json
+import math
 import os
 import random
 import shutil
+import sys
 import tempfile
 from collections.abc import Iterable, Iterator
 from pathlib import Path
@@ -55,6 +60,14 @@ def atomic_write(path: str | Path, mode: str = "w") -> Iterator:
         raise
 
 
+def append_rows(path: Path, rows: list[dict], **where) -> None:
+    """Add rows to a JSON-lines file, all or none of them; `where` is put in front of each."""
+    kept = path.read_text(encoding="utf-8") if path.is_file() else ""
+    with atomic_write(path) as f:
+        f.write(kept)
+        f.writelines(json.dumps({**where, **row}, ensure_ascii=False) + "\n" for row in rows)
+
+
 @contextlib.contextmanager
 def atomic_directory(path: str | Path) -> Iterator[Path]:
     """Fill a temporary folder beside `path`; on success it takes the name `path`, on failure nothing is left.
@@ -92,6 +105,26 @@ def _umask() -> int:
     return current
 
 
+def load_module(module: str, key: str) -> None:
+    """Import `my_losses` or `path/to/my_losses.py`, whose calls add to a registry. key: the setting that names it."""
+    path = Path(module)
+    if path.suffix == ".py":
+        if not path.is_file():
+            raise ConfigError(f"{key}={module!r}: no such file (looked in {Path.cwd()})")
+        spec = importlib.util.spec_from_file_location(path.stem, path)
+        loaded = importlib.util.module_from_spec(spec)
+        spec.loader.exec_module(loaded)
+        return
+    if str(Path.cwd()) not in sys.path:
+        sys.path.insert(0, str(Path.cwd()))
+    try:
+        importlib.import_module(module)
+    except ModuleNotFoundError as error:
+        if error.name != module.split(".")[0] and error.name != module:
+            raise
+        raise ConfigError(f"{key}={module!r} cannot be imported from {Path.cwd()}; give a module name or a path ending in .py")
+
+
 def content_hash(*parts: str | bytes | Path) -> str:
     """Hex digest of the parts in order; a `Path` stands for the bytes of that file."""
     digest = hashlib.sha256()
@@ -104,6 +137,17 @@ def content_hash(*parts: str | bytes | Path) -> str:
         digest.update(len(part).to_bytes(8, "little"))
         digest.update(part)
     return digest.hexdigest()[:32]
+
+
+def mean_and_error(values: Iterable[float]) -> tuple[float | None, float | None]:
+    """Mean and its standard error; None without values, and no error of a single one."""
+    values = list(values)
+    if not values:
+        return None, None
+    mean = math.fsum(values) / len(values)
+    if len(values) == 1:
+        return mean, None
+    return mean, math.sqrt(math.fsum((v - mean) ** 2 for v in values) / (len(values) - 1) / len(values))
 
 
 def seed_everything(seed: int) -> None:

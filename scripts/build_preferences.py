@@ -28,12 +28,14 @@ def main() -> None:
     parser.add_argument("--output", required=True, help="files are named OUTPUT-train.jsonl and OUTPUT-test.jsonl")
     parser.add_argument("--k", type=int, default=6, help="responses a prompt")
     parser.add_argument("--n_test", type=int, default=200, help="the last so many prompts make the test file")
+    parser.add_argument("--config-dir", type=Path, help="a folder with reward/ or model/ yamls of your own")
     arguments, overrides = parser.parse_known_args()
+    own = arguments.config_dir and arguments.config_dir.resolve()
     register_resolvers()
     try:
-        check_overrides(overrides)
+        check_overrides([*overrides, *(["--config-dir"] if own else [])])
         with initialize_config_dir(str(CONFIG_DIR), version_base="1.3"):
-            config = compose("config", overrides=overrides)
+            config = compose("config", overrides=[*overrides, *([f"hydra.searchpath=[file://{own}]"] if own else [])])
         for path, rows in build(config, _read_prompts(arguments.prompts), arguments).items():
             with atomic_write(path) as f:
                 f.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)

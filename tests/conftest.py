@@ -1,9 +1,13 @@
 """Shared by all tests: offline, one place for tiny models, a tokenizer, and runs of the project's commands."""
 
+import contextlib
 import json
 import os
 import subprocess
 import sys
+import threading
+import time
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 os.environ |= {"HF_HUB_OFFLINE": "1", "HF_DATASETS_OFFLINE": "1", "WANDB_MODE": "disabled", "TOKENIZERS_PARALLELISM": "true"}
@@ -161,3 +165,54 @@ def same_weights(a: dict, b: dict) -> bool:
 def untimed(rows: list[dict]) -> list[dict]:
     """Metric rows without what depends on the clock."""
     return [{key: value for key, value in row.items() if not key.endswith("_per_second")} for row in rows]
+
+
+@pytest.fixture
+def http_server():
+    """Starts servers that answer requests, in order, as told; the last answer is also that of all further ones.
+
+    An answer: a status, "drop" (the connection), "stall", "drip" (a byte at a time), "nonsense", or a function from the body.
+    """
+    servers = []
+
+    def start(answers: list):
+        received, lock = [], threading.Lock()
+
+        class Handler(BaseHTTPRequestHandler):
+            def do_POST(self):
+                body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+                with lock:
+                    answer = answers[min(len(received), len(answers) - 1)]
+                    received.append(body)
+                if answer == "drop":
+                    self.connection.close()
+                    return
+                if answer == "stall":
+                    time.sleep(3)
+                    return
+                content = b"<html>no JSON</html>"
+                if callable(answer):
+                    content = json.dumps(answer(body)).encode()
+                self.send_response(answer if isinstance(answer, int) else 200)
+                self.end_headers()
+                with contextlib.suppress(OSError):
+                    if answer == "drip":
+                        for _ in range(40):
+                            self.wfile.write(b" ")
+                            time.sleep(0.1)
+                    self.wfile.write(content)
+
+            def log_message(self, *args):
+                pass
+
+        server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+        server.daemon_threads = True
+        threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.02}, daemon=True).start()
+        server.url, server.received = f"http://127.0.0.1:{server.server_port}", received
+        servers.append(server)
+        return server
+
+    yield start
+    for server in servers:
+        server.shutdown()
+        server.server_close()

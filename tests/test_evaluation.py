@@ -2,6 +2,7 @@
 
 import json
 import math
+import re
 
 import pytest
 import torch
@@ -18,13 +19,15 @@ from conftest import (
 )
 from transformers import AutoConfig, AutoModelForSequenceClassification
 
+import evaluation
 import sampling
-from evaluation import mean_and_error, sample_kl
+from archives import expand_archives
+from evaluation import distinct, measure_samples, repetition
 from layouts import Layout
 from logprobs import Scorer
-from rewards import REWARDS, build_reward, register_reward
+from rewards import REWARDS, RewardError, build_reward, register_reward
 from sampling import InverseCDF, sample
-from utils import ConfigError
+from utils import ConfigError, mean_and_error
 
 PROMPTS = [[256, *b"hello"], [256], [256, *b"a much longer prompt than these"], [256, *b"mid one"]]
 
@@ -130,15 +133,17 @@ def test_kl_estimators_agree_and_are_zero_for_equal_models():
     policy, reference = make_model("llama", scale=2.0), make_model("llama", seed=1, scale=2.0)
     prompts = [[256, 65 + i % 20] for i in range(400)]
     responses = sample(Scorer(policy), make_tokenizer(), prompts, keys=list(range(400)), max_new_tokens=8, seed=3, batch_size=100)
-    found = sample_kl(Scorer(policy), Scorer(reference), prompts, responses, 64, PADDED)
+    found = measure_samples(Scorer(policy), Scorer(reference), prompts, responses, 64, PADDED)
     means = {name: mean_and_error(values) for name, values in found.items()}
     assert min(found["kl"]) >= 0 and min(found["kl_k3"]) >= 0 and min(found["kl_k1"]) < 0
     for name in ("kl_k1", "kl_k3"):  # unbiased estimators of the same number
         assert abs(means[name][0] - means["kl"][0]) < 4 * math.hypot(means[name][1], means["kl"][1])
     assert means["kl"][1] < means["kl_k1"][1]
     assert means["kl"][0] > 0.3
-    same = sample_kl(Scorer(policy), Scorer(policy), prompts[:5], responses[:5], 2, PADDED)
-    assert all(value == 0 for values in same.values() for value in values)
+    same = measure_samples(Scorer(policy), Scorer(policy), prompts[:5], responses[:5], 2, PADDED)
+    assert all(value == 0 for name, values in same.items() if name != "entropy" for value in values)
+    alone = measure_samples(Scorer(policy), None, prompts[:5], responses[:5], 2, PADDED)
+    assert alone.keys() == {"entropy"} and alone["entropy"] == pytest.approx(same["entropy"], rel=1e-5)
 
 
 def test_kl_of_one_sample_by_hand():
@@ -147,15 +152,23 @@ def test_kl_of_one_sample_by_hand():
     ids = torch.tensor([prompt + response])
     p, q = (m(ids).logits[0, 2:5].log_softmax(-1) for m in (policy, reference))
     ratio = torch.stack([(p - q)[i, t] for i, t in enumerate(response)])
-    found = sample_kl(Scorer(policy), Scorer(reference), [prompt], [response], 1, PADDED)
+    found = measure_samples(Scorer(policy), Scorer(reference), [prompt], [response], 1, PADDED)
     assert found["kl"][0] == pytest.approx((p.exp() * (p - q)).sum().item())
     assert found["kl_k1"][0] == pytest.approx(ratio.sum().item())
     assert found["kl_k3"][0] == pytest.approx(((-ratio).exp() - 1 + ratio).sum().item())
+    assert found["entropy"][0] == pytest.approx(-(p.exp() * p).sum(1).mean().item())
 
 
 def test_mean_and_standard_error():
     assert mean_and_error([1.0, 2.0, 6.0]) == pytest.approx((3.0, math.sqrt(7 / 3)))
     assert mean_and_error([4.0]) == (4.0, None)
+
+
+def test_repetition_and_distinct_by_hand():
+    assert repetition([1, 2, 3, 4, 1, 2, 3, 4, 1]) == pytest.approx(1 - 4 / 6)  # six 4-grams, the last two were there
+    assert repetition([1, 2, 3]) == 0 and repetition([7] * 10) == pytest.approx(1 - 1 / 7)
+    assert distinct([[1, 2, 1], [2, 1]], 1) == pytest.approx(2 / 5) and distinct([[1, 2, 1], [2, 1]], 2) == pytest.approx(2 / 3)
+    assert distinct([[1]], 2) is None
 
 
 # --------------------------------------------------------------------------------------------------- rewards
@@ -195,6 +208,61 @@ def test_classifier(tmp_path, labels):
         build_reward(common | {"path": str(tmp_path)})
 
 
+def test_lengths():
+    assert build_reward({"name": "length", "unit": "words"})(["p", "p"], ["two  words", ""]) == [2.0, 0.0]
+    assert build_reward({"name": "length", "unit": "characters"})(["p"], ["abc d"]) == [5.0]
+
+
+@pytest.mark.parametrize("architecture", ["llama", "gpt2"])
+def test_reward_model_scores_the_last_token_of_prompt_and_response(architecture, tmp_path):
+    """Against the model run on each text alone; batches of unequal lengths, and a pad that is the EOS."""
+    save_model(tmp_path / "lm", architecture)
+    torch.manual_seed(0)
+    model = AutoModelForSequenceClassification.from_pretrained(tmp_path / "lm", num_labels=1).eval()
+    with torch.no_grad():
+        model.score.weight.mul_(20)
+    model.save_pretrained(tmp_path / "rm")
+    tokenizer = make_tokenizer()
+    tokenizer.pad_token = tokenizer.eos_token
+    tokenizer.save_pretrained(tmp_path / "rm")
+    prompts, responses = ["a", "another one", "x y"], [" b", " and a longer response", ""]
+    expected = []
+    for prompt, response in zip(prompts, responses):
+        ids = torch.tensor([[256, *tokenizer(prompt + response)["input_ids"], 256]])
+        expected.append((model.base_model(ids).last_hidden_state[0, -1] @ model.score.weight[0]).item())
+    found = build_reward({"name": "reward_model", "path": str(tmp_path / "rm"), "batch_size": 2})(prompts, responses)
+    assert found == pytest.approx(expected, rel=1e-4) and len({round(v, 3) for v in found}) == 3
+    cut = build_reward({"name": "reward_model", "path": str(tmp_path / "rm"), "max_length": 6})(prompts[1:2], responses[1:2])
+    ids = torch.tensor([[256, *tokenizer("onse")["input_ids"], 256]])
+    assert cut == pytest.approx([(model.base_model(ids).last_hidden_state[0, -1] @ model.score.weight[0]).item()], rel=1e-4)
+    with pytest.raises(ConfigError, match="has none"):
+        build_reward({"name": "reward_model", "path": str(tmp_path / "rm"), "chat_template": True})
+    classifier_folder(tmp_path / "two", ["a", "b"])
+    with pytest.raises(ConfigError, match="has 2 outputs"):
+        build_reward({"name": "reward_model", "path": str(tmp_path / "two")})
+
+
+def test_http_reward_asks_in_batches_and_survives_a_restart(http_server):
+    server = http_server([503, "drop", lambda body: {"scores": [len(r) for r in body["responses"]]}])
+    score = build_reward({"name": "http", "url": server.url, "batch_size": 2, "backoff": 0.01, "timeout": 5})
+    assert score(["p"] * 3, ["a", "bb", "ccc"]) == [1.0, 2.0, 3.0]
+    assert [body["responses"] for body in server.received] == [["a", "bb"]] * 3 + [["ccc"]]
+
+
+@pytest.mark.parametrize(
+    "answer, told",
+    [
+        (500, "in 2 attempts, the last: status 500"), ("drop", "in 2 attempts"), ("stall", "Timeout"), (404, "answered status 404"), (lambda _: {"scores": [1]}, "1 scores for 2"),
+        (lambda _: {"scores": ["a", 1]}, "expected"), (lambda _: {"result": []}, "expected"), ("nonsense", "expected"), (lambda _: {"scores": [1.0, float("nan")]}, "nan"),
+    ],
+)  # fmt: skip
+def test_http_reward_that_fails_is_an_error_and_never_a_score(answer, told, http_server):
+    server = http_server([answer])
+    score = build_reward({"name": "http", "url": server.url, "retries": 1, "backoff": 0.01, "timeout": 0.5})
+    with pytest.raises(RewardError, match=told):
+        score(["p", "p"], ["a", "b"])
+
+
 @pytest.mark.parametrize("returned, told", [([1.0], "1 scores for 2"), ([1.0, math.nan], "nan for the response")])
 def test_a_reward_that_answers_wrongly_is_an_error_never_a_zero(returned, told):
     @register_reward("odd")
@@ -228,6 +296,144 @@ def test_eval_of_a_run_writes_beside_it_and_leaves_it_as_it_was(llama_folder, im
 def test_temperature_is_said_in_the_row(llama_folder, imdb_dir, tmp_path):
     run_here(*small_run(llama_folder, imdb_dir, tmp_path / "run", "function=eval", "temperature=0.25", "topp=0.9"))
     assert {(row["temperature"], row["top_p"]) for row in read_rows(tmp_path / "run" / "samples.jsonl")} == {(0.25, 0.9)}
+
+
+@pytest.fixture(scope="module")
+def two_runs(tmp_path_factory, llama_folder):
+    """A folder with two trained runs, and the data they were trained on."""
+    home = tmp_path_factory.mktemp("two")
+    for split, n in (("train", 24), ("test", 8)):
+        write_jsonl(home / "data" / f"imdb-sft-{split}.jsonl", scored_rows(n))
+    for name, loss in (("a", "dpo"), ("b", "ipo")):
+        run_here(*small_run(llama_folder, home / "data", home / "sweep" / name, f"loss={loss}", "keep_checkpoints=null", "sample_during_eval=false", "save_every=8"))
+    return home
+
+
+def evaluate(home, llama_folder, name, *overrides):
+    run_here(*small_run(llama_folder, home / "data", home / name, "function=eval", "n_eval_examples=6", *overrides))
+    return read_rows(home / name / "eval.jsonl"), read_rows(home / name / "samples.jsonl")
+
+
+def test_archives_are_lists_patterns_and_folders_of_runs(two_runs):
+    a, b = two_runs / "sweep" / "a", two_runs / "sweep" / "b"
+    steps = [f"{a}/step-{n}" for n in (1, 2, 3)]
+    assert expand_archives(f"{a}/step-*") == steps
+    assert expand_archives([f"{a}/step-2", f"{b}/LATEST/policy.pt"]) == [steps[1], f"{b}/LATEST/policy.pt"]
+    assert expand_archives(str(two_runs / "sweep")) == [str(a), str(b)]
+    assert expand_archives([f"{a}/*/policy.pt", steps[0]]) == [f"{a}/LATEST/policy.pt", f"{a}/step-1/policy.pt", f"{a}/step-2/policy.pt"]  # LATEST is step-3
+    with pytest.raises(ConfigError, match="no match"):
+        expand_archives(f"{a}/stop-*")
+    with pytest.raises(ConfigError, match="without policy.pt"):
+        expand_archives(str(two_runs / "data"))
+
+
+def test_many_checkpoints_and_temperatures_are_rows(two_runs, llama_folder, monkeypatch):
+    """Each as if it had been evaluated alone, whatever the batch size; what was cut short goes on from its last row."""
+    a, b = (str(two_runs / "sweep" / name) for name in "ab")
+    many = [f"model.archive=[{a}/step-1,{b}]", "temperature=[0,1.0]", "samples_per_prompt=3", "more_rewards=[length,{name: length, as: letters, unit: characters}]"]
+    rows, samples = evaluate(two_runs, llama_folder, "many", *many)
+    assert [(row["checkpoint"], row["temperature"]) for row in rows] == [(f"{a}/step-1", 0), (f"{a}/step-1", 1.0), (b, 0), (b, 1.0)]
+    assert [row["training"]["loss"]["name"] for row in rows] == ["dpo", "dpo", "ipo", "ipo"] and [row["step"] for row in rows] == [1, 1, 3, 3]
+    assert len(samples) == 4 * 6 * 3
+    alone, alone_samples = evaluate(two_runs, llama_folder, "alone", f"model.archive={b}", "eval_batch_size=5", *many[2:])
+    changed = {"checkpoint", "stamp", "name"}
+    approx = {key: pytest.approx(value, rel=1e-4, abs=1e-5) if isinstance(value, float) else value for key, value in alone[0].items() if key not in changed}
+    assert {key: value for key, value in rows[3].items() if key not in changed} == approx
+    assert [s["policy"] for s in alone_samples] == [s["policy"] for s in samples[-18:]]
+
+    greedy = samples[:18]
+    assert all(len({s["policy"] for s in greedy[i : i + 3]}) == 1 for i in range(0, 18, 3)) and [s["sample"] for s in greedy[:3]] == [0, 1, 2]
+    hot = samples[18:36]
+    assert any(len({s["policy"] for s in hot[i : i + 3]}) == 3 for i in range(0, 18, 3))
+    means = [sum(s["policy_reward"]["lexicon"] for s in hot[i : i + 3]) / 3 for i in range(0, 18, 3)]
+    assert (rows[1]["samples_eval/policy_reward"], rows[1]["samples_eval/policy_reward_se"]) == pytest.approx(mean_and_error(means))
+    letters = [len(s["policy"]) for s in hot]
+    assert rows[1]["samples_eval/policy_reward[letters]"] == pytest.approx(sum(letters) / 18)
+    assert all(s["policy_reward"]["length"] == len(s["policy"].split()) for s in samples)
+    assert all((s["policy_tokens"] == 8) or s["policy_ended"] for s in samples)
+
+    # killed after the samples of the third evaluation, before its row
+    folder = two_runs / "many"
+    (folder / "summary.json").unlink()
+    write_jsonl(folder / "eval.jsonl", rows[:2])
+    write_jsonl(folder / "samples.jsonl", samples[:54])
+    drawn = []
+    monkeypatch.setattr(evaluation, "sample", lambda *args, **options: drawn.append(1) or sample(*args, **options))
+    again, again_samples = evaluate(two_runs, llama_folder, "many", *many)
+    assert again == rows and again_samples == samples and len(drawn) == 4  # policy and reference at two temperatures
+    assert not (folder / "eval-1").exists()
+
+
+def test_accuracy_is_also_by_dataset(llama_folder, imdb_dir, tmp_path):
+    pairs = [{"prompt": f"q{i}", "chosen": " yes", "rejected": " no"} for i in range(6)]
+    write_jsonl(tmp_path / "own" / "test.jsonl", pairs)
+    write_jsonl(tmp_path / "own" / "train.jsonl", pairs)
+    common = ["function=eval", "n_eval_examples=100", "sample_during_eval=false", f"model.reference_archive={save_model(tmp_path / 'other', seed=1)}"]
+    rows = {}
+    for name, data in (("both", f"[imdb,{tmp_path / 'own'}]"), ("imdb", "[imdb]"), ("own", f"[{tmp_path / 'own'}]")):
+        run_here(*small_run(llama_folder, imdb_dir, tmp_path / name, *common, f"datasets={data}"))
+        [rows[name]] = read_rows(tmp_path / name / "eval.jsonl")
+    by_name = {key.split("@")[1]: value for key, value in rows["both"].items() if key.startswith("loss/eval@")}
+    assert list(by_name.values()) == pytest.approx([rows["imdb"]["loss/eval"], rows["own"]["loss/eval"]], rel=1e-5)
+    assert len(set(by_name.values())) == 2 and not any("@" in key for key in rows["imdb"])
+    assert rows["both"]["rewards_eval/accuracies"] == pytest.approx((8 * rows["imdb"]["rewards_eval/accuracies"] + 6 * rows["own"]["rewards_eval/accuracies"]) / 14)
+
+
+def test_a_run_like_a_finished_one_is_skipped_on_request(two_runs, llama_folder, capsys):
+    again = small_run(llama_folder, two_runs / "data", two_runs / "again", "loss=ipo", "keep_checkpoints=null", "sample_during_eval=false", "save_every=8", f"skip_finished={two_runs / 'sweep'}")
+    summary = run_here(*again)
+    assert f"skipped: {two_runs / 'sweep' / 'b'}" in capsys.readouterr().out
+    assert summary == json.loads((two_runs / "sweep" / "b" / "summary.json").read_text()) and not (two_runs / "again").exists()
+    run_here(*again, "seed=5", "n_examples=8")
+    assert (two_runs / "again" / "summary.json").exists()
+    with pytest.raises(ConfigError, match="no such folder"):
+        run_here(*again, "skip_finished=nowhere")
+
+
+def test_a_failed_run_says_so(llama_folder, imdb_dir, tmp_path):
+    @register_reward("odd")
+    def odd():
+        return lambda prompts, responses: [math.nan] * len(responses)
+
+    try:
+        with pytest.raises(RewardError):
+            run_here(*small_run(llama_folder, imdb_dir, tmp_path / "run", "reward.name=odd", "~reward.path", "~reward.scale"))
+    finally:
+        del REWARDS["odd"]
+    status = json.loads((tmp_path / "run" / "status.json").read_text())
+    assert status["state"] == "failed" and "nan for the response" in status["error"]
+
+
+@pytest.mark.parametrize(
+    "override, told",
+    [
+        ("temperature=[0.5,-1]", "temperature=-1"), ("more_rewards=[lexikon]", "did you mean lexicon"), ("more_rewards=[lexicon]", "two rewards are called lexicon"),
+        ("more_rewards=[{name: length, unti: words}]", "no setting unti"), ("model.archive=[]", "names no archive"), ("samples_per_prompt=0", "samples_per_prompt=0"),
+        ("reward.module=nowhere.py", "no such file"),
+    ],
+)  # fmt: skip
+def test_bad_settings_of_an_evaluation_are_refused(override, told, llama_folder, imdb_dir, tmp_path):
+    with pytest.raises(ConfigError, match=re.escape(told)):
+        run_here(*small_run(llama_folder, imdb_dir, tmp_path / "run", "function=eval", override))
+
+
+def test_training_takes_one_temperature_and_one_archive(llama_folder, imdb_dir, tmp_path):
+    for override in ("temperature=[0.5,1]", "model.archive=[a,b]"):
+        with pytest.raises(ConfigError, match=override.split("=")[0]):
+            run_here(*small_run(llama_folder, imdb_dir, tmp_path / "run", override))
+
+
+def test_a_reward_of_your_own(llama_folder, imdb_dir, tmp_path):
+    (tmp_path / "mine.py").write_text(
+        "from rewards import register_reward\n\n\n@register_reward('vowels')\ndef vowels(*, letters='aeiou'):\n"
+        "    return lambda prompts, responses: [sum(c in letters for c in r) for r in responses]\n"
+    )
+    try:
+        more = "more_rewards=[{name: vowels, letters: e}]"
+        run_here(*small_run(llama_folder, imdb_dir, tmp_path / "run", "function=eval", f"reward.module={tmp_path / 'mine.py'}", more))
+        assert all(row["policy_reward"]["vowels"] == row["policy"].count("e") for row in read_rows(tmp_path / "run" / "samples.jsonl"))
+    finally:
+        REWARDS.pop("vowels", None)
 
 
 def test_generate_writes_prompt_and_response_lines(imdb_dir, tmp_path):

@@ -83,6 +83,15 @@ def test_odpo(settings, f):
     assert value("odpo", data, beta=0.5, alpha=0.7, **settings) == pytest.approx(-math.log(sigmoid(1.5 - 0.7 * f)), rel=1e-12)
 
 
+def test_soft_label():
+    p = sigmoid(2 * (1.6 - 0.4))
+    expected = -p * math.log(sigmoid(1.5)) - (1 - p) * math.log(sigmoid(-1.5))
+    data = pair(2, -1, chosen_scores=1.6, rejected_scores=0.4)
+    assert value("soft-label", data, beta=0.5, gamma=2.0) == pytest.approx(expected, rel=1e-12)
+    sure = pair(2, -1, chosen_scores=100.0, rejected_scores=0.0)
+    assert value("soft-label", sure, beta=0.5, gamma=2.0) == pytest.approx(value("dpo", sure, beta=0.5), rel=1e-12)
+
+
 def test_cal_dpo_has_no_beta_in_the_sigmoid():
     expected = -math.log(sigmoid(3)) + 0.5 * ((2 - 5) ** 2 + (-1 + 5) ** 2)
     assert value("cal-dpo", pair(2, -1), beta=0.1, cal_weight=0.5) == pytest.approx(expected, rel=1e-12)
@@ -129,6 +138,7 @@ def test_sft_weight_adds_the_mean_token_loss_of_the_chosen_response():
         ("ipo", {"beta": 0.1}, 25.0),
         ("cal-dpo", {"beta": 0.1, "cal_weight": 1.0}, math.log(2) + 50.0),
         ("odpo", {"alpha": 0.5}, -math.log(sigmoid(-0.5 * math.log(1.2)))),
+        ("soft-label", {"gamma": 3.0}, math.log(2)),
         ("bradley_terry", {}, math.log(2)),
     ],
 )

@@ -3,6 +3,8 @@
 import csv
 import json
 import math
+import os
+import socket
 import subprocess
 import sys
 
@@ -10,16 +12,12 @@ import pytest
 from conftest import ROOT, write_jsonl
 from omegaconf import OmegaConf
 
-import report
-from report import (
-    find_runs,
-    smooth,
-    summary_table,
-    verdict,
-    write_comparison,
-    write_report,
-)
-from utils import DataError
+import numpy as np
+import runs as runs_module
+from pictures import smooth
+from report import latex, summary_table, verdict, write_comparison, write_report
+from runs import Run, bootstrap, envelope, find_runs, paired_difference
+from utils import ConfigError, DataError, mean_and_error
 
 SUMMARY = {
     "finished": True, "loss": "dpo", "reward": "lexicon", "policy_reward": 1.31, "policy_reward_se": 0.02, "reference_reward": 1.0, "reference_reward_se": 0.03,
@@ -42,7 +40,7 @@ def make_run(folder, *, loss="dpo", seed=0, beta=0.1, summary=SUMMARY, sampled=T
     write_jsonl(folder / "metrics.jsonl", rows)
     if sampled:
         sample = {"prompt": "p<script>alert(1)</script>", "policy": "good", "reference": "bad", "chosen": None, "policy_reward": {"lexicon": 1.5}, "reference_reward": {"lexicon": 0.5}, "kl": 1.25}
-        write_jsonl(folder / "samples.jsonl", [sample | {"examples": 0, "policy": "an early one"}, sample | {"examples": 128}])
+        write_jsonl(folder / "samples.jsonl", [sample | {"examples": 0, "policy": "an early one"}, sample | {"examples": 128, "policy_tokens": 3}, sample | {"examples": 128, "policy_tokens": 5}])
     if summary:
         (folder / "summary.json").write_text(json.dumps(summary | {"loss": loss}))
     return folder
@@ -65,6 +63,7 @@ def test_a_run_gets_its_table_page_and_pictures(tmp_path):
     page = (folder / "report.html").read_text()
     assert "<script>alert" not in page and "p&lt;script&gt;alert(1)" in page
     assert "src=\"http" not in page and "href=\"http" not in page and page.count("data:image/png;base64,") == 3
+    assert (folder / "curves.svg").read_text().startswith("<?xml")
     assert "good" in page and "an early one" not in page  # samples of the last evaluation only
     assert "1,234" in page and "skipped 7, odd rows" in page
     for name in ("curves", "reward_kl", "data"):
@@ -114,15 +113,18 @@ def test_a_sweep_is_compared_with_seeds_aggregated(tmp_path):
         make_run(tmp_path / f"a{seed}", seed=seed, summary=SUMMARY | {"policy_reward": reward})
     make_run(tmp_path / "b", loss="odpo", summary=None)
     make_run(tmp_path / "c" / "step-5" / ".hidden")
-    runs = find_runs(tmp_path)
-    assert len(runs) == 3
+    runs, problems = find_runs(tmp_path)
+    assert len(runs) == 3 and not problems
     table = write_comparison(tmp_path, runs)
     with open(tmp_path / "comparison.csv") as f:
         rows = list(csv.DictReader(f))
     assert [row["loss.name"] for row in rows] == ["dpo", "odpo"]
     error = math.sqrt(2 * 0.1**2 / 1 / 2)
-    assert rows[0]["policy_reward"] == f"1.300 ± {error:.3f}" and rows[0]["seeds"] == "0 1" and rows[0]["state"] == "finished"
-    assert rows[1]["state"] == "0 of 1 finished" and rows[1]["policy_reward"] == "1.400"
+    assert float(rows[0]["policy_reward"]) == pytest.approx(1.3) and float(rows[0]["policy_reward_se"]) == pytest.approx(error)
+    assert rows[0]["seeds"] == "2" and rows[0]["state"] == "finished"
+    assert float(rows[0]["policy_reward_low"]) == pytest.approx(1.2) and float(rows[0]["policy_reward_high"]) == pytest.approx(1.4)
+    assert rows[1]["state"] == "0 of 1 finished, unknown" and float(rows[1]["policy_reward"]) == pytest.approx(1.4) and rows[1]["policy_reward_se"] == ""
+    assert f"1.300 ± {error:.3f}" in table and r"1.300 $\pm$ 0.100" in (tmp_path / "comparison.tex").read_text()
     assert "loss.name" in table and "loss.beta" not in table
     assert pixels(tmp_path / "frontier.png").std() > 0.02
     assert "| loss.name |" in (tmp_path / "comparison.md").read_text()
@@ -131,7 +133,7 @@ def test_a_sweep_is_compared_with_seeds_aggregated(tmp_path):
 def test_settings_that_differ_make_rows_of_their_own(tmp_path):
     for beta in (0.1, 1.0):
         make_run(tmp_path / f"{beta}", beta=beta)
-    write_comparison(tmp_path, find_runs(tmp_path))
+    write_comparison(tmp_path, find_runs(tmp_path)[0])
     with open(tmp_path / "comparison.csv") as f:
         assert [row["loss.beta"] for row in csv.DictReader(f)] == ["0.1", "1.0"]
 
@@ -148,5 +150,125 @@ def test_the_command_needs_no_torch_and_says_what_it_looked_for(tmp_path):
 def test_long_runs_are_thinned(tmp_path):
     folder = make_run(tmp_path / "run")
     write_jsonl(folder / "metrics.jsonl", [{"examples": i, "split": "train", "loss/train": 1.0} for i in range(50_000)])
-    x, y = report.Run(folder).series("train", "loss/train")
-    assert 1000 < len(x) == len(y) <= 3 * report.MAX_POINTS
+    x, y = Run(folder).series("train", "loss/train")
+    assert 1000 < len(x) == len(y) <= 3 * runs_module.MAX_POINTS
+
+
+def test_mean_error_and_bootstrap_against_numpy():
+    values = [0.3, 0.9, 0.1, 0.5]
+    mean, error = mean_and_error(values)
+    assert mean == pytest.approx(np.mean(values)) and error == pytest.approx(np.std(values, ddof=1) / 2)
+    assert mean_and_error([]) == (None, None) and mean_and_error([2.0]) == (2.0, None)
+    low, high = bootstrap(np.random.default_rng(0).normal(size=400))
+    assert high - low == pytest.approx(2 * 1.96 / 20, rel=0.1)  # of the mean of 400 standard normals
+    assert bootstrap([1.0]) == (None, None)
+
+
+def test_differences_are_paired_by_seed():
+    found = paired_difference({"0": 1.0, "1": 5.0, "2": 9.0}, {"0": 0.5, "1": 4.0, "3": 0.0})
+    assert found["mean"] == pytest.approx(0.75) and found["se"] == pytest.approx(0.25) and found["seeds"] == 2
+    assert paired_difference({"0": 1.0}, {"1": 1.0}) is None
+
+
+def test_the_envelope_is_the_running_maximum_and_ends_with_the_data():
+    points = [(0.0, 1.0), (2.0, 3.0), (1.0, 2.0), (3.0, 2.5)]
+    assert envelope(points, [0.0, 0.5, 2.0, 3.0, 3.1]) == [1.0, 1.5, 3.0, 3.0, None]
+    assert envelope([], [1.0]) == [None]
+
+
+def test_a_sweep_reports_differences_and_frontiers_by_seed(tmp_path):
+    for seed, shift in ((0, 0.0), (1, 0.2), (2, 0.1)):
+        make_run(tmp_path / f"a{seed}", seed=seed, summary=SUMMARY | {"policy_reward": 1.0 + shift})
+        make_run(tmp_path / f"b{seed}", loss="odpo", seed=seed, summary=SUMMARY | {"policy_reward": 1.3 + shift})
+    runs = find_runs(tmp_path)[0]
+    assert "+0.300 ± 0.000 [+0.300, +0.300]" in write_comparison(tmp_path, runs)
+    assert "-0.300 ± 0.000" in write_comparison(tmp_path, runs, {"loss.name": "odpo"})
+    with pytest.raises(ConfigError, match="they differ in loss.name"):
+        write_comparison(tmp_path, runs, {"loss.beta": "0.1"})
+    with open(tmp_path / "frontier.csv") as f:
+        rows = list(csv.DictReader(f))
+    assert [(row["loss"], row["seed"]) for row in rows] == [(loss, seed) for loss in ("dpo", "odpo") for seed in "012"]
+    assert {row["kl=1.0"] for row in rows} == {"1.2"} and {row["kl=3.0"] for row in rows} == {""}
+    page = (tmp_path / "report.html").read_text()
+    for name in ("frontier", "bands", "lengths"):
+        assert pixels(tmp_path / f"{name}.png").std() > 0.02 and (tmp_path / f"{name}.svg").stat().st_size > 1000
+    assert page.count("data:image/png;base64,") == 3 and "<td>odpo" in page and "http://" not in page.replace("http://www.w3.org", "")
+
+
+def test_finished_running_killed_and_failed_runs_are_told_apart(tmp_path):
+    here = {"host": socket.gethostname(), "time": 0.0}
+    states = {
+        "running": {"state": "running", "pid": os.getpid(), **here}, "killed": {"state": "running", "pid": 2**22 + 1, **here},
+        "elsewhere": {"state": "running", "pid": 2**22 + 1, "host": "another machine"}, "failed": {"state": "failed", "error": "RuntimeError: no memory", **here},
+    }  # fmt: skip
+    for name, status in states.items():
+        folder = make_run(tmp_path / name, loss=name, summary=None)
+        (folder / "status.json").write_text(json.dumps(status))
+    make_run(tmp_path / "finished", loss="finished")
+    told = {run.loss: run.state for run in find_runs(tmp_path)[0]}
+    assert told == {"running": "running", "killed": "killed", "elsewhere": "running", "failed": "failed: RuntimeError: no memory", "finished": "finished"}
+    table = write_comparison(tmp_path, find_runs(tmp_path)[0])
+    assert "no memory" in table and "0 of 1 finished, killed" in table
+
+
+def test_broken_runs_are_named_and_the_rest_is_reported(tmp_path):
+    make_run(tmp_path / "good")
+    make_run(tmp_path / "unreadable")
+    (tmp_path / "unreadable" / "metrics.jsonl").write_text('{"broken\n{}\n')
+    make_run(tmp_path / "odd")
+    (tmp_path / "odd" / "config.yaml").write_text("- a list")
+    no_numbers = make_run(tmp_path / "nan", loss="ipo")
+    with open(no_numbers / "metrics.jsonl", "a") as f:
+        f.write('{"examples": 160, "split": "eval", "samples_eval/kl": NaN, "samples_eval/policy_reward": 1.0}\n{"examples": 16')
+    runs, problems = find_runs(tmp_path)
+    assert sorted(run.loss for run in runs) == ["dpo", "ipo"] and len(problems) == 2
+    table = write_comparison(tmp_path, runs, problems=problems)
+    assert "unreadable/metrics.jsonl:1" in table and "odd/config.yaml" in table and "missing or no numbers" in table and "1.310" in table
+    assert "unreadable/metrics.jsonl:1" in (tmp_path / "report.html").read_text()
+
+
+def test_what_does_not_compare_is_said(tmp_path):
+    for name in ("hh", "shp"):
+        folder = make_run(tmp_path / name, sampled=False, summary={"finished": True, "eval_loss": 0.5})
+        config = OmegaConf.load(folder / "config.yaml")
+        config.datasets = [name]
+        OmegaConf.save(config, folder / "config.yaml")
+    table = write_comparison(tmp_path, find_runs(tmp_path)[0])
+    assert "on different data (['hh'], ['shp'])" in table and "there is no reward to compare" in table
+    assert not (tmp_path / "frontier.png").exists()
+
+
+def test_latex_escapes_what_tex_would_read():
+    assert r"a\_b & 50\% & 1 $\pm$ 2 \\" in latex([["a_b", "50%", "1 ± 2"]])
+
+
+def make_evaluation(folder, rewards):
+    """An evaluation of checkpoints: {(checkpoint, temperature): reward}."""
+    make_run(folder, summary={"finished": True})
+    config = OmegaConf.load(folder / "config.yaml")
+    config.function = "eval"
+    OmegaConf.save(config, folder / "config.yaml")
+    rows = [
+        {"checkpoint": name, "name": name, "step": i, "training": {"loss": {"name": "dpo", "beta": 0.1}}, "temperature": t, "samples_eval/policy_reward": reward, "samples_eval/policy_reward_se": 0.01, "samples_eval/kl": 1.0 + i}
+        for i, ((name, t), reward) in enumerate(rewards.items())
+    ]  # fmt: skip
+    write_jsonl(folder / "eval.jsonl", rows)
+    write_jsonl(folder / "samples.jsonl", [{"checkpoint": name, "temperature": t, "prompt": "p", "policy": f"{name} at {t}", "reference": "r", "chosen": "c", "policy_reward": {"lexicon": 1.0}} for name, t in rewards])
+    return folder
+
+
+def test_an_evaluation_of_checkpoints_is_a_table_and_pictures(tmp_path):
+    folder = make_evaluation(tmp_path / "eval", {("a", 0): 1.25, ("a", 1.0): 1.5, ("b", 0): 1.75, ("b", 1.0): 1.0})
+    (folder / "winrates.json").write_text(json.dumps([{"checkpoint": "a", "temperature": t, "against": "reference", "by": "reward lexicon", "win_rate": 0.5 + t / 4, "low": 0.4, "high": 0.9, "pairs": 9, "wins": 5, "ties": 0, "losses": 4, "unjudged": 0} for t in (0, 1.0)]))
+    table = write_report(folder)
+    assert all(f"{reward:.3f} ± 0.010" in table for reward in (1.25, 1.5, 1.75, 1.0))
+    page = (folder / "report.html").read_text()
+    assert "0.750 [0.400, 0.900]" in page and page.index("a at 0") < page.index("b at 0") and "a at 1.0" in page
+    for name in ("checkpoints", "temperature"):
+        assert pixels(folder / f"{name}.png").std() > 0.02
+
+
+def test_watch_ends_when_nothing_runs(tmp_path):
+    folder = make_run(tmp_path / "run")
+    done = subprocess.run([sys.executable, ROOT / "report.py", folder, "--watch", "0.1"], capture_output=True, text=True, timeout=60)
+    assert done.returncode == 0 and done.stdout.count("report.html") == 1

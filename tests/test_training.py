@@ -26,7 +26,7 @@ from utils import ConfigError, DataError
 LOSS_NAMES = sorted(path.stem for path in (CONFIG_DIR / "loss").glob("*.yaml"))
 # What every loss is at policy = reference when all score gaps are 0.5 (scored_rows with two responses a prompt).
 AT_START = {
-    "dpo": math.log(2), "tdpo": math.log(2), "tdpo1": math.log(2), "tdpo2": math.log(2), "ipo": 25.0, "cal-dpo": math.log(2) + 50,
+    "dpo": math.log(2), "tdpo": math.log(2), "tdpo1": math.log(2), "tdpo2": math.log(2), "soft-label": math.log(2), "ipo": 25.0, "cal-dpo": math.log(2) + 50,
     "odpo": math.log(1 + math.exp(math.log(0.5))),
 }  # fmt: skip
 
