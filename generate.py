@@ -1,6 +1,7 @@
 """Entry point: `python generate.py model=... datasets=[hh] model.archive=RUN/LATEST/policy.pt` writes samples of a policy.
 
-One line a prompt of the test split, in `generations.jsonl` of the run folder: {"prompt", "response", "chosen"}.
+`samples_per_prompt` lines for each prompt of the test split, in `generations.jsonl` of the run folder:
+{"prompt", "response", "chosen", "sample", ...}. The samples are those that function=eval would draw.
 """
 
 import json
@@ -11,6 +12,7 @@ import hydra
 from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig
 
+from archives import expand_archives, temperatures
 from batching import prompts_to_sample
 from configuration import check_config, check_overrides, fail
 from models import build_policy, check_model, load_tokenizer
@@ -39,26 +41,32 @@ def run(config: DictConfig) -> None:
 
 
 def generate(config: DictConfig, run_dir: Path) -> Path:
-    """Sample one response for each of `n_eval_examples` test prompts; returns the file."""
+    """Sample responses to `n_eval_examples` test prompts; returns the file."""
     if config.trainer != "BasicTrainer":
         raise ConfigError(f"trainer={config.trainer}: generate.py samples in one process; leave it out, or use train.py function=eval")
     loss, sources = check_config(config, TRAINERS)
+    for key, values in (("temperature", temperatures(config)), ("model.archive", archives := expand_archives(config.model.archive))):
+        if len(values) > 1:
+            raise ConfigError(f"{key} gives {len(values)} values, and generate.py samples from one policy in one way; use train.py function=eval")
+    config.temperature, config.model.archive = temperatures(config)[0], archives[0]
     check_model(config)
     tokenizer = load_tokenizer(config.model)
     data = load_data(config, sources, tokenizer, loss)[1]["test"]
     prompts = prompts_to_sample(data, config.n_eval_examples, config.max_prompt_length)
     policy = build_policy(config.model, trainable=False)
+    k = config.samples_per_prompt
+    drawn = [(p, i) for p in prompts for i in range(k)]
     responses = sample(
-        policy, tokenizer, [p.tokens for p in prompts],
-        keys=[p.key for p in prompts],
+        policy, tokenizer, [p.tokens for p, _ in drawn],
+        keys=[(p.key, i) if i else p.key for p, i in drawn],
         max_new_tokens=config.max_new_tokens or config.max_length - config.max_prompt_length,
         temperature=config.temperature, top_p=config.topp, seed=config.seed, batch_size=config.eval_batch_size,
     )  # fmt: skip
     with atomic_write(run_dir / "generations.jsonl") as f:
-        for prompt, response in zip(prompts, responses):
+        for (prompt, i), response in zip(drawn, responses):
             texts = (tokenizer.decode(tokens, skip_special_tokens=True) for tokens in (prompt.tokens, response, prompt.chosen))
             row = dict(zip(("prompt", "response", "chosen"), texts))
-            row |= {"temperature": config.temperature, "top_p": config.topp, "seed": config.seed}
+            row |= {"sample": i, "temperature": config.temperature, "top_p": config.topp, "seed": config.seed}
             f.write(json.dumps(row, ensure_ascii=False) + "\n")
     return run_dir / "generations.jsonl"
 

@@ -125,16 +125,11 @@ def data_picture(run: Run) -> Figure | None:
 # ----------------------------------------------------------------------------------------------------- several runs
 
 
-def frontier_label(group: Group) -> str:
-    """What one frontier is of: all of a group's settings but beta, along which it runs."""
-    return label({key: value for key, value in group.settings.items() if key != "loss.beta"} or group.settings)
-
-
 def frontier_picture(groups: list[Group]) -> Figure | None:
     """Reward against KL: every sampled evaluation as a point, and for each loss its envelope, mean and range over seeds."""
     families: dict[str, list[Run]] = defaultdict(list)
     for group in groups:
-        families[frontier_label(group)] += [run for run in group.runs if run.frontier()]
+        families[group.family] += [run for run in group.runs if run.frontier()]
     families = {name: runs for name, runs in families.items() if runs}
     if not families:
         return None
@@ -145,8 +140,8 @@ def frontier_picture(groups: list[Group]) -> Figure | None:
     for i, (name, runs) in enumerate(families.items()):
         points = [p for run in runs for p in run.frontier()]
         ax.plot([p[0] for p in points], [p[1] for p in points], ".", color=style(i)["color"], alpha=0.35, markersize=5)
-        seeds = ((kl, [best for best in of_seeds if best is not None]) for kl, *of_seeds in zip(grid, *envelopes(runs, grid).values()))
-        at = [(kl, best) for kl, best in seeds if best]
+        seeds = ((kl, best) for kl, *best in zip(grid, *envelopes(runs, grid).values()))
+        at = [(kl, best) for kl, best in seeds if None not in best]  # as far as all seeds go, or the mean would jump
         ax.plot([kl for kl, _ in at], [mean_and_error(best)[0] for _, best in at], **style(i), linewidth=1.8, label=name)
         ax.fill_between([kl for kl, _ in at], [min(best) for _, best in at], [max(best) for _, best in at], color=style(i)["color"], alpha=0.15, linewidth=0)
     _label(ax, "reward against KL; lines: best reward within a KL, mean over seeds", KL_LABEL, "reward of samples")

@@ -104,7 +104,7 @@ input { width: 100%; box-sizing: border-box; padding: .5rem; font: inherit } pre
 {% for table in tables %}
 {% if table.title %}<h2>{{ table.title }}</h2>{% endif %}
 <div class="scroll"><table>
-{% if table.head %}<tr>{% for cell in table.head %}<th>{{ cell }}</th>{% endfor %}</tr>{% endif %}
+{% if table.head %}<tr>{% for cell in table.head %}<th{% if not loop.first %} class="number"{% endif %}>{{ cell }}</th>{% endfor %}</tr>{% endif %}
 {% for row in table.rows %}<tr>{% for cell in row %}<td{% if not loop.first %} class="number"{% endif %}>{{ cell }}</td>{% endfor %}</tr>
 {% endfor %}</table></div>
 {% for line in table.notes %}<p>{{ line }}</p>{% endfor %}
@@ -236,6 +236,7 @@ def _save_pictures(folder: Path, figures: dict) -> list[dict]:
 # -------------------------------------------------------------------------------------------------------- sweeps
 
 COMPARED = ("policy_reward", "reference_reward", "kl", "eval_accuracy", "eval_loss", "policy_length", "pairs_per_second")
+PAIRED = ("policy_reward", "kl", "eval_accuracy", "eval_loss", "policy_length")
 AT_KL = (0.25, 0.5, 1.0, 1.5, 2.0, 3.0, 5.0, 8.0)
 
 
@@ -316,7 +317,7 @@ def _differences(groups: list[Group], baseline: Group) -> dict | None:
     rows, numbers = [], []
     for group in (g for g in groups if g is not baseline):
         cells = []
-        for name in COMPARED[:-1]:
+        for name in PAIRED:
             d = paired_difference(group.by_seed(name), baseline.by_seed(name))
             interval = f" [{d['low']:+.3f}, {d['high']:+.3f}]" if d and d["low"] is not None else ""
             cells.append(f"{d['mean']:+.3f}" + (f" ± {d['se']:.3f}" if d["se"] is not None else "") + interval if d else "-")
@@ -326,21 +327,24 @@ def _differences(groups: list[Group], baseline: Group) -> dict | None:
     if not numbers:
         return None
     title = f"Differences from {baseline.name}, paired by seed: mean ± standard error [bootstrap 95%]"
-    return {"table": {"title": title, "head": ["", *COMPARED[:-1]], "rows": rows}, "numbers": numbers}
+    return {"table": {"title": title, "head": ["", *PAIRED], "rows": rows}, "numbers": numbers}
 
 
 def _frontier_table(folder: Path, groups: list[Group]) -> dict | None:
     """The best reward within a KL, over all checkpoints of a loss; frontier.csv has it by seed."""
     families: dict[str, list[Run]] = defaultdict(list)
     for group in groups:
-        families[pictures.frontier_label(group)] += group.runs
+        families[group.family] += group.runs
     found = {name: envelopes(runs, AT_KL) for name, runs in families.items()}
     if not any(found.values()):
         return None
     with atomic_write(folder / "frontier.csv") as f:
         csv.writer(f).writerows([["loss", "seed", *(f"kl={kl}" for kl in AT_KL)], *([name, seed, *values] for name, by_seed in found.items() for seed, values in by_seed.items())])
-    rows = [[name, *(plus_minus(*mean_and_error(v for v in at if v is not None)) for at in zip(*by_seed.values()))] for name, by_seed in found.items() if by_seed]
-    return {"title": "Best reward within a KL to the reference: mean ± standard error over seeds", "head": ["", *(f"KL {kl:g}" for kl in AT_KL)], "rows": rows}
+    reached = [i for i in range(len(AT_KL)) if any(None not in [best[i] for best in by_seed.values()] for by_seed in found.values())]
+    cell = lambda at: plus_minus(*mean_and_error(at)) if None not in at else "-"  # noqa: E731
+    rows = [[name, *(cell([best[i] for best in by_seed.values()]) for i in reached)] for name, by_seed in found.items() if by_seed]
+    notes = ["Where all seeds got that far."]
+    return {"title": "Best reward within a KL to the reference: mean ± standard error over seeds", "head": ["", *(f"KL {AT_KL[i]:g}" for i in reached)], "rows": rows, "notes": notes} if reached else None
 
 
 def _write_tables(folder: Path, groups: list[Group], keys: list[str], head: list[str], rows: list[list[str]], differences: dict | None) -> None:

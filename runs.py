@@ -175,7 +175,12 @@ class Group:
 
     @property
     def name(self) -> str:
-        return label(self.settings)
+        return label({"loss.name": self.runs[0].loss, **self.settings})
+
+    @property
+    def family(self) -> str:
+        """All of the settings but beta, along which a frontier runs."""
+        return label({"loss.name": self.runs[0].loss, **{key: value for key, value in self.settings.items() if key != "loss.beta"}})
 
     @property
     def state(self) -> str:

@@ -6,13 +6,14 @@
 A case is a model, a loss, and lengths like those of a data set. Every round runs each variant of a case once, in a fresh
 process and in an order that rotates, on the same pairs, from the same weights of policy and reference. A process takes a
 small step and a full one to warm up, then the timed one. Compared are medians over rounds of the ratio to the classic step of the same
-round; memory is the peak of a process above what it held when everything was imported. On a small batch of two pairs, all
+round; memory is the peak of a process above what it held when everything was imported, `extra` what is left of that without weights,
+gradients and the optimizer's state (and the reference's weights, where it is kept). On a small batch of two pairs, all
 losses and all gradients are compared with those of the classic step.
 
 The classic step is what the first DPO code did, written out in `Classic`: chosen and rejected as two padded copies of the
 prompt, the whole float32 log-softmax of both models, the reference run in every step. TRL runs at its defaults (in fp32)
 and at its best settings known to us (reference precomputed, no recomputation of activations, fused optimizer). All take
-AdamW. Writes step-DEVICE.json and step-DEVICE.png.
+AdamW. Writes step-DEVICE.json, step-DEVICE.md (the table of the README) and step-DEVICE.png.
 """
 
 import argparse
@@ -86,9 +87,12 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         for case in filter(None, arguments.cases.split(",")):
             keep("cases", case, measure_case(Path(folder), case, arguments.rounds, arguments.bf16))
-            print(table(case, results["cases"][case]), flush=True)
+        measured = {}
         for what in () if arguments.no_curves else GROWTH:
-            keep("curves", what, measure_curve(Path(folder), what, arguments.bf16))
+            keep("curves", what, measure_curve(Path(folder), what, arguments.bf16, measured))
+    for case, result in results["cases"].items():
+        print(table(case, result))
+    path.with_suffix(".md").write_text(markdown(results), encoding="utf-8")
 
 
 # -------------------------------------------------------------------------------------------------------- a case
@@ -463,24 +467,28 @@ def has_trl() -> bool:
 
 # --------------------------------------------------------------------------------------------------------- curves
 
-GROWTH = {  # what grows: its values; the others stay at the first of `STANDARD`
-    "response length": [16, 64, 256],
-    "prompt length": [32, 128, 512],
-    "vocabulary": [8192, 32768, 131072],
-    "pairs": [2, 8, 32],
+GROWTH = {  # what grows: its values; the others stay as in `STANDARD`
+    "response length": [16, 64, 192],
+    "prompt length": [32, 128, 384],
+    "vocabulary": [8192, 32768, 98304],
+    "pairs": [2, 8, 24],
 }
 STANDARD = {"response length": 64, "prompt length": 128, "vocabulary": 32768, "pairs": 8}
 
 
-def measure_curve(folder: Path, what: str, bf16: bool) -> list[dict]:
-    """Pairs a second of our step and of the classic one where one thing grows."""
+def measure_curve(folder: Path, what: str, bf16: bool, measured: dict) -> list[dict]:
+    """Pairs a second of our step and of the classic one where one thing grows. measured: by setting, for curves that cross."""
     points = []
     for value in GROWTH[what]:
         at = STANDARD | {what: value}
+        if (setting := tuple(at.values())) in measured:
+            points.append({"value": value, **measured[setting]})
+            continue
         exactly = [(at[f"{side} length"], 0.0, 1, 10**6) for side in ("prompt", "response")]
         pairs = make_pairs(*exactly, at["pairs"], at["pairs"], vocabulary=at["vocabulary"])
         job = make_job(folder / f"{what}-{value}".replace(" ", "-"), MODELS["30M"], at["vocabulary"], "dpo", pairs, bf16)
         point = {name: at["pairs"] / run(job | {"variant": name, "gradients": None})["seconds"] for name in ("prefix_shared", "classic")}
+        measured[setting] = point
         points.append({"value": value, **point})
         print(f"{what} {value}: {point['prefix_shared']:.2f} pairs/s, classic {point['classic']:.2f}", file=sys.stderr)
     return points
@@ -490,14 +498,38 @@ def measure_curve(folder: Path, what: str, bf16: bool) -> list[dict]:
 
 
 def table(case: str, result: dict) -> str:
-    lines = [f"{case} ({result['pairs']} pairs)".ljust(44) + f"{'seconds':>9}{'times':>8}{'memory':>8}{'floors':>8}{'gradient':>10}"]
+    lines = [f"{case} ({result['pairs']} pairs)".ljust(44) + f"{'seconds':>9}{'times':>8}{'memory':>8}{'extra':>8}{'floors':>8}{'gradient':>10}"]
+    extra = {variant: values["peak_memory"] - held(case, variant) for variant, values in result["variants"].items()}
     for variant, values in result["variants"].items():
         error = values["gradient_error"]
         lines.append(
-            f"  {variant:<42}{values['seconds']:>9.2f}{values['times_as_fast']:>8.2f}{values['memory_ratio']:>8.3f}"
+            f"  {variant:<42}{values['seconds']:>9.2f}{values['times_as_fast']:>8.2f}{values['memory_ratio']:>8.3f}{extra[variant] / extra['classic']:>8.3f}"
             f"{values['seconds'] / result['floor_seconds']:>8.2f}{'' if error is None else f'{error:.1e}':>10}"
         )
     return "\n".join(lines)
+
+
+def markdown(results: dict) -> str:
+    """Our default step in every case: seconds, how many times as fast as the others, peak memory and share of the floor."""
+    lines = ["| one step | seconds | times as fast as the classic step | the same, reference run in the step | as TRL at its best | as TRL's defaults | memory against classic | times the FLOP floor |", "|" + " --- |" * 8]
+    for case, result in results["cases"].items():
+        model, lengths, loss, pairs, prompts, _ = CASES[case]
+        variants, ours = result["variants"], result["variants"]["prefix_shared"]
+        against = lambda name: f"{ours['times_as_fast'] / variants[name]['times_as_fast']:.1f}" if name in variants else ""  # noqa: E731
+        run = variants.get("prefix_shared, reference run")
+        name = f"{loss}, {model}, {lengths} lengths, {pairs} pairs" + (" of one prompt" if prompts == 1 else "")
+        cells = [f"{ours['seconds']:.2f}", f"{ours['times_as_fast']:.1f}", f"{run['times_as_fast']:.1f}" if run else "", against("TRL, best"), against("TRL, defaults")]
+        lines.append("| " + " | ".join([name, *cells, f"{ours['memory_ratio']:.2f}", f"{ours['seconds'] / result['floor_seconds']:.2f}"]) + " |")
+    return "\n".join(lines) + "\n"
+
+
+def held(case: str, variant: str) -> int:
+    """Bytes in float32 of weights, gradients, AdamW's state, and of the reference's weights where the variant keeps them."""
+    model, _, loss, *_ = CASES[case]
+    width, layers, positions = (MODELS[model][key] for key in ("n_embd", "n_layer", "n_positions"))
+    parameters = (VOCABULARY + positions + 2) * width + layers * (12 * width * width + 13 * width)  # of a GPT-2 with a tied head
+    without_reference = variant == "TRL, best" or (OURS.get(variant, ("", "false"))[1] == "auto" and "token_kl" not in reads(loss))
+    return 4 * parameters * (4 if without_reference else 5)
 
 
 def draw(results: dict, path: Path) -> None:

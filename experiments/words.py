@@ -21,9 +21,10 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from utils import atomic_write  # noqa: E402
 
-POSITIVE = [f"good{i}" for i in range(12)]
-NEGATIVE = [f"bad{i}" for i in range(12)]
-NEUTRAL = [f"word{i}" for i in range(22)]
+LETTERS = "abcdefghijklmnopqrstuv"
+POSITIVE = [f"good{letter}" for letter in LETTERS[:12]]
+NEGATIVE = [f"bad{letter}" for letter in LETTERS[:12]]
+NEUTRAL = [f"word{letter}" for letter in LETTERS]
 START, END = "<start>", "<end>"
 LENGTH, SENTIMENT, AGREE, SHORTEST, HAZARD = 16, 0.45, 0.8, 8, 0.15
 

@@ -44,7 +44,9 @@ def workplace(tmp_path_factory):
 @pytest.mark.parametrize("command", readme_commands(), ids=" ".join)
 def test_readme_command_runs(command, workplace, tmp_path):
     script, *arguments = command
-    arguments = [a.replace("RUN", str(workplace / "RUN")).replace("DIR", str(tmp_path / "sweep")) for a in arguments]
+    places = {"RUN": workplace / "RUN", "DIR": workplace if "function=eval" in arguments else tmp_path / "sweep", "EVAL": workplace / "RUN" if script == "judge.py" else tmp_path / "eval"}
+    for name, place in places.items():
+        arguments = [re.sub(rf"\b{name}\b", str(place), a) for a in arguments]
     small = [a for a in QUICK if a.split("=")[0] not in {given.split("=")[0] for given in arguments}]
     if "model=pythia28" in arguments:
         small += [f"model.name_or_path={workplace / 'pythia'}", f"data_dir={workplace / 'data'}", "max_length=64", "max_prompt_length=32"]
@@ -53,12 +55,16 @@ def test_readme_command_runs(command, workplace, tmp_path):
         for seed in (0, 1):
             run_command("train.py", f"local_run_dir={tmp_path / 'sweep' / str(seed)}", f"seed={seed}", *QUICK)
         small = []
+    elif script == "judge.py":
+        small = []
     elif "-m" in arguments:
         small = ["n_examples=32", "n_eval_examples=8", "n_eval_model_samples=4", "eval_every=64", "wandb.enabled=false"]
     elif not any(a.startswith(("local_run_dir", "resume")) for a in arguments):
         small.append(f"local_run_dir={tmp_path / 'run'}")
     result = run_command(script, *arguments, *small)
-    if script == "report.py":
+    if script == "judge.py":
+        assert result.stdout.count("against") == 2 and (workplace / "RUN" / "winrates.json").exists()
+    elif script == "report.py":
         assert (tmp_path / "sweep" / "frontier.png").exists() and "policy_reward" in result.stdout
     elif "-m" in arguments:
         runs = sorted(p.parent.name for p in (tmp_path / "sweep").glob("*/summary.json"))
@@ -67,6 +73,8 @@ def test_readme_command_runs(command, workplace, tmp_path):
         assert "plan.gpu_gib=80: fits" in result.stdout and not (tmp_path / "run").exists()
     elif script == "generate.py":
         assert len(read_rows(tmp_path / "run" / "generations.jsonl")) == 32
+    elif "temperature=[0,0.5,1.0]" in arguments:
+        assert [row["temperature"] for row in read_rows(tmp_path / "eval" / "eval.jsonl")] == [0, 0.5, 1.0]
     else:
         assert "reward of the policy's samples" in result.stdout or "already finished" in result.stdout
 

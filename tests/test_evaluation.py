@@ -443,5 +443,11 @@ def test_generate_writes_prompt_and_response_lines(imdb_dir, tmp_path):
     run_command("generate.py", *overrides)
     rows = read_rows(tmp_path / "run" / "generations.jsonl")
     assert len(rows) == 4 and all(row["prompt"].startswith("prompt number") and "response" in row for row in rows)
+    several = [o for o in overrides if not o.startswith("local_run_dir")] + [f"local_run_dir={tmp_path / 'three'}", "samples_per_prompt=3"]
+    run_command("generate.py", *several)
+    three = read_rows(tmp_path / "three" / "generations.jsonl")
+    assert [row["sample"] for row in three] == [0, 1, 2] * 4 and [row["response"] for row in three[::3]] == [row["response"] for row in rows]
+    refused = run_command("generate.py", *overrides, "temperature=[0,1]", check=False)
+    assert refused.returncode == 2 and "temperature gives 2 values" in refused.stderr
     refused = run_command("generate.py", *overrides, "temprature=1", check=False)
     assert refused.returncode == 2 and "did you mean temperature" in refused.stderr
