@@ -113,6 +113,7 @@ class BasicTrainer:
         self.log = MetricLog(run_dir, wandb_run, config.minimum_log_interval_secs, writes=world.rank == 0)
         self.counters = Counters()
         self.last_eval: dict | None = None
+        self.reference_samples: dict = {}  # it does not change, so its samples are drawn once
         self.stop = stop or StopSignals()
         self.saving: Saving | None = None
         self.save_peaks: list[int | None] = []
@@ -314,7 +315,7 @@ class BasicTrainer:
 
     def evaluate_checkpoints(self, pending: list[tuple[Checkpoint, list[float]]]) -> None:
         """Every checkpoint at every temperature: a row of eval.jsonl for each, and samples. `pending` has what is still to do."""
-        config, kept = self.config, {}
+        config = self.config
         bar = tqdm(total=sum(len(wanted) for _, wanted in pending), desc="evaluations", disable=True if len(pending) < 2 else self.world.no_bar)
         for number, (checkpoint, wanted) in enumerate(pending):
             if number:  # the first was built with the trainer
@@ -322,7 +323,7 @@ class BasicTrainer:
                 self.policy = self._build_policy(OmegaConf.merge(config.model, {"archive": checkpoint.path}))
             losses = self._held_out_losses()
             for temperature in wanted:
-                rows, means = self._sample(config.n_eval_examples, temperature, kept) if samples(config, self.loss) else ([], {})
+                rows, means = self._sample(config.n_eval_examples, temperature) if samples(config, self.loss) else ([], {})
                 self.last_eval = {"examples": 0, **losses, **means}
                 if self.world.rank == 0:
                     drawn = {"temperature": temperature, "top_p": config.topp, "samples_per_prompt": config.samples_per_prompt, "eval_seed": config.seed}
@@ -336,14 +337,14 @@ class BasicTrainer:
             n=self.config.n_eval_examples, batch_size=self.config.eval_batch_size, layout=self.layout, world=self.world,
         )  # fmt: skip
 
-    def _sample(self, n: int, temperature: float, kept: dict | None = None) -> tuple[list[dict], dict[str, float]]:
+    def _sample(self, n: int, temperature: float) -> tuple[list[dict], dict[str, float]]:
         config = self.config
         how = Sampling(
             n=n, k=config.samples_per_prompt, max_prompt_length=config.max_prompt_length,
             max_new_tokens=config.max_new_tokens or config.max_length - config.max_prompt_length,
             temperature=temperature, top_p=config.topp, seed=config.seed, batch_size=config.eval_batch_size,
         )  # fmt: skip
-        return sample_and_measure(self.policy, self.reference, self.tokenizer, self.data["test"], self.rewards, how, self.layout, self.world, kept)
+        return sample_and_measure(self.policy, self.reference, self.tokenizer, self.data["test"], self.rewards, how, self.layout, self.world, self.reference_samples)
 
     def summarize(self) -> dict:
         """Write summary.json: the last evaluation and the run's speed."""

@@ -561,7 +561,7 @@ def draw(results: dict, path: Path) -> None:
     axes.set_title(f"One training step on {', '.join(machine['gpus']) or str(machine['cores']) + ' cores of ' + machine['processor']}", fontsize=10)
     axes.spines[["top", "right"]].set_visible(False)
     if curves:
-        for axes, (what, points) in zip(rest[0].subplots(1, len(curves)), curves.items()):
+        for axes, (what, points) in zip(rest[0].subplots(1, len(curves), squeeze=False)[0], curves.items()):
             for name in ("prefix_shared", "classic"):
                 axes.plot([p["value"] for p in points], [p[name] for p in points], "o-", label=name)
             axes.set(xscale="log", yscale="log", xlabel=what, ylabel="pairs a second")

@@ -451,3 +451,14 @@ def test_generate_writes_prompt_and_response_lines(imdb_dir, tmp_path):
     assert refused.returncode == 2 and "temperature gives 2 values" in refused.stderr
     refused = run_command("generate.py", *overrides, "temprature=1", check=False)
     assert refused.returncode == 2 and "did you mean temperature" in refused.stderr
+
+
+def test_a_run_samples_its_reference_once_and_its_policy_at_every_evaluation(run, monkeypatch):
+    drawn = []
+    monkeypatch.setattr(evaluation, "sample", lambda *args, **options: drawn.append(options["description"]) or sample(*args, **options))
+    folder = run("run")
+    rows = read_rows(folder / "samples.jsonl")
+    evaluations = sorted({row["examples"] for row in rows})
+    assert drawn.count("sample policy") == len(evaluations) > 2 and drawn.count("sample reference") == 1
+    first, last = ([row["reference"] for row in rows if row["examples"] == n] for n in (evaluations[0], evaluations[-1]))
+    assert first == last and [row["policy"] for row in rows[: len(first)]] == first  # before the first step they are equal
