@@ -92,6 +92,7 @@ def main() -> None:
             keep("curves", what, measure_curve(Path(folder), what, arguments.bf16, measured))
     for case, result in results["cases"].items():
         print(table(case, result))
+    draw(results, path.with_suffix(".png"))
     path.with_suffix(".md").write_text(markdown(results), encoding="utf-8")
 
 
@@ -537,6 +538,7 @@ def draw(results: dict, path: Path) -> None:
 
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
+    from matplotlib.ticker import NullLocator
 
     cases, curves = results["cases"], results.get("curves", {})
     figure = plt.figure(figsize=(12, 3.8 + (3.2 if curves else 0)), layout="constrained")
@@ -553,7 +555,9 @@ def draw(results: dict, path: Path) -> None:
             place += 1
         place += 1
     axes.set_xticks([case.pop("at") for case in cases.values()], list(cases), fontsize=8)
-    axes.set_ylabel("times as fast as the classic step")
+    axes.set(ylabel="times as fast as the classic step", yscale="log")
+    axes.set_yticks([1, 2, 5, 10, 20, 50], ["1", "2", "5", "10", "20", "50"], minor=False)
+    axes.yaxis.set_minor_locator(NullLocator())
     handles, labels = axes.get_legend_handles_labels()
     unique = dict(zip(labels, handles))
     axes.legend(unique.values(), unique, fontsize=7, frameon=False, ncols=2)
@@ -565,6 +569,10 @@ def draw(results: dict, path: Path) -> None:
             for name in ("prefix_shared", "classic"):
                 axes.plot([p["value"] for p in points], [p[name] for p in points], "o-", label=name)
             axes.set(xscale="log", yscale="log", xlabel=what, ylabel="pairs a second")
+            axes.set_xticks([p["value"] for p in points], [f"{p['value']:,}" for p in points])
+            axes.set_yticks([0.5, 1, 2, 5, 10], ["0.5", "1", "2", "5", "10"])
+            for axis in (axes.xaxis, axes.yaxis):
+                axis.set_minor_locator(NullLocator())
             axes.spines[["top", "right"]].set_visible(False)
             axes.legend(fontsize=7, frameon=False)
     figure.savefig(path, dpi=120)
