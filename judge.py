@@ -156,8 +156,10 @@ def by_reward(pairs: list[dict], arguments) -> tuple[list[dict], dict, str]:
     name, *settings = arguments.reward
     given = [pair.pop("rewards") for pair in pairs]
     if settings or not all(name in rewards for pair in given for rewards in pair):
-        from rewards import build_reward, reward_settings  # loads torch
+        from configuration import register_resolvers  # these load torch
+        from rewards import build_reward, reward_settings
 
+        register_resolvers()
         score = build_reward(reward_settings(name, OmegaConf.to_container(OmegaConf.from_dotlist(settings))))
         prompts = [pair["prompt"] for pair in pairs]
         scores = list(zip(*(score(prompts, [pair[side] for pair in pairs]) for side in ("policy", "opponent"))))

@@ -126,8 +126,9 @@ class Place:
         return self.sft / "LATEST" / "hf"
 
     def gold(self, reward: str) -> list[str]:
-        more = ["--config-dir", str(ROOT / "experiments" / "config")] if reward == "two_sizes" else []
-        return [*more, f"reward={reward}", f"reward.path={self.words / 'words.json'}"]
+        """Overrides that choose a gold; the folder of its yaml is the first word, where it is not the project's."""
+        own = [f"--config-dir={ROOT / 'experiments' / 'config'}"] if reward == "two_sizes" else []
+        return [*own, f"reward={reward}", f"reward.path={self.words / 'words.json'}"]
 
     def pairs(self, reward: str) -> Path:
         """Two samples of the SFT model for each of 3,200 training and 800 test prompts, scored."""
@@ -146,23 +147,23 @@ class Place:
         """Train every combination of `overrides` (comma-separated values) with every seed; returns the runs."""
         base, steps = self.base(), self.steps or steps
         common = [
-            "-m", "model=blank_model", f"model.name_or_path={base}", f"datasets=[{data}]", "optimizer=AdamW", f"lr={lr}", "warmup_steps=10", f"batch_size={batch}", "n_epochs=null",
+            "-m", *self.gold(reward), "model=blank_model", f"model.name_or_path={base}", f"datasets=[{data}]", "optimizer=AdamW", f"lr={lr}", "warmup_steps=10", f"batch_size={batch}", "n_epochs=null",
             f"n_examples={batch * steps}", f"eval_every={batch * max(1, steps // 10)}", "max_length=24", "max_prompt_length=5", "n_eval_model_samples=512", "n_eval_examples=512",
-            "eval_batch_size=512", f"local_run_dir={self.work / name}", f"cache_dir={self.work / 'cache'}", "keep_checkpoints=1", "save_every=1000000", "wandb.enabled=false", *self.gold(reward),
+            "eval_batch_size=512", f"local_run_dir={self.work / name}", f"cache_dir={self.work / 'cache'}", "keep_checkpoints=1", "save_every=1000000", "wandb.enabled=false",
         ]  # fmt: skip
         with ThreadPoolExecutor(os.cpu_count()) as pool:
             list(pool.map(lambda seed: self.command("train.py", *common, *overrides, f"seed={seed}"), self.seeds))
         return find_runs(self.work / name)[0]
 
-    def evaluate(self, name: str, runs: list[Run], data: Path, reward: str, *overrides: str) -> Run:
-        """One evaluation of the newest checkpoints of some runs."""
-        archives = ",".join(str(run.folder) for run in runs)
+    def evaluate(self, name: str, sweeps: list[str], data: Path, reward: str, *overrides: str) -> Run:
+        """One evaluation of the newest checkpoints of all runs of some sweeps."""
+        archives = ",".join(str(self.work / sweep) for sweep in sweeps)
         folder = self.work / name
         if not (folder / "summary.json").exists():
             self.command(
-                "train.py", "function=eval", f"model.archive=[{archives}]", "model=blank_model", f"model.name_or_path={self.base()}", f"datasets=[{data}]", "max_length=24",
+                "train.py", *self.gold(reward), "function=eval", f"model.archive=[{archives}]", "model=blank_model", f"model.name_or_path={self.base()}", f"datasets=[{data}]", "max_length=24",
                 "max_prompt_length=5", "n_eval_examples=800", "eval_batch_size=800", f"local_run_dir={folder}", f"cache_dir={self.work / 'cache'}", "wandb.enabled=false", "seed=99",
-                *self.gold(reward), *overrides,
+                *overrides,
             )  # fmt: skip
         return Run(folder)
 
@@ -247,7 +248,7 @@ def offset(place: Place) -> tuple[dict, dict]:
 def sequential_kl(place: Place) -> tuple[dict, dict]:
     data = place.pairs("lexicon")
     runs = place.sweep("sequential_kl", data, "lexicon", "loss=dpo,tdpo1,tdpo2", "loss.beta=0.1", steps=81)
-    evaluation = place.evaluate("sequential_kl-eval", runs, data, "lexicon", "loss=tdpo2", "sample_during_eval=false")
+    evaluation = place.evaluate("sequential_kl-eval", ["sequential_kl"], data, "lexicon", "loss=tdpo2", "sample_during_eval=false")
     found: dict[str, dict[int, tuple]] = {}
     for row in evaluation.evaluations:
         kl = tuple(row[f"kl_eval/{side}"] for side in ("chosen", "rejected"))
@@ -315,14 +316,12 @@ def calibration(place: Place) -> tuple[dict, dict]:
 
 def temperature(place: Place) -> tuple[dict, dict]:
     data = place.pairs("two_sizes")
-    runs = {
-        "dpo": place.sweep("offset/dpo", data, "two_sizes", "loss=dpo", f"loss.beta={BETAS}", steps=101),
-        "odpo": place.sweep("offset/odpo", data, "two_sizes", "loss=odpo", "loss.alpha=0.5", f"loss.beta={BETAS}", steps=101),
-    }
-    of_interest = [run for r in runs.values() for run in chosen(r, loss_beta=0.1).values()]
-    evaluation = place.evaluate("temperature-eval", of_interest, data, "two_sizes", "temperature=[0,0.25,0.5,1.0]")
+    for loss in (["loss=dpo"], ["loss=odpo", "loss.alpha=0.5"]):  # as in `offset`, and already there after it
+        place.sweep(f"offset/{loss[0].removeprefix('loss=')}", data, "two_sizes", *loss, f"loss.beta={BETAS}", steps=101)
+    evaluation = place.evaluate("temperature-eval", ["offset/dpo", "offset/odpo"], data, "two_sizes", "temperature=[0,0.25,0.5,1.0]")
     samples, rates = evaluation.samples(), []
-    for row in evaluation.evaluations:
+    rows = [row for row in evaluation.evaluations if row["training"]["loss"]["beta"] == 0.1]
+    for row in rows:
         mine = [s for s in samples if (s["checkpoint"], s["temperature"]) == (row["checkpoint"], row["temperature"])]
         pairs = pair_up(mine, "reference")
         for pair, sample in zip(pairs, mine):
@@ -335,7 +334,7 @@ def temperature(place: Place) -> tuple[dict, dict]:
         by_t = {t: [rate["win_rate"] for rate in rates if (rate["loss"], rate["temperature"]) == (loss, t)] for t in (0, 0.25, 0.5, 1.0)}
         texts.append(f"{loss} " + ", ".join(f"{mean_and_error(v)[0]:.3f}" for v in by_t.values()))
     found = f"Win rate at temperatures 0, 0.25, 0.5 and 1, mean over seeds: {'; '.join(texts)}. The lowest of a seed is {min(rate['win_rate'] for rate in rates):.3f}."
-    return {"holds": bool(holds), "found": found, "winrates": rates}, {"temperature": pictures.temperature_picture(evaluation.evaluations, rates)}
+    return {"holds": bool(holds), "found": found, "winrates": rates}, {"temperature": pictures.temperature_picture(rows, rates)}
 
 
 EXPERIMENTS = {function.__name__: function for function in (frontier, offset, sequential_kl, calibration, temperature)}
