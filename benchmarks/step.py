@@ -46,6 +46,9 @@ CASES = {  # model, lengths, loss, pairs, how many prompts they have, whether TR
     "imdb-30M-dpo": ("30M", "imdb", "dpo", 8, 8, True),
     "tldr-30M-tdpo": ("30M", "tldr", "tdpo2", 8, 8, False),
     "hh-30M-tdpo": ("30M", "hh", "tdpo2", 8, 8, False),
+    "hh-124M-dpo": ("124M", "hh", "dpo", 8, 8, True),
+    "tldr-124M-tdpo": ("124M", "tldr", "tdpo2", 8, 8, False),
+    "hh-124M-tdpo": ("124M", "hh", "tdpo2", 8, 8, False),
     "tldr-30M-rated": ("30M", "tldr", "dpo", 16, 1, False),  # 16 of the pairs of seven rated responses to one prompt
 }
 OURS = {  # layout and reference cache

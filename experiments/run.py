@@ -329,12 +329,33 @@ def temperature(place: Place) -> tuple[dict, dict]:
             pair["verdict"] = (1 + (ours > theirs) - (ours < theirs)) / 2
         rates.append(win_rate(pairs, "gold") | {"loss": row["training"]["loss"]["name"], "seed": row["training"]["seed"]})
     holds = all(rate["win_rate"] > 0.5 for rate in rates)
+    against_data = rates_against_data(place, rows, samples)
     texts = []
     for loss in ("dpo", "odpo"):
         by_t = {t: [rate["win_rate"] for rate in rates if (rate["loss"], rate["temperature"]) == (loss, t)] for t in (0, 0.25, 0.5, 1.0)}
         texts.append(f"{loss} " + ", ".join(f"{mean_and_error(v)[0]:.3f}" for v in by_t.values()))
-    found = f"Win rate at temperatures 0, 0.25, 0.5 and 1, mean over seeds: {'; '.join(texts)}. The lowest of a seed is {min(rate['win_rate'] for rate in rates):.3f}."
-    return {"holds": bool(holds), "found": found, "winrates": rates}, {"temperature": pictures.temperature_picture(rows, rates)}
+    by_name = {name: [rate["win_rate"] for rate in against_data if rate["name"] == name] for name in ("sft", "dpo", "odpo")}
+    data_told = "; ".join(f"{name} {', '.join(f'{mean_and_error(v[i::4])[0]:.3f}' for i in range(4))}" for name, v in by_name.items())
+    found = f"Win rate at temperatures 0, 0.25, 0.5 and 1, mean over seeds: {'; '.join(texts)}. The lowest of a seed is {min(rate['win_rate'] for rate in rates):.3f}. "
+    found += f"Against the better of two samples of the SFT model at temperature 1, as the data has them: {data_told}."
+    return {"holds": bool(holds), "found": found, "winrates": rates, "against_data": against_data}, {"temperature": pictures.temperature_picture(rows, rates + against_data)}
+
+
+def rates_against_data(place: Place, rows: list[dict], samples: list[dict]) -> list[dict]:
+    """Win rates, by the gold, of the SFT model and of each policy against the data's chosen responses."""
+    from rewards import build_reward
+
+    score = build_reward({"name": "two_sizes", "module": str(ROOT / "experiments" / "gold.py"), "path": str(place.words / "words.json")})
+    rates = []
+    for row in rows:
+        mine = [s for s in samples if (s["checkpoint"], s["temperature"]) == (row["checkpoint"], row["temperature"])]
+        theirs = score([s["prompt"] for s in mine], [s["chosen"] for s in mine])
+        for who, name in (("policy", row["training"]["loss"]["name"]), *([("reference", "sft")] if row in rows[:4] else [])):
+            ours = [next(iter(s[f"{who}_reward"].values())) for s in mine]
+            checkpoint = row["checkpoint"] if who == "policy" else "sft"
+            pairs = [{"checkpoint": checkpoint, "temperature": row["temperature"], "against": "the data", "prompt": s["prompt"], "verdict": (1 + (a > b) - (a < b)) / 2} for s, a, b in zip(mine, ours, theirs)]
+            rates.append(win_rate(pairs, "gold") | {"name": name})
+    return rates
 
 
 EXPERIMENTS = {function.__name__: function for function in (frontier, offset, sequential_kl, calibration, temperature)}

@@ -182,11 +182,11 @@ def test_what_is_saved_is_whole_and_anyone_can_load_it(runs, placement):
 
 def test_checkpoints_are_evaluated_alike_on_ranks(runs):
     """Seven prompts on two ranks, so that one has a stand-in; two checkpoints and temperatures, two samples a prompt."""
-    common = ["function=eval", f"model.archive=[{runs}/dpo/one/step-3,{runs}/dpo/one]", "temperature=[0,1.0]", "samples_per_prompt=2", "more_rewards=[length]"]
+    common = ["function=eval", f"model.archive=[{runs}/dpo/one/step-4,{runs}/dpo/one]", "temperature=[0,1.0]", "samples_per_prompt=2", "more_rewards=[length]"]
     run_here(*overrides(runs, "evaluated/one", *common))
     start_on_ranks(2, runs, [overrides(runs, "evaluated/two ranks", *common, *TWO)])
     ours, theirs = (read_rows(runs / "evaluated" / name / "eval.jsonl") for name in ("two ranks", "one"))
-    assert len(ours) == len(theirs) == 4 and [row["step"] for row in ours] == [3, 3, STEPS, STEPS]
+    assert len(ours) == len(theirs) == 4 and [row["step"] for row in ours] == [4, 4, STEPS, STEPS]
     for row, expected in zip(ours, theirs):
         close = {key: pytest.approx(value, rel=1e-4, abs=1e-4) if isinstance(value, float) else value for key, value in expected.items()}
         assert row == close
