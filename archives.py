@@ -9,16 +9,18 @@ from pathlib import Path
 from omegaconf import OmegaConf
 
 from models import archive_files
-from utils import ConfigError, append_rows, atomic_write, content_hash
+from utils import ConfigError, append_rows, atomic_write, content_hash, json_lines
 
 TOLD = ("loss", "seed", "lr", "n_epochs", "exp_name")  # of the training run that a checkpoint comes from
 
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """An archive to evaluate. path: None for the model as `name_or_path` has it; stamp: changes with its files."""
+    """An archive to evaluate. path: as it was given, None for the model as `name_or_path` has it; source: what to load, which
+    stays the same while a LATEST moves on; stamp: changes with its files."""
 
     path: str | None
+    source: str | None
     stamp: str
     about: dict = field(compare=False)  # name, step, and settings of its training run, where they are known
 
@@ -68,7 +70,7 @@ def _natural(path: str) -> list:
 def describe(path: str | None) -> Checkpoint:
     """What evaluating an archive needs to tell of it."""
     if path is None:
-        return Checkpoint(None, "", {"name": "the model as it is"})
+        return Checkpoint(None, None, "", {"name": "the model as it is"})
     files = archive_files(path)
     stats = [(file.name, file.stat().st_size, file.stat().st_mtime_ns) for file in (f.resolve() for f in files)]
     about = {"name": path}
@@ -78,7 +80,8 @@ def describe(path: str | None) -> Checkpoint:
     if run is not None:
         config = OmegaConf.to_container(OmegaConf.load(run / "config.yaml"))
         about |= {"run": str(run), "training": {key: config.get(key) for key in TOLD}}
-    return Checkpoint(path, content_hash(json.dumps(stats)), about)
+    source = files[0].resolve() if len(files) == 1 else files[0].resolve().parent
+    return Checkpoint(path, str(source), content_hash(json.dumps(stats)), about)
 
 
 def pending(config, run_dir: Path) -> list[tuple[Checkpoint, list[float]]]:
@@ -100,6 +103,12 @@ def pending(config, run_dir: Path) -> list[tuple[Checkpoint, list[float]]]:
     return left
 
 
+def covered(config, run_dir: Path) -> bool:
+    """Whether `run_dir` has a row for every checkpoint, as its files are now, at every temperature."""
+    done = {(row["checkpoint"], row["stamp"], row["temperature"]) for row in _rows(run_dir / "eval.jsonl")}
+    return all((c.path, c.stamp, t) in done for c in map(describe, expand_archives(config.model.archive)) for t in temperatures(config))
+
+
 def finish_evaluation(run_dir: Path, checkpoint: Checkpoint, samples: list[dict], values: dict) -> None:
     """Add the samples, then the row that says they are complete."""
     append_rows(run_dir / "samples.jsonl", samples, checkpoint=checkpoint.path, examples=0)
@@ -108,4 +117,4 @@ def finish_evaluation(run_dir: Path, checkpoint: Checkpoint, samples: list[dict]
 
 def _rows(path: Path) -> list[dict]:
     """Rows of a file that is only ever written whole."""
-    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()] if path.is_file() else []
+    return [json.loads(line) for line in json_lines(path)] if path.is_file() else []

@@ -14,7 +14,7 @@ from hydra.core.override_parser.types import ChoiceSweep
 from hydra.errors import OverrideParseException
 from omegaconf import DictConfig, OmegaConf
 
-from archives import expand_archives, temperatures
+from archives import covered, expand_archives, temperatures
 from batching import ORDERS
 from distributed import data_ranks, world
 from layouts import LAYOUTS
@@ -213,6 +213,8 @@ def _check_numbers(config: DictConfig) -> None:
         if isinstance(value, bool) or not isinstance(value, int) or value < smallest:
             raise ConfigError(f"{key}={value} must be a whole number of at least {smallest}")
     numbers = [(key, config[key]) for key in ("lr", "max_grad_norm", "topp", "min_gap", "minimum_log_interval_secs", "test_fraction")]
+    if OmegaConf.is_list(config.temperature) and not config.temperature:
+        raise ConfigError("temperature=[] names no temperature; give one, or several for function=eval")
     several = config.function == "eval" and OmegaConf.is_list(config.temperature)
     for key, value in numbers + [("temperature", t) for t in (temperatures(config) if several else [config.temperature])]:
         if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 <= value < float("inf"):
@@ -304,7 +306,7 @@ def must_match(saved: DictConfig, config: DictConfig) -> None:
 # Keys that change where a run is kept, or how fast it gets there, and nothing of what it is.
 SURROUNDINGS = {
     "local_dirs", "local_run_dir", "exp_name", "wandb", "cache_dir", "resume", "skip_finished", "minimum_log_interval_secs",
-    "keep_checkpoints", "fsdp_port", "hydra", "plan", "debug",
+    "keep_checkpoints", "fsdp_port", "hydra", "plan",
 }  # fmt: skip
 
 
@@ -317,7 +319,8 @@ def same_settings(saved: DictConfig, config: DictConfig) -> bool:
 def finished_like(config: DictConfig, folder: str | None) -> Path | None:
     """A finished run below `folder` with the settings of `config`, if there is one."""
     for path in sorted(Path(folder).rglob("config.yaml")) if folder else ():
-        if (path.parent / "summary.json").is_file() and same_settings(OmegaConf.load(path), config):
+        done = (path.parent / "summary.json").is_file() and same_settings(OmegaConf.load(path), config)
+        if done and (config.function != "eval" or covered(config, path.parent)):
             return path.parent
     return None
 

@@ -36,6 +36,10 @@ class _Transient(Exception):
         self.wait = wait
 
 
+class _Rejected(_Transient):
+    """What no attempt will mend, of this one question: too long for the model, say."""
+
+
 @dataclass
 class Asked:
     """What became of some questions. answers: None where there is none; requests: sent, retries included."""
@@ -124,7 +128,7 @@ class Endpoint:
                 text = self._post(messages)
                 break
             except _Transient as error:
-                if attempt == self.retries:
+                if attempt == self.retries or isinstance(error, _Rejected):
                     raise
                 time.sleep(max(error.wait, self.backoff * 2**attempt * (0.5 + random() / 2)))
         value = read(text)
@@ -145,7 +149,7 @@ class Endpoint:
                     body += piece
                     if len(body) > LARGEST_ANSWER or time.monotonic() > deadline:
                         raise _Transient("an answer without an end")
-        except httpx.TransportError as error:
+        except httpx.RequestError as error:
             raise _Transient(f"{type(error).__name__}: {error}") from error
         except httpx.InvalidURL as error:
             raise EndpointError(f"{self.url} is no URL: {error}") from error
@@ -153,6 +157,8 @@ class Endpoint:
         if response.status_code in (408, 409, 429) or response.status_code >= 500:
             wait = response.headers.get("retry-after", "")
             raise _Transient(told, min(float(wait), 60.0) if wait.replace(".", "", 1).isdigit() else 0.0)
+        if response.status_code in (400, 413, 422):
+            raise _Rejected(told)
         if response.status_code != 200:
             self._over = True
             raise EndpointError(f"{self.url}/chat/completions answered {told}")

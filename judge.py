@@ -126,7 +126,10 @@ def pair_up(rows: list[dict], against: str) -> list[dict]:
         if all(text is None for text in opponents):
             raise DataError(f"--against {against}: these samples come without it")
     elif Path(against).is_dir():
-        theirs = {_place(row): row for row in latest_samples(Path(against))}
+        others = latest_samples(Path(against))
+        theirs = {_place(row): row for row in others}
+        if len(theirs) < len(others):
+            raise DataError(f"--against {against}: several samples there have the same prompt, temperature and number; give a folder with one checkpoint")
         found = [theirs.get(_place(row)) for row in rows]
         if not any(found):
             raise DataError(f"--against {against}: no sample there has the prompt, the temperature and the number of one here")
@@ -155,18 +158,26 @@ def by_reward(pairs: list[dict], arguments) -> tuple[list[dict], dict, str]:
     """The higher score wins. Scores are those of samples.jsonl, or computed where a reward is not among them."""
     name, *settings = arguments.reward
     given = [pair.pop("rewards") for pair in pairs]
-    if settings or not all(name in rewards for pair in given for rewards in pair):
-        from configuration import register_resolvers  # these load torch
-        from rewards import build_reward, reward_settings
-
-        register_resolvers()
-        score = build_reward(reward_settings(name, OmegaConf.to_container(OmegaConf.from_dotlist(settings))))
-        prompts = [pair["prompt"] for pair in pairs]
-        scores = list(zip(*(score(prompts, [pair[side] for pair in pairs]) for side in ("policy", "opponent"))))
-    else:
-        scores = [(ours[name], theirs[name]) for ours, theirs in given]
+    stored = [not settings and name in ours and name in theirs for ours, theirs in given]
+    scores = [(ours.get(name), theirs.get(name)) for ours, theirs in given]
+    if missing := [i for i, known in enumerate(stored) if not known]:
+        score = _reward_of(arguments.folder, name, settings)
+        prompts = [pairs[i]["prompt"] for i in missing]
+        for i, *both in zip(missing, *(score(prompts, [pairs[i][side] for i in missing]) for side in ("policy", "opponent"))):
+            scores[i] = tuple(both)
     verdicts = [{"verdict": (1 + (a > b) - (a < b)) / 2, "policy_score": a, "opponent_score": b} for a, b in scores]
     return verdicts, {}, f"reward {' '.join(arguments.reward)}"
+
+
+def _reward_of(folder: Path, name: str, settings: list[str]):
+    """A reward with the settings given; without any, as the run in the folder had it, else as config/reward/ has it."""
+    from configuration import register_resolvers  # these load torch
+    from rewards import all_rewards, build_reward, reward_settings
+
+    register_resolvers()
+    config = OmegaConf.load(folder / "config.yaml") if (folder / "config.yaml").is_file() and not settings else None
+    of_run = all_rewards(config) if config is not None and "reward" in config and "more_rewards" in config else {}
+    return build_reward(of_run.get(name) or reward_settings(name, OmegaConf.to_container(OmegaConf.from_dotlist(settings))))
 
 
 def by_labels(pairs: list[dict], arguments) -> tuple[list[dict], dict, str]:
@@ -194,6 +205,8 @@ def by_llm(pairs: list[dict], arguments) -> tuple[list[dict], dict, str]:
     """A language model, asked about (policy, opponent) and about (opponent, policy); equal texts are a tie, unasked."""
     if not arguments.url or not arguments.model:
         raise DataError("--by llm needs --url and --model")
+    if arguments.question and not arguments.question.is_file():
+        raise DataError(f"--question {arguments.question}: no such file")
     template = arguments.question.read_text(encoding="utf-8") if arguments.question else QUESTION
     if missing := [place for place in ("{prompt}", "{a}", "{b}") if place not in template]:
         raise DataError(f"--question {arguments.question} has no {', '.join(missing)}")

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from distributed import World
-from utils import atomic_write
+from utils import atomic_write, json_lines
 
 
 class Sums:
@@ -79,7 +79,7 @@ def rewind(path: Path, examples: int) -> None:
     if not path.is_file():
         return
     kept = []
-    for line in path.read_text(encoding="utf-8").splitlines():
+    for line in json_lines(path):
         try:
             row = json.loads(line)
         except json.JSONDecodeError:

@@ -47,7 +47,9 @@ def all_rewards(config) -> dict[str, dict]:
     if config.reward.get("module"):
         load_module(config.reward["module"], "reward.module")
     found = {}
-    for entry in (config.reward, *config.more_rewards):
+    for entry in (config.reward, *(config.more_rewards or ())):
+        if not isinstance(entry, str) and not OmegaConf.is_dict(entry) and not isinstance(entry, dict):
+            raise ConfigError(f"more_rewards: {entry!r} is neither a name nor {{name: NAME, setting: value}}")
         entry = {"name": entry} if isinstance(entry, str) else dict(entry)
         if "name" not in entry:
             raise ConfigError(f"more_rewards: {entry} has no name; give a file of config/reward/, or {{name: NAME, setting: value}}")
@@ -260,7 +262,7 @@ def http(*, url: str, token_env: str = "REWARD_TOKEN", batch_size: int = 64, tim
                 told = f"status {response.status_code}: {response.text[:200]}"
                 if response.status_code not in (408, 429) and response.status_code < 500:
                     break
-            except httpx.TransportError as error:
+            except httpx.RequestError as error:
                 told = f"{type(error).__name__}: {error}"
             if attempt < retries:
                 time.sleep(backoff * 2**attempt)

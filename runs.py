@@ -16,7 +16,7 @@ from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from yaml import YAMLError
 
-from utils import DataError, mean_and_error
+from utils import DataError, json_lines, mean_and_error
 
 MAX_POINTS = 2000  # of a curve; longer ones are thinned, the eye sees no difference
 NOT_SETTINGS = ("local_run_dir", "exp_name", "local_dirs", "seed", "cache_dir", "wandb", "skip_finished")
@@ -28,7 +28,7 @@ def read_jsonl(path: Path) -> list[dict]:
     if not path.is_file():
         return []
     rows = []
-    lines = path.read_text(encoding="utf-8", errors="replace").splitlines()
+    lines = json_lines(path)
     for number, line in enumerate(lines, 1):
         try:
             rows.append(json.loads(line))
@@ -98,12 +98,12 @@ class Run:
     def not_finite(self) -> int:
         """How many values of metrics.jsonl are no numbers: null, NaN or infinite."""
         odd = lambda value: value is None or (isinstance(value, float) and not math.isfinite(value))  # noqa: E731
-        return sum(odd(value) for row in self.rows for name, value in row.items() if not name.endswith("_se") and "distinct" not in name)
+        return sum(odd(value) for row in self.rows for name, value in row.items() if not name.endswith("_se") and "distinct" not in name and name != "checkpoint")
 
     def frontier(self) -> list[tuple[float, float, float]]:
         """(KL, reward, examples) of every evaluation that sampled at temperature 1 (the KL is that of what was sampled)."""
         names = ("samples_eval/kl", "samples_eval/policy_reward", "examples")
-        rows = [row for row in self.rows if row.get("split") == "eval" and row.get("temperature", 1.0) == 1.0]
+        rows = [row for row in self.rows if row.get("split") == "eval" and row.get("temperature", self.config.get("temperature", 1.0)) == 1.0]
         return [tuple(row[n] for n in names) for row in rows if all(is_number(row.get(n)) for n in names)]
 
     def latest(self) -> dict:
@@ -131,6 +131,8 @@ class Run:
 def _alive(pid) -> bool:
     try:
         os.kill(int(pid), 0)
+    except PermissionError:  # it is somebody else's
+        return True
     except (OSError, TypeError, ValueError):
         return False
     return True

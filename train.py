@@ -95,7 +95,8 @@ def execute(config: DictConfig, run_dir: Path, stop: StopSignals | None = None) 
     loss, sources = ranks.first(lambda: check_config(config, TRAINERS))
     if before := ranks.agree(lambda: finished_like(config, config.skip_finished)):
         print(f"skipped: {before} is a finished run with these settings (skip_finished={config.skip_finished})")
-        _remove_if_empty(run_dir)
+        if ranks.rank == 0:
+            _remove_if_empty(run_dir)
         return json.loads((before / "summary.json").read_text(encoding="utf-8"))
     run_dir = ranks.agree(lambda: _run_dir_for(config, run_dir))
     if summary := ranks.agree(lambda: _finished(config, run_dir)):
@@ -109,6 +110,8 @@ def execute(config: DictConfig, run_dir: Path, stop: StopSignals | None = None) 
     resolved = OmegaConf.to_container(config, resolve=True)
     if ranks.rank == 0:
         run_dir.mkdir(parents=True, exist_ok=True)
+        if config.function == "train":
+            (run_dir / "summary.json").unlink(missing_ok=True)  # what is there is not finished from here on
         with atomic_write(run_dir / "config.yaml") as f:
             f.write(OmegaConf.to_yaml(OmegaConf.create(resolved)))
         with atomic_write(run_dir / "data.json") as f:
@@ -122,7 +125,7 @@ def _run_here_or_on_workers(config: DictConfig, resolved: dict, run_dir: Path, l
     workers = local_workers(config)
     if world().size == 1 and workers > 1:
         launch(work, workers, config.fsdp_port, (resolved, run_dir), stop)
-        if stop.received:
+        if stop.received and not (run_dir / "summary.json").exists():
             raise Stopped(stop.received)
         return json.loads((run_dir / "summary.json").read_text(encoding="utf-8"))
     return _train_or_evaluate(config, run_dir, loss, tokenizer, data, stop)
@@ -181,7 +184,7 @@ def _train_or_evaluate(config: DictConfig, run_dir: Path, loss, tokenizer, data:
             wandb_run = start_wandb(config.wandb, run_dir, OmegaConf.to_container(config, resolve=True))
     if config.function == "eval":
         left = ranks.agree(lambda: pending(config, run_dir))
-        config = OmegaConf.merge(config, {"model": {"archive": left[0][0].path}})
+        config = OmegaConf.merge(config, {"model": {"archive": left[0][0].source}})
     trainer = TRAINERS[config.trainer](config, run_dir, loss, tokenizer, data, world=ranks, wandb_run=wandb_run, stop=stop)
     if config.function == "eval":
         trainer.evaluate_checkpoints(left)

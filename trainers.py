@@ -320,7 +320,7 @@ class BasicTrainer:
         for number, (checkpoint, wanted) in enumerate(pending):
             if number:  # the first was built with the trainer
                 self.policy = None  # two of them need not be in memory at once
-                self.policy = self._build_policy(OmegaConf.merge(config.model, {"archive": checkpoint.path}))
+                self.policy = self._build_policy(OmegaConf.merge(config.model, {"archive": checkpoint.source}))
             losses = self._held_out_losses()
             for temperature in wanted:
                 rows, means = self._sample(config.n_eval_examples, temperature) if samples(config, self.loss) else ([], {})
@@ -330,6 +330,9 @@ class BasicTrainer:
                     finish_evaluation(self.run_dir, checkpoint, rows, drawn | losses | means)
                 self._write("eval", losses | means | {"checkpoint": checkpoint.path, "temperature": temperature})
                 bar.update()
+                if signum := self._asked_to_stop():
+                    self.log.finish()
+                    raise Stopped(signum)  # the same command goes on after this row
 
     def _held_out_losses(self) -> dict[str, float]:
         return evaluate_loss(

@@ -60,6 +60,11 @@ def atomic_write(path: str | Path, mode: str = "w") -> Iterator:
         raise
 
 
+def json_lines(path: Path) -> list[str]:
+    """The lines of a JSON-lines file. Only a newline ends one: texts may hold what `splitlines` would also take for an end."""
+    return [line for line in path.read_text(encoding="utf-8", errors="replace").split("\n") if line.strip()]
+
+
 def append_rows(path: Path, rows: list[dict], **where) -> None:
     """Add rows to a JSON-lines file, all or none of them; `where` is put in front of each."""
     kept = path.read_text(encoding="utf-8") if path.is_file() else ""

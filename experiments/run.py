@@ -100,6 +100,7 @@ class Place:
     """Where an experiment works: data and the SFT model are made when first asked for, runs by sweeps of train.py."""
 
     def __init__(self, work: Path, seeds: list[int], steps: int | None):
+        work = work if steps is None else work / f"steps-{steps}"  # a trial leaves nothing that a real run would build on
         self.work, self.seeds, self.steps = work, seeds, steps
         self.words, self.sft = work / "words", work / "sft"
 
@@ -153,12 +154,15 @@ class Place:
         ]  # fmt: skip
         with ThreadPoolExecutor(os.cpu_count()) as pool:
             list(pool.map(lambda seed: self.command("train.py", *common, *overrides, f"seed={seed}"), self.seeds))
-        return find_runs(self.work / name)[0]
+        runs = [run for run in find_runs(self.work / name)[0] if run.seed in self.seeds]
+        if odd := [run.folder for run in runs if run.config["n_examples"] != batch * steps or not run.finished]:
+            raise SystemExit(f"{odd[0]} is not a finished run of {steps} steps; delete it, or give another --work")
+        return runs
 
     def evaluate(self, name: str, sweeps: list[str], data: Path, reward: str, *overrides: str) -> Run:
         """One evaluation of the newest checkpoints of all runs of some sweeps."""
         archives = ",".join(str(self.work / sweep) for sweep in sweeps)
-        folder = self.work / name
+        folder = self.work / f"{name}-seeds-{'-'.join(map(str, self.seeds))}"
         if not (folder / "summary.json").exists():
             self.command(
                 "train.py", *self.gold(reward), "function=eval", f"model.archive=[{archives}]", "model=blank_model", f"model.name_or_path={self.base()}", f"datasets=[{data}]", "max_length=24",
@@ -181,12 +185,12 @@ def frontiers(runs: list[Run]) -> dict[int, list[float | None]]:
 
 
 def difference(ours: list[Run], theirs: list[Run], at=(0.5, 1.0, 1.5)) -> dict:
-    """Between two envelopes, seed by seed: the mean over `at`, where both reach it."""
+    """Between two envelopes, seed by seed: the mean over `at`, of seeds in which both reach all of it."""
     a, b = frontiers(ours), frontiers(theirs)
     by_seed = {}
     for seed in a.keys() & b.keys():
         gaps = [a[seed][AT_KL.index(kl)] - b[seed][AT_KL.index(kl)] for kl in at if None not in (a[seed][AT_KL.index(kl)], b[seed][AT_KL.index(kl)])]
-        if gaps:
+        if len(gaps) == len(at):
             by_seed[str(seed)] = sum(gaps) / len(gaps)
     return (paired_difference(by_seed, dict.fromkeys(by_seed, 0.0)) or {"mean": float("nan"), "se": None}) | {"by_seed": by_seed}
 
@@ -234,7 +238,8 @@ def offset(place: Place) -> tuple[dict, dict]:
     control = {name: place.sweep(f"offset-control/{name}", smooth, "lexicon", *losses[name], beta, steps=101) for name in ("dpo", "odpo")}
     gain, none = difference(runs["odpo"], runs["dpo"]), difference(control["odpo"], control["dpo"])
     others = {name: difference(runs["odpo"], runs[name]) for name in ("dpo, large gaps only", "soft labels")}
-    holds = min(gain["by_seed"].values()) > 0 and none["mean"] < 2 * (none["se"] or 0)
+    complete = {str(seed) for seed in place.seeds} == gain["by_seed"].keys() == none["by_seed"].keys()
+    holds = complete and min(gain["by_seed"].values()) > 0 and none["mean"] < 2 * (none["se"] or 0)
     found = (
         f"ODPO minus DPO at equal KL (mean of KL 0.5, 1 and 1.5; seeds in brackets): {told(gain)} with gaps of two sizes, {told(none)} with the smooth gold. "
         + "".join(f"ODPO minus {name}: {told(d)}. " for name, d in others.items())
@@ -322,7 +327,7 @@ def temperature(place: Place) -> tuple[dict, dict]:
         place.sweep(f"offset/{loss[0].removeprefix('loss=')}", data, "two_sizes", *loss, f"loss.beta={BETAS}", steps=101)
     evaluation = place.evaluate("temperature-eval", ["offset/dpo", "offset/odpo"], data, "two_sizes", "temperature=[0,0.25,0.5,1.0]")
     samples, rates = evaluation.samples(), []
-    rows = [row for row in evaluation.evaluations if row["training"]["loss"]["beta"] == 0.1]
+    rows = [row for row in evaluation.evaluations if row["training"]["loss"]["beta"] == 0.1 and row["training"]["seed"] in place.seeds]
     for row in rows:
         mine = [s for s in samples if (s["checkpoint"], s["temperature"]) == (row["checkpoint"], row["temperature"])]
         pairs = pair_up(mine, "reference")

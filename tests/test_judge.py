@@ -205,3 +205,28 @@ def test_the_key_comes_from_the_environment(tmp_path, http_server, monkeypatch):
     endpoint = Endpoint(http_server([completion("x")]).url, "m", cache=tmp_path / "c.sqlite", key_env="MY_KEY")
     assert endpoint._client.headers["Authorization"] == "Bearer secret"
     assert "secret" not in json.dumps(endpoint.settings)
+
+
+def test_a_run_is_judged_by_its_own_reward_whatever_else_is_asked(folder, tmp_path):
+    """The chosen responses have no stored score: they get one from the run's settings, and the others keep theirs."""
+    (tmp_path / "words.json").write_text(json.dumps({"positive": ["longer", "plain"], "negative": ["best"]}))
+    reward = f"reward: {{name: lexicon, path: {tmp_path / 'words.json'}, scale: 0.5}}\nmore_rewards: []\n"
+    (folder / "config.yaml").write_text(reward)
+    assert command(folder, "--by", "reward", "--against", "reference", "chosen").returncode == 0
+    rows = read_jsonl(folder / "judgements.jsonl")
+    assert [row["verdict"] for row in rows[:5]] == [1, 0, 0.5, 1, 0]  # by the stored scores
+    scores = [2 / (1 + 2.718281828459045 ** (-0.5 * n)) for n in (1, 0, 1, 0, 0)]
+    assert [row["policy_score"] for row in rows[5:]] == pytest.approx(scores) and {round(row["opponent_score"], 6) for row in rows[5:]} == {round(2 / (1 + 2.718281828459045**0.5), 6)}
+
+
+def test_a_folder_with_several_checkpoints_is_no_single_opponent(tmp_path):
+    write_jsonl(tmp_path / "samples.jsonl", [sample(0, "a", checkpoint="x"), sample(0, "b", checkpoint="y")])
+    with pytest.raises(DataError, match="folder with one checkpoint"):
+        pair_up([sample(0, "c")], str(tmp_path))
+
+
+def test_a_question_that_the_server_rejects_leaves_the_others(folder, http_server):
+    server = http_server([400, completion(longer)])
+    done = by_llm(folder, server, "--concurrency", 1)
+    assert done.returncode == 1 and "failed 1" in done.stdout and "requests 8" in done.stdout
+    assert [row["verdict"] for row in read_jsonl(folder / "judgements.jsonl")] == [None, 0, 0.5, 1, 0]

@@ -272,3 +272,21 @@ def test_watch_ends_when_nothing_runs(tmp_path):
     folder = make_run(tmp_path / "run")
     done = subprocess.run([sys.executable, ROOT / "report.py", folder, "--watch", "0.1"], capture_output=True, text=True, timeout=60)
     assert done.returncode == 0 and done.stdout.count("report.html") == 1
+
+
+def test_texts_may_hold_what_looks_like_the_end_of_a_line(tmp_path):
+    folder = make_run(tmp_path / "run")
+    odd = "a\u2028b\u0085c"
+    with open(folder / "samples.jsonl", "w") as f:
+        f.write(json.dumps({"examples": 128, "prompt": odd, "policy": odd, "policy_reward": {"lexicon": 1.0}}, ensure_ascii=False) + "\n")
+    assert Run(folder).samples()[0]["policy"] == odd
+    assert "1.310" in write_report(folder)
+
+
+def test_only_what_was_sampled_at_temperature_one_is_on_a_frontier(tmp_path):
+    folder = make_run(tmp_path / "run")
+    assert len(Run(folder).frontier()) == 5
+    config = OmegaConf.load(folder / "config.yaml")
+    config.temperature = 0.3
+    OmegaConf.save(config, folder / "config.yaml")
+    assert Run(folder).frontier() == []
