@@ -3,6 +3,7 @@
 import json
 import math
 import re
+import shutil
 
 import pytest
 import torch
@@ -21,6 +22,7 @@ from transformers import AutoConfig, AutoModelForSequenceClassification
 
 import evaluation
 import sampling
+import trainers
 from archives import expand_archives
 from evaluation import distinct, measure_samples, repetition
 from layouts import Layout
@@ -462,3 +464,39 @@ def test_a_run_samples_its_reference_once_and_its_policy_at_every_evaluation(run
     assert drawn.count("sample policy") == len(evaluations) > 2 and drawn.count("sample reference") == 1
     first, last = ([row["reference"] for row in rows if row["examples"] == n] for n in (evaluations[0], evaluations[-1]))
     assert first == last and [row["policy"] for row in rows[: len(first)]] == first  # before the first step they are equal
+
+
+def test_an_evaluation_stops_when_asked_and_the_same_command_goes_on(two_runs, llama_folder, monkeypatch):
+    command = [f"model.archive=[{two_runs}/sweep/a,{two_runs}/sweep/b]", "sample_during_eval=false"]
+    with monkeypatch.context() as patch:
+        patch.setattr(trainers.BasicTrainer, "_asked_to_stop", lambda self: 15)
+        with pytest.raises(trainers.Stopped):
+            evaluate(two_runs, llama_folder, "stopped", *command)
+    folder = two_runs / "stopped"
+    assert len(read_rows(folder / "eval.jsonl")) == 1 and json.loads((folder / "status.json").read_text())["state"] == "stopped"
+    rows, _ = evaluate(two_runs, llama_folder, "stopped", *command)
+    assert [row["checkpoint"] for row in rows] == [str(two_runs / "sweep" / name) for name in "ab"] and not (folder / "eval-1").exists()
+
+
+def test_an_evaluation_is_skipped_only_while_its_checkpoints_are_the_same(two_runs, llama_folder, capsys):
+    shutil.copytree(two_runs / "sweep" / "a", two_runs / "moving", symlinks=True)
+    command = [f"model.archive={two_runs}/moving"]
+    evaluate(two_runs, llama_folder, "known", *command)
+    again = small_run(llama_folder, two_runs / "data", two_runs / "anew", "function=eval", "n_eval_examples=6", *command, f"skip_finished={two_runs / 'known'}")
+    run_here(*again)
+    assert "skipped:" in capsys.readouterr().out and not (two_runs / "anew").exists()
+    (two_runs / "moving" / "LATEST").unlink()
+    (two_runs / "moving" / "LATEST").symlink_to("step-1")
+    run_here(*again)
+    assert read_rows(two_runs / "anew" / "eval.jsonl")[0]["step"] == 1
+
+
+def test_a_finished_run_that_is_extended_and_dies_is_not_finished(run, monkeypatch):
+    folder = run("run")
+    with monkeypatch.context() as patch:
+        patch.setattr(trainers, "build_rewards", lambda config: (_ for _ in ()).throw(RewardError("no reward today")))
+        with pytest.raises(RewardError):
+            run("run", "n_epochs=2")
+    assert not (folder / "summary.json").exists()
+    run("run", "n_epochs=2")
+    assert json.loads((folder / "summary.json").read_text())["examples"] == 48
