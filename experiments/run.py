@@ -79,7 +79,7 @@ def main() -> None:
 def keep(name: str, result: dict, figures: dict) -> None:
     """The numbers, the pictures, and the verdict in the README."""
     with atomic_write(RESULTS / f"{name}.json") as f:
-        f.write(json.dumps(result, indent=1) + "\n")
+        f.write(json.dumps(result, indent=1).replace(f"{ROOT}/", "") + "\n")  # paths as seen from the repository
     for picture, figure in figures.items():
         if figure is not None:
             with atomic_write(RESULTS / f"{picture}.png", "wb") as f:
