@@ -11,11 +11,13 @@ from functools import lru_cache
 
 import torch
 from torch import Tensor, nn
-from torch.nn.attention.flex_attention import BlockMask, create_block_mask
+from torch.nn.attention.flex_attention import BlockMask
 from transformers import AttentionInterface
 from transformers.integrations.flex_attention import flex_attention_forward
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
+
+from utils import first_line
 
 NAME = "preflab_segments"
 
@@ -43,7 +45,8 @@ def segment_attention(module: nn.Module, query: Tensor, key: Tensor, value: Tens
     attention_mask: segments, a block mask, or what `sdpa` takes.
     """
     if isinstance(attention_mask, BlockMask):
-        return flex_attention_forward(module, query, key, value, attention_mask, **options)
+        # Under autocast rotary embeddings and norms leave queries and keys in fp32, and in torch 2.11 it does not see to FlexAttention.
+        return flex_attention_forward(module, query.to(value.dtype), key.to(value.dtype), value, attention_mask, **options)
     if attention_mask is None or attention_mask.dtype != torch.int64:
         return sdpa_attention_forward(module, query, key, value, attention_mask, **options)
     window = options.pop("sliding_window", None)
@@ -108,15 +111,59 @@ def allowed_pairs(segments: Tensor, n_tokens: int, window: int | None = None) ->
     return allowed if window is None else allowed & (position[:, None] - position < window)
 
 
-def block_mask(segments: Tensor, n_tokens: int, device: torch.device) -> BlockMask:
-    """The same as a block-sparse mask for FlexAttention, which computes blocks with an allowed pair only."""
-    tree, response, position = (column.to(device) for column in describe_tokens(segments, n_tokens))
+def block_mask(segments: Tensor, n_tokens: int, device: torch.device, size: int = 128) -> BlockMask:
+    """The same as a block-sparse mask for FlexAttention, which computes blocks of size x size with an allowed pair only.
+
+    Which blocks those are follows from what each holds, so nothing of tokens x tokens is ever made.
+    """
+    tree, response, position = describe_tokens(segments, n_tokens)
+    block, n_blocks = torch.arange(n_tokens) // size, -(-n_tokens // size)
+
+    def holds(kind: Tensor, which: Tensor) -> Tensor:
+        """(blocks, kinds): 1 where a block has a token of that kind, among those of `which`."""
+        found = torch.zeros(n_blocks, int(kind.max()) + 1)
+        found[block[which], kind[which]] = 1
+        return found
+
+    _, number = tree.unique(return_inverse=True)
+    to_prompt = holds(number, response >= 0) @ holds(number, response == 0).T
+    to_itself = holds(response, response > 0) @ holds(response, response > 0).T
+    some = ((to_prompt + to_itself) > 0).tril()
+    counts = some.sum(1, dtype=torch.int32)
+    order = some.to(torch.int8).argsort(dim=1, descending=True, stable=True).to(torch.int32)
+    tree, response, position = (column.to(device) for column in (tree, response, position))
 
     def allowed(batch, head, q, k):
         own = (response[k] == 0) | (response[k] == response[q])
         return (tree[q] == tree[k]) & own & (position[q] >= position[k])
 
-    return create_block_mask(allowed, None, None, n_tokens, n_tokens, device=str(device))
+    counts, order = counts[None, None].to(device), order[None, None].to(device)
+    mask = BlockMask.from_kv_blocks(counts, order, BLOCK_SIZE=size, mask_mod=allowed, seq_lengths=(n_tokens, n_tokens))
+    mask.ndim = 4  # GPT-2 asks its mask
+    return mask
+
+
+def flex_problem(heads: int, kv_heads: int, head_size: int, dtype: torch.dtype, device: torch.device) -> str | None:
+    """What is wrong with FlexAttention here, values and gradients against attention segment by segment; None if nothing.
+
+    Its kernels are compiled for each device, dtype and head size, and not every combination exists everywhere.
+    """
+    segments, n = torch.tensor([[[[0, 150, 150, 40], [0, 150, 190, 9], [199, 3, 202, 60]]]]), 262
+    generator = torch.Generator().manual_seed(0)
+    draw = lambda heads: torch.randn(1, heads, n, head_size, generator=generator).to(device, dtype)  # noqa: E731
+    inputs, weight = [draw(heads), draw(kv_heads), draw(kv_heads)], draw(heads).transpose(1, 2)
+    module, found = nn.Module().eval(), []
+    module.num_key_value_groups = heads // kv_heads
+    try:
+        for mask in (segments, block_mask(segments, n, device)):
+            leaves = [tensor.clone().requires_grad_() for tensor in inputs]
+            output, _ = segment_attention(module, *leaves, mask, scaling=head_size**-0.5)
+            found.append([output.detach(), *torch.autograd.grad((output * weight).sum(), leaves)])
+    except Exception as failure:  # compilers and kernels fail in ways of their own
+        return f"FlexAttention fails here ({first_line(failure)})"
+    error = max(((ours - theirs).norm() / theirs.norm()).item() for theirs, ours in zip(*found))
+    bound = 0.05 if dtype in (torch.bfloat16, torch.float16) else 1e-3
+    return None if error < bound else f"FlexAttention is off by {error:.2g} here, values or gradients, relative"
 
 
 def window_of(config) -> int | None:

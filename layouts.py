@@ -19,11 +19,13 @@ class Layout:
     padded: a row for each response, its prompt in front, padding behind. packed: the same one after the other in a
     single row, without padding. prefix_shared: packed, with each prompt written once and all its responses behind it.
     last_tokens: also feed the last token of each response, which nothing is predicted from (a scalar head reads it).
+    flex: attention over packed rows by FlexAttention; otherwise segment by segment, see attention.py.
     """
 
     name: str = "padded"
     pad_id: int = 0
     last_tokens: bool = False
+    flex: bool = False
 
 
 LAYOUTS = ("prefix_shared", "packed", "padded")  # the fastest first
@@ -55,7 +57,8 @@ class Batch:
     position_ids: Tensor | None = None
     segments: Tensor | None = None
     reference_logps: Tensor | None = None
-    blocks: Any = None  # segments as a block mask, once a layer has asked for it
+    flex: bool = False  # whether layers get the segments as a block mask ...
+    blocks: Any = None  # ... which is this, once a model has asked for it
     columns: dict[str, Tensor] = field(default_factory=dict)
     examples: list[int] = field(default_factory=list)
     n_tokens: int = 0  # input tokens, padding excluded
@@ -123,5 +126,5 @@ def lay_out(trees: list[tuple], layout: Layout) -> Batch:
         place[begin : begin + n] = np.arange(prompts[tree], prompts[tree] + n)
     batch.position_ids = torch.from_numpy(place[None])
     segments = np.stack([row_begins[tree_of], prompts[tree_of], begins, fed], axis=1)
-    batch.segments = torch.from_numpy(segments)[None, None]
+    batch.segments, batch.flex = torch.from_numpy(segments)[None, None], layout.flex
     return batch

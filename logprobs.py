@@ -118,7 +118,7 @@ def _mask(batch: Batch):
     """What goes to the layers as the attention mask of a batch; see attention.py."""
     if batch.segments is None:
         return batch.attention_mask
-    if batch.input_ids.device.type != "cuda":
+    if not batch.flex:
         return batch.segments
     if batch.blocks is None:
         batch.blocks = block_mask(batch.segments, batch.input_ids.shape[1], batch.input_ids.device)

@@ -19,12 +19,12 @@ from transformers.activations import NewGELUActivation
 from transformers.core_model_loading import revert_weight_conversion
 from transformers.utils import cached_file, logging
 
-from attention import SHARING, window_of
+from attention import SHARING, flex_problem, window_of
 from attention import enable as enable_segments
 from layouts import LAYOUTS, Layout, lay_out
 from logprobs import Scorer
 from placement import devices_for, find_blocks, layer_plan, reshard
-from utils import ConfigError
+from utils import ConfigError, first_line
 
 # Masks and tables that old transformers versions kept in checkpoints; none of them is a weight.
 OLD_BUFFERS = (".attn.bias", ".attn.masked_bias", ".attention.bias", ".attention.masked_bias", "rotary_emb.inv_freq")
@@ -133,40 +133,57 @@ def _ready(scorer: Scorer, scalar_head: bool, place: Place | None, dtype: torch.
 # ------------------------------------------------------------------------------------------------------- layouts
 
 
-def known_layouts(config, model, device: torch.device) -> tuple[tuple[str, ...], str]:
+def known_layouts(config, model) -> tuple[tuple[str, ...], str]:
     """The layouts that an architecture is known to support, the fastest first, and why there are no more.
 
     model: its transformers config. What only a run of the model can tell is left to `choose_layout`.
     """
-    window = window_of(model.get_text_config())
     why = ""
     if config.model.attn_implementation:
         why = f"model.attn_implementation={config.model.attn_implementation} takes no packed rows"
     elif model.model_type not in SHARING:
         why = f"{model.model_type} is not among the architectures tested with packed rows, SHARING in attention.py"
-    elif window is not None and window < config.max_length and device.type == "cuda":
-        why = f"attention windows of {window} tokens are shorter than max_length={config.max_length}, and packed rows honour them on a CPU only"
     return ("padded",) if why else LAYOUTS, why
 
 
-def choose_layout(config, policy: Scorer) -> tuple[str, str]:
+def choose_layout(config, policy: Scorer, **details) -> tuple[Layout, str]:
     """The layout of `config.layout`, or the fastest that gives this model the padded layout's log-probs; and why not a faster one.
 
-    Raises ConfigError where the layout that was asked for is wrong for the model.
+    details: more fields of the layout. Raises ConfigError where the layout that was asked for is wrong for the model.
     """
-    known, why = known_layouts(config, policy.causal_lm.config, policy.device)
+    known, why = known_layouts(config, policy.causal_lm.config)
     asked = config.layout
     if asked == "padded" or (asked == "auto" and known == ("padded",)):
-        return "padded", why
+        return Layout("padded", **details), why
     if not why:
-        why = sharing_problem(policy) or ""
-    if why and asked != "auto":
+        slower = why_not_flex(config, policy)
+        why = sharing_problem(policy, flex=slower is None) or ""
+    if not why:
+        return Layout(asked if asked != "auto" else LAYOUTS[0], flex=slower is None, **details), slower or ""
+    if asked != "auto":
         raise ConfigError(f"layout={asked} cannot be had: {why}; use layout=padded")
-    return (asked if asked != "auto" else LAYOUTS[0], "") if not why else ("padded", why)
+    return Layout("padded", **details), why
+
+
+def why_not_flex(config, policy: Scorer) -> str | None:
+    """Why attention over packed rows goes segment by segment, as is best on a CPU (""); None if it goes by FlexAttention."""
+    model = policy.causal_lm.config.get_text_config()
+    if policy.device.type == "cpu":
+        return ""
+    window, longest = window_of(model), max(config.max_length, config.max_prompt_length + config.max_new_tokens)
+    if window is not None and window < longest:
+        problem = f"attention windows of {window} tokens, texts of up to {longest}"
+    elif len({p.device for p in policy.model.parameters()}) > 1:
+        problem = "the model is spread over several GPUs"
+    else:
+        heads = model.num_attention_heads
+        sizes = heads, getattr(model, "num_key_value_heads", None) or heads, getattr(model, "head_dim", None) or model.hidden_size // heads
+        problem = flex_problem(*sizes, policy.mixed or next(policy.model.parameters()).dtype, policy.device)
+    return problem and f"attention segment by segment, slower: {problem}"
 
 
 @torch.no_grad()
-def sharing_problem(scorer: Scorer) -> str | None:
+def sharing_problem(scorer: Scorer, flex: bool = False) -> str | None:
     """What is wrong with packed rows in this model, seen on two made-up prompts with several responses each; None if nothing.
 
     The control is the same row with responses that see each other: a model that cannot tell them apart proves nothing.
@@ -176,14 +193,14 @@ def sharing_problem(scorer: Scorer) -> str | None:
     trees = [(7, (5, 1, 3)), (1, (4, 6))]
     draw = lambda n: torch.randint(vocabulary, (n,), generator=generator).numpy()  # noqa: E731
     tokens = [(draw(prompt), [draw(n) for n in responses]) for prompt, responses in trees]
-    padded, shared, wrong = (lay_out(tokens, Layout(name)) for name in ("padded", "prefix_shared", "prefix_shared"))
+    padded, shared, wrong = (lay_out(tokens, Layout(name, flex=flex)) for name in ("padded", "prefix_shared", "prefix_shared"))
     wrong.segments = torch.tensor([[[[0, 7, 7, 6], [13, 1, 14, 8]]]])  # one long response a prompt
     found = []
     try:
         for batch in (batch.to(scorer.device) for batch in (padded, shared, wrong)):
             found.append(scorer.run(lambda batch=batch: scorer.hidden(batch, batch.positions)).double())
     except Exception as failure:  # kernels fail in ways of their own
-        told = f"attention over packed rows fails here ({type(failure).__name__}: {str(failure).strip().splitlines()[0]})"
+        told = f"attention over packed rows fails here ({first_line(failure)})"
         if scorer.placed_on is not None:  # a forward pass that broke off leaves a sharded model half gathered
             raise ConfigError(f"{told}; use layout=padded") from failure
         return told

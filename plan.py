@@ -133,8 +133,7 @@ def _layout(config) -> str:
     """What `layout=auto` will take, but for what only a run of the model shows."""
     if config.layout != "auto":
         return config.layout
-    device = torch.device("cuda" if torch.cuda.is_available() or config.plan.gpu_gib is not None else "cpu")
-    return known_layouts(config, AutoConfig.from_pretrained(config.model.name_or_path, trust_remote_code=config.model.trust_remote_code), device)[0][0]
+    return known_layouts(config, AutoConfig.from_pretrained(config.model.name_or_path, trust_remote_code=config.model.trust_remote_code))[0][0]
 
 
 def _bytes_on_a_rank(config, scalar: bool, dtype: str, lora: bool = True) -> tuple[list[tuple[int, bool]], int]:

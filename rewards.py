@@ -11,7 +11,15 @@ from pathlib import Path
 
 from omegaconf import OmegaConf
 
-from utils import ConfigError, PrefLabError, content_hash, load_module, model_folder, nearest
+from utils import (
+    ConfigError,
+    PrefLabError,
+    content_hash,
+    first_line,
+    load_module,
+    model_folder,
+    nearest,
+)
 
 Score = Callable[[list[str], list[str]], list[float]]
 REWARDS: dict[str, Callable[..., Score]] = {}
@@ -264,8 +272,7 @@ def _network_with_one_output(path: str, head: str | None, trust_remote_code: boo
         try:
             return getattr(transformers, own[kind]).from_pretrained(path, trust_remote_code=True)
         except Exception as error:  # whatever strangers' code may raise
-            told = f"{type(error).__name__}: {error}".splitlines()[0]
-            raise ConfigError(f"reward.path={path}: the code that comes with it fails under transformers {transformers.__version__}: {told}") from error
+            raise ConfigError(f"reward.path={path}: the code that comes with it fails under transformers {transformers.__version__}: {first_line(error)}") from error
     renamed = {"num_labels": 1, "key_mapping": {rf"^{re.escape(head)}\.": "score."}} if head else {}
     model, found = transformers.AutoModelForSequenceClassification.from_pretrained(path, output_loading_info=True, **renamed)
     if found["missing_keys"]:  # they would be random numbers

@@ -39,7 +39,7 @@ from checkpoints import (
 from distributed import ALONE, World
 from evaluation import Sampling, evaluate_loss, sample_and_measure
 from launch import StopSignals
-from layouts import Batch, Layout
+from layouts import Batch
 from logprobs import Scorer
 from losses import BoundLoss
 from metrics import MetricLog, Profiler, Sums, rewind
@@ -138,10 +138,9 @@ class BasicTrainer:
         self.scalar = "scalar_head" in self.loss.reads  # such a model has no text to sample
         self.rewards = build_rewards(self.config) if samples(self.config, self.loss) else {}
         self.policy = self._build_policy(self.config.model)
-        name, why = choose_layout(self.config, self.policy)
+        self.layout, why = choose_layout(self.config, self.policy, pad_id=self.tokenizer.pad_token_id, last_tokens=self.scalar)
         reshard(self.policy.model)
-        print(f"layout: {name}" + (f" ({why})" if why else ""))
-        self.layout = Layout(name, self.tokenizer.pad_token_id, last_tokens=self.scalar)
+        print(f"layout: {self.layout.name}" + (f" ({why})" if why else ""))
         cached = wants_cache(self.config, self.loss)
         wanted = is_built(self.config, self.loss) if self.training else not self.scalar
         self.reference = self._build_reference() if wanted else None

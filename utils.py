@@ -33,6 +33,11 @@ class DataError(PrefLabError):
     """A data file that cannot be used; the message names the file and the line."""
 
 
+def first_line(error: Exception) -> str:
+    """What an exception says, with its kind, in one line."""
+    return f"{type(error).__name__}: {error}".strip().splitlines()[0]
+
+
 def nearest(word: str, accepted: Iterable[str], n: int = 3) -> str:
     """`did you mean a, b?` when some accepted name is close to `word`, else the accepted names in order."""
     accepted = sorted(accepted)

@@ -13,7 +13,7 @@ from conftest import (
     small_run,
 )
 
-from attention import SHARING, enable, window_of
+from attention import SHARING, enable, flex_problem, window_of
 from logprobs import Scorer
 from models import sharing_problem
 
@@ -74,11 +74,23 @@ def test_packed_rows_give_the_losses_of_padded_ones(command, tmp_path, trainer, 
     assert losses(tmp_path / "packed") == pytest.approx(losses(tmp_path / "padded"), abs=tolerance, rel=tolerance)
 
 
+@pytest.mark.parametrize("flex", [True, False])
 @pytest.mark.parametrize("architecture", sorted(SHARING))
-def test_every_architecture_shares_prompts_on_a_gpu(architecture):
+def test_every_architecture_shares_prompts_on_a_gpu(architecture, flex):
     model = make_model(architecture).cuda()
     enable(model)
-    assert window_of(model.config) is not None or sharing_problem(Scorer(model)) is None
+    assert (flex and window_of(model.config) is not None) or sharing_problem(Scorer(model), flex) is None
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("heads, kv_heads, head_size", [(12, 12, 64), (8, 2, 128), (8, 8, 80), (4, 4, 16), (3, 1, 256)])
+def test_flex_attention_has_the_values_and_gradients_of_attention_by_segments(heads, kv_heads, head_size, dtype):
+    assert flex_problem(heads, kv_heads, head_size, dtype, torch.device("cuda")) is None
+
+
+def test_packed_rows_go_through_flex_attention(command, capfd):
+    run_here(*command("run", "n_examples=8", "sample_during_eval=false"))
+    assert "layout: prefix_shared\n" in capfd.readouterr().out
 
 
 def test_compiled_blocks_give_the_same_losses(command, tmp_path):

@@ -1,27 +1,38 @@
 """Packed and prefix-shared rows against every response alone in float64: values and every parameter's gradient."""
 
 import copy
+from types import SimpleNamespace
 
 import pytest
 import torch
+import torch.nn.functional as F
 from conftest import ARCHITECTURES, ROOT, make_model
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from omegaconf import OmegaConf
+from torch.nn.attention.flex_attention import BlockMask, flex_attention
 from transformers import AttentionInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
 
 import attention
 import logprobs
+import models
 from attention import allowed_pairs, block_mask, describe_tokens
 from layouts import LAYOUTS, Layout, lay_out
 from logprobs import Scorer, score_responses
-from models import choose_layout, fuse_activations, known_layouts, sharing_problem
+from models import (
+    choose_layout,
+    fuse_activations,
+    known_layouts,
+    sharing_problem,
+    why_not_flex,
+)
 from utils import ConfigError
 
 PACKED = [name for name in LAYOUTS if name != "padded"]
 SHARING = sorted(attention.SHARING)
+WINDOWLESS = [name for name in SHARING if attention.window_of(make_model(name).config) is None]
 # Lengths of prompts and of their responses: prompts of one token, responses of one (nothing to feed), several, one alone.
 # The longest go beyond the attention windows of the models that have one.
 LENGTHS = [(1, (5, 1)), (12, (3, 9, 7)), (20, (30, 25)), (4, (1, 1)), (7, (6,)), (2, (1, 8))]
@@ -129,22 +140,119 @@ def test_windows_are_counted_in_positions_not_in_places(architecture):
 
 @pytest.mark.parametrize("name", PACKED)
 def test_flex_attention_gets_the_same_mask(name):
-    """What a GPU gets: the block mask allows exactly what the dense mask does, and the compiled-free run of it agrees."""
+    """What a GPU gets: the block mask allows exactly what the dense mask does."""
     batch = lay_out(draw(), Layout(name))
     n = batch.input_ids.shape[1]
     blocks = block_mask(batch.segments, n, torch.device("cpu"))
     rows, columns = torch.meshgrid(torch.arange(n), torch.arange(n), indexing="ij")
     assert torch.equal(blocks.mask_mod(0, 0, rows, columns), allowed_pairs(batch.segments, n))
-    model = ready(make_model("llama", dtype=torch.float64))
-    segments = score_responses(Scorer(model), batch).token_logps
-    query = torch.randn(1, 2, n, 16, dtype=torch.float64)
-    from torch.nn.attention.flex_attention import flex_attention
 
-    module = model.model.layers[0].self_attn
-    key = value = query[:, :1]
-    ours, _ = attention.segment_attention(module, query, key, value, batch.segments, scaling=0.25)
-    flex = flex_attention(query, key, value, block_mask=blocks, scale=0.25, enable_gqa=True)
-    assert torch.allclose(ours, flex.transpose(1, 2), rtol=1e-9, atol=1e-12) and torch.isfinite(segments).all()
+
+@given(
+    st.lists(st.tuples(st.integers(1, 9), st.lists(st.integers(1, 7), min_size=1, max_size=4)), min_size=1, max_size=5),
+    st.sampled_from(PACKED), st.integers(0, 5),
+)  # fmt: skip
+@settings(max_examples=80, deadline=None)
+def test_blocks_are_those_with_an_allowed_pair_and_no_others(lengths, name, beyond):
+    segments, size = lay_out(draw(lengths), Layout(name)).segments, 4
+    n = int((segments[..., 2] + segments[..., 3]).max()) + beyond  # tokens behind the last segment are a tree of their own
+    width = -(-n // size) * size
+    allowed = torch.zeros(width, width, dtype=torch.bool)
+    allowed[:n, :n] = allowed_pairs(segments, n)
+    expected = allowed.view(width // size, size, width // size, size).any(3).any(1)
+    blocks = block_mask(segments, n, torch.device("cpu"), size)
+    assert torch.equal(blocks.to_dense()[0, 0].bool(), expected)
+
+
+def stand_in(module, query, key, value, mask, scaling=None, **options):
+    """FlexAttention where it cannot be compiled: the same function of the same block mask, and where no gradient is wanted its own code."""
+    assert query.dtype == key.dtype == value.dtype  # or torch 2.11 refuses
+    options = {"scale": scaling, "enable_gqa": True}
+    if not torch.is_grad_enabled() or not query.requires_grad:
+        return flex_attention(query, key, value, block_mask=mask, **options).transpose(1, 2).contiguous(), None
+    rows, columns = torch.meshgrid(*[torch.arange(query.shape[2])] * 2, indexing="ij")
+    allowed = mask.mask_mod(0, 0, rows, columns)
+    return F.scaled_dot_product_attention(query, key, value, attn_mask=allowed, **options).transpose(1, 2).contiguous(), None
+
+
+@pytest.mark.filterwarnings("ignore:flex_attention called without torch.compile")
+@pytest.mark.parametrize("architecture", WINDOWLESS)
+def test_rows_with_a_block_mask_match_each_response_alone(architecture, monkeypatch):
+    monkeypatch.setattr(attention, "flex_attention_forward", stand_in)
+    plain = make_model(architecture, dtype=torch.float64)
+    model = ready(copy.deepcopy(plain))
+    expected = naive(plain, draw())
+    batch = lay_out(draw(), Layout("prefix_shared", flex=True)).to("cpu")
+    scores = score_responses(Scorer(model), batch)
+    assert isinstance(batch.blocks, BlockMask)
+    assert torch.allclose(scores.token_logps, expected, rtol=1e-6 if architecture in FLOAT32_INSIDE else 1e-9)
+    ours, theirs = gradients(model, objective(scores.token_logps)), gradients(plain, objective(expected))
+    assert largest_difference(ours, theirs) < 1e-6
+    assert sharing_problem(Scorer(model), flex=True) is None
+
+
+@pytest.mark.filterwarnings("ignore:flex_attention called without torch.compile")
+@pytest.mark.parametrize("architecture", WINDOWLESS)
+def test_rows_with_a_block_mask_in_bf16(architecture, monkeypatch):
+    """Where autocast leaves queries, keys and values in different dtypes, which FlexAttention does not take in torch 2.11."""
+    monkeypatch.setattr(attention, "flex_attention_forward", stand_in)
+    model = ready(make_model(architecture, scale=1.0))
+    with torch.no_grad():
+        flex, segments, full = (
+            score_responses(Scorer(model, autocast=dtype), lay_out(draw(), Layout("prefix_shared", flex=flex))).token_logps
+            for flex, dtype in ((True, torch.bfloat16), (False, torch.bfloat16), (True, None))
+        )
+    assert (flex - segments).abs().max() <= max(0.02, (segments - full).abs().max())
+
+
+def test_compiled_flex_attention_gives_what_attention_by_segments_gives():
+    """What a GPU runs, forward: torch has no backward pass of it for a CPU."""
+    batch = lay_out(draw(), Layout("prefix_shared"))
+    n, module = batch.input_ids.shape[1], torch.nn.Module().eval()
+    module.num_key_value_groups = 2
+    query, key, value = (torch.randn(1, heads, n, 16, generator=torch.Generator().manual_seed(heads)) for heads in (4, 2, 2))
+    with torch.no_grad():
+        segments, flex = (
+            attention.segment_attention(module, query, key, value, mask, scaling=0.25)[0]
+            for mask in (batch.segments, block_mask(batch.segments, n, torch.device("cpu")))
+        )
+    assert torch.allclose(segments, flex, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.filterwarnings("ignore:flex_attention called without torch.compile")
+def test_flex_attention_is_tried_before_it_is_used(monkeypatch):
+    shapes = 4, 2, 16, torch.float32, torch.device("cpu")
+    monkeypatch.setattr(attention, "flex_attention_forward", stand_in)
+    assert attention.flex_problem(*shapes) is None
+    for wrong in (
+        lambda *inputs, scaling, **more: stand_in(*inputs, scaling=1.02 * scaling, **more),
+        lambda module, query, key, value, *more, **options: stand_in(module, query, key.detach(), value, *more, **options),
+    ):
+        monkeypatch.setattr(attention, "flex_attention_forward", wrong)
+        assert "fails here" in attention.flex_problem(*shapes) or "off by" in attention.flex_problem(*shapes)
+    monkeypatch.setattr(attention, "flex_attention_forward", lambda *inputs, **more: 1 / 0)
+    assert "fails here (ZeroDivisionError" in attention.flex_problem(*shapes)
+
+
+@pytest.mark.filterwarnings("ignore:flex_attention called without torch.compile")
+def test_without_flex_attention_a_gpu_attends_segment_by_segment(monkeypatch):
+    """The choice of a GPU, made on the CPU: where FlexAttention cannot be had, packed rows still can."""
+    on_gpu = lambda model: SimpleNamespace(causal_lm=model, model=model, device=torch.device("cuda"), mixed=None)  # noqa: E731
+    llama, windowed = make_model("llama"), make_model("mistral")
+    monkeypatch.setattr(models, "flex_problem", lambda *shapes: None)
+    assert why_not_flex(settings_of(), on_gpu(llama)) is None
+    assert "windows of 16 tokens, texts of up to 64" in why_not_flex(settings_of(), on_gpu(windowed))
+    assert "windows of 16 tokens, texts of up to 24" in why_not_flex(settings_of(max_length=16), on_gpu(windowed))
+    assert why_not_flex(settings_of(max_length=16, max_prompt_length=8), on_gpu(windowed)) is None
+    monkeypatch.setattr(models, "flex_problem", lambda *shapes: "no compiler")
+    assert why_not_flex(settings_of(), on_gpu(llama)) == "attention segment by segment, slower: no compiler"
+    assert why_not_flex(settings_of(), Scorer(llama)) == ""
+    attention.enable(llama)
+    monkeypatch.setattr(models, "why_not_flex", lambda *_: "slower: no compiler")
+    assert choose_layout(settings_of(), Scorer(llama)) == (Layout("prefix_shared"), "slower: no compiler")
+    monkeypatch.setattr(attention, "flex_attention_forward", stand_in)
+    monkeypatch.setattr(models, "why_not_flex", lambda *_: None)
+    assert choose_layout(settings_of(), Scorer(llama), pad_id=3) == (Layout("prefix_shared", pad_id=3, flex=True), "")
 
 
 @given(
@@ -195,8 +303,8 @@ def test_attention_that_fails_is_padded_or_told(monkeypatch):
     model = make_model("llama")
     attention.enable(model)
     monkeypatch.setattr(attention, "_trees", lambda segments: 1 / 0)
-    name, why = choose_layout(settings_of(), Scorer(model))
-    assert name == "padded" and "fails here (ZeroDivisionError" in why
+    layout, why = choose_layout(settings_of(), Scorer(model))
+    assert layout.name == "padded" and "fails here (ZeroDivisionError" in why
     placed = Scorer(model)
     placed.placed_on = torch.device("cpu")
     with pytest.raises(ConfigError, match="fails here.*use layout=padded"):
@@ -212,30 +320,22 @@ def ignore_masks(model):
 
 def settings_of(**more):
     model = {"attn_implementation": None, **more.pop("model", {})}
-    return OmegaConf.create({"layout": "auto", "max_length": 64, "model": model, **more})
+    return OmegaConf.create({"layout": "auto", "max_length": 64, "max_prompt_length": 16, "max_new_tokens": 8, "model": model, **more})
 
 
 def test_the_fastest_supported_layout_is_taken_and_others_refused_by_name():
     model = make_model("llama")
     attention.enable(model)
-    assert choose_layout(settings_of(), Scorer(model)) == ("prefix_shared", "")
-    assert choose_layout(settings_of(layout="packed"), Scorer(model)) == ("packed", "")
-    name, why = choose_layout(settings_of(), Scorer(make_model("gemma2")))
-    assert name == "padded" and "gemma2" in why
+    assert choose_layout(settings_of(), Scorer(model)) == (Layout("prefix_shared"), "")
+    assert choose_layout(settings_of(layout="packed"), Scorer(model)) == (Layout("packed"), "")
+    layout, why = choose_layout(settings_of(), Scorer(make_model("gemma2")))
+    assert layout.name == "padded" and "gemma2" in why
     with pytest.raises(ConfigError, match="layout=prefix_shared cannot be had.*use layout=padded"):
         choose_layout(settings_of(layout="prefix_shared"), Scorer(make_model("gemma2")))
-    name, why = choose_layout(settings_of(model={"attn_implementation": "eager"}), Scorer(model))
-    assert name == "padded" and "attn_implementation=eager" in why
+    layout, why = choose_layout(settings_of(model={"attn_implementation": "eager"}), Scorer(model))
+    assert layout.name == "padded" and "attn_implementation=eager" in why
     ignore_masks(model)
-    assert choose_layout(settings_of(), Scorer(model))[0] == "padded"
-
-
-def test_windows_shorter_than_the_rows_are_padded_on_a_gpu():
-    config = make_model("mistral").config
-    assert known_layouts(settings_of(), config, torch.device("cpu"))[0] == LAYOUTS
-    names, why = known_layouts(settings_of(), config, torch.device("cuda"))
-    assert names == ("padded",) and "windows of 16 tokens" in why
-    assert known_layouts(settings_of(max_length=16), config, torch.device("cuda"))[0] == LAYOUTS
+    assert choose_layout(settings_of(), Scorer(model))[0].name == "padded"
 
 
 def test_generation_is_what_it_was():
@@ -255,10 +355,10 @@ def test_generation_is_what_it_was():
 MARKS = "<!-- layouts: `python tests/test_layouts.py` writes this table -->\n", "<!-- end -->"
 
 
-def supported(architecture: str, device: str) -> str:
+def supported(architecture: str) -> str:
     """The layouts that can be had, by what the code says of this architecture and, on this CPU, by what it computes."""
     model = make_model(architecture)
-    names, _ = known_layouts(settings_of(), model.config, torch.device(device))
+    names, _ = known_layouts(settings_of(), model.config)
     if names != ("padded",):
         attention.enable(model)
         assert sharing_problem(Scorer(model)) is None
@@ -266,10 +366,11 @@ def supported(architecture: str, device: str) -> str:
 
 
 def table() -> str:
-    lines = ["| architecture | attention window | on a CPU | on a GPU |", "| --- | --- | --- | --- |"]
+    lines = ["| architecture | layouts | attention window | on a GPU, packed rows attend by |", "| --- | --- | --- | --- |"]
     for architecture in sorted(ARCHITECTURES):
-        window = attention.window_of(make_model(architecture).config)
-        lines.append(f"| {architecture} | {'yes' if window else 'no'} | {supported(architecture, 'cpu')} | {supported(architecture, 'cuda')} |")
+        window, names = attention.window_of(make_model(architecture).config), supported(architecture)
+        how = "" if names == "padded" else "segments, FlexAttention if no text exceeds the window" if window else "FlexAttention"
+        lines.append(f"| {architecture} | {names} | {'yes' if window else 'no'} | {how} |")
     return "\n".join(lines) + "\n"
 
 
