@@ -30,6 +30,8 @@ def enable(model: nn.Module) -> None:
 
     Without them it attends as with `attn_implementation="sdpa"`, in generation for example.
     """
+    # FlexAttention is compiled anew for rows of one block, without gradient, for another model; past 8 it would go uncompiled.
+    torch._dynamo.config.recompile_limit = max(64, torch._dynamo.config.recompile_limit)
     AttentionInterface.register(NAME, segment_attention)
     AttentionMaskInterface.register(NAME, sdpa_mask)
     own_loops = [module for module in model.modules() if type(module).__name__ in OWN_LOOPS]

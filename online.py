@@ -107,6 +107,7 @@ class Online:
         started = time.perf_counter() - self.counters.seconds
         if self.round == 0 and self.last_eval is None and self.config.do_first_eval:
             self.evaluate()
+            self._stop_if_asked()
         if self.round == 0 and settings.initial_labels and not self.begun:
             self._teach_discriminator()
         bar = tqdm(total=settings.rounds, initial=self.round, unit=" rounds", desc="online", disable=True if self.world.rank else None)
@@ -281,7 +282,7 @@ class Online:
         """A round is not taken back: some of its steps are done."""
 
     def evaluate(self) -> None:
-        with self._or_saved():
+        with self._timed("measuring"), self._or_saved():
             super().evaluate()
 
     def _held_out_losses(self) -> dict[str, float]:

@@ -2,6 +2,7 @@
 
 import json
 import math
+import signal
 
 import numpy as np
 import pytest
@@ -24,6 +25,7 @@ from labels import (
 from layouts import Layout
 from losses import LOSSES
 from rewards import RewardError
+from trainers import Stopped
 from utils import ConfigError, DataError, in_use
 
 # A gold of the user's own: letters a to m in a response; it notes what it was asked, and fails when told to.
@@ -307,7 +309,11 @@ def test_a_gold_that_costs_money_is_not_asked_for_the_log(setting, measured):
     assert [run._measures(name) for name in ("ultrafeedbackgold", "length")] == measured
 
 
-@pytest.mark.parametrize("settings", [(), D2PO, (*D2PO, "online.discriminator=dpo", "online.select=rand")], ids=["opo", "d2po", "dpo as discriminator"])
+DPO_D2PO = (*D2PO, "online.discriminator=dpo", "online.select=rand")
+PARTS = {"opo": (), "d2po": D2PO, "dpo as discriminator": DPO_D2PO, "adapters, dpo as discriminator": (*DPO_D2PO, "model.lora.r=2")}
+
+
+@pytest.mark.parametrize("settings", PARTS.values(), ids=PARTS)
 def test_a_run_in_two_parts_is_the_run_in_one(go, settings):
     whole = go("whole", *settings)
     go("parts", *settings, "online.rounds=3")  # between two checkpoints of the other, the pool half full
@@ -318,6 +324,27 @@ def test_a_run_in_two_parts_is_the_run_in_one(go, settings):
     assert [row for row in told(whole) if row["split"] == "online"] == [row for row in told(parts) if row["split"] == "online"]
     assert read_rows(whole / "labels.jsonl") == read_rows(parts / "labels.jsonl") and asked(whole) == asked(parts)
     assert read_rows(whole / "rollouts.jsonl") == read_rows(parts / "rollouts.jsonl")
+
+
+def test_a_discriminator_of_another_architecture(go, llama_folder):
+    settings = (*D2PO, f"online.discriminator_path={llama_folder}")
+    whole = go("whole", *settings)
+    go("parts", *settings, "online.rounds=3")
+    parts = go("parts", *settings)
+    theirs = weights(whole, "discriminator")
+    assert any(".self_attn." in key for key in theirs) and not any(".self_attn." in key for key in weights(whole))
+    assert same(theirs, weights(parts, "discriminator")) and same(weights(whole), weights(parts))
+
+
+@pytest.mark.parametrize("settings", [(), D2PO], ids=["opo", "d2po"])
+def test_layers_split_over_devices_learn_what_one_process_learns(go, settings):
+    one = go("one", *settings)
+    split = go("split", *settings, "trainer=TensorParallelTrainer", "world_size=2")
+    text = lambda folder: [(row["prompt"], row["responses"]) for row in read_rows(folder / "rollouts.jsonl")]  # noqa: E731
+    assert text(one) == text(split) and asked(one) == asked(split)
+    for inside in ("", "discriminator") if settings else ("",):
+        ours, theirs = weights(one, inside), weights(split, inside)
+        assert ours.keys() == theirs.keys() and all(torch.allclose(ours[key], theirs[key], atol=5e-5) for key in ours)
 
 
 @pytest.mark.parametrize("settings", [(), D2PO], ids=["opo", "d2po"])
@@ -409,6 +436,23 @@ def test_an_evaluation_that_fails_leaves_a_checkpoint(go, tmp_path, monkeypatch)
     monkeypatch.setattr(train, "write_report", lambda folder: "")
     folder = go("run", "online.save_every=100", "online.rounds=3")  # whose only missing part is that evaluation
     assert [row["round"] for row in read_rows(folder / "metrics.jsonl") if row["split"] == "eval"][-1] == 3
+
+
+def test_a_stop_in_the_first_evaluation_buys_nothing_before_it_is_obeyed(go, tmp_path, monkeypatch):
+    whole = go("whole")
+    evaluate = online.BasicTrainer.evaluate
+
+    def interrupted(self):
+        evaluate(self)
+        self.stop.received = signal.SIGTERM
+
+    monkeypatch.setattr(online.BasicTrainer, "evaluate", interrupted)
+    with pytest.raises(Stopped, match="SIGTERM"):
+        go("run")
+    assert asked(tmp_path / "run") == []
+    monkeypatch.setattr(online.BasicTrainer, "evaluate", evaluate)
+    folder = go("run")
+    assert same(weights(whole), weights(folder)) and told(whole) == told(folder)
 
 
 def test_a_policy_is_no_discriminator_that_is_never_taught(go):
