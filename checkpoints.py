@@ -219,13 +219,18 @@ class HostMemory:
     def __exit__(self, *exception) -> None:
         self._done.set()
         self._thread.join()
+        self._look()  # on a busy machine the thread may not have had a turn
 
     @property
     def peak(self) -> int | None:
         return None if self._before is None else self._highest - self._before
 
     def _watch(self) -> None:
-        while self._before is not None and not self._done.wait(0.005):
+        while not self._done.wait(0.005):
+            self._look()
+
+    def _look(self) -> None:
+        if self._before is not None:
             self._highest = max(self._highest, _anonymous_memory())
 
 

@@ -300,6 +300,7 @@ def full_weights(scorer: Scorer, scratch: Path, *, keep: bool, alias: bool) -> d
 def _whole_of_split(model: nn.Module, shards: nn.Module) -> dict[str, Tensor]:
     from tensor_parallel import save_tensor_parallel
 
+    shards.sharding_manager._last_versions = None  # a fused optimizer changes weights without counting it as a change
     with save_tensor_parallel(shards):
         state = {name.removeprefix("model."): tensor.detach().cpu() for name, tensor in shards.state_dict().items()}
     # The package puts a tied weight together under its first name alone.
