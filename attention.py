@@ -7,7 +7,6 @@ mask, which transformers hands on untouched when it has four dimensions.
 """
 
 import types
-from functools import lru_cache
 
 import torch
 from torch import Tensor, nn
@@ -53,19 +52,21 @@ def segment_attention(module: nn.Module, query: Tensor, key: Tensor, value: Tens
         return sdpa_attention_forward(module, query, key, value, attention_mask, **options)
     window = options.pop("sliding_window", None)
     trees = _trees(attention_mask)
+    causal = _mask(max(prompt + length for prompt, responses in trees for length in responses), window, query.dtype, query.device)
     # Split and concatenate: slices of the whole would each fill a zero tensor of its size in the backward pass.
-    sizes = [size for prompt, responses in trees for size in (prompt + responses[0], sum(responses[1:])) if size]
+    sizes = [size for prompt, responses in trees for size in (prompt + responses[0], *filter(None, responses[1:]))]
     pieces = iter(zip(*(tensor.split(sizes, dim=2) for tensor in (query, key, value))))
     outputs = []
-    for prompt, responses in trees:
-        head_q, head_k, head_v = next(pieces)
-        causal = _mask(prompt, (responses[0],), window, query.dtype, query.device) if _exceeds(window, prompt, responses) else None
-        outputs.append(sdpa_attention_forward(module, head_q, head_k, head_v, causal, is_causal=True, **options)[0])
-        if sum(responses[1:]):
+    for prompt, (first, *others) in trees:
+        q, k, v = next(pieces)
+        n = prompt + first
+        band = causal[:, :, :n, :n] if window is not None and n > window else None
+        outputs.append(sdpa_attention_forward(module, q, k, v, band, is_causal=True, **options)[0])
+        prompt_k, prompt_v = k[:, :, :prompt], v[:, :, :prompt]
+        for n in (prompt + length for length in others if length):
             q, k, v = next(pieces)
-            k, v = (torch.cat([first[:, :, :prompt], rest], dim=2) for first, rest in ((head_k, k), (head_v, v)))
-            blind = _mask(prompt, responses[1:], window, query.dtype, query.device)[:, :, prompt:]
-            outputs.append(sdpa_attention_forward(module, q, k, v, blind, **options)[0])
+            k, v = torch.cat([prompt_k, k], dim=2), torch.cat([prompt_v, v], dim=2)
+            outputs.append(sdpa_attention_forward(module, q, k, v, causal[:, :, prompt:n, :n], **options)[0])
     return torch.cat(outputs, dim=1), None
 
 
@@ -77,17 +78,18 @@ def _trees(segments: Tensor) -> list[tuple[int, tuple[int, ...]]]:
     return [(prompt, tuple(lengths)) for prompt, lengths in trees.values()]
 
 
-def _exceeds(window: int | None, prompt: int, responses) -> bool:
-    return window is not None and prompt + max(responses) > window
+_masks: dict[tuple, Tensor] = {}  # every layer asks for the same
 
 
-@lru_cache(maxsize=64)  # every layer asks for the same masks
-def _mask(prompt: int, responses: tuple[int, ...], window: int | None, dtype: torch.dtype, device: torch.device) -> Tensor:
-    """Additive mask of one tree, (1, 1, tokens, tokens)."""
-    segments = [(0, prompt, prompt + sum(responses[:i]), length) for i, length in enumerate(responses)]
-    allowed = allowed_pairs(torch.tensor(segments), prompt + sum(responses), window)
-    # A number, not -inf: it is added in eager attention too, and a row of -inf would come out as NaN.
-    return torch.zeros(allowed.shape, dtype=dtype).masked_fill(~allowed, torch.finfo(dtype).min)[None, None].to(device)
+def _mask(n: int, window: int | None, dtype: torch.dtype, device: torch.device) -> Tensor:
+    """Additive causal mask of at least `n` tokens, (1, 1, tokens, tokens): that of a response behind its prompt is a part of it."""
+    kind = window, dtype, device
+    if kind not in _masks or _masks[kind].shape[-1] < n:
+        n = -(-n // 256) * 256
+        hidden = torch.full((n, n), torch.finfo(dtype).min, dtype=dtype)
+        mask = hidden.triu(1) if window is None else hidden.triu(1) + hidden.tril(-window)
+        _masks[kind] = mask[None, None].to(device)
+    return _masks[kind]
 
 
 def describe_tokens(segments: Tensor, n_tokens: int) -> tuple[Tensor, Tensor, Tensor]:
