@@ -9,6 +9,7 @@ import threading
 import time
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
+from unittest import mock
 
 os.environ |= {"HF_HUB_OFFLINE": "1", "HF_DATASETS_OFFLINE": "1", "WANDB_MODE": "disabled", "TOKENIZERS_PARALLELISM": "true"}
 os.environ["OMP_NUM_THREADS"] = "1"  # tests run side by side, and threads that wait for one another on tiny tensors take ten times as long
@@ -130,10 +131,14 @@ def read_rows(path: Path) -> list[dict]:
 
 
 def run_here(*overrides: str) -> dict:
-    """Run train.py's command in this process and return its summary; its errors are raised."""
+    """Run train.py's command in this process and return its summary; its errors are raised.
+
+    The pictures of its report are made and not drawn, which would take longer than the run; commands in processes of their own draw them.
+    """
     import hydra
     from omegaconf import OmegaConf
 
+    import report
     import train
     from configuration import CONFIG_DIR
 
@@ -141,7 +146,8 @@ def run_here(*overrides: str) -> dict:
     train.register_resolvers()
     with hydra.initialize_config_dir(str(CONFIG_DIR), version_base="1.3"):
         config = hydra.compose("config", overrides=list(overrides))
-    return train.execute(config, Path(config.local_run_dir))
+    with mock.patch.object(report, "_save_pictures", lambda folder, figures: []):
+        return train.execute(config, Path(config.local_run_dir))
 
 
 @pytest.fixture

@@ -151,8 +151,9 @@ def test_a_judge_that_prefers_a_place_makes_ties(folder, http_server):
 
 
 def test_failures_are_retried(folder, http_server):
-    server = http_server([429, 500, "drop", "stall", "nonsense", "drip", completion(longer)])
-    done = by_llm(folder, server, "--concurrency", 1, "--retries", 6)
+    fine = completion(longer)
+    server = http_server([429, 500, fine, "drop", "stall", fine, "nonsense", "drip", fine])
+    done = by_llm(folder, server, "--concurrency", 1, "--retries", 2)
     assert done.returncode == 0 and "requests 14" in done.stdout, done.stderr  # six of them for nothing
     assert [row["verdict"] for row in read_jsonl(folder / "judgements.jsonl")] == [1, 0, 0.5, 1, 0]
 

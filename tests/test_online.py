@@ -11,7 +11,6 @@ from conftest import read_rows, run_here, save_model, small_run, write_jsonl
 from omegaconf import OmegaConf
 
 import online
-import train
 from batching import PreferenceData, collate, store_of
 from configuration import must_match
 from labels import (
@@ -57,11 +56,10 @@ def small_folder(tmp_path_factory):
 
 
 @pytest.fixture
-def go(imdb_dir, small_folder, tmp_path, monkeypatch):
+def go(imdb_dir, small_folder, tmp_path):
     """Run function=online with the gold above in a folder by name; returns the folder."""
     module = tmp_path / "gold.py"
     module.write_text(GOLD)
-    monkeypatch.setattr(train, "write_report", lambda folder: "")  # its pictures take longer than these runs
 
     def go(name: str, *overrides: str):
         folder = tmp_path / name
@@ -433,7 +431,6 @@ def test_an_evaluation_that_fails_leaves_a_checkpoint(go, tmp_path, monkeypatch)
         go("run", "online.save_every=100")
     assert torch.load(tmp_path / "run" / "LATEST" / "training_state.pt", weights_only=True)["online"]["round"] == 3
     monkeypatch.undo()
-    monkeypatch.setattr(train, "write_report", lambda folder: "")
     folder = go("run", "online.save_every=100", "online.rounds=3")  # whose only missing part is that evaluation
     assert [row["round"] for row in read_rows(folder / "metrics.jsonl") if row["split"] == "eval"][-1] == 3
 

@@ -79,10 +79,10 @@ def test_the_optimizer_state_is_what_makes_it_exact(command, tmp_path, monkeypat
 @pytest.mark.parametrize("signum", [signal.SIGTERM, signal.SIGKILL, signal.SIGINT])
 def test_a_signal_to_a_running_process(command, tmp_path, signum):
     """A child process is signalled at some moment after its first checkpoint, then the same command is run again."""
-    run_here(*command("whole", "n_epochs=40"))
+    run_here(*command("whole", "n_epochs=20"))
     broken = tmp_path / "broken"
     child = subprocess.Popen(
-        [sys.executable, str(ROOT / "train.py"), *map(str, command("broken", "n_epochs=40"))], cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+        [sys.executable, str(ROOT / "train.py"), *map(str, command("broken", "n_epochs=20"))], cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
     )
     while not list(broken.glob("step-*")) and child.poll() is None:
         time.sleep(0.01)
@@ -95,7 +95,7 @@ def test_a_signal_to_a_running_process(command, tmp_path, signum):
         assert f"stopped by {signal.Signals(signum).name}" in errors and "continues" in errors
         last = read_rows(broken / "metrics.jsonl")[-1]["step"]
         assert (broken / "LATEST").resolve().name == f"step-{last}"  # saved where it stood
-    result = run_command("train.py", *command("broken", "n_epochs=40"))
+    result = run_command("train.py", *command("broken", "n_epochs=20"))
     assert "continuing" in result.stdout
     assert_same_run(tmp_path / "whole", broken)
 
