@@ -130,7 +130,8 @@ def set_random_state(state: dict) -> None:
     version, numbers, gauss = state["python"]
     random.setstate((version, tuple(numbers), gauss))
     if torch.cuda.is_available() and "cuda" in state:
-        torch.cuda.set_rng_state_all(state["cuda"])
+        for i, of_gpu in enumerate(state["cuda"][: torch.cuda.device_count()]):  # there may have been more
+            torch.cuda.set_rng_state(of_gpu, i)
 
 
 # -------------------------------------------------------------------------------------------- the optimizer's state
@@ -154,10 +155,12 @@ def save_optimizer(optimizer, names: list[str], folder: Path, group=None) -> tup
     if not tensors:
         return state, None
     if group is None:
+        # Nothing is copied ahead: torch would wait for the copies of one GPU, and the tensors may be on several.
         with _quiet():
-            dcp.save(tensors, checkpoint_id=str(folder), no_dist=True)
+            dcp.save(tensors, storage_writer=dcp.FileSystemWriter(str(folder), per_thread_copy_ahead=0), no_dist=True)
         return state, None
-    return state, dcp.async_save(tensors, checkpoint_id=str(folder), process_group=group)
+    # A writer that also stages: torch's other stager has the writing thread open the first GPU, whatever the rank's own.
+    return state, dcp.async_save(tensors, storage_writer=dcp.FileSystemWriter(str(folder)), process_group=group)
 
 
 def load_optimizer(optimizer, names: list[str], folder: Path, state: dict, *, alone: bool) -> None:
@@ -184,7 +187,8 @@ def load_optimizer(optimizer, names: list[str], folder: Path, state: dict, *, al
         loaded.setdefault(name, {})[slot] = tensor
     groups, index = [], {id(parameter): i for i, parameter in enumerate(_parameters(optimizer))}
     for group in optimizer.param_groups:
-        groups.append({**group, **state["settings"], "params": [index[id(p)] for p in group["params"]]})
+        kernels = {key: group[key] for key in ("fused", "foreach") if key in group}  # what can be had here, not where it was saved
+        groups.append({**group, **state["settings"], **kernels, "params": [index[id(p)] for p in group["params"]]})
     optimizer.load_state_dict({"state": {names.index(name): values for name, values in loaded.items()}, "param_groups": groups})
 
 

@@ -122,10 +122,11 @@ def _tell_why(failed, folder: Path, stop: StopSignals) -> None:
     """Raise for the worker that failed first: the errors of the others follow from it."""
     told = [(json.loads(path.read_text(encoding="utf-8")), path.stem) for path in folder.glob("*.json")]
     rank, failure = failed.get_first_failure()
+    aborted = {int(who) for _, who in told if int(who) in failed.failures and failed.failures[int(who)].exitcode == -signal.SIGABRT}
     for other, died in failed.failures.items():
-        if died.exitcode < 0 and died.exitcode != -signal.SIGTERM:  # killed from outside; what the others raised follows from it
-            rank, failure = other, died
-    if failure.exitcode < 0:
+        if died.exitcode < 0 and died.exitcode != -signal.SIGTERM and other not in aborted:
+            rank, failure = other, died  # killed from outside; what the others raised follows from it
+    if failure.exitcode < 0 and rank not in aborted:  # a rank that said what is wrong may still abort on its way out
         if stop.received is not None and -failure.exitcode == stop.received:
             return  # before it could listen; nothing had begun
         name = signal.Signals(-failure.exitcode).name

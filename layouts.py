@@ -5,11 +5,12 @@ that losses and log-probs never see rows.
 """
 
 from dataclasses import dataclass, field, fields
-from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
+
+from attention import block_table
 
 
 @dataclass(frozen=True)
@@ -57,8 +58,7 @@ class Batch:
     position_ids: Tensor | None = None
     segments: Tensor | None = None
     reference_logps: Tensor | None = None
-    flex: bool = False  # whether layers get the segments as a block mask ...
-    blocks: Any = None  # ... which is this, once a model has asked for it
+    blocks: tuple[Tensor, ...] | None = None  # the same as a table of blocks, where layers get a block mask
     columns: dict[str, Tensor] = field(default_factory=dict)
     examples: list[int] = field(default_factory=list)
     n_tokens: int = 0  # input tokens, padding excluded
@@ -67,6 +67,8 @@ class Batch:
         device = torch.device(device)
 
         def move(value):
+            if isinstance(value, tuple):
+                return tuple(map(move, value))
             if not isinstance(value, Tensor):
                 return value
             return (value.pin_memory() if device.type == "cuda" else value).to(device, non_blocking=True)
@@ -126,5 +128,6 @@ def lay_out(trees: list[tuple], layout: Layout) -> Batch:
         place[begin : begin + n] = np.arange(prompts[tree], prompts[tree] + n)
     batch.position_ids = torch.from_numpy(place[None])
     segments = np.stack([row_begins[tree_of], prompts[tree_of], begins, fed], axis=1)
-    batch.segments, batch.flex = torch.from_numpy(segments)[None, None], layout.flex
+    batch.segments = torch.from_numpy(segments)[None, None]
+    batch.blocks = block_table(batch.segments, width) if layout.flex else None
     return batch

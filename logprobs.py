@@ -21,6 +21,7 @@ from utils import ConfigError
 
 CHUNK_ELEMENTS = 2**25  # logits in flight: 128 MiB in fp32
 KEPT_ELEMENTS = 2**26  # probabilities kept for the backward pass: 256 MiB; where there are more, all are computed again
+ON_A_GPU = 4  # times as many of both: a chunk reads the whole head, and writes its gradient
 
 
 class Scorer:
@@ -67,7 +68,10 @@ class Scorer:
         options = {} if batch.segments is None else {"position_ids": batch.position_ids}
         output = body(input_ids=batch.input_ids, attention_mask=_mask(batch), use_cache=False, **options)
         states = output.last_hidden_state
-        return states.flatten(0, 1)[positions.to(states.device)]
+        hidden = states.flatten(0, 1)[positions.to(states.device)]
+        head = self.causal_lm.get_output_embeddings()
+        # Of a model spread over GPUs, layer after layer, the head need not be where the last layer is.
+        return hidden.to(head.weight.device) if head is not None and hasattr(self.causal_lm, "hf_device_map") else hidden
 
     def logits(self, hidden: Tensor) -> Tensor:
         """(tokens, hidden size) -> (tokens, vocabulary), in fp32 or better."""
@@ -92,7 +96,7 @@ class Scorer:
 
     def values(self, batch: Batch) -> Tensor:
         """Output of a scalar head at the last token of each response, (responses,) float64."""
-        return self.run(lambda: self.causal_lm.score(self.hidden(batch, batch.ends))).squeeze(-1).double()
+        return self.run(lambda: self.causal_lm.score(self.hidden(batch, batch.ends))).squeeze(-1).double().to(batch.ends.device)
 
     @torch.no_grad()
     def check(self) -> None:
@@ -118,11 +122,7 @@ def _mask(batch: Batch):
     """What goes to the layers as the attention mask of a batch; see attention.py."""
     if batch.segments is None:
         return batch.attention_mask
-    if not batch.flex:
-        return batch.segments
-    if batch.blocks is None:
-        batch.blocks = block_mask(batch.segments, batch.input_ids.shape[1], batch.input_ids.device)
-    return batch.blocks
+    return batch.segments if batch.blocks is None else block_mask(batch.blocks, batch.input_ids.device)
 
 
 @dataclass
@@ -162,7 +162,8 @@ def score_responses(
         with torch.no_grad():
             reference_token_logps = reference.run(lambda: _score_body(reference, batch)).logps
     tokens = policy.run(lambda: _score_body(policy, batch, reference if kl else None, reference_hidden, kl, entropy, collision))
-    owners = batch.owners.to(tokens.logps.device)
+    owners = batch.owners
+    tokens = Tokens(*(column if column is None else column.to(owners.device) for column in tokens))
     scores = ResponseScores(sum_by_owner(tokens.logps, owners, n), tokens.logps, token_kl=tokens.kl, token_entropy=tokens.entropy)
     if kl is not None:
         reference_token_logps = tokens.reference_logps
@@ -204,7 +205,7 @@ def _score_hidden(
         with torch.autocast(hidden.device.type, enabled=False):
             return Tokens(*LinearLogProbs.apply(*ours, targets, *theirs, kl, entropy, differentiable, collision))
     chunks = []
-    for piece in _chunks(len(hidden), policy.causal_lm.config.get_text_config().vocab_size):
+    for piece in _chunks(hidden, policy.causal_lm.config.get_text_config().vocab_size):
         arguments = (policy, hidden[piece], targets[piece], reference, None if kl is None else reference_hidden[piece], kl, entropy, collision)
         if torch.is_grad_enabled() and hidden.requires_grad:
             chunks.append(checkpoint(_score_chunk, *arguments, use_reentrant=False, preserve_rng_state=False))
@@ -217,10 +218,14 @@ def _together(chunks: list[Tokens]) -> Tokens:
     return Tokens(*(None if column[0] is None else torch.cat(column) for column in zip(*chunks)))
 
 
-def _chunks(n: int, vocabulary: int, buffers: int = 1) -> list[slice]:
-    """`n` tokens in chunks whose logits, `buffers` times, fit into CHUNK_ELEMENTS."""
-    step = max(1, CHUNK_ELEMENTS // (vocabulary * buffers))
+def _chunks(hidden: Tensor, vocabulary: int, buffers: int = 1) -> list[slice]:
+    """The tokens of `hidden` in chunks whose logits, `buffers` times, fit into CHUNK_ELEMENTS."""
+    n, step = len(hidden), max(1, _here(CHUNK_ELEMENTS, hidden) // (vocabulary * buffers))
     return [slice(begin, min(begin + step, n)) for begin in range(0, n, step)]
+
+
+def _here(elements: int, hidden: Tensor) -> int:
+    return elements * (ON_A_GPU if hidden.device.type == "cuda" else 1)
 
 
 def _autocast(*tensors: Tensor | None) -> list[Tensor | None]:
@@ -263,8 +268,8 @@ class LinearLogProbs(torch.autograd.Function):
         inputs = hidden, weight, bias, targets, reference_hidden, reference_weight, reference_bias
         ctx.save_for_backward(*inputs)
         ctx.kl, ctx.kept = kl, []
-        pieces = _chunks(len(hidden), len(weight), 1 if kl is None else 4)
-        keep = differentiable and any(ctx.needs_input_grad) and len(hidden) * len(weight) * (1 if kl is None else 2) <= KEPT_ELEMENTS
+        pieces = _chunks(hidden, len(weight), 1 if kl is None else 4)
+        keep = differentiable and any(ctx.needs_input_grad) and len(hidden) * len(weight) * (1 if kl is None else 2) <= _here(KEPT_ELEMENTS, hidden)
         chunks = []
         for piece in pieces:
             tokens, kept = _forward_chunk(inputs, piece, kl, entropy, collision)
@@ -284,7 +289,7 @@ class LinearLogProbs(torch.autograd.Function):
         wanted = [tensor is not None and needed for tensor, needed in zip((hidden, weight, bias), ctx.needs_input_grad)]
         grads = [torch.empty_like(hidden) if wanted[0] else None, None, None]
         with torch.autocast(hidden.device.type, enabled=False):
-            for piece in _chunks(len(hidden), len(weight), 1 if ctx.kl is None else 4):
+            for piece in _chunks(hidden, len(weight), 1 if ctx.kl is None else 4):
                 # What was kept is overwritten here, so a second backward pass computes it again.
                 kept = ctx.kept.pop(0) if ctx.kept else _forward_chunk(inputs, piece, ctx.kl, False, False)[1]
                 slope = _logit_gradient(kept, targets[piece], grad_logps[piece], None if ctx.kl is None else grad_kl[piece])
@@ -292,11 +297,20 @@ class LinearLogProbs(torch.autograd.Function):
                 if wanted[0]:
                     torch.mm(slope, weight, out=grads[0][piece])
                 if wanted[1]:
-                    grads[1] = slope.t() @ hidden[piece] if grads[1] is None else grads[1].addmm_(slope.t(), hidden[piece])
+                    grads[1] = _add_product(grads[1], slope.t(), hidden[piece])
                 if wanted[2]:
-                    grads[2] = slope.sum(0) + (0 if grads[2] is None else grads[2])
+                    grads[2] = slope.sum(0, dtype=torch.promote_types(slope.dtype, torch.float32)) + (0 if grads[2] is None else grads[2])
                 del kept, slope
         return *grads, *[None] * 8
+
+
+def _add_product(total: Tensor | None, a: Tensor, b: Tensor) -> Tensor:
+    """total + a @ b, the sum in fp32 or better whatever a and b are."""
+    if total is None:
+        return a @ b
+    if total.dtype == torch.promote_types(total.dtype, torch.float32):
+        return total.addmm_(a, b) if a.dtype == total.dtype else total.add_(a @ b)
+    return total.float().add_(a @ b)
 
 
 def _forward_chunk(inputs, piece: slice, kl: str | None, entropy: bool, collision: bool) -> tuple[Tokens, tuple]:

@@ -19,7 +19,7 @@ from transformers.activations import NewGELUActivation
 from transformers.core_model_loading import revert_weight_conversion
 from transformers.utils import cached_file, logging
 
-from attention import SHARING, flex_problem, window_of
+from attention import SHARING, block_table, flex_problem, window_of
 from attention import enable as enable_segments
 from layouts import LAYOUTS, Layout, lay_out
 from logprobs import Scorer
@@ -158,6 +158,8 @@ def choose_layout(config, policy: Scorer, **details) -> tuple[Layout, str]:
     if not why:
         slower = why_not_flex(config, policy)
         why = sharing_problem(policy, flex=slower is None) or ""
+        if why and slower is None:
+            slower, why = f"attention segment by segment, slower: {why}", sharing_problem(policy) or ""
     if not why:
         return Layout(asked if asked != "auto" else LAYOUTS[0], flex=slower is None, **details), slower or ""
     if asked != "auto":
@@ -195,6 +197,7 @@ def sharing_problem(scorer: Scorer, flex: bool = False) -> str | None:
     tokens = [(draw(prompt), [draw(n) for n in responses]) for prompt, responses in trees]
     padded, shared, wrong = (lay_out(tokens, Layout(name, flex=flex)) for name in ("padded", "prefix_shared", "prefix_shared"))
     wrong.segments = torch.tensor([[[[0, 7, 7, 6], [13, 1, 14, 8]]]])  # one long response a prompt
+    wrong.blocks = block_table(wrong.segments, wrong.input_ids.shape[1]) if flex else None
     found = []
     try:
         for batch in (batch.to(scorer.device) for batch in (padded, shared, wrong)):

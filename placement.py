@@ -182,7 +182,16 @@ class _Parts(nn.Module):
             return head(hidden)
         if past_key_values is not None:  # each shard keeps a cache of its own; the caller holds that of the first
             past_key_values = past_key_values.of_shards[self.shard]
+        if isinstance(inputs.get("attention_mask"), _Whole):
+            inputs["attention_mask"] = inputs["attention_mask"].value
         return getattr(self.model, self.model.base_model_prefix)(past_key_values=past_key_values, **inputs)
+
+
+class _Whole:
+    """What every shard gets as it is: the package copies tensors to GPUs, and cannot from the CPU, where segments are read."""
+
+    def __init__(self, value: Tensor):
+        self.value = value
 
 
 class _Body(nn.Module):
@@ -196,6 +205,8 @@ class _Body(nn.Module):
         if past_key_values is not None and not hasattr(past_key_values, "of_shards"):
             others = [type(past_key_values)() for _ in self.shards.module_shards[1:]]
             past_key_values.of_shards = [past_key_values, *others]
+        if (mask := inputs.get("attention_mask")) is not None and mask.ndim == 4:
+            inputs["attention_mask"] = _Whole(mask)
         return self.shards(input_ids=input_ids, past_key_values=past_key_values, **inputs)
 
 

@@ -1,5 +1,6 @@
 """The training loop. No loss has a name here, and a trainer differs from another only in where its models live."""
 
+import gc
 import inspect
 import json
 import math
@@ -94,7 +95,9 @@ def make_optimizer(config, parameters: list[torch.nn.Parameter]) -> torch.optim.
     kind = getattr(torch.optim, config.optimizer)
     has_one = "fused" in inspect.signature(kind).parameters
     sharded = any(isinstance(p, DTensor) for p in parameters)  # of which only Adam's kernels know
-    fused = {"fused": True} if has_one and (not sharded or config.optimizer in ("Adam", "AdamW")) else {}
+    on_gpu = any(p.device.type == "cuda" for p in parameters)  # where torch before 2.13 has none for Adagrad
+    adam = config.optimizer in ("Adam", "AdamW")
+    fused = {"fused": True} if has_one and (adam or not sharded) and not (on_gpu and config.optimizer == "Adagrad") else {}
     return kind(parameters, lr=config.lr, **fused)
 
 
@@ -150,6 +153,7 @@ class BasicTrainer:
             needed = {"train": self.loader.first_epoch(), "test": evaluation_order(self.data["test"].groups)[: self.config.n_eval_examples]}
             attach_reference(self.config, self.data, needed, self._like_reference, self.layout, self._microbatch_tokens(), self.world)
             reshard(self.policy.model)  # it may have stood in for the reference
+            gc.collect()  # or the reference is not needed any more, and some models hold on to themselves
 
     def _build_policy(self, model) -> Scorer:
         return build_policy(model, scalar_head=self.scalar, trainable=self.training, checkpoint=self.checkpoint, place=self.place)
@@ -332,6 +336,7 @@ class BasicTrainer:
         for number, (checkpoint, wanted) in enumerate(pending):
             if number:  # the first was built with the trainer
                 self.policy = None  # two of them need not be in memory at once
+                gc.collect()  # some models hold on to themselves
                 self.policy = self._build_policy(OmegaConf.merge(config.model, {"archive": checkpoint.source}))
             losses = self._held_out_losses()
             for temperature in wanted:

@@ -7,6 +7,7 @@ import socket
 import subprocess
 import sys
 import time
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -27,7 +28,7 @@ from conftest import (
 from omegaconf import OmegaConf
 
 import launch
-from distributed import World
+from distributed import World, data_ranks
 from logprobs import Scorer
 from placement import find_blocks, layer_plan, shard
 from utils import ConfigError, DataError, PrefLabError
@@ -465,6 +466,43 @@ def test_saved_weights_of_split_layers_are_those_after_the_last_step(architectur
     moved = [(one[name] - start).abs().max() for name, start in make_model(architecture, scale=1.0).state_dict().items()]
     assert min(moved) > 5e-5
     assert max((one[name] - two[name]).abs().max() for name in one) < 5e-6
+
+
+def test_a_rank_that_aborts_after_it_said_what_is_wrong(tmp_path):
+    from launch import StopSignals, _tell_why
+
+    (tmp_path / "1.json").write_text(json.dumps({"message": "no such loss", "known": True, "traceback": "", "time": 1.0}))
+    died = SimpleNamespace(exitcode=-signal.SIGABRT)
+    failed = RuntimeError()
+    failed.failures, failed.get_first_failure = {1: died}, lambda: (1, died)
+    with pytest.raises(PrefLabError, match="no such loss"):
+        _tell_why(failed, tmp_path, StopSignals())
+    (tmp_path / "1.json").unlink()
+    with pytest.raises(launch.WorkerDied, match="worker 1 was killed by SIGABRT"):
+        _tell_why(failed, tmp_path, StopSignals())
+
+
+def test_there_is_a_gpu_for_each_worker(monkeypatch):
+    config = OmegaConf.create({"trainer": "FSDPTrainer", "world_size": 4, "tensor_parallel_size": 1, "fsdp_shard_size": None})
+    assert data_ranks(config, World()) == 4
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    with pytest.raises(ConfigError, match="4 workers on this machine, and it has 2 GPUs"):
+        data_ranks(config, World())
+    with pytest.raises(ConfigError, match="3 workers on this machine, and it has 2 GPUs"):
+        data_ranks(OmegaConf.merge(config, {"world_size": None}), World(0, 3, 0, 3))
+
+
+def test_kernels_of_an_optimizer_are_those_of_the_machine_it_goes_on_with(tmp_path):
+    from checkpoints import load_optimizer, save_optimizer
+
+    weights = [torch.nn.Parameter(torch.ones(3))]
+    fused, plain = torch.optim.AdamW(weights, lr=0.5, fused=True), torch.optim.AdamW(weights, lr=0.1, fused=False)
+    weights[0].grad = torch.ones(3)
+    fused.step()
+    state, _ = save_optimizer(fused, ["w"], tmp_path / "optimizer")
+    load_optimizer(plain, ["w"], tmp_path / "optimizer", state, alone=True)
+    assert plain.param_groups[0]["lr"] == 0.5 and plain.param_groups[0]["fused"] is False
+    assert torch.equal(plain.state[weights[0]]["exp_avg"], fused.state[weights[0]]["exp_avg"])
 
 
 def test_torchrun_and_srun_are_recognised(monkeypatch):

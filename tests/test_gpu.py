@@ -1,6 +1,7 @@
 """What only a GPU can show: CUDA, NCCL where there are two, bf16, sampling. Skipped elsewhere."""
 
 import json
+import os
 
 import pytest
 import torch
@@ -10,6 +11,7 @@ from conftest import (
     read_rows,
     run_command,
     run_here,
+    save_model,
     small_run,
 )
 
@@ -38,8 +40,6 @@ def losses(folder) -> list[float]:
 @pytest.fixture
 def on_cpu(command, tmp_path):
     """The losses of the same run on the CPU."""
-    import os
-
     def on_cpu(*more: str) -> list[float]:
         run_command("train.py", *command("cpu", *more), env=os.environ | HIDE)
         return losses(tmp_path / "cpu")
@@ -113,6 +113,17 @@ def test_two_gpus_give_the_losses_of_one(command, tmp_path, more):
     run_here(*command("one", "trainer=FSDPTrainer", "world_size=1", "optimizer=AdamW", *more))
     run_command("train.py", *command("two", "trainer=FSDPTrainer", "world_size=2", "optimizer=AdamW", *more))
     assert losses(tmp_path / "two") == pytest.approx(losses(tmp_path / "one"), abs=1e-3, rel=1e-3)
+
+
+@two_gpus
+@pytest.mark.parametrize("model", ["llama", "gpt2"])  # an LM head of its own, and one that is the embedding
+@pytest.mark.parametrize("more", [(), ("loss=tdpo2",), ("loss=bradley_terry",), ("layout=padded",)])
+def test_a_model_spread_over_two_gpus_gives_the_losses_of_one(command, tmp_path, model, more):
+    folder = save_model(tmp_path / "model", model)
+    more = (*more, f"model.name_or_path={folder}", "optimizer=AdamW")
+    run_command("train.py", *command("one", *more), env=os.environ | {"CUDA_VISIBLE_DEVICES": "0"})
+    run_here(*command("spread", *more))
+    assert losses(tmp_path / "spread") == pytest.approx(losses(tmp_path / "one"), abs=1e-3, rel=1e-3)
 
 
 @two_gpus

@@ -10,7 +10,7 @@ from conftest import ARCHITECTURES, ROOT, make_model
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from omegaconf import OmegaConf
-from torch.nn.attention.flex_attention import BlockMask, flex_attention
+from torch.nn.attention.flex_attention import flex_attention
 from transformers import AttentionInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
@@ -18,7 +18,7 @@ from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
 import attention
 import logprobs
 import models
-from attention import allowed_pairs, block_mask, describe_tokens
+from attention import allowed_pairs, block_mask, block_table, describe_tokens
 from layouts import LAYOUTS, Layout, lay_out
 from logprobs import Scorer, score_responses
 from models import (
@@ -143,7 +143,7 @@ def test_flex_attention_gets_the_same_mask(name):
     """What a GPU gets: the block mask allows exactly what the dense mask does."""
     batch = lay_out(draw(), Layout(name))
     n = batch.input_ids.shape[1]
-    blocks = block_mask(batch.segments, n, torch.device("cpu"))
+    blocks = block_mask(block_table(batch.segments, n), torch.device("cpu"))
     rows, columns = torch.meshgrid(torch.arange(n), torch.arange(n), indexing="ij")
     assert torch.equal(blocks.mask_mod(0, 0, rows, columns), allowed_pairs(batch.segments, n))
 
@@ -160,7 +160,7 @@ def test_blocks_are_those_with_an_allowed_pair_and_no_others(lengths, name, beyo
     allowed = torch.zeros(width, width, dtype=torch.bool)
     allowed[:n, :n] = allowed_pairs(segments, n)
     expected = allowed.view(width // size, size, width // size, size).any(3).any(1)
-    blocks = block_mask(segments, n, torch.device("cpu"), size)
+    blocks = block_mask(block_table(segments, n, size), torch.device("cpu"), size)
     assert torch.equal(blocks.to_dense()[0, 0].bool(), expected)
 
 
@@ -184,7 +184,7 @@ def test_rows_with_a_block_mask_match_each_response_alone(architecture, monkeypa
     expected = naive(plain, draw())
     batch = lay_out(draw(), Layout("prefix_shared", flex=True)).to("cpu")
     scores = score_responses(Scorer(model), batch)
-    assert isinstance(batch.blocks, BlockMask)
+    assert batch.blocks is not None
     assert torch.allclose(scores.token_logps, expected, rtol=1e-6 if architecture in FLOAT32_INSIDE else 1e-9)
     ours, theirs = gradients(model, objective(scores.token_logps)), gradients(plain, objective(expected))
     assert largest_difference(ours, theirs) < 1e-6
@@ -214,7 +214,7 @@ def test_compiled_flex_attention_gives_what_attention_by_segments_gives():
     with torch.no_grad():
         segments, flex = (
             attention.segment_attention(module, query, key, value, mask, scaling=0.25)[0]
-            for mask in (batch.segments, block_mask(batch.segments, n, torch.device("cpu")))
+            for mask in (batch.segments, block_mask(block_table(batch.segments, n), torch.device("cpu")))
         )
     assert torch.allclose(segments, flex, rtol=1e-5, atol=1e-6)
 
@@ -253,6 +253,10 @@ def test_without_flex_attention_a_gpu_attends_segment_by_segment(monkeypatch):
     monkeypatch.setattr(attention, "flex_attention_forward", stand_in)
     monkeypatch.setattr(models, "why_not_flex", lambda *_: None)
     assert choose_layout(settings_of(), Scorer(llama), pad_id=3) == (Layout("prefix_shared", pad_id=3, flex=True), "")
+    blind = lambda module, query, key, value, mask, scaling=None, **more: sdpa_attention_forward(module, query, key, value, None, scaling=scaling, is_causal=True)  # noqa: E731
+    monkeypatch.setattr(attention, "flex_attention_forward", blind)
+    layout, why = choose_layout(settings_of(), Scorer(llama))
+    assert layout == Layout("prefix_shared") and why.startswith("attention segment by segment, slower: hidden states") and "off by" in why
 
 
 @given(

@@ -165,6 +165,21 @@ def test_the_fused_head_is_the_plain_one(kl, bias, rows, kept, monkeypatch):
             assert torch.allclose(a, b, rtol=1e-10, atol=1e-12)
 
 
+def test_chunks_in_bf16_add_up_as_one_would(monkeypatch):
+    """The gradient of the head's weight and bias is summed over chunks in fp32, however little of it the weights can hold."""
+    monkeypatch.setitem(HEAD, "tokens", 2000)
+    ours, targets, _ = head_inputs(True)
+    exact = torch.autograd.grad(plainly(ours, targets, ours, None)[0].sum(), ours[1:])
+    half = [t.detach().bfloat16().requires_grad_() for t in ours]
+    errors = []
+    for rows in (2000, 4):
+        monkeypatch.setattr(logprobs, "CHUNK_ELEMENTS", rows * HEAD["vocabulary"])
+        found = torch.autograd.grad(LinearLogProbs.apply(*half, targets, None, None, None, None, False)[0].sum(), half[1:])
+        assert all(grad.dtype == torch.bfloat16 for grad in found)
+        errors.append([((a - b).norm() / b.norm()).item() for a, b in zip(found, exact)])
+    assert all(many < 1.2 * once for once, many in zip(*errors))
+
+
 def test_the_fused_head_leaves_frozen_weights_alone():
     """LoRA: the head's weight has no gradient, its input has."""
     (hidden, weight, _), targets, _ = head_inputs(False)
