@@ -56,7 +56,8 @@ def segment_attention(module: nn.Module, query: Tensor, key: Tensor, value: Tens
 @torch.compiler.disable  # its loop is another for every row, and each would be compiled
 def _by_segments(module: nn.Module, query: Tensor, key: Tensor, value: Tensor, segments: Tensor, sliding_window: int | None = None, **options) -> Tensor:
     trees, window = _trees(segments), sliding_window
-    causal = _mask(max(prompt + length for prompt, responses in trees for length in responses), window, query.dtype, query.device)
+    masked = [prompt + n for prompt, (_, *others) in trees for n in others] + [prompt + first for prompt, (first, *_) in trees if window is not None]
+    causal = _mask(max(masked), window, query.dtype, query.device) if masked else None
     # Split and concatenate: slices of the whole would each fill a zero tensor of its size in the backward pass.
     sizes = [size for prompt, responses in trees for size in (prompt + responses[0], *filter(None, responses[1:]))]
     pieces = iter(zip(*(tensor.split(sizes, dim=2) for tensor in (query, key, value))))
@@ -177,7 +178,8 @@ def flex_problem(heads: int, kv_heads: int, head_size: int, dtype: torch.dtype, 
     except Exception as failure:  # compilers and kernels fail in ways of their own
         return f"FlexAttention fails here ({first_line(failure)})"
     bound = 0.05 if dtype in (torch.bfloat16, torch.float16) else 1e-3
-    return None if max(errors) < bound else f"FlexAttention is off by {max(errors):.2g} here, values or gradients, relative"
+    worst = torch.tensor(errors).max().item()  # NaN if any is
+    return None if worst < bound else f"FlexAttention is off by {worst:.2g} here, values or gradients, relative"
 
 
 def window_of(config) -> int | None:

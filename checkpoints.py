@@ -159,8 +159,8 @@ def save_optimizer(optimizer, names: list[str], folder: Path, group=None) -> tup
         with _quiet():
             dcp.save(tensors, storage_writer=dcp.FileSystemWriter(str(folder), per_thread_copy_ahead=0), no_dist=True)
         return state, None
-    # A writer that also stages: torch's other stager has the writing thread open the first GPU, whatever the rank's own.
-    return state, dcp.async_save(tensors, storage_writer=dcp.FileSystemWriter(str(folder)), process_group=group)
+    # Nor here, where the writing thread would open the first GPU for it, whatever the rank's own.
+    return state, dcp.async_save(tensors, storage_writer=dcp.FileSystemWriter(str(folder), per_thread_copy_ahead=0), process_group=group)
 
 
 def load_optimizer(optimizer, names: list[str], folder: Path, state: dict, *, alone: bool) -> None:

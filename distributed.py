@@ -228,9 +228,6 @@ def data_ranks(config, given: World) -> int:
             f"world_size={config.world_size}, but {given.local_size} workers were started on this machine; leave world_size out, or start as many"
         )
     size = given.size if given.size > 1 else local_workers(config)
-    gpus = torch.cuda.device_count()
-    if gpus and (here := given.local_size if given.size > 1 else size) > gpus:
-        raise ConfigError(f"{here} workers on this machine, and it has {gpus} GPUs, one for each; lower world_size")
     if size % config.tensor_parallel_size:
         raise ConfigError(
             f"tensor_parallel_size={config.tensor_parallel_size} does not divide the {size} ranks; take one of {_divisors(size)}"

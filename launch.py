@@ -74,9 +74,12 @@ def launch(worker: Callable, n: int, port: int | None, arguments: tuple, stop: S
     Returns when all have returned. Raises WorkerDied, and prints the traceback of the first that failed, when one dies;
     PrefLabError with the worker's own message when that is what it raised. The rest are stopped first.
     """
+    import torch
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
     from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
+    if 0 < torch.cuda.device_count() < n:
+        raise ConfigError(f"world_size={n}: each worker needs a GPU of its own, and there are {torch.cuda.device_count()}; lower it")
     logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)  # we say ourselves what went wrong
     os.environ.setdefault("OMP_NUM_THREADS", str(max(1, len(os.sched_getaffinity(0)) // n)))
     with sheltered():

@@ -21,6 +21,7 @@ from transformers.utils import cached_file, logging
 
 from attention import SHARING, block_table, flex_problem, window_of
 from attention import enable as enable_segments
+from distributed import ALONE, World
 from layouts import LAYOUTS, Layout, lay_out
 from logprobs import Scorer
 from placement import devices_for, find_blocks, layer_plan, reshard
@@ -146,7 +147,7 @@ def known_layouts(config, model) -> tuple[tuple[str, ...], str]:
     return ("padded",) if why else LAYOUTS, why
 
 
-def choose_layout(config, policy: Scorer, **details) -> tuple[Layout, str]:
+def choose_layout(config, policy: Scorer, world: World = ALONE, **details) -> tuple[Layout, str]:
     """The layout of `config.layout`, or the fastest that gives this model the padded layout's log-probs; and why not a faster one.
 
     details: more fields of the layout. Raises ConfigError where the layout that was asked for is wrong for the model.
@@ -156,7 +157,7 @@ def choose_layout(config, policy: Scorer, **details) -> tuple[Layout, str]:
     if asked == "padded" or (asked == "auto" and known == ("padded",)):
         return Layout("padded", **details), why
     if not why:
-        slower = why_not_flex(config, policy)
+        slower = why_not_flex(config, policy, world)
         why = sharing_problem(policy, flex=slower is None) or ""
         if why and slower is None:
             slower, why = f"attention segment by segment, slower: {why}", sharing_problem(policy) or ""
@@ -167,20 +168,22 @@ def choose_layout(config, policy: Scorer, **details) -> tuple[Layout, str]:
     return Layout("padded", **details), why
 
 
-def why_not_flex(config, policy: Scorer) -> str | None:
+def why_not_flex(config, policy: Scorer, world: World) -> str | None:
     """Why attention over packed rows goes segment by segment, as is best on a CPU (""); None if it goes by FlexAttention."""
     model = policy.causal_lm.config.get_text_config()
     if policy.device.type == "cpu":
         return ""
-    window, longest = window_of(model), max(config.max_length, config.max_prompt_length + config.max_new_tokens)
-    if window is not None and window < longest:
-        problem = f"attention windows of {window} tokens, texts of up to {longest}"
+    window = window_of(model)
+    if window is not None and window < config.max_length:
+        problem = f"attention windows of {window} tokens, texts of up to max_length={config.max_length}"
     elif len({p.device for p in policy.model.parameters()}) > 1:
         problem = "the model is spread over several GPUs"
     else:
         heads = model.num_attention_heads
         sizes = heads, getattr(model, "num_key_value_heads", None) or heads, getattr(model, "head_dim", None) or model.hidden_size // heads
         problem = flex_problem(*sizes, policy.mixed or next(policy.model.parameters()).dtype, policy.device)
+        if world.max([float(problem is not None)])[0]:  # all ranks attend alike
+            problem = problem or "another rank cannot use FlexAttention"
     return problem and f"attention segment by segment, slower: {problem}"
 
 

@@ -26,7 +26,7 @@ from batching import (
 )
 from distributed import ALONE, World, data_ranks
 from layouts import Batch, Layout
-from logprobs import CHUNK_ELEMENTS, Scorer
+from logprobs import CHUNK_ELEMENTS, ON_A_GPU, Scorer
 from models import dtype_of, known_layouts, skeleton
 from placement import shard
 from reference import is_built
@@ -114,8 +114,7 @@ def _count_data(plan: Plan, config, loss, data: PreferenceData) -> None:
     plan.examples = loader.total
     plan.steps = whole * math.ceil(len(data) / config.batch_size) + math.ceil(rest / config.batch_size)
     layout = Layout(_layout(config), last_tokens="scalar_head" in loss.reads)
-    device = "cuda" if torch.cuda.is_available() or config.plan.gpu_gib is not None else "cpu"
-    budget = None if loss.couples_batch else microbatch_tokens(config, loss, device)
+    budget = None if loss.couples_batch else microbatch_tokens(config, loss, _device(config))
     looked_at = tokens = 0
     for examples in itertools.islice(loader, LOOK_AT):
         parts = split_step(
@@ -127,6 +126,11 @@ def _count_data(plan: Plan, config, loss, data: PreferenceData) -> None:
             plan.largest_microbatch = max(plan.largest_microbatch, tuple(batch.input_ids.shape), key=math.prod)
         looked_at += len(examples)
     plan.tokens = round(tokens / looked_at * plan.examples)
+
+
+def _device(config) -> str:
+    """What the plan is for."""
+    return "cuda" if torch.cuda.is_available() or config.plan.gpu_gib is not None else "cpu"
 
 
 def _layout(config) -> str:
@@ -238,5 +242,6 @@ def _activations(config, scalar: bool, shape: tuple[int, int]) -> int:
         total = total // layers + layers * rows * width * settings.hidden_size * compute.itemsize
     peers = config.tensor_parallel_size if config.trainer == "FSDPTrainer" else 1
     vocabulary = model.config.get_text_config().vocab_size
-    chunk = 0 if scalar else 3 * 4 * min(CHUNK_ELEMENTS, rows * width * vocabulary)  # logits, their softmax and gradient
+    limit = CHUNK_ELEMENTS * (ON_A_GPU if _device(config) == "cuda" else 1)
+    chunk = 0 if scalar else 3 * 4 * min(limit, rows * width * vocabulary)  # logits, their softmax and gradient
     return total // peers + chunk

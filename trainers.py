@@ -141,7 +141,7 @@ class BasicTrainer:
         self.scalar = "scalar_head" in self.loss.reads  # such a model has no text to sample
         self.rewards = build_rewards(self.config) if samples(self.config, self.loss) else {}
         self.policy = self._build_policy(self.config.model)
-        self.layout, why = choose_layout(self.config, self.policy, pad_id=self.tokenizer.pad_token_id, last_tokens=self.scalar)
+        self.layout, why = choose_layout(self.config, self.policy, self.world, pad_id=self.tokenizer.pad_token_id, last_tokens=self.scalar)
         reshard(self.policy.model)
         print(f"layout: {self.layout.name}" + (f" ({why})" if why else ""))
         cached = wants_cache(self.config, self.loss)

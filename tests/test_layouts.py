@@ -19,6 +19,7 @@ import attention
 import logprobs
 import models
 from attention import allowed_pairs, block_mask, block_table, describe_tokens
+from distributed import ALONE
 from layouts import LAYOUTS, Layout, lay_out
 from logprobs import Scorer, score_responses
 from models import (
@@ -148,6 +149,13 @@ def test_flex_attention_gets_the_same_mask(name):
     assert torch.equal(blocks.mask_mod(0, 0, rows, columns), allowed_pairs(batch.segments, n))
 
 
+def test_rows_without_further_responses_need_no_mask(monkeypatch):
+    monkeypatch.setattr(attention, "_mask", None)
+    model, trees = ready(make_model("llama")), draw([(12, (9,)), (5, (4,))])
+    for layout in PACKED:
+        assert torch.isfinite(score_responses(Scorer(model), lay_out(trees, Layout(layout))).token_logps).all()
+
+
 @given(
     st.lists(st.tuples(st.integers(1, 9), st.lists(st.integers(1, 7), min_size=1, max_size=4)), min_size=1, max_size=5),
     st.sampled_from(PACKED), st.integers(0, 5),
@@ -230,6 +238,13 @@ def test_flex_attention_is_tried_before_it_is_used(monkeypatch):
     ):
         monkeypatch.setattr(attention, "flex_attention_forward", wrong)
         assert "fails here" in attention.flex_problem(*shapes) or "off by" in attention.flex_problem(*shapes)
+    def no_gradient(module, query, key, value, *more, **options):
+        key = key.clone()
+        key.register_hook(lambda gradient: gradient * float("nan"))
+        return stand_in(module, query, key, value, *more, **options)
+
+    monkeypatch.setattr(attention, "flex_attention_forward", no_gradient)
+    assert "off by nan" in attention.flex_problem(*shapes)
     monkeypatch.setattr(attention, "flex_attention_forward", lambda *inputs, **more: 1 / 0)
     assert "fails here (ZeroDivisionError" in attention.flex_problem(*shapes)
 
@@ -240,13 +255,14 @@ def test_without_flex_attention_a_gpu_attends_segment_by_segment(monkeypatch):
     on_gpu = lambda model: SimpleNamespace(causal_lm=model, model=model, device=torch.device("cuda"), mixed=None)  # noqa: E731
     llama, windowed = make_model("llama"), make_model("mistral")
     monkeypatch.setattr(models, "flex_problem", lambda *shapes: None)
-    assert why_not_flex(settings_of(), on_gpu(llama)) is None
-    assert "windows of 16 tokens, texts of up to 64" in why_not_flex(settings_of(), on_gpu(windowed))
-    assert "windows of 16 tokens, texts of up to 24" in why_not_flex(settings_of(max_length=16), on_gpu(windowed))
-    assert why_not_flex(settings_of(max_length=16, max_prompt_length=8), on_gpu(windowed)) is None
+    assert why_not_flex(settings_of(), on_gpu(llama), ALONE) is None
+    assert "windows of 16 tokens, texts of up to max_length=64" in why_not_flex(settings_of(), on_gpu(windowed), ALONE)
+    assert why_not_flex(settings_of(max_length=16), on_gpu(windowed), ALONE) is None
+    elsewhere = SimpleNamespace(max=lambda values: [1.0])
+    assert "another rank" in why_not_flex(settings_of(), on_gpu(llama), elsewhere)
     monkeypatch.setattr(models, "flex_problem", lambda *shapes: "no compiler")
-    assert why_not_flex(settings_of(), on_gpu(llama)) == "attention segment by segment, slower: no compiler"
-    assert why_not_flex(settings_of(), Scorer(llama)) == ""
+    assert why_not_flex(settings_of(), on_gpu(llama), ALONE) == "attention segment by segment, slower: no compiler"
+    assert why_not_flex(settings_of(), Scorer(llama), ALONE) == ""
     attention.enable(llama)
     monkeypatch.setattr(models, "why_not_flex", lambda *_: "slower: no compiler")
     assert choose_layout(settings_of(), Scorer(llama)) == (Layout("prefix_shared"), "slower: no compiler")
@@ -324,7 +340,7 @@ def ignore_masks(model):
 
 def settings_of(**more):
     model = {"attn_implementation": None, **more.pop("model", {})}
-    return OmegaConf.create({"layout": "auto", "max_length": 64, "max_prompt_length": 16, "max_new_tokens": 8, "model": model, **more})
+    return OmegaConf.create({"layout": "auto", "max_length": 64, "model": model, **more})
 
 
 def test_the_fastest_supported_layout_is_taken_and_others_refused_by_name():

@@ -86,7 +86,6 @@ def test_a_signal_to_a_running_process(command, tmp_path, signum):
     )
     while not list(broken.glob("step-*")) and child.poll() is None:
         time.sleep(0.01)
-    time.sleep(0.3)
     child.send_signal(signum)
     output, errors = child.communicate(timeout=120)
     assert child.returncode == (-signum if signum == signal.SIGKILL else 128 + signum), errors
