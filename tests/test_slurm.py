@@ -70,6 +70,7 @@ class Job:
             if state in states:
                 return state
             if state == "PENDING" and self.field("Reason") == "BeginTime":
+                time.sleep(2)  # SLURM has just revoked the job's credential, and refuses one of the same second
                 control("update", f"JobId={self.number}", "StartTime=now")
             time.sleep(0.25)
         raise AssertionError(f"job {self.number} is {self.field('JobState')}, not {states}\n{self.text()}")
