@@ -232,12 +232,13 @@ def test_flex_attention_is_tried_before_it_is_used(monkeypatch):
     shapes = 4, 2, 16, torch.float32, torch.device("cpu")
     monkeypatch.setattr(attention, "flex_attention_forward", stand_in)
     assert attention.flex_problem(*shapes) is None
-    for wrong in (
-        lambda *inputs, scaling, **more: stand_in(*inputs, scaling=1.02 * scaling, **more),
-        lambda module, query, key, value, *more, **options: stand_in(module, query, key.detach(), value, *more, **options),
-    ):
-        monkeypatch.setattr(attention, "flex_attention_forward", wrong)
-        assert "fails here" in attention.flex_problem(*shapes) or "off by" in attention.flex_problem(*shapes)
+    too_sharp = lambda *inputs, scaling, **more: stand_in(*inputs, scaling=1.02 * scaling, **more)  # noqa: E731
+    monkeypatch.setattr(attention, "flex_attention_forward", too_sharp)
+    assert "off by" in attention.flex_problem(*shapes)
+    detached = lambda module, query, key, *more, **options: stand_in(module, query, key.detach(), *more, **options)  # noqa: E731
+    monkeypatch.setattr(attention, "flex_attention_forward", detached)
+    assert "fails here (RuntimeError" in attention.flex_problem(*shapes)  # a key without a gradient
+
     def no_gradient(module, query, key, value, *more, **options):
         key = key.clone()
         key.register_hook(lambda gradient: gradient * float("nan"))
