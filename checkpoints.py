@@ -1,4 +1,5 @@
-"""Checkpoints: complete or absent, the last k kept, and all that a resumed run needs to go on bit for bit."""
+"""Checkpoints: complete or absent, the last k kept, and all that a resumed run needs to go on bit
+for bit."""
 
 import contextlib
 import os
@@ -25,7 +26,8 @@ from utils import ConfigError, finish_directory
 
 @dataclass
 class Counters:
-    """Where a run is. seconds, train_seconds: wall-clock time so far, all of it and in training steps."""
+    """Where a run is. seconds, train_seconds: wall-clock time so far, all of it and in training
+    steps."""
 
     examples: int = 0
     steps: int = 0
@@ -34,17 +36,31 @@ class Counters:
 
 
 def save_checkpoint(
-    run_dir: Path, step: int, fill: Callable[[Path], Future | None], *, keep: int | None, best: bool = False, world: World = ALONE
+    run_dir: Path,
+    step: int,
+    fill: Callable[[Path], Future | None],
+    *,
+    keep: int | None,
+    best: bool = False,
+    world: World = ALONE,
 ) -> "Saving":
-    """Write `run_dir/step-N` by calling `fill(folder)` on every rank, point LATEST at it, drop all but the `keep` newest.
+    """Write `run_dir/step-N` by calling `fill(folder)` on every rank, point LATEST at it, drop all
+    but the `keep` newest.
 
     best: point BEST at it as well; what BEST points to is never dropped.
 
-    What `fill` still writes in the background it returns as a future. The folder gets its name, and LATEST its target,
-    by a rename once all is written: a kill at any moment leaves the previous checkpoint.
+    What `fill` still writes in the background it returns as a future. The folder gets its name, and
+    LATEST its target, by a rename once all is written: a kill at any moment leaves the previous
+    checkpoint.
     """
     folder = run_dir / f"step-{step}"
-    temporary = world.agree(lambda: None if folder.is_dir() else Path(tempfile.mkdtemp(dir=run_dir, prefix=f".{folder.name}.")))
+    temporary = world.agree(
+        lambda: (
+            None
+            if folder.is_dir()
+            else Path(tempfile.mkdtemp(dir=run_dir, prefix=f".{folder.name}."))
+        )
+    )
     future = None
     if temporary is not None:
         try:
@@ -57,11 +73,23 @@ def save_checkpoint(
 
 
 class Saving:
-    """A checkpoint on its way to the disk; `wait` returns when it has its name, and raises what went wrong."""
+    """A checkpoint on its way to the disk; `wait` returns when it has its name, and raises what
+    went wrong."""
 
-    def __init__(self, temporary: Path | None, folder: Path, keep: int | None, best: bool, future: Future | None, *, commits: bool):
+    def __init__(
+        self,
+        temporary: Path | None,
+        folder: Path,
+        keep: int | None,
+        best: bool,
+        future: Future | None,
+        *,
+        commits: bool,
+    ):
         self._error: BaseException | None = None
-        self._thread = threading.Thread(target=self._finish, args=(temporary, folder, keep, best, future, commits))
+        self._thread = threading.Thread(
+            target=self._finish, args=(temporary, folder, keep, best, future, commits)
+        )
         self._thread.start()
         if future is None:
             self.wait()
@@ -118,7 +146,11 @@ def random_state() -> dict:
     """State of all random number generators, as tensors and plain numbers."""
     kind, keys, *rest = np.random.get_state()
     version, numbers, gauss = random.getstate()
-    state = {"torch": torch.get_rng_state(), "numpy": [kind, keys.tolist(), *rest], "python": [version, list(numbers), gauss]}
+    state = {
+        "torch": torch.get_rng_state(),
+        "numpy": [kind, keys.tolist(), *rest],
+        "python": [version, list(numbers), gauss],
+    }
     if torch.cuda.is_available():
         state["cuda"] = torch.cuda.get_rng_state_all()
     return state
@@ -130,18 +162,24 @@ def set_random_state(state: dict) -> None:
     version, numbers, gauss = state["python"]
     random.setstate((version, tuple(numbers), gauss))
     if torch.cuda.is_available() and "cuda" in state:
-        for i, of_gpu in enumerate(state["cuda"][: torch.cuda.device_count()]):  # there may have been more
+        for i, of_gpu in enumerate(
+            state["cuda"][: torch.cuda.device_count()]
+        ):  # there may have been more
             torch.cuda.set_rng_state(of_gpu, i)
 
 
-# -------------------------------------------------------------------------------------------- the optimizer's state
+# ---------------------------------------------------------------------------- the optimizer's state
 
 
-def save_optimizer(optimizer, names: list[str], folder: Path, group=None) -> tuple[dict, Future | None]:
-    """Write the optimizer's tensors, each rank its own part, and return what is small, with a future while writing goes on.
+def save_optimizer(
+    optimizer, names: list[str], folder: Path, group=None
+) -> tuple[dict, Future | None]:
+    """Write the optimizer's tensors, each rank its own part, and return what is small, with a
+    future while writing goes on.
 
-    names: of the parameters, in the optimizer's order. group: a process group for writing in the background; without
-    one, this process alone writes, now. The files can be read on any number of ranks.
+    names: of the parameters, in the optimizer's order. group: a process group for writing in the
+    background; without one, this process alone writes, now. The files can be read on any number of
+    ranks.
     """
     tensors, small = {}, {}
     for name, parameter in zip(names, _parameters(optimizer)):
@@ -150,21 +188,38 @@ def save_optimizer(optimizer, names: list[str], folder: Path, group=None) -> tup
                 tensors[f"{name}/{key}"] = value
             else:
                 small.setdefault(name, {})[key] = value
-    groups = [{key: value for key, value in group.items() if key != "params"} for group in optimizer.param_groups]
-    state = {"small": small, "dtypes": {key: str(value.dtype) for key, value in tensors.items()}, "settings": groups[0]}
+    groups = [
+        {key: value for key, value in group.items() if key != "params"}
+        for group in optimizer.param_groups
+    ]
+    state = {
+        "small": small,
+        "dtypes": {key: str(value.dtype) for key, value in tensors.items()},
+        "settings": groups[0],
+    }
     if not tensors:
         return state, None
     if group is None:
-        # Nothing is copied ahead: torch would wait for the copies of one GPU, and the tensors may be on several.
+        # Nothing is copied ahead: torch would wait for the copies of one GPU, and the tensors may
+        # be on several.
         with _quiet():
-            dcp.save(tensors, storage_writer=dcp.FileSystemWriter(str(folder), per_thread_copy_ahead=0), no_dist=True)
+            dcp.save(
+                tensors,
+                storage_writer=dcp.FileSystemWriter(str(folder), per_thread_copy_ahead=0),
+                no_dist=True,
+            )
         return state, None
     # Nor here, where the writing thread would open the first GPU for it, whatever the rank's own.
-    return state, dcp.async_save(tensors, storage_writer=dcp.FileSystemWriter(str(folder), per_thread_copy_ahead=0), process_group=group)
+    return state, dcp.async_save(
+        tensors,
+        storage_writer=dcp.FileSystemWriter(str(folder), per_thread_copy_ahead=0),
+        process_group=group,
+    )
 
 
 def load_optimizer(optimizer, names: list[str], folder: Path, state: dict, *, alone: bool) -> None:
-    """Read what `save_optimizer` wrote into an optimizer over the same parameters, however they are sharded now.
+    """Read what `save_optimizer` wrote into an optimizer over the same parameters, however they are
+    sharded now.
 
     Raises ConfigError when the parameters have other names.
     """
@@ -172,12 +227,17 @@ def load_optimizer(optimizer, names: list[str], folder: Path, state: dict, *, al
     saved = {key.rpartition("/")[0] for key in state["dtypes"]} | set(state["small"])
     if saved and saved != set(names):
         raise ConfigError(
-            f"{folder.parent} holds the optimizer of parameters such as {min(saved ^ set(names))}, which this run does not train the "
-            f"same way; continue it with the trainer and the model it was started with"
+            f"{folder.parent} holds the optimizer of parameters such as {min(saved ^ set(names))},"
+            " which this run does not train the same way; continue it with the trainer and the"
+            " model it was started with"
         )
     tensors = {}
     for key, dtype in state["dtypes"].items():
-        tensors[key] = torch.zeros_like(parameters[key.rpartition("/")[0]], dtype=getattr(torch, dtype.removeprefix("torch.")), requires_grad=False)
+        tensors[key] = torch.zeros_like(
+            parameters[key.rpartition("/")[0]],
+            dtype=getattr(torch, dtype.removeprefix("torch.")),
+            requires_grad=False,
+        )
     if tensors:
         with _quiet():
             dcp.load(tensors, checkpoint_id=str(folder), no_dist=alone)
@@ -187,9 +247,23 @@ def load_optimizer(optimizer, names: list[str], folder: Path, state: dict, *, al
         loaded.setdefault(name, {})[slot] = tensor
     groups, index = [], {id(parameter): i for i, parameter in enumerate(_parameters(optimizer))}
     for group in optimizer.param_groups:
-        kernels = {key: group[key] for key in ("fused", "foreach") if key in group}  # what can be had here, not where it was saved
-        groups.append({**group, **state["settings"], **kernels, "params": [index[id(p)] for p in group["params"]]})
-    optimizer.load_state_dict({"state": {names.index(name): values for name, values in loaded.items()}, "param_groups": groups})
+        kernels = {
+            key: group[key] for key in ("fused", "foreach") if key in group
+        }  # what can be had here, not where it was saved
+        groups.append(
+            {
+                **group,
+                **state["settings"],
+                **kernels,
+                "params": [index[id(p)] for p in group["params"]],
+            }
+        )
+    optimizer.load_state_dict(
+        {
+            "state": {names.index(name): values for name, values in loaded.items()},
+            "param_groups": groups,
+        }
+    )
 
 
 def _parameters(optimizer) -> list:
@@ -204,13 +278,15 @@ def _quiet():
         yield
 
 
-# ------------------------------------------------------------------------------------------------------ memory
+# ------------------------------------------------------------------------------------------- memory
 
 
 class HostMemory:
-    """`with HostMemory() as memory: ...` measures by how much this process's own memory grew meanwhile: `memory.peak` bytes.
+    """`with HostMemory() as memory: ...` measures by how much this process's own memory grew
+    meanwhile: `memory.peak` bytes.
 
-    Pages mapped from files do not count, for the system takes them back when it needs them. None where /proc is missing.
+    Pages mapped from files do not count, for the system takes them back when it needs them. None
+    where /proc is missing.
     """
 
     def __enter__(self) -> "HostMemory":
@@ -239,7 +315,8 @@ class HostMemory:
 
 
 def peak_memory() -> int:
-    """The most memory this process ever had, in bytes: on its GPU, else of the host, libraries and mapped files included."""
+    """The most memory this process ever had, in bytes: on its GPU, else of the host, libraries and
+    mapped files included."""
     if torch.cuda.is_available():
         return torch.cuda.max_memory_allocated()
     return 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss

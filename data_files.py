@@ -26,7 +26,8 @@ FILE_TYPES = (".json", ".jsonl", ".csv", ".parquet")
 class Rows:
     """Rows of a dataset split. `read(i)` is row i, `where(i)` names it.
 
-    whole: there is no split of its own. all_text: the file knows no type but text (CSV), so a field may stand for something else.
+    whole: there is no split of its own. all_text: the file knows no type but text (CSV), so a field
+    may stand for something else.
     """
 
     n: int
@@ -40,25 +41,32 @@ class Rows:
 
 @contextlib.contextmanager
 def readable(what: str) -> Iterator[None]:
-    """What the system refuses (no permission, a name that is too long, a file that is gone), as an error that names the file or else `what`."""
+    """What the system refuses (no permission, a name that is too long, a file that is gone), as an
+    error that names the file or else `what`."""
     try:
         yield
     except OSError as error:
-        raise DataError(f"{error.filename or what}: {error.strerror or error or type(error).__name__}") from error
+        raise DataError(
+            f"{error.filename or what}: {error.strerror or error or type(error).__name__}"
+        ) from error
 
 
-# -------------------------------------------------------------------------------------------------------- fields
+# ------------------------------------------------------------------------------------------- fields
 
 
 def text(row: dict, key: str, where: str, *, may_be_empty: bool = False) -> str:
-    """A string field; `may_be_empty` is for samples, since a policy may end at once and be scored for it."""
+    """A string field; `may_be_empty` is for samples, since a policy may end at once and be scored
+    for it."""
     value = present(row, key, where)
     if not isinstance(value, str):
         raise DataError(f"{where}: {key!r} is {kind_of(value)}, expected text")
     try:
         value.encode("utf-8")
     except UnicodeEncodeError as error:
-        raise DataError(f"{where}: {key!r} holds half a surrogate pair, which is no text; mend how the file was written") from error
+        raise DataError(
+            f"{where}: {key!r} holds half a surrogate pair, which is no text; mend how the file was"
+            " written"
+        ) from error
     if not value.strip() and not may_be_empty:
         raise DataError(f"{where}: {key!r} is empty, expected text")
     return value
@@ -95,26 +103,38 @@ def kind_of(value) -> str:
     return f"{type(value).__name__} {str(value)[:40]!r}"
 
 
-# -------------------------------------------------------------------------------------------------- rows of files
+# ------------------------------------------------------------------------------------ rows of files
 
 
 def file_rows(path: Path) -> Rows:
-    """The rows of a .json, .jsonl, .csv or .parquet file; every message names the file and the line or row."""
+    """The rows of a .json, .jsonl, .csv or .parquet file; every message names the file and the line
+    or row."""
     check_file(path)
     if path.suffix.lower() not in FILE_TYPES:
         raise DataError(f"{path}: unknown type of file; accepted: {', '.join(FILE_TYPES)}")
     if path.stat().st_size == 0:
         raise DataError(f"{path}: the file is empty")
-    return {".jsonl": _jsonl_rows, ".json": _json_rows, ".csv": _csv_rows, ".parquet": _parquet_rows}[path.suffix.lower()](path)
+    return {
+        ".jsonl": _jsonl_rows,
+        ".json": _json_rows,
+        ".csv": _csv_rows,
+        ".parquet": _parquet_rows,
+    }[path.suffix.lower()](path)
 
 
 def check_file(path: Path) -> None:
-    """Raise DataError with what is there instead, where there is no file that can be read more than once."""
+    """Raise DataError with what is there instead, where there is no file that can be read more than
+    once."""
     if path.is_file():
         return
     if path.exists():
-        raise DataError(f"{path}: {'a folder' if path.is_dir() else 'a pipe or a device'}, expected a file")
-    raise DataError(f"{path}: no such file" + (f"; in {path.parent}: {listed(path.parent)}" if path.parent.is_dir() else ""))
+        raise DataError(
+            f"{path}: {'a folder' if path.is_dir() else 'a pipe or a device'}, expected a file"
+        )
+    raise DataError(
+        f"{path}: no such file"
+        + (f"; in {path.parent}: {listed(path.parent)}" if path.parent.is_dir() else "")
+    )
 
 
 def listed(folder: Path) -> str:
@@ -161,13 +181,25 @@ def _csv_rows(path: Path) -> Rows:
         return Rows(0, rows.__getitem__, lambda i: str(path), content_hash(path))
     _, header = rows.pop(0)
     if twice := next((name for name in header if name and header.count(name) > 1), None):
-        raise DataError(f"{path}: the header names the column {twice!r} {header.count(twice)} times; expected each name once")
+        raise DataError(
+            f"{path}: the header names the column {twice!r} {header.count(twice)} times; expected"
+            " each name once"
+        )
     if not rows:
         raise DataError(f"{path} holds a header and no row; the header: {', '.join(header)}")
     for line, fields in rows:
         if len(fields) != len(header):
-            raise DataError(f"{path}:{line}: {len(fields)} fields, the header has {len(header)}; put a text with commas, quotes or ends of lines in quotes")
-    return Rows(len(rows), lambda i: dict(zip(header, rows[i][1])), lambda i: f"{path}:{rows[i][0]}", content_hash(path), all_text=True)
+            raise DataError(
+                f"{path}:{line}: {len(fields)} fields, the header has {len(header)}; put a text"
+                " with commas, quotes or ends of lines in quotes"
+            )
+    return Rows(
+        len(rows),
+        lambda i: dict(zip(header, rows[i][1])),
+        lambda i: f"{path}:{rows[i][0]}",
+        content_hash(path),
+        all_text=True,
+    )
 
 
 def _csv_lines(path: Path) -> Iterator[tuple[int, list[str]]]:
@@ -192,7 +224,12 @@ def _parquet_rows(path: Path) -> Rows:
 
     try:
         rows = pyarrow.parquet.read_table(path).to_pylist()
-    except (pyarrow.ArrowException, OSError, ValueError, OverflowError) as error:  # the last two: values that Python has no type for
+    except (
+        pyarrow.ArrowException,
+        OSError,
+        ValueError,
+        OverflowError,
+    ) as error:  # the last two: values that Python has no type for
         raise DataError(f"{path}: no readable parquet file: {error}") from error
     return Rows(len(rows), lambda i: rows[i], lambda i: f"{path}: row {i + 1}", content_hash(path))
 
@@ -203,19 +240,29 @@ def decode(raw: bytes, where: str) -> str:
     except UnicodeDecodeError as error:
         line = raw.count(b"\n", 0, error.start) + 1
         at = where if ":" in where else f"{where}:{line}"
-        raise DataError(f"{at}: byte {raw[error.start]:#x} is not UTF-8; save the file as UTF-8") from error
+        raise DataError(
+            f"{at}: byte {raw[error.start]:#x} is not UTF-8; save the file as UTF-8"
+        ) from error
 
 
 def parse_json(content: str, where: str):
     def refuse(constant: str):
         if ":" not in where:
-            return float(constant)  # of a whole file: whoever reads this field can say in which row it is
-        raise DataError(f"{where}: {constant} is no number that JSON knows, expected a finite number")
+            return float(
+                constant
+            )  # of a whole file: whoever reads this field can say in which row it is
+        raise DataError(
+            f"{where}: {constant} is no number that JSON knows, expected a finite number"
+        )
 
     try:
         return json.loads(content, parse_constant=refuse)
     except (json.JSONDecodeError, RecursionError) as error:
-        at = f"{where}:{error.lineno}" if isinstance(error, json.JSONDecodeError) and ":" not in where else where
+        at = (
+            f"{where}:{error.lineno}"
+            if isinstance(error, json.JSONDecodeError) and ":" not in where
+            else where
+        )
         raise DataError(f"{at}: not JSON: {error}") from error
     except ValueError as error:
         if isinstance(error, DataError):
@@ -229,14 +276,15 @@ def as_object(row, where: str) -> dict:
     return row
 
 
-# ---------------------------------------------------------------------------------- one row in memory at a time
+# ---------------------------------------------------------------------- one row in memory at a time
 
 CHUNK = 1 << 20
 GAP = re.compile(r"\s*")
 
 
 def streamed_rows(f: BinaryIO, path: Path) -> Iterator[tuple[dict, str]]:
-    """(row, where it is) of JSON lines or of one JSON list, whichever the content is; raises DataError."""
+    """(row, where it is) of JSON lines or of one JSON list, whichever the content is; raises
+    DataError."""
     f.seek(3 if f.read(3) == codecs.BOM_UTF8 else 0)
     while (first := f.read(1)).isspace():
         pass
@@ -253,7 +301,8 @@ def streamed_rows(f: BinaryIO, path: Path) -> Iterator[tuple[dict, str]]:
 
 
 def _rows_of_list(f: BinaryIO, path: Path) -> Iterator[tuple[dict, str]]:
-    """The elements of a list whose bracket was read; more of the file is read when one is not complete yet."""
+    """The elements of a list whose bracket was read; more of the file is read when one is not
+    complete yet."""
     utf8 = codecs.getincrementaldecoder("utf-8")()
     parse = json.JSONDecoder(parse_constant=_refuse_constant).raw_decode
     read, at = "", 0  # what is read and not used up begins at `at`
@@ -285,7 +334,9 @@ def _next_element(read: str, at: int, first: bool) -> int | None:
     return GAP.match(read, at + 1).end()
 
 
-def _more(f: BinaryIO, utf8: codecs.IncrementalDecoder, size: int, where: str, error: json.JSONDecodeError) -> str:
+def _more(
+    f: BinaryIO, utf8: codecs.IncrementalDecoder, size: int, where: str, error: json.JSONDecodeError
+) -> str:
     """Further text; raises DataError where there is none, so that `error` was one."""
     raw = f.read(size)
     if not raw:
@@ -294,15 +345,23 @@ def _more(f: BinaryIO, utf8: codecs.IncrementalDecoder, size: int, where: str, e
         return utf8.decode(raw)
     except UnicodeDecodeError as bad:
         if bad.start == 0:
-            raise DataError(f"{where}: byte {bad.object[0]:#x} is not UTF-8; save the file as UTF-8") from bad
-        f.seek(bad.start - len(bad.object), 1)  # rows before the bad byte are fine; it is met again after them
+            raise DataError(
+                f"{where}: byte {bad.object[0]:#x} is not UTF-8; save the file as UTF-8"
+            ) from bad
+        f.seek(
+            bad.start - len(bad.object), 1
+        )  # rows before the bad byte are fine; it is met again after them
         utf8.reset()
         return bad.object[: bad.start].decode("utf-8")
 
 
 def _check_end(f: BinaryIO, read: str, path: Path) -> None:
-    if read[read.index("]") + 1 :].strip() or any(raw.strip() for raw in iter(functools.partial(f.read, CHUNK), b"")):
-        raise DataError(f"{path}: something follows the end of the list; expected one list, or JSON lines")
+    if read[read.index("]") + 1 :].strip() or any(
+        raw.strip() for raw in iter(functools.partial(f.read, CHUNK), b"")
+    ):
+        raise DataError(
+            f"{path}: something follows the end of the list; expected one list, or JSON lines"
+        )
 
 
 def _refuse_constant(constant: str) -> None:

@@ -1,7 +1,8 @@
 """Ranks: who takes part in a run, what they agree on, and the few numbers they share.
 
-A run in one process has a world of one and none of this costs it anything. Under torchrun, under srun with several
-tasks, or in the workers that train.py starts itself, the process group is joined the first time `world()` is asked for.
+A run in one process has a world of one and none of this costs it anything. Under torchrun, under
+srun with several tasks, or in the workers that train.py starts itself, the process group is joined
+the first time `world()` is asked for.
 """
 
 import atexit
@@ -18,7 +19,8 @@ import torch.distributed as dist
 
 from utils import ConfigError
 
-# How long a rank waits for another: rank 0 may tokenise a large data set first. A rank that dies is noticed at once.
+# How long a rank waits for another: rank 0 may tokenise a large data set first. A rank that dies is
+# noticed at once.
 TIMEOUT = timedelta(hours=3)
 
 
@@ -26,8 +28,8 @@ TIMEOUT = timedelta(hours=3)
 class World:
     """The ranks of a run. Ranks that hold parts of the same layers (`peers`) see the same examples.
 
-    rank, size: this process among all. local_rank, local_size: among those of this machine. peers: ranks of a
-    tensor-parallel group, next to one another.
+    rank, size: this process among all. local_rank, local_size: among those of this machine. peers:
+    ranks of a tensor-parallel group, next to one another.
     """
 
     rank: int = 0
@@ -54,7 +56,8 @@ class World:
         return self.size // self.peers
 
     def share(self, items):
-        """This rank's part of `items`, of which every rank has the same copy; sizes differ by one at most."""
+        """This rank's part of `items`, of which every rank has the same copy; sizes differ by one
+        at most."""
         return items[self.rank // self.peers :: self.data_ranks]
 
     def largest_share(self, n: int) -> int:
@@ -64,8 +67,8 @@ class World:
     def batches(self, items, size: int) -> Iterator[tuple[Any, int]]:
         """This rank's share of `items` in batches, and how many of each count.
 
-        Every rank gets as many batches, for a sharded model runs on all ranks or on none: a rank that has nothing left
-        gets a stand-in of which nothing counts.
+        Every rank gets as many batches, for a sharded model runs on all ranks or on none: a rank
+        that has nothing left gets a stand-in of which nothing counts.
         """
         mine = self.share(items)
         for begin in range(0, self.largest_share(len(items)), size):
@@ -97,7 +100,8 @@ class World:
         return [part[i] for i in range(longest) for part in parts if i < len(part)]
 
     def agree(self, decide: Callable[[], Any]) -> Any:
-        """What rank 0 decides, on every rank. An error of rank 0 is told by rank 0 and ends the others."""
+        """What rank 0 decides, on every rank. An error of rank 0 is told by rank 0 and ends the
+        others."""
         decided = error = None
         if self.rank == 0:
             try:
@@ -115,7 +119,8 @@ class World:
         return decided
 
     def first(self, function: Callable[[], Any]) -> Any:
-        """`function()` on rank 0 and, if that went well, on the others: caches are filled once, errors told once."""
+        """`function()` on rank 0 and, if that went well, on the others: caches are filled once,
+        errors told once."""
         if self.size == 1:
             return function()
         kept = []
@@ -140,14 +145,25 @@ def world() -> World:
 
 
 def ranks_given() -> tuple[int, int, int, int] | None:
-    """(rank, size, local rank, local size) as torchrun or srun gave them; None in a process on its own."""
+    """(rank, size, local rank, local size) as torchrun or srun gave them; None in a process on its
+    own."""
     env = os.environ
     if "RANK" in env and "WORLD_SIZE" in env:
         size = int(env["WORLD_SIZE"])
-        return int(env["RANK"]), size, int(env.get("LOCAL_RANK", 0)), int(env.get("LOCAL_WORLD_SIZE", size))
+        return (
+            int(env["RANK"]),
+            size,
+            int(env.get("LOCAL_RANK", 0)),
+            int(env.get("LOCAL_WORLD_SIZE", size)),
+        )
     if int(env.get("SLURM_STEP_NUM_TASKS", 1)) > 1 and "SLURM_PROCID" in env:
         tasks = env.get("SLURM_STEP_TASKS_PER_NODE", env["SLURM_STEP_NUM_TASKS"])  # such as 8(x2)
-        return int(env["SLURM_PROCID"]), int(env["SLURM_STEP_NUM_TASKS"]), int(env["SLURM_LOCALID"]), int(tasks.split("(")[0].split(",")[0])
+        return (
+            int(env["SLURM_PROCID"]),
+            int(env["SLURM_STEP_NUM_TASKS"]),
+            int(env["SLURM_LOCALID"]),
+            int(tasks.split("(")[0].split(",")[0]),
+        )
     return None
 
 
@@ -168,7 +184,10 @@ def _join() -> World:
         _init_process_group(rank=rank, world_size=size, device=joined.device)
     except dist.DistNetworkError as error:
         where = f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}"
-        raise ConfigError(f"the ranks cannot meet at {where} ({str(error).splitlines()[0]}); set fsdp_port to a free port") from error
+        raise ConfigError(
+            f"the ranks cannot meet at {where} ({str(error).splitlines()[0]}); set fsdp_port to a"
+            " free port"
+        ) from error
     return joined
 
 
@@ -196,10 +215,14 @@ def leave() -> None:
 
 
 def _first_host() -> str:
-    nodes = os.environ.get("SLURM_STEP_NODELIST") or os.environ.get("SLURM_JOB_NODELIST", "localhost")
+    nodes = os.environ.get("SLURM_STEP_NODELIST") or os.environ.get(
+        "SLURM_JOB_NODELIST", "localhost"
+    )
     if int(os.environ.get("SLURM_STEP_NUM_NODES", 1)) == 1:
         return "localhost"
-    return subprocess.run(["scontrol", "show", "hostnames", nodes], capture_output=True, text=True, check=True).stdout.split()[0]
+    return subprocess.run(
+        ["scontrol", "show", "hostnames", nodes], capture_output=True, text=True, check=True
+    ).stdout.split()[0]
 
 
 def _port_of_command_line() -> str | None:
@@ -209,34 +232,39 @@ def _port_of_command_line() -> str | None:
 
 
 def local_workers(config) -> int:
-    """How many workers of the config's trainer a process on its own should start on this machine."""
+    """How many workers of the config's trainer a process on its own should start on this
+    machine."""
     if config.trainer != "FSDPTrainer":
         return 1
     return config.world_size or torch.cuda.device_count() or 1
 
 
 def data_ranks(config, given: World) -> int:
-    """How many ranks will see examples of their own. Raises ConfigError for a world the config cannot be run in."""
+    """How many ranks will see examples of their own. Raises ConfigError for a world the config
+    cannot be run in."""
     if config.trainer != "FSDPTrainer":
         if given.size > 1:
             raise ConfigError(
-                f"trainer={config.trainer} is one process, and this is rank {given.rank} of {given.size}; start one, or take trainer=FSDPTrainer"
+                f"trainer={config.trainer} is one process, and this is rank {given.rank} of"
+                f" {given.size}; start one, or take trainer=FSDPTrainer"
             )
         return 1
     if given.size > 1 and config.world_size not in (None, given.local_size):
         raise ConfigError(
-            f"world_size={config.world_size}, but {given.local_size} workers were started on this machine; leave world_size out, or start as many"
+            f"world_size={config.world_size}, but {given.local_size} workers were started on this"
+            " machine; leave world_size out, or start as many"
         )
     size = given.size if given.size > 1 else local_workers(config)
     if size % config.tensor_parallel_size:
         raise ConfigError(
-            f"tensor_parallel_size={config.tensor_parallel_size} does not divide the {size} ranks; take one of {_divisors(size)}"
+            f"tensor_parallel_size={config.tensor_parallel_size} does not divide the {size} ranks;"
+            f" take one of {_divisors(size)}"
         )
     ranks = size // config.tensor_parallel_size
     if config.fsdp_shard_size is not None and ranks % config.fsdp_shard_size:
         raise ConfigError(
-            f"fsdp_shard_size={config.fsdp_shard_size} does not divide the {ranks} data-parallel ranks "
-            f"(ranks/tensor_parallel_size); take one of {_divisors(ranks)}"
+            f"fsdp_shard_size={config.fsdp_shard_size} does not divide the {ranks} data-parallel"
+            f" ranks (ranks/tensor_parallel_size); take one of {_divisors(ranks)}"
         )
     return ranks
 

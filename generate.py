@@ -1,7 +1,9 @@
-"""Entry point: `python generate.py model=... datasets=[hh] model.archive=RUN/LATEST/policy.pt` writes samples of a policy.
+"""Entry point: `python generate.py model=... datasets=[hh] model.archive=RUN/LATEST/policy.pt`
+writes samples of a policy.
 
-`samples_per_prompt` lines for each prompt of the test split, in `generations.jsonl` of the run folder:
-{"prompt", "response", "chosen", "sample", ...}. The samples are those that function=eval would draw.
+`samples_per_prompt` lines for each prompt of the test split, in `generations.jsonl` of the run
+folder: {"prompt", "response", "chosen", "sample", ...}. The samples are those that function=eval
+would draw.
 """
 
 import json
@@ -27,7 +29,8 @@ def main() -> None:
         check_overrides(sys.argv[1:])
     except PrefLabError as error:
         fail(error)
-    # Sampling needs prompts only, so any data set will do; these come first, and what the user says wins.
+    # Sampling needs prompts only, so any data set will do; these come first, and what the user says
+    # wins.
     sys.argv[1:1] = ["function=eval", "loss=sft"]
     run()
 
@@ -43,11 +46,20 @@ def run(config: DictConfig) -> None:
 def generate(config: DictConfig, run_dir: Path) -> Path:
     """Sample responses to `n_eval_examples` test prompts; returns the file."""
     if config.trainer != "BasicTrainer":
-        raise ConfigError(f"trainer={config.trainer}: generate.py samples in one process; leave it out, or use train.py function=eval")
+        raise ConfigError(
+            f"trainer={config.trainer}: generate.py samples in one process; leave it out, or use"
+            " train.py function=eval"
+        )
     loss, sources = check_config(config, TRAINERS)
-    for key, values in (("temperature", temperatures(config)), ("model.archive", archives := expand_archives(config.model.archive))):
+    for key, values in (
+        ("temperature", temperatures(config)),
+        ("model.archive", archives := expand_archives(config.model.archive)),
+    ):
         if len(values) > 1:
-            raise ConfigError(f"{key} gives {len(values)} values, and generate.py samples from one policy in one way; use train.py function=eval")
+            raise ConfigError(
+                f"{key} gives {len(values)} values, and generate.py samples from one policy in one"
+                " way; use train.py function=eval"
+            )
     config.temperature, config.model.archive = temperatures(config)[0], archives[0]
     check_model(config)
     tokenizer = load_tokenizer(config.model)
@@ -57,16 +69,29 @@ def generate(config: DictConfig, run_dir: Path) -> Path:
     k = config.samples_per_prompt
     drawn = [(p, i) for p in prompts for i in range(k)]
     responses = sample(
-        policy, tokenizer, [p.tokens for p, _ in drawn],
+        policy,
+        tokenizer,
+        [p.tokens for p, _ in drawn],
         keys=[(p.key, i) if i else p.key for p, i in drawn],
         max_new_tokens=config.max_new_tokens or config.max_length - config.max_prompt_length,
-        temperature=config.temperature, top_p=config.topp, seed=config.seed, batch_size=config.eval_batch_size,
-    )  # fmt: skip
+        temperature=config.temperature,
+        top_p=config.topp,
+        seed=config.seed,
+        batch_size=config.eval_batch_size,
+    )
     with atomic_write(run_dir / "generations.jsonl") as f:
         for (prompt, i), response in zip(drawn, responses):
-            texts = (tokenizer.decode(tokens, skip_special_tokens=True) for tokens in (prompt.tokens, response, prompt.chosen))
+            texts = (
+                tokenizer.decode(tokens, skip_special_tokens=True)
+                for tokens in (prompt.tokens, response, prompt.chosen)
+            )
             row = dict(zip(("prompt", "response", "chosen"), texts))
-            row |= {"sample": i, "temperature": config.temperature, "top_p": config.topp, "seed": config.seed}
+            row |= {
+                "sample": i,
+                "temperature": config.temperature,
+                "top_p": config.topp,
+                "seed": config.seed,
+            }
             f.write(json.dumps(row, ensure_ascii=False) + "\n")
     return run_dir / "generations.jsonl"
 

@@ -18,13 +18,15 @@ from pathlib import Path
 
 from utils import ConfigError, PrefLabError
 
-# SIGTERM: preemption, or the end of an allocation; SIGUSR1: the warning before a time limit (sbatch --signal=USR1@120);
-# SIGUSR2: the same where a launcher of jobs such as submitit uses it; SIGINT: Ctrl-C.
+# SIGTERM: preemption, or the end of an allocation; SIGUSR1: the warning before a time limit (sbatch
+# --signal=USR1@120); SIGUSR2: the same where a launcher of jobs such as submitit uses it; SIGINT:
+# Ctrl-C.
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2)
 
 
 class StopSignals:
-    """Remembers the first signal that asks the run to stop; the loop saves and stops after the running step.
+    """Remembers the first signal that asks the run to stop; the loop saves and stops after the
+    running step.
 
     A second Ctrl-C stops at once. Workers are told as well.
     """
@@ -48,7 +50,8 @@ class StopSignals:
             os.kill(worker.pid, signal.SIGTERM if signum == signal.SIGINT else signum)
 
     def hand_over(self) -> None:
-        """Once all is saved: if a launcher of jobs (submitit) waited for this signal, let it put the job back in the queue."""
+        """Once all is saved: if a launcher of jobs (submitit) waited for this signal, let it put
+        the job back in the queue."""
         handler = self.handlers_before.get(signal.SIGUSR2)
         if self.received in (signal.SIGUSR1, signal.SIGUSR2) and callable(handler):
             handler(signal.SIGUSR2, None)
@@ -56,7 +59,8 @@ class StopSignals:
 
 @contextlib.contextmanager
 def sheltered():
-    """Helper processes started in here (wandb's, multiprocessing's) do not get SLURM's SIGUSR1, which goes to all."""
+    """Helper processes started in here (wandb's, multiprocessing's) do not get SLURM's SIGUSR1,
+    which goes to all."""
     before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGUSR1, signal.SIGUSR2})
     try:
         yield
@@ -69,27 +73,41 @@ class WorkerDied(RuntimeError):
 
 
 def launch(worker: Callable, n: int, port: int | None, arguments: tuple, stop: StopSignals) -> None:
-    """Run `worker(*arguments)` in `n` processes that find one another, through torch's elastic launcher.
+    """Run `worker(*arguments)` in `n` processes that find one another, through torch's elastic
+    launcher.
 
-    Returns when all have returned. Raises WorkerDied, and prints the traceback of the first that failed, when one dies;
-    PrefLabError with the worker's own message when that is what it raised. The rest are stopped first.
+    Returns when all have returned. Raises WorkerDied, and prints the traceback of the first that
+    failed, when one dies; PrefLabError with the worker's own message when that is what it raised.
+    The rest are stopped first.
     """
     import torch
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
     from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
     if 0 < torch.cuda.device_count() < n:
-        raise ConfigError(f"world_size={n}: each worker needs a GPU of its own, and there are {torch.cuda.device_count()}; lower it")
-    logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)  # we say ourselves what went wrong
+        raise ConfigError(
+            f"world_size={n}: each worker needs a GPU of its own, and there are"
+            f" {torch.cuda.device_count()}; lower it"
+        )
+    logging.getLogger("torch.distributed.elastic").setLevel(
+        logging.CRITICAL
+    )  # we say ourselves what went wrong
     os.environ.setdefault("OMP_NUM_THREADS", str(max(1, len(os.sched_getaffinity(0)) // n)))
     with sheltered():
         resource_tracker.ensure_running()
     with tempfile.TemporaryDirectory(prefix="preflab-workers-") as folder:
         settings = LaunchConfig(
-            min_nodes=1, max_nodes=1, nproc_per_node=n, max_restarts=0, start_method="spawn", monitor_interval=0.1,
-            run_id=str(os.getpid()), rdzv_backend="c10d", rdzv_endpoint=f"localhost:{_free_port(port)}",
+            min_nodes=1,
+            max_nodes=1,
+            nproc_per_node=n,
+            max_restarts=0,
+            start_method="spawn",
+            monitor_interval=0.1,
+            run_id=str(os.getpid()),
+            rdzv_backend="c10d",
+            rdzv_endpoint=f"localhost:{_free_port(port)}",
             signals_to_handle="SIGHUP",  # the others are ours
-        )  # fmt: skip
+        )
         try:
             elastic_launch(settings, _guarded)(worker, arguments, folder)
         except ChildFailedError as failed:
@@ -103,7 +121,10 @@ def _free_port(port: int | None) -> int:
         try:
             probe.bind(("localhost", port or 0))
         except OSError as error:
-            raise ConfigError(f"fsdp_port={port} cannot be used ({error.strerror}); take another, or fsdp_port=null for a free one") from error
+            raise ConfigError(
+                f"fsdp_port={port} cannot be used ({error.strerror}); take another, or"
+                " fsdp_port=null for a free one"
+            ) from error
         return probe.getsockname()[1]
 
 
@@ -115,27 +136,49 @@ def _guarded(worker: Callable, arguments: tuple, folder: str) -> None:
         raise
     except BaseException as error:
         known = isinstance(error, PrefLabError)
-        told = {"message": str(error), "known": known, "traceback": traceback.format_exc(), "time": time.time()}
+        told = {
+            "message": str(error),
+            "known": known,
+            "traceback": traceback.format_exc(),
+            "time": time.time(),
+        }
         (Path(folder) / f"{os.environ['RANK']}.json").write_text(json.dumps(told), encoding="utf-8")
-        sys.stderr = open(os.devnull, "w")  # noqa: SIM115  (it is told once, by the process that started us)
+        # noqa: SIM115  (it is told once, by the process that started us)
+        sys.stderr = open(os.devnull, "w")
         raise SystemExit(1) from None
 
 
 def _tell_why(failed, folder: Path, stop: StopSignals) -> None:
     """Raise for the worker that failed first: the errors of the others follow from it."""
-    told = [(json.loads(path.read_text(encoding="utf-8")), path.stem) for path in folder.glob("*.json")]
+    told = [
+        (json.loads(path.read_text(encoding="utf-8")), path.stem) for path in folder.glob("*.json")
+    ]
     rank, failure = failed.get_first_failure()
-    aborted = {int(who) for _, who in told if int(who) in failed.failures and failed.failures[int(who)].exitcode == -signal.SIGABRT}
+    aborted = {
+        int(who)
+        for _, who in told
+        if int(who) in failed.failures and failed.failures[int(who)].exitcode == -signal.SIGABRT
+    }
     for other, died in failed.failures.items():
         if died.exitcode < 0 and died.exitcode != -signal.SIGTERM and other not in aborted:
-            rank, failure = other, died  # killed from outside; what the others raised follows from it
-    if failure.exitcode < 0 and rank not in aborted:  # a rank that said what is wrong may still abort on its way out
+            rank, failure = (
+                other,
+                died,
+            )  # killed from outside; what the others raised follows from it
+    if (
+        failure.exitcode < 0 and rank not in aborted
+    ):  # a rank that said what is wrong may still abort on its way out
         if stop.received is not None and -failure.exitcode == stop.received:
             return  # before it could listen; nothing had begun
         name = signal.Signals(-failure.exitcode).name
-        raise WorkerDied(f"worker {rank} was killed by {name}{' (out of memory?)' if name == 'SIGKILL' else ''}; all workers were stopped") from failed
+        raise WorkerDied(
+            f"worker {rank} was killed by {name}{' (out of memory?)' if name == 'SIGKILL' else ''};"
+            " all workers were stopped"
+        ) from failed
     if not told:
-        raise WorkerDied(f"worker {rank} ended with exit code {failure.exitcode}; all workers were stopped") from failed
+        raise WorkerDied(
+            f"worker {rank} ended with exit code {failure.exitcode}; all workers were stopped"
+        ) from failed
     first, rank = min(told, key=lambda pair: pair[0]["time"])
     if first["known"]:
         raise PrefLabError(first["message"])

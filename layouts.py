@@ -1,7 +1,7 @@
 """How prompts and responses become rows: padded, packed, or packed with each prompt written once.
 
-Every batch says, for each scored token, where its hidden state sits, which token it is and which response owns it, so
-that losses and log-probs never see rows.
+Every batch says, for each scored token, where its hidden state sits, which token it is and which
+response owns it, so that losses and log-probs never see rows.
 """
 
 from dataclasses import dataclass, field, fields
@@ -17,10 +17,11 @@ from attention import block_table
 class Layout:
     """How responses become rows.
 
-    padded: a row for each response, its prompt in front, padding behind. packed: the same one after the other in a
-    single row, without padding. prefix_shared: packed, with each prompt written once and all its responses behind it.
-    last_tokens: also feed the last token of each response, which nothing is predicted from (a scalar head reads it).
-    flex: attention over packed rows by FlexAttention; otherwise segment by segment, see attention.py.
+    padded: a row for each response, its prompt in front, padding behind. packed: the same one after
+    the other in a single row, without padding. prefix_shared: packed, with each prompt written once
+    and all its responses behind it. last_tokens: also feed the last token of each response, which
+    nothing is predicted from (a scalar head reads it). flex: attention over packed rows by
+    FlexAttention; otherwise segment by segment, see attention.py.
     """
 
     name: str = "padded"
@@ -36,13 +37,15 @@ LAYOUTS = ("prefix_shared", "packed", "padded")  # the fastest first
 class Batch:
     """Examples as a model sees them, and the map from scored tokens back to responses.
 
-    input_ids (rows, width). Padded: attention_mask (rows, width). Packed: one row, position_ids (1, width), segments
-    (1, 1, responses, 4), see attention.py. For every scored token: `positions` (tokens,), where in rows*width the hidden
-    state sits that predicts it; `targets` (tokens,), its id; `owners` (tokens,), the response it belongs to, in order.
-    `ends` (responses,): where the last token of each response sits, if the layout feeds it. lengths (responses,) in
-    scored tokens. chosen, rejected (examples,): responses of each example; rejected is None for targets.
-    scores (responses,), NaN where the data has none. columns: (examples,) by name. examples: indices into the data.
-    reference_logps (tokens,): log-probs under the frozen reference, where they are known already.
+    input_ids (rows, width). Padded: attention_mask (rows, width). Packed: one row, position_ids (1,
+    width), segments (1, 1, responses, 4), see attention.py. For every scored token: `positions`
+    (tokens,), where in rows*width the hidden state sits that predicts it; `targets` (tokens,), its
+    id; `owners` (tokens,), the response it belongs to, in order. `ends` (responses,): where the
+    last token of each response sits, if the layout feeds it. lengths (responses,) in scored tokens.
+    chosen, rejected (examples,): responses of each example; rejected is None for targets. scores
+    (responses,), NaN where the data has none. columns: (examples,) by name. examples: indices into
+    the data. reference_logps (tokens,): log-probs under the frozen reference, where they are known
+    already.
     """
 
     input_ids: Tensor
@@ -58,7 +61,9 @@ class Batch:
     position_ids: Tensor | None = None
     segments: Tensor | None = None
     reference_logps: Tensor | None = None
-    blocks: tuple[Tensor, ...] | None = None  # the same as a table of blocks, where layers get a block mask
+    blocks: tuple[Tensor, ...] | None = (
+        None  # the same as a table of blocks, where layers get a block mask
+    )
     columns: dict[str, Tensor] = field(default_factory=dict)
     examples: list[int] = field(default_factory=list)
     n_tokens: int = 0  # input tokens, padding excluded
@@ -71,7 +76,9 @@ class Batch:
                 return tuple(map(move, value))
             if not isinstance(value, Tensor):
                 return value
-            return (value.pin_memory() if device.type == "cuda" else value).to(device, non_blocking=True)
+            return (value.pin_memory() if device.type == "cuda" else value).to(
+                device, non_blocking=True
+            )
 
         moved = {f.name: move(getattr(self, f.name)) for f in fields(self)}
         moved["segments"] = self.segments  # read on the CPU
@@ -80,7 +87,8 @@ class Batch:
 
 
 def lay_out(trees: list[tuple], layout: Layout) -> Batch:
-    """[(prompt tokens, [response tokens, ...])] as a batch in which each response, in that order, is its own example."""
+    """[(prompt tokens, [response tokens, ...])] as a batch in which each response, in that order,
+    is its own example."""
     if layout.name != "prefix_shared":
         trees = [(prompt, [response]) for prompt, responses in trees for response in responses]
     prompts = np.array([len(prompt) for prompt, _ in trees])
@@ -95,9 +103,15 @@ def lay_out(trees: list[tuple], layout: Layout) -> Batch:
     else:
         width = int(prompts.sum() + fed.sum())
         row_begins = (np.cumsum(prompts) - prompts) + before[np.cumsum(counts) - counts]
-    firsts = row_begins + prompts - 1  # the last position of each prompt: it predicts the first token of every response
-    begins = firsts[tree_of] + 1 + before - before[(np.cumsum(counts) - counts)[tree_of]]  # where each response begins
-    flat = np.full(len(trees) * width if layout.name == "padded" else width, layout.pad_id, dtype=np.int64)
+    firsts = (
+        row_begins + prompts - 1
+    )  # the last position of each prompt: it predicts the first token of every response
+    begins = (
+        firsts[tree_of] + 1 + before - before[(np.cumsum(counts) - counts)[tree_of]]
+    )  # where each response begins
+    flat = np.full(
+        len(trees) * width if layout.name == "padded" else width, layout.pad_id, dtype=np.int64
+    )
     responses = [response for _, of_tree in trees for response in of_tree]
     for (prompt, _), begin in zip(trees, row_begins):
         flat[begin : begin + len(prompt)] = prompt
@@ -120,10 +134,14 @@ def lay_out(trees: list[tuple], layout: Layout) -> Batch:
         n_tokens=int(prompts.sum() + fed.sum()),
     )
     if layout.name == "padded":
-        batch.attention_mask = torch.from_numpy((np.arange(width) < (prompts + fed)[:, None]).astype(np.int64))
+        batch.attention_mask = torch.from_numpy(
+            (np.arange(width) < (prompts + fed)[:, None]).astype(np.int64)
+        )
         return batch
     place = np.arange(width)
-    place -= np.repeat(row_begins, prompts + np.add.reduceat(fed, np.cumsum(counts) - counts))  # the prompt's positions ...
+    place -= np.repeat(
+        row_begins, prompts + np.add.reduceat(fed, np.cumsum(counts) - counts)
+    )  # the prompt's positions ...
     for begin, n, tree in zip(begins, fed, tree_of):  # ... from which each response goes on
         place[begin : begin + n] = np.arange(prompts[tree], prompts[tree] + n)
     batch.position_ids = torch.from_numpy(place[None])

@@ -1,8 +1,10 @@
-"""The only code that touches logits: response log-probs, full-vocabulary KL and entropy, chunked over tokens, in fp32.
+"""The only code that touches logits: response log-probs, full-vocabulary KL and entropy, chunked
+over tokens, in fp32.
 
-The LM head is applied to the hidden states of scored positions alone, a chunk of tokens at a time, in one function with
-the log-softmax and with a backward pass of its own. So no tensor of [responses, positions, vocabulary] ever exists: what
-is kept for the backward pass is (tokens, hidden size), and probabilities only where they are few.
+The LM head is applied to the hidden states of scored positions alone, a chunk of tokens at a time,
+in one function with the log-softmax and with a backward pass of its own. So no tensor of
+[responses, positions, vocabulary] ever exists: what is kept for the backward pass is (tokens,
+hidden size), and probabilities only where they are few.
 """
 
 import contextlib
@@ -20,7 +22,9 @@ from layouts import Batch
 from utils import ConfigError
 
 CHUNK_ELEMENTS = 2**25  # logits in flight: 128 MiB in fp32
-KEPT_ELEMENTS = 2**26  # probabilities kept for the backward pass: 256 MiB; where there are more, all are computed again
+KEPT_ELEMENTS = (
+    2**26
+)  # probabilities kept for the backward pass: 256 MiB; where there are more, all are computed again
 ON_A_GPU = 4  # times as many of both: a chunk reads the whole head, and writes its gradient
 
 
@@ -31,11 +35,18 @@ class Scorer:
     autocast: dtype of the forward pass, or None for the dtype of the weights.
     """
 
-    def __init__(self, model: nn.Module, *, adapter_off: bool = False, autocast: torch.dtype | None = None):
+    def __init__(
+        self, model: nn.Module, *, adapter_off: bool = False, autocast: torch.dtype | None = None
+    ):
         self.model, self.adapter_off, self.autocast = model, adapter_off, autocast
-        self.mixed = autocast  # dtype of the forward pass where it is not that of the weights, whoever sees to it
-        self.enter: Callable = lambda function: function()  # where a sharded model gathers its weights
-        self.placed_on: torch.device | None = None  # where inputs go, if that is not where the weights rest
+        # dtype of the forward pass where it is not that of the weights, whoever sees to it
+        self.mixed = autocast
+        self.enter: Callable = lambda function: (
+            function()
+        )  # where a sharded model gathers its weights
+        self.placed_on: torch.device | None = (
+            None  # where inputs go, if that is not where the weights rest
+        )
 
     @property
     def causal_lm(self) -> nn.Module:
@@ -49,7 +60,8 @@ class Scorer:
 
     @contextlib.contextmanager
     def active(self):
-        """Whatever runs the whole model runs inside this; what runs parts of it goes through `run`."""
+        """Whatever runs the whole model runs inside this; what runs parts of it goes through
+        `run`."""
         with contextlib.ExitStack() as stack:
             if self.adapter_off:
                 stack.enter_context(_adapter_off(self.model))
@@ -58,7 +70,8 @@ class Scorer:
             yield
 
     def run(self, function: Callable):
-        """`function()`, which may use `hidden` and `logits`: a sharded model has its weights only in here."""
+        """`function()`, which may use `hidden` and `logits`: a sharded model has its weights only
+        in here."""
         with self.active():
             return self.enter(function)
 
@@ -66,12 +79,19 @@ class Scorer:
         """Last hidden states at `positions` of rows*width: (positions, hidden size)."""
         body = getattr(self.causal_lm, self.causal_lm.base_model_prefix)
         options = {} if batch.segments is None else {"position_ids": batch.position_ids}
-        output = body(input_ids=batch.input_ids, attention_mask=_mask(batch), use_cache=False, **options)
+        output = body(
+            input_ids=batch.input_ids, attention_mask=_mask(batch), use_cache=False, **options
+        )
         states = output.last_hidden_state
         hidden = states.flatten(0, 1)[positions.to(states.device)]
         head = self.causal_lm.get_output_embeddings()
-        # Of a model spread over GPUs, layer after layer, the head need not be where the last layer is.
-        return hidden.to(head.weight.device) if head is not None and hasattr(self.causal_lm, "hf_device_map") else hidden
+        # Of a model spread over GPUs, layer after layer, the head need not be where the last layer
+        # is.
+        return (
+            hidden.to(head.weight.device)
+            if head is not None and hasattr(self.causal_lm, "hf_device_map")
+            else hidden
+        )
 
     def logits(self, hidden: Tensor) -> Tensor:
         """(tokens, hidden size) -> (tokens, vocabulary), in fp32 or better."""
@@ -87,21 +107,41 @@ class Scorer:
         return logits
 
     def plain_head(self) -> tuple[Tensor, Tensor | None] | None:
-        """Weight and bias of the LM head, where logits are a linear layer of whole weights and nothing more."""
-        head, config = self.causal_lm.get_output_embeddings(), self.causal_lm.config.get_text_config()
-        more = [getattr(config, name, None) for name in ("logit_scale", "logits_scaling", "final_logit_softcapping")]
-        if not isinstance(head, nn.Linear) or hasattr(head, "base_layer") or isinstance(head.weight, DTensor) or any(more):
+        """Weight and bias of the LM head, where logits are a linear layer of whole weights and
+        nothing more."""
+        head, config = (
+            self.causal_lm.get_output_embeddings(),
+            self.causal_lm.config.get_text_config(),
+        )
+        more = [
+            getattr(config, name, None)
+            for name in ("logit_scale", "logits_scaling", "final_logit_softcapping")
+        ]
+        if (
+            not isinstance(head, nn.Linear)
+            or hasattr(head, "base_layer")
+            or isinstance(head.weight, DTensor)
+            or any(more)
+        ):
             return None
         return head.weight, head.bias
 
     def values(self, batch: Batch) -> Tensor:
         """Output of a scalar head at the last token of each response, (responses,) float64."""
-        return self.run(lambda: self.causal_lm.score(self.hidden(batch, batch.ends))).squeeze(-1).double().to(batch.ends.device)
+        return (
+            self.run(lambda: self.causal_lm.score(self.hidden(batch, batch.ends)))
+            .squeeze(-1)
+            .double()
+            .to(batch.ends.device)
+        )
 
     @torch.no_grad()
     def check(self) -> None:
-        """Refuse a model whose own logits differ from head(body(x)): its log-probs would be silently wrong."""
-        ids = torch.arange(1, 9, device=self.device).remainder(self.causal_lm.config.get_text_config().vocab_size)[None]
+        """Refuse a model whose own logits differ from head(body(x)): its log-probs would be
+        silently wrong."""
+        ids = torch.arange(1, 9, device=self.device).remainder(
+            self.causal_lm.config.get_text_config().vocab_size
+        )[None]
         batch = Batch(ids, *[None] * 8, attention_mask=torch.ones_like(ids))
         ours = self.run(lambda: self.logits(self.hidden(batch, torch.arange(8))))
         with self.active():
@@ -110,27 +150,34 @@ class Scorer:
         bound = 1e-3 if self.is_full_precision() else 0.1
         if not error < bound:
             raise ConfigError(
-                f"{type(self.causal_lm).__name__} does something between its last hidden state and its logits that is "
-                f"not known here: log-probs differ by {error:.3g}; add it to Scorer.logits in logprobs.py"
+                f"{type(self.causal_lm).__name__} does something between its last hidden state and"
+                f" its logits that is not known here: log-probs differ by {error:.3g}; add it to"
+                " Scorer.logits in logprobs.py"
             )
 
     def is_full_precision(self) -> bool:
-        return self.mixed is None and next(self.model.parameters()).dtype in (torch.float32, torch.float64)
+        return self.mixed is None and next(self.model.parameters()).dtype in (
+            torch.float32,
+            torch.float64,
+        )
 
 
 def _mask(batch: Batch):
     """What goes to the layers as the attention mask of a batch; see attention.py."""
     if batch.segments is None:
         return batch.attention_mask
-    return batch.segments if batch.blocks is None else block_mask(batch.blocks, batch.input_ids.device)
+    return (
+        batch.segments if batch.blocks is None else block_mask(batch.blocks, batch.input_ids.device)
+    )
 
 
 @dataclass
 class ResponseScores:
-    """Log-probs of a batch's responses; sums in float64, tokens as computed. None where not asked for.
+    """Log-probs of a batch's responses; sums in float64, tokens as computed. None where not asked
+    for.
 
-    logps, reference_logps, kl, collision: (responses,). token_logps, reference_token_logps, token_kl, token_entropy:
-    (tokens,), in the order of `batch.targets`.
+    logps, reference_logps, kl, collision: (responses,). token_logps, reference_token_logps,
+    token_kl, token_entropy: (tokens,), in the order of `batch.targets`.
     """
 
     logps: Tensor
@@ -144,14 +191,23 @@ class ResponseScores:
 
 
 def score_responses(
-    policy: Scorer, batch: Batch, *, reference: Scorer | None = None, kl: str | None = None, entropy: bool = False, collision: bool = False
+    policy: Scorer,
+    batch: Batch,
+    *,
+    reference: Scorer | None = None,
+    kl: str | None = None,
+    entropy: bool = False,
+    collision: bool = False,
 ) -> ResponseScores:
-    """Log-probs of every response token, under the policy (with gradient, if enabled) and the reference (without).
+    """Log-probs of every response token, under the policy (with gradient, if enabled) and the
+    reference (without).
 
-    reference: not run where the batch knows what it says of each token. kl: full-vocabulary KL at each scored position,
-    with gradient through the policy: "reference||policy" (TDPO) or "policy||reference" (evaluation of samples); needs
-    `reference`. entropy: of the policy's distribution at each scored position, in nats, without gradient. collision: the
-    log of the probability that two draws from it are the same token, log sum_v pi(v)^2, likewise; summed over positions.
+    reference: not run where the batch knows what it says of each token. kl: full-vocabulary KL at
+    each scored position, with gradient through the policy: "reference||policy" (TDPO) or
+    "policy||reference" (evaluation of samples); needs `reference`. entropy: of the policy's
+    distribution at each scored position, in nats, without gradient. collision: the log of the
+    probability that two draws from it are the same token, log sum_v pi(v)^2, likewise; summed over
+    positions.
     """
     n = len(batch.lengths)
     reference_hidden, reference_token_logps = None, batch.reference_logps
@@ -161,10 +217,19 @@ def score_responses(
     elif reference is not None and reference_token_logps is None:
         with torch.no_grad():
             reference_token_logps = reference.run(lambda: _score_body(reference, batch)).logps
-    tokens = policy.run(lambda: _score_body(policy, batch, reference if kl else None, reference_hidden, kl, entropy, collision))
+    tokens = policy.run(
+        lambda: _score_body(
+            policy, batch, reference if kl else None, reference_hidden, kl, entropy, collision
+        )
+    )
     owners = batch.owners
     tokens = Tokens(*(column if column is None else column.to(owners.device) for column in tokens))
-    scores = ResponseScores(sum_by_owner(tokens.logps, owners, n), tokens.logps, token_kl=tokens.kl, token_entropy=tokens.entropy)
+    scores = ResponseScores(
+        sum_by_owner(tokens.logps, owners, n),
+        tokens.logps,
+        token_kl=tokens.kl,
+        token_entropy=tokens.entropy,
+    )
     if kl is not None:
         reference_token_logps = tokens.reference_logps
     if reference_token_logps is not None:
@@ -193,22 +258,44 @@ def _score_body(scorer: Scorer, batch: Batch, *more) -> Tokens:
 
 
 def _score_hidden(
-    policy: Scorer, hidden: Tensor, targets: Tensor, reference: Scorer | None = None, reference_hidden: Tensor | None = None, kl: str | None = None,
-    entropy: bool = False, collision: bool = False,
-) -> Tokens:  # fmt: skip
-    """Tokens whose hidden states are known; with `kl` also those of the reference, which then comes along."""
+    policy: Scorer,
+    hidden: Tensor,
+    targets: Tensor,
+    reference: Scorer | None = None,
+    reference_hidden: Tensor | None = None,
+    kl: str | None = None,
+    entropy: bool = False,
+    collision: bool = False,
+) -> Tokens:
+    """Tokens whose hidden states are known; with `kl` also those of the reference, which then comes
+    along."""
     heads = [policy.plain_head(), reference.plain_head() if reference is not None else (None, None)]
     if None not in heads and (kl is None or heads[1][0].device == hidden.device):
         theirs = (None, None, None) if kl is None else (reference_hidden, *heads[1])
         ours, theirs = _autocast(hidden, *heads[0]), _autocast(*theirs)
         differentiable = torch.is_grad_enabled()
         with torch.autocast(hidden.device.type, enabled=False):
-            return Tokens(*LinearLogProbs.apply(*ours, targets, *theirs, kl, entropy, differentiable, collision))
+            return Tokens(
+                *LinearLogProbs.apply(
+                    *ours, targets, *theirs, kl, entropy, differentiable, collision
+                )
+            )
     chunks = []
     for piece in _chunks(hidden, policy.causal_lm.config.get_text_config().vocab_size):
-        arguments = (policy, hidden[piece], targets[piece], reference, None if kl is None else reference_hidden[piece], kl, entropy, collision)
+        arguments = (
+            policy,
+            hidden[piece],
+            targets[piece],
+            reference,
+            None if kl is None else reference_hidden[piece],
+            kl,
+            entropy,
+            collision,
+        )
         if torch.is_grad_enabled() and hidden.requires_grad:
-            chunks.append(checkpoint(_score_chunk, *arguments, use_reentrant=False, preserve_rng_state=False))
+            chunks.append(
+                checkpoint(_score_chunk, *arguments, use_reentrant=False, preserve_rng_state=False)
+            )
         else:
             chunks.append(_score_chunk(*arguments))
     return _together(chunks)
@@ -233,13 +320,22 @@ def _autocast(*tensors: Tensor | None) -> list[Tensor | None]:
     device = next((tensor.device.type for tensor in tensors if tensor is not None), None)
     if device is None or not torch.is_autocast_enabled(device):
         return list(tensors)
-    return [tensor if tensor is None else tensor.to(torch.get_autocast_dtype(device)) for tensor in tensors]
+    return [
+        tensor if tensor is None else tensor.to(torch.get_autocast_dtype(device))
+        for tensor in tensors
+    ]
 
 
 def _score_chunk(
-    policy: Scorer, hidden: Tensor, targets: Tensor, reference: Scorer | None, reference_hidden: Tensor | None, kl: str | None, entropy: bool,
+    policy: Scorer,
+    hidden: Tensor,
+    targets: Tensor,
+    reference: Scorer | None,
+    reference_hidden: Tensor | None,
+    kl: str | None,
+    entropy: bool,
     collision: bool,
-) -> Tokens:  # fmt: skip
+) -> Tokens:
     """The tokens of a chunk, for any kind of head, by autograd."""
     logps = policy.logits(hidden).log_softmax(-1)
     token_kl = reference_logps = None
@@ -251,25 +347,50 @@ def _score_chunk(
         token_kl = (p.exp() * (p - q)).sum(-1)
     token_entropy = torch.special.entr(logps.detach().exp()).sum(-1) if entropy else None
     token_collision = (2 * logps.detach()).logsumexp(-1) if collision else None
-    return Tokens(logps.gather(-1, targets[:, None]).squeeze(-1), token_kl, token_entropy, reference_logps, token_collision)
+    return Tokens(
+        logps.gather(-1, targets[:, None]).squeeze(-1),
+        token_kl,
+        token_entropy,
+        reference_logps,
+        token_collision,
+    )
 
 
 class LinearLogProbs(torch.autograd.Function):
-    """Linear layer, log-softmax, and what is read off it, in one: the logits of a chunk are overwritten by each next step.
+    """Linear layer, log-softmax, and what is read off it, in one: the logits of a chunk are
+    overwritten by each next step.
 
-    hidden (tokens, hidden size), weight (vocabulary, hidden size), bias (vocabulary,) or None, targets (tokens,); the
-    same of the reference, without gradient; kl, entropy and collision as in `score_responses`. Returns the fields of `Tokens`,
-    all but log-probs and KL without gradient. With p and q the distributions of policy and reference and z the policy's logits:
-    d log p(t) / dz = onehot(t) - p, d KL(q || p) / dz = p - q, d KL(p || q) / dz = p (log p/q - KL).
+    hidden (tokens, hidden size), weight (vocabulary, hidden size), bias (vocabulary,) or None,
+    targets (tokens,); the same of the reference, without gradient; kl, entropy and collision as in
+    `score_responses`. Returns the fields of `Tokens`, all but log-probs and KL without gradient.
+    With p and q the distributions of policy and reference and z the policy's logits: d log p(t) /
+    dz = onehot(t) - p, d KL(q || p) / dz = p - q, d KL(p || q) / dz = p (log p/q - KL).
     """
 
     @staticmethod
-    def forward(ctx, hidden, weight, bias, targets, reference_hidden, reference_weight, reference_bias, kl, entropy, differentiable=True, collision=False):
+    def forward(
+        ctx,
+        hidden,
+        weight,
+        bias,
+        targets,
+        reference_hidden,
+        reference_weight,
+        reference_bias,
+        kl,
+        entropy,
+        differentiable=True,
+        collision=False,
+    ):
         inputs = hidden, weight, bias, targets, reference_hidden, reference_weight, reference_bias
         ctx.save_for_backward(*inputs)
         ctx.kl, ctx.kept = kl, []
         pieces = _chunks(hidden, len(weight), 1 if kl is None else 4)
-        keep = differentiable and any(ctx.needs_input_grad) and len(hidden) * len(weight) * (1 if kl is None else 2) <= _here(KEPT_ELEMENTS, hidden)
+        keep = (
+            differentiable
+            and any(ctx.needs_input_grad)
+            and len(hidden) * len(weight) * (1 if kl is None else 2) <= _here(KEPT_ELEMENTS, hidden)
+        )
         chunks = []
         for piece in pieces:
             tokens, kept = _forward_chunk(inputs, piece, kl, entropy, collision)
@@ -286,20 +407,34 @@ class LinearLogProbs(torch.autograd.Function):
     def backward(ctx, grad_logps, grad_kl, *_):
         inputs = ctx.saved_tensors
         hidden, weight, bias, targets = inputs[:4]
-        wanted = [tensor is not None and needed for tensor, needed in zip((hidden, weight, bias), ctx.needs_input_grad)]
+        wanted = [
+            tensor is not None and needed
+            for tensor, needed in zip((hidden, weight, bias), ctx.needs_input_grad)
+        ]
         grads = [torch.empty_like(hidden) if wanted[0] else None, None, None]
         with torch.autocast(hidden.device.type, enabled=False):
             for piece in _chunks(hidden, len(weight), 1 if ctx.kl is None else 4):
                 # What was kept is overwritten here, so a second backward pass computes it again.
-                kept = ctx.kept.pop(0) if ctx.kept else _forward_chunk(inputs, piece, ctx.kl, False, False)[1]
-                slope = _logit_gradient(kept, targets[piece], grad_logps[piece], None if ctx.kl is None else grad_kl[piece])
+                kept = (
+                    ctx.kept.pop(0)
+                    if ctx.kept
+                    else _forward_chunk(inputs, piece, ctx.kl, False, False)[1]
+                )
+                slope = _logit_gradient(
+                    kept,
+                    targets[piece],
+                    grad_logps[piece],
+                    None if ctx.kl is None else grad_kl[piece],
+                )
                 slope = slope.to(weight.dtype)
                 if wanted[0]:
                     torch.mm(slope, weight, out=grads[0][piece])
                 if wanted[1]:
                     grads[1] = _add_product(grads[1], slope.t(), hidden[piece])
                 if wanted[2]:
-                    grads[2] = slope.sum(0, dtype=torch.promote_types(slope.dtype, torch.float32)) + (0 if grads[2] is None else grads[2])
+                    grads[2] = slope.sum(
+                        0, dtype=torch.promote_types(slope.dtype, torch.float32)
+                    ) + (0 if grads[2] is None else grads[2])
                 del kept, slope
         return *grads, *[None] * 8
 
@@ -313,7 +448,9 @@ def _add_product(total: Tensor | None, a: Tensor, b: Tensor) -> Tensor:
     return total.float().add_(a @ b)
 
 
-def _forward_chunk(inputs, piece: slice, kl: str | None, entropy: bool, collision: bool) -> tuple[Tokens, tuple]:
+def _forward_chunk(
+    inputs, piece: slice, kl: str | None, entropy: bool, collision: bool
+) -> tuple[Tokens, tuple]:
     """The tokens of a chunk, and what its backward pass needs."""
     hidden, weight, bias, targets, *reference = inputs
     logits = _linear(hidden[piece], weight, bias)
@@ -321,7 +458,9 @@ def _forward_chunk(inputs, piece: slice, kl: str | None, entropy: bool, collisio
     p, log_total = _softmax_(logits if kl is None else logits.clone())
     logps = (picked - log_total).squeeze(1)
     token_entropy = torch.special.entr(p).sum(1) if entropy else None
-    token_collision = _dot(p, p).log() if collision else None  # at least 1/vocabulary, so it cannot underflow
+    token_collision = (
+        _dot(p, p).log() if collision else None
+    )  # at least 1/vocabulary, so it cannot underflow
     if kl is None:
         return Tokens(logps, None, token_entropy, None, token_collision), (None, p)
     reference_logits = _linear(reference[0][piece], *reference[1:])
@@ -329,9 +468,17 @@ def _forward_chunk(inputs, piece: slice, kl: str | None, entropy: bool, collisio
     ratio = logits.sub_(log_total).sub_(reference_logits.sub_(reference_log_total))  # log p/q
     reference_logps = reference_logits.gather(1, targets[piece, None]).squeeze(1)
     if kl == "reference||policy":
-        return Tokens(logps, -_dot(q, ratio), token_entropy, reference_logps, token_collision), (kl, p, q)
+        return Tokens(logps, -_dot(q, ratio), token_entropy, reference_logps, token_collision), (
+            kl,
+            p,
+            q,
+        )
     token_kl = _dot(p, ratio)
-    return Tokens(logps, token_kl, token_entropy, reference_logps, token_collision), (kl, p, ratio.sub_(token_kl[:, None]))
+    return Tokens(logps, token_kl, token_entropy, reference_logps, token_collision), (
+        kl,
+        p,
+        ratio.sub_(token_kl[:, None]),
+    )
 
 
 def _linear(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
@@ -342,7 +489,8 @@ def _linear(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
 
 
 def _softmax_(logits: Tensor) -> tuple[Tensor, Tensor]:
-    """Logits (tokens, vocabulary) overwritten by their softmax, and their log-sum-exp (tokens, 1)."""
+    """Logits (tokens, vocabulary) overwritten by their softmax, and their log-sum-exp (tokens,
+    1)."""
     largest = logits.amax(1, keepdim=True)
     total = logits.sub_(largest).exp_().sum(1, keepdim=True)
     return logits.div_(total), largest + total.log()
@@ -353,7 +501,9 @@ def _dot(a: Tensor, b: Tensor) -> Tensor:
     return torch.bmm(a[:, None], b[:, :, None]).flatten()
 
 
-def _logit_gradient(kept: tuple, targets: Tensor, grad_logps: Tensor, grad_kl: Tensor | None) -> Tensor:
+def _logit_gradient(
+    kept: tuple, targets: Tensor, grad_logps: Tensor, grad_kl: Tensor | None
+) -> Tensor:
     """Gradient with respect to the logits of a chunk, in the memory of its probabilities."""
     kl, p, *other = kept
     a = grad_logps[:, None].to(p.dtype)
@@ -370,7 +520,8 @@ def _logit_gradient(kept: tuple, targets: Tensor, grad_logps: Tensor, grad_kl: T
 
 @contextlib.contextmanager
 def _adapter_off(model: nn.Module):
-    """A PEFT model as its base model. PEFT's own way also freezes the adapter for that time, which FSDP would keep."""
+    """A PEFT model as its base model. PEFT's own way also freezes the adapter for that time, which
+    FSDP would keep."""
     layers = [module for module in model.modules() if hasattr(module, "_disable_adapters")]
     before = [layer._disable_adapters for layer in layers]
     for layer in layers:
@@ -383,13 +534,18 @@ def _adapter_off(model: nn.Module):
 
 
 def sum_by_owner(values: Tensor, owners: Tensor, n: int) -> Tensor:
-    """Sums of token values by the response that owns them, (n,) in float64: float32 would keep 3e-5 of rounding."""
-    return torch.zeros(n, dtype=torch.float64, device=values.device).index_add(0, owners, values.double())
+    """Sums of token values by the response that owns them, (n,) in float64: float32 would keep 3e-5
+    of rounding."""
+    return torch.zeros(n, dtype=torch.float64, device=values.device).index_add(
+        0, owners, values.double()
+    )
 
 
 def pad_by_owner(values: Tensor, owners: Tensor, lengths: Tensor) -> Tensor:
     """Token values as (responses, longest response) float64, zero behind each response."""
     lengths = lengths.to(values.device)
     within = torch.arange(len(values), device=values.device) - (lengths.cumsum(0) - lengths)[owners]
-    padded = torch.zeros(len(lengths), int(lengths.max()), dtype=torch.float64, device=values.device)
+    padded = torch.zeros(
+        len(lengths), int(lengths.max()), dtype=torch.float64, device=values.device
+    )
     return padded.index_put((owners, within), values.double())

@@ -1,4 +1,5 @@
-"""Metrics: sums on the device, one read-back a flush; JSON lines first, then wandb and the progress bar."""
+"""Metrics: sums on the device, one read-back a flush; JSON lines first, then wandb and the progress
+bar."""
 
 import json
 import math
@@ -30,7 +31,8 @@ class Sums:
             self._counts[name] = self._counts.get(name, 0) + n
 
     def flush(self, world: World) -> dict[str, float]:
-        """Means over all examples that any rank added since the last flush, read back in one transfer."""
+        """Means over all examples that any rank added since the last flush, read back in one
+        transfer."""
         if not self._sums:
             return {}
         totals = torch.stack(list(self._sums.values())).tolist()
@@ -41,17 +43,23 @@ class Sums:
 
 
 class Profiler:
-    """Records `steps` training steps after two of warm-up, with torch.profiler; None records nothing.
+    """Records `steps` training steps after two of warm-up, with torch.profiler; None records
+    nothing.
 
-    Writes profile.json, a trace that Perfetto and chrome://tracing show, and profile.txt, the operations that took longest.
+    Writes profile.json, a trace that Perfetto and chrome://tracing show, and profile.txt, the
+    operations that took longest.
     """
 
     def __init__(self, run_dir: Path, steps: int | None):
         self.run_dir, self._profile = run_dir, None
         if steps:
-            kinds = [torch.profiler.ProfilerActivity.CPU] + [torch.profiler.ProfilerActivity.CUDA] * torch.cuda.is_available()
+            kinds = [torch.profiler.ProfilerActivity.CPU] + [
+                torch.profiler.ProfilerActivity.CUDA
+            ] * torch.cuda.is_available()
             schedule = torch.profiler.schedule(wait=1, warmup=1, active=steps, repeat=1)
-            self._profile = torch.profiler.profile(activities=kinds, schedule=schedule, on_trace_ready=self._write)
+            self._profile = torch.profiler.profile(
+                activities=kinds, schedule=schedule, on_trace_ready=self._write
+            )
             self._profile.start()
 
     def step(self) -> None:
@@ -71,9 +79,12 @@ class Profiler:
 
 
 class MetricLog:
-    """metrics.jsonl, every row; wandb, at most once in `interval` seconds for train rows. Ranks other than 0 write nothing."""
+    """metrics.jsonl, every row; wandb, at most once in `interval` seconds for train rows. Ranks
+    other than 0 write nothing."""
 
-    def __init__(self, run_dir: Path, wandb_run=None, interval: float = 1.0, *, writes: bool = True):
+    def __init__(
+        self, run_dir: Path, wandb_run=None, interval: float = 1.0, *, writes: bool = True
+    ):
         self.path, self.writes = run_dir / "metrics.jsonl", writes
         self.wandb_run, self.interval = wandb_run, interval
         self._last = -math.inf
@@ -81,11 +92,16 @@ class MetricLog:
     def write(self, row: dict) -> None:
         if not self.writes:
             return
-        row = {key: None if isinstance(value, float) and not math.isfinite(value) else value for key, value in row.items()}
+        row = {
+            key: None if isinstance(value, float) and not math.isfinite(value) else value
+            for key, value in row.items()
+        }
         with open(self.path, "a", encoding="utf-8") as f:
             f.write(json.dumps(row) + "\n")
         now = time.monotonic()
-        if self.wandb_run is not None and (row.get("split") != "train" or now - self._last >= self.interval):
+        if self.wandb_run is not None and (
+            row.get("split") != "train" or now - self._last >= self.interval
+        ):
             self._last = now
             numbers = {key: value for key, value in row.items() if isinstance(value, (int, float))}
             self._tell_wandb(lambda run: run.log(numbers, step=row["step"]))
@@ -94,7 +110,8 @@ class MetricLog:
         self._tell_wandb(lambda run: run.finish())
 
     def _tell_wandb(self, what) -> None:
-        """What goes wrong at wandb's end, its service killed for example, ends the mirror and not the run."""
+        """What goes wrong at wandb's end, its service killed for example, ends the mirror and not
+        the run."""
         if self.wandb_run is None:
             return
         try:
@@ -105,7 +122,8 @@ class MetricLog:
 
 
 def rewind(path: Path, last: int, by: str = "examples") -> None:
-    """Drop the rows of a JSON-lines file written after `last` examples (or rounds), and a last line that a kill cut short."""
+    """Drop the rows of a JSON-lines file written after `last` examples (or rounds), and a last line
+    that a kill cut short."""
     if not path.is_file():
         return
     kept = []
@@ -121,7 +139,8 @@ def rewind(path: Path, last: int, by: str = "examples") -> None:
 
 
 def start_wandb(config, run_dir: Path, resolved: dict):
-    """A wandb run, or None when it is off or does not start: logging elsewhere never stops a run, nor asks anything.
+    """A wandb run, or None when it is off or does not start: logging elsewhere never stops a run,
+    nor asks anything.
 
     Without a configured key it runs offline, into the run folder; `wandb sync` uploads it later.
     """

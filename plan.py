@@ -1,8 +1,10 @@
-"""What a run will need, without loading a weight: parameters, memory of a rank by kind, steps and tokens.
+"""What a run will need, without loading a weight: parameters, memory of a rank by kind, steps and
+tokens.
 
-The model is built on torch's meta device and placed by the same code that places it in the run, among ranks that do not
-exist, so that weights, gradients and optimizer state are counted and not estimated. Activations are what autograd keeps
-of one forward pass of the largest microbatch, also counted, on the meta device.
+The model is built on torch's meta device and placed by the same code that places it in the run,
+among ranks that do not exist, so that weights, gradients and optimizer state are counted and not
+estimated. Activations are what autograd keeps of one forward pass of the largest microbatch, also
+counted, on the meta device.
 """
 
 import contextlib
@@ -37,7 +39,8 @@ LOOK_AT = 50  # steps, from the first, for the tokens of an example and the larg
 
 @dataclass
 class Plan:
-    """parameters, trained: counts. memory: bytes of a rank by kind. The rest: what the run will do."""
+    """parameters, trained: counts. memory: bytes of a rank by kind. The rest: what the run will
+    do."""
 
     parameters: int
     trained: int
@@ -58,7 +61,11 @@ def make_plan(config, loss, data: PreferenceData) -> Plan:
     scalar = "scalar_head" in loss.reads
     model = skeleton(config.model, scalar_head=scalar)
     trained = [p for p in model.parameters() if p.requires_grad]
-    plan = Plan(sum(p.numel() for p in model.parameters()), sum(p.numel() for p in trained), data_ranks(config, ALONE) * config.tensor_parallel_size)
+    plan = Plan(
+        sum(p.numel() for p in model.parameters()),
+        sum(p.numel() for p in trained),
+        data_ranks(config, ALONE) * config.tensor_parallel_size,
+    )
     _count_data(plan, config, loss, data)
     policy, gathered = _bytes_on_a_rank(config, scalar, config.model.policy_dtype)
     trained_bytes, slots = sum(size for size, needs in policy if needs), _optimizer_slots(config)
@@ -70,7 +77,11 @@ def make_plan(config, loss, data: PreferenceData) -> Plan:
     }
     if is_built(config, loss):
         separate = not config.model.lora.r or config.model.reference_archive
-        whole, gathered = _bytes_on_a_rank(config, False, config.model.reference_dtype, lora=False) if separate else ([], 0)
+        whole, gathered = (
+            _bytes_on_a_rank(config, False, config.model.reference_dtype, lora=False)
+            if separate
+            else ([], 0)
+        )
         plan.memory["reference"] = sum(size for size, _ in whole) + gathered
     plan.memory["activations"] = _activations(config, scalar, plan.largest_microbatch)
     return plan
@@ -90,10 +101,17 @@ def describe(plan: Plan, gpu_gib: float | None) -> str:
         "",
         "memory of a rank, MiB",
     ]
-    lines += [f"  {kind:<24}{size / 2**20:>16,.1f}" for kind, size in [*plan.memory.items(), ("together", plan.total)]]
+    lines += [
+        f"  {kind:<24}{size / 2**20:>16,.1f}"
+        for kind, size in [*plan.memory.items(), ("together", plan.total)]
+    ]
     if gpu_gib is not None:
         spare = gpu_gib - plan.total / GIB
-        told = f"fits, with {spare:.1f} GiB to spare" if spare >= 0 else f"does not fit: {-spare:.1f} GiB too much; {_advice(plan)}"
+        told = (
+            f"fits, with {spare:.1f} GiB to spare"
+            if spare >= 0
+            else f"does not fit: {-spare:.1f} GiB too much; {_advice(plan)}"
+        )
         lines.append(f"plan.gpu_gib={gpu_gib:g}: {told}")
     else:
         lines.append("give plan.gpu_gib to be told whether it fits")
@@ -102,28 +120,49 @@ def describe(plan: Plan, gpu_gib: float | None) -> str:
 
 def _advice(plan: Plan) -> str:
     if plan.memory["activations"] > plan.total / 2:
-        return "most of it are activations: raise gradient_accumulation_steps, or set activation_checkpointing=true"
-    return "most of it is the model's state: shard it over more ranks (trainer=FSDPTrainer), or set fsdp_cpu_offload=true"
+        return (
+            "most of it are activations: raise gradient_accumulation_steps, or set"
+            " activation_checkpointing=true"
+        )
+    return (
+        "most of it is the model's state: shard it over more ranks (trainer=FSDPTrainer), or set"
+        " fsdp_cpu_offload=true"
+    )
 
 
 def _count_data(plan: Plan, config, loss, data: PreferenceData) -> None:
     loader = Loader(
-        data.groups, batch_size=config.batch_size, seed=config.seed, n_epochs=config.n_epochs, n_examples=config.n_examples, order=config.order
+        data.groups,
+        batch_size=config.batch_size,
+        seed=config.seed,
+        n_epochs=config.n_epochs,
+        n_examples=config.n_examples,
+        order=config.order,
     )
     whole, rest = divmod(loader.total, len(data))
     plan.examples = loader.total
-    plan.steps = whole * math.ceil(len(data) / config.batch_size) + math.ceil(rest / config.batch_size)
+    plan.steps = whole * math.ceil(len(data) / config.batch_size) + math.ceil(
+        rest / config.batch_size
+    )
     layout = Layout(_layout(config), last_tokens="scalar_head" in loss.reads)
     budget = None if loss.couples_batch else microbatch_tokens(config, loss, _device(config))
     looked_at = tokens = 0
     for examples in itertools.islice(loader, LOOK_AT):
         parts = split_step(
-            data, examples, layout, ranks=data_ranks(config, ALONE), at_least=config.gradient_accumulation_steps, tokens=budget, grouping=config.length_grouping
+            data,
+            examples,
+            layout,
+            ranks=data_ranks(config, ALONE),
+            at_least=config.gradient_accumulation_steps,
+            tokens=budget,
+            grouping=config.length_grouping,
         )
         for part in (part for of_rank in parts for part in of_rank if len(part)):
             batch = collate(data, part, layout)
             tokens += batch.n_tokens
-            plan.largest_microbatch = max(plan.largest_microbatch, tuple(batch.input_ids.shape), key=math.prod)
+            plan.largest_microbatch = max(
+                plan.largest_microbatch, tuple(batch.input_ids.shape), key=math.prod
+            )
         looked_at += len(examples)
     plan.tokens = round(tokens / looked_at * plan.examples)
 
@@ -137,22 +176,37 @@ def _layout(config) -> str:
     """What `layout=auto` will take, but for what only a run of the model shows."""
     if config.layout != "auto":
         return config.layout
-    return known_layouts(config, AutoConfig.from_pretrained(config.model.name_or_path, trust_remote_code=config.model.trust_remote_code))[0][0]
+    return known_layouts(
+        config,
+        AutoConfig.from_pretrained(
+            config.model.name_or_path, trust_remote_code=config.model.trust_remote_code
+        ),
+    )[0][0]
 
 
-def _bytes_on_a_rank(config, scalar: bool, dtype: str, lora: bool = True) -> tuple[list[tuple[int, bool]], int]:
-    """([(bytes, trained) of each parameter on rank 0], bytes of what is gathered around it at the most)."""
+def _bytes_on_a_rank(
+    config, scalar: bool, dtype: str, lora: bool = True
+) -> tuple[list[tuple[int, bool]], int]:
+    """([(bytes, trained) of each parameter on rank 0], bytes of what is gathered around it at the
+    most)."""
     with _as_if_rank_0(config) as world:
         model = skeleton(config.model, scalar_head=scalar, trainable=lora)
         whole = {name: p.numel() for name, p in model.named_parameters()}
         item = dtype_of(dtype).itemsize
-        if config.trainer == "TensorParallelTrainer":  # layers are split, and what is not split is kept in pieces
+        if (
+            config.trainer == "TensorParallelTrainer"
+        ):  # layers are split, and what is not split is kept in pieces
             n = config.world_size or 1
-            return [(math.ceil(p.numel() / n) * item, p.requires_grad) for p in model.parameters()], 0
+            return [
+                (math.ceil(p.numel() / n) * item, p.requires_grad) for p in model.parameters()
+            ], 0
         if config.trainer != "FSDPTrainer":
             return [(p.numel() * item, p.requires_grad) for p in model.parameters()], 0
         shard(Scorer(model), world, config, dtype_of(dtype))
-        local = {name: (p.to_local() if isinstance(p, DTensor) else p, p.requires_grad) for name, p in model.named_parameters()}
+        local = {
+            name: (p.to_local() if isinstance(p, DTensor) else p, p.requires_grad)
+            for name, p in model.named_parameters()
+        }
         sizes = [(p.numel() * p.element_size(), needs) for p, needs in local.values()]
         if config.fsdp_cpu_offload:
             sizes = [(0, needs) for _, needs in sizes]
@@ -161,7 +215,8 @@ def _bytes_on_a_rank(config, scalar: bool, dtype: str, lora: bool = True) -> tup
 
 
 def _gathered(model: nn.Module, whole: dict[str, int]) -> int:
-    """Parameters gathered at the same time: those of the root, and of two blocks, for the next comes while one computes."""
+    """Parameters gathered at the same time: those of the root, and of two blocks, for the next
+    comes while one computes."""
     blocks = {}
     for name, n in whole.items():
         parts = name.split(".")
@@ -174,10 +229,15 @@ def _gathered(model: nn.Module, whole: dict[str, int]) -> int:
 
 @contextlib.contextmanager
 def _as_if_rank_0(config):
-    """Inside, this process is rank 0 of a process group whose other ranks do not exist. Nothing is ever sent."""
+    """Inside, this process is rank 0 of a process group whose other ranks do not exist. Nothing is
+    ever sent."""
     from torch.testing._internal.distributed.fake_pg import FakeStore
 
-    size = data_ranks(config, ALONE) * config.tensor_parallel_size if config.trainer == "FSDPTrainer" else 1
+    size = (
+        data_ranks(config, ALONE) * config.tensor_parallel_size
+        if config.trainer == "FSDPTrainer"
+        else 1
+    )
     if dist.is_initialized():  # that of an earlier run in this process, alone
         dist.destroy_process_group()
     dist.init_process_group("fake", rank=0, world_size=size, store=FakeStore())
@@ -193,12 +253,17 @@ def _optimizer_slots(config) -> float:
     weight.grad = torch.ones_like(weight)
     optimizer = getattr(torch.optim, config.optimizer)([weight], lr=config.lr)
     optimizer.step()
-    kept = sum(value.numel() for value in optimizer.state[weight].values() if isinstance(value, torch.Tensor) and value.ndim > 0)
+    kept = sum(
+        value.numel()
+        for value in optimizer.state[weight].values()
+        if isinstance(value, torch.Tensor) and value.ndim > 0
+    )
     return kept / weight.numel()
 
 
 class _FusedAttention(torch.autograd.Function):
-    """Keeps what fused kernels keep: queries, keys, values and output, and nothing quadratic in the length."""
+    """Keeps what fused kernels keep: queries, keys, values and output, and nothing quadratic in the
+    length."""
 
     @staticmethod
     def forward(ctx, query, key, value):
@@ -212,7 +277,8 @@ def _fused_attention(module, query, key, value, attention_mask, **options):
 
 
 def _activations(config, scalar: bool, shape: tuple[int, int]) -> int:
-    """Bytes that autograd keeps of a forward pass over rows x width tokens, and of one chunk of the head's logits."""
+    """Bytes that autograd keeps of a forward pass over rows x width tokens, and of one chunk of the
+    head's logits."""
     rows, width = shape
     model = skeleton(config.model, scalar_head=scalar).train()
     compute = dtype_of(config.model.fsdp_policy_mp or config.model.policy_dtype)
@@ -230,7 +296,10 @@ def _activations(config, scalar: bool, shape: tuple[int, int]) -> int:
     def keep(tensor):
         storage = tensor.untyped_storage()
         if storage._cdata not in weights:
-            kept[storage._cdata] = (storage.nbytes(), storage)  # held, so that no other takes its place
+            kept[storage._cdata] = (
+                storage.nbytes(),
+                storage,
+            )  # held, so that no other takes its place
         return tensor
 
     with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
@@ -243,5 +312,7 @@ def _activations(config, scalar: bool, shape: tuple[int, int]) -> int:
     peers = config.tensor_parallel_size if config.trainer == "FSDPTrainer" else 1
     vocabulary = model.config.get_text_config().vocab_size
     limit = CHUNK_ELEMENTS * (ON_A_GPU if _device(config) == "cuda" else 1)
-    chunk = 0 if scalar else 3 * 4 * min(limit, rows * width * vocabulary)  # logits, their softmax and gradient
+    chunk = (
+        0 if scalar else 3 * 4 * min(limit, rows * width * vocabulary)
+    )  # logits, their softmax and gradient
     return total // peers + chunk

@@ -1,4 +1,5 @@
-"""One reader per named dataset: raw rows to records. A new dataset is one class with a decorator."""
+"""One reader per named dataset: raw rows to records. A new dataset is one class with a
+decorator."""
 
 import copy
 from collections.abc import Callable
@@ -6,9 +7,31 @@ from pathlib import Path
 
 import numpy as np
 
-from data_files import FILE_TYPES, Rows, as_object, decode, file_rows, items, kind_of, number, parse_json, readable, text
+from data_files import (
+    FILE_TYPES,
+    Rows,
+    as_object,
+    decode,
+    file_rows,
+    items,
+    kind_of,
+    number,
+    parse_json,
+    readable,
+    text,
+)
 from data_folders import hub_rows
-from records import PAIRINGS, Options, Reader, Record, Responses, Skip, Source, pairs_record, scored_record
+from records import (
+    PAIRINGS,
+    Options,
+    Reader,
+    Record,
+    Responses,
+    Skip,
+    Source,
+    pairs_record,
+    scored_record,
+)
 from user_pairs import UserPairs, check_pair, response_of
 from utils import ConfigError, DataError, content_hash, nearest
 
@@ -26,23 +49,35 @@ def register_dataset(name: str) -> Callable:
 
 
 def open_dataset(name: str, split: str, **options) -> "Source":
-    """A dataset split by registered name, path or hub id; raises at once if there is nothing to read.
+    """A dataset split by registered name, path or hub id; raises at once if there is nothing to
+    read.
 
     split: "train" or "test". options: see `Options`.
     """
     if split not in ("train", "test"):
         raise ConfigError(f"split={split!r}; accepted: train, test")
     if not isinstance(name, str):
-        raise ConfigError(f"datasets=[{name}] is {kind_of(name)}, expected a name, a path or a hub id; write it as a path: ./{name}")
+        raise ConfigError(
+            f"datasets=[{name}] is {kind_of(name)}, expected a name, a path or a hub id; write it"
+            f" as a path: ./{name}"
+        )
     settings = Options(**options)
     if settings.pairing is not None and settings.pairing not in PAIRINGS:
         raise ConfigError(f"pairing={settings.pairing!r}; {nearest(settings.pairing, PAIRINGS)}")
-    reader = copy.copy(DATASETS.get(name))  # what a reader learns of one file must not reach the next
+    reader = copy.copy(
+        DATASETS.get(name)
+    )  # what a reader learns of one file must not reach the next
     with readable(f"datasets=[{name}]"):
         if reader is None:
-            if "/" not in name and not name.lower().endswith(FILE_TYPES) and not Path(name).exists():
+            if (
+                "/" not in name
+                and not name.lower().endswith(FILE_TYPES)
+                and not Path(name).exists()
+            ):
                 told = nearest(name, DATASETS)
-                raise ConfigError(f"datasets=[{name}]: no dataset of this name, and no path or hub id; {told}")
+                raise ConfigError(
+                    f"datasets=[{name}]: no dataset of this name, and no path or hub id; {told}"
+                )
             reader = UserPairs(name)
         return Source(name, split, reader, settings)
 
@@ -62,7 +97,13 @@ class ScoredLines(Reader):
         return text(row, "prompt", where)
 
     def record(self, prompt, rows, source, pair):
-        return scored_record(prompt, [row["text"] for row in rows], [float(row["reward"]) for row in rows], source, pair)
+        return scored_record(
+            prompt,
+            [row["text"] for row in rows],
+            [float(row["reward"]) for row in rows],
+            source,
+            pair,
+        )
 
 
 @register_dataset("imdb")
@@ -89,7 +130,8 @@ class Reviews(ScoredLines):
 
 @register_dataset("hh")
 class HelpfulHarmless(Reader):
-    """Anthropic's helpful and harmless dialogues (arXiv:2204.05862): chosen and rejected, whole dialogues."""
+    """Anthropic's helpful and harmless dialogues (arXiv:2204.05862): chosen and rejected, whole
+    dialogues."""
 
     truncation = "keep_end"
     provides = frozenset({"pairs"})
@@ -101,7 +143,10 @@ class HelpfulHarmless(Reader):
     def prompt(self, row, where):
         chosen, rejected = text(row, "chosen", where), text(row, "rejected", where)
         if self.turn not in chosen:
-            raise DataError(f"{where}: 'chosen' has no {self.turn!r}, expected a dialogue that ends with an answer")
+            raise DataError(
+                f"{where}: 'chosen' has no {self.turn!r}, expected a dialogue that ends with an"
+                " answer"
+            )
         prompt = chosen[: chosen.rindex(self.turn) + len(self.turn)]
         if not rejected.startswith(prompt):
             raise Skip("rejected does not start with the prompt of chosen")
@@ -115,7 +160,9 @@ class HelpfulHarmless(Reader):
         responses = Responses()
         for row in rows:
             responses.prefer(row["chosen"][len(prompt) :], row["rejected"][len(prompt) :])
-        return Record(prompt, responses.texts, responses.pairs, responses.pairs[0][0], None, {}, source)
+        return Record(
+            prompt, responses.texts, responses.pairs, responses.pairs[0][0], None, {}, source
+        )
 
 
 def _question(asked: str) -> str:
@@ -124,7 +171,8 @@ def _question(asked: str) -> str:
 
 @register_dataset("shp")
 class StanfordHumanPreferences(Reader):
-    """Reddit answers with votes (SHP, arXiv:2110.08420): pairs in which one has at least twice the votes."""
+    """Reddit answers with votes (SHP, arXiv:2110.08420): pairs in which one has at least twice the
+    votes."""
 
     provides = frozenset({"pairs", "scores"})
 
@@ -135,7 +183,9 @@ class StanfordHumanPreferences(Reader):
         for side in "AB":
             text(row, f"human_ref_{side}", where), number(row, f"score_{side}", where)
         if number(row, "labels", where) not in (0, 1):
-            raise DataError(f"{where}: 'labels' is {row['labels']}, expected 1 (A preferred) or 0 (B preferred)")
+            raise DataError(
+                f"{where}: 'labels' is {row['labels']}, expected 1 (A preferred) or 0 (B preferred)"
+            )
         low, high = sorted((row["score_A"], row["score_B"]))
         if high < 2 * low or high == low:
             raise Skip("the larger score is not twice the smaller")
@@ -148,7 +198,10 @@ class StanfordHumanPreferences(Reader):
     def record(self, prompt, rows, source, pair):
         responses = Responses()
         for row in rows:
-            a, b = (responses.add(f" {row[f'human_ref_{side}']}", float(row[f"score_{side}"])) for side in "AB")
+            a, b = (
+                responses.add(f" {row[f'human_ref_{side}']}", float(row[f"score_{side}"]))
+                for side in "AB"
+            )
             responses.pairs.append((a, b) if row["labels"] == 1 else (b, a))
         best = max(range(len(responses.scores)), key=lambda i: responses.scores[i])
         return Record(prompt, responses.texts, responses.pairs, best, responses.scores, {}, source)
@@ -162,17 +215,30 @@ class StackExchange(Reader):
     pairing = "all"
 
     def rows(self, split, options):
-        rows = hub_rows("HuggingFaceH4/stack-exchange-preferences", split, options.data_dir, only="train")
-        order = np.random.default_rng(42).permutation(rows.n).tolist()  # what datasets' shuffle(seed=42) does
+        rows = hub_rows(
+            "HuggingFaceH4/stack-exchange-preferences", split, options.data_dir, only="train"
+        )
+        order = (
+            np.random.default_rng(42).permutation(rows.n).tolist()
+        )  # what datasets' shuffle(seed=42) does
         n_test = max(1, rows.n // 100)
         order = order[:n_test] if split == "test" else order[n_test:]
         note = "1% of the rows, shuffled with seed 42, are the test split"
-        return Rows(len(order), lambda i: rows.read(order[i]), lambda i: rows.where(order[i] if order else 0), rows.fingerprint, note=note)
+        return Rows(
+            len(order),
+            lambda i: rows.read(order[i]),
+            lambda i: rows.where(order[i] if order else 0),
+            rows.fingerprint,
+            note=note,
+        )
 
     def prompt(self, row, where):
         for i, answer in enumerate(items(row, "answers", where)):
             answer = as_object(answer, f"{where}, answer {i + 1}")
-            text(answer, "text", f"{where}, answer {i + 1}"), number(answer, "pm_score", f"{where}, answer {i + 1}")
+            (
+                text(answer, "text", f"{where}, answer {i + 1}"),
+                number(answer, "pm_score", f"{where}, answer {i + 1}"),
+            )
         return _question(_without_html(text(row, "question", where)))
 
     def record(self, prompt, rows, source, pair):
@@ -199,7 +265,8 @@ def _without_html(html: str) -> str:
 
 @register_dataset("tldr")
 class Tldr(Reader):
-    """Reddit posts and summaries: rated ones (ODPO, arXiv:2402.10571) or pairs (arXiv:2009.01325), whichever is there."""
+    """Reddit posts and summaries: rated ones (ODPO, arXiv:2402.10571) or pairs (arXiv:2009.01325),
+    whichever is there."""
 
     provides = frozenset({"pairs", "scores"})
     pairing = "all"
@@ -213,8 +280,9 @@ class Tldr(Reader):
             self.provides, self.pairing = frozenset({"pairs"}), None
             return file_rows(pairs)
         raise DataError(
-            f"datasets=[tldr] needs {rated} ({{post: {{responses, rewards}}}}, rated samples of the ODPO repository) or {pairs} "
-            f"([{{prompt, chosen, rejected}}], made by scripts/preproc_pref.py from summarize_from_feedback); neither is there"
+            f"datasets=[tldr] needs {rated} ({{post: {{responses, rewards}}}}, rated samples of the"
+            f" ODPO repository) or {pairs} ([{{prompt, chosen, rejected}}], made by"
+            " scripts/preproc_pref.py from summarize_from_feedback); neither is there"
         )
 
     def prompt(self, row, where):
@@ -222,22 +290,41 @@ class Tldr(Reader):
             return check_pair(row, where)
         ratings = items(row, "rewards", where)
         if len(items(row, "responses", where)) != len(ratings):
-            raise DataError(f"{where}: {len(row['responses'])} responses and {len(ratings)} rewards, expected as many")
+            raise DataError(
+                f"{where}: {len(row['responses'])} responses and {len(ratings)} rewards, expected"
+                " as many"
+            )
         for i in range(len(ratings)):
-            text({"response": row["responses"][i]}, "response", f"{where}, response {i + 1}", may_be_empty=True)
+            text(
+                {"response": row["responses"][i]},
+                "response",
+                f"{where}, response {i + 1}",
+                may_be_empty=True,
+            )
             number({"reward": ratings[i]}, "reward", f"{where}, response {i + 1}")
         return text(row, "post", where) + "\n\nTL;DR:"
 
     def record(self, prompt, rows, source, pair):
         if "post" not in rows[0]:
-            return pairs_record(prompt, [(response_of(row, "chosen", source), response_of(row, "rejected", source)) for row in rows], source)
-        rated = [(r, float(score)) for row in rows for r, score in zip(row["responses"], row["rewards"])]
+            return pairs_record(
+                prompt,
+                [
+                    (response_of(row, "chosen", source), response_of(row, "rejected", source))
+                    for row in rows
+                ],
+                source,
+            )
+        rated = [
+            (r, float(score)) for row in rows for r, score in zip(row["responses"], row["rewards"])
+        ]
         kept = [(r, score) for r, score in rated if "<|endoftext|>" not in r]
         if len(kept) < len(rated):
             pair.skipped["responses that contain <|endoftext|>"] += len(rated) - len(kept)
         if not kept:
             raise Skip("no response left")
-        return scored_record(prompt, [r for r, _ in kept], [score for _, score in kept], source, pair)
+        return scored_record(
+            prompt, [r for r, _ in kept], [score for _, score in kept], source, pair
+        )
 
 
 def _rated_posts(path: Path) -> Rows:
@@ -249,7 +336,12 @@ def _rated_posts(path: Path) -> Rows:
     def where(i: int) -> str:
         return f"{path}: post {i + 1}"
 
-    return Rows(len(posts), lambda i: {"post": posts[i], **as_object(content[posts[i]], where(i))}, where, content_hash(path))
+    return Rows(
+        len(posts),
+        lambda i: {"post": posts[i], **as_object(content[posts[i]], where(i))},
+        where,
+        content_hash(path),
+    )
 
 
 @register_dataset("tldr_filtered")
@@ -261,7 +353,10 @@ class TldrFiltered(Reader):
     def rows(self, split, options):
         path = Path(options.data_dir) / "tldr_filtered" / f"{split}.json"
         if not path.is_file():
-            raise DataError(f"datasets=[tldr_filtered] needs {path}, made by scripts/preproc_filter.py from openai-tldr-filtered")
+            raise DataError(
+                f"datasets=[tldr_filtered] needs {path}, made by scripts/preproc_filter.py from"
+                " openai-tldr-filtered"
+            )
         return file_rows(path)
 
     def prompt(self, row, where):

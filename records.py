@@ -1,8 +1,9 @@
-"""From rows to records: what a reader is, prompts that several rows share, splits without leaks, pairs of scored responses.
+"""From rows to records: what a reader is, prompts that several rows share, splits without leaks,
+pairs of scored responses.
 
-*Score* is a number that came with the data or from an oracle; it has nothing to do with the policy's implicit reward.
-Rows are read twice, first to check every one and to note which share a prompt, then prompt by prompt: memory holds
-row numbers, not text.
+*Score* is a number that came with the data or from an oracle; it has nothing to do with the
+policy's implicit reward. Rows are read twice, first to check every one and to note which share a
+prompt, then prompt by prompt: memory holds row numbers, not text.
 """
 
 import hashlib
@@ -24,9 +25,10 @@ PAIRINGS = ("first_two", "all", "best_worst", "random")
 class Record:
     """One prompt with its responses.
 
-    prompt: text, or chat messages that the tokenizer's template renders. pairs: (chosen, rejected) indices into
-    `responses`; empty for data without preferences. sft_target: index of the response to imitate. scores: one a
-    response, or None. columns: further numbers, one a pair. source: file and line it starts at, for messages.
+    prompt: text, or chat messages that the tokenizer's template renders. pairs: (chosen, rejected)
+    indices into `responses`; empty for data without preferences. sft_target: index of the response
+    to imitate. scores: one a response, or None. columns: further numbers, one a pair. source: file
+    and line it starts at, for messages.
     """
 
     prompt: str | list[dict]
@@ -51,14 +53,17 @@ class Options:
 
 
 class Skip(Exception):
-    """Raised by a reader for a row or a prompt that is left out; its text says why and is counted."""
+    """Raised by a reader for a row or a prompt that is left out; its text says why and is
+    counted."""
 
 
 class Reader:
-    """What a dataset says about itself. `truncation`: which end of a long prompt is kept. `provides`: of pairs, scores.
+    """What a dataset says about itself. `truncation`: which end of a long prompt is kept.
+    `provides`: of pairs, scores.
 
-    `pairing`: the dataset's published way to pair scored responses, None where pairs come with the data. `merges`:
-    rows of one prompt make one record; else each makes its own, as for SFT data, where every row is a target.
+    `pairing`: the dataset's published way to pair scored responses, None where pairs come with the
+    data. `merges`: rows of one prompt make one record; else each makes its own, as for SFT data,
+    where every row is a target.
     """
 
     merges = True
@@ -81,29 +86,52 @@ class Reader:
 
 
 class Source:
-    """An opened dataset split. `records()` streams it; `counts` are complete when it is exhausted."""
+    """An opened dataset split. `records()` streams it; `counts` are complete when it is
+    exhausted."""
 
     def __init__(self, name: str, split: str, reader: Reader, options: Options):
         self.name, self.split, self.reader, self.options = name, split, reader, options
         self.rows = reader.rows(split, options)
         if self.rows.n == 0:
             raise DataError(f"datasets=[{name}] ({split}): {self.rows.where(0)} holds no row")
-        self.truncation, self.provides, self.only_prompts = reader.truncation, reader.provides, reader.only_prompts
+        self.truncation, self.provides, self.only_prompts = (
+            reader.truncation,
+            reader.provides,
+            reader.only_prompts,
+        )
         self.counts: dict = {}
 
     def fingerprint(self) -> str:
         """Changes with the content of the files and with every option that shapes the records."""
         o = self.options
-        told = [READER_VERSION, self.name, self.split, o.pairing, o.min_gap, o.seed, o.test_fraction, sorted(o.columns.items())]
+        told = [
+            READER_VERSION,
+            self.name,
+            self.split,
+            o.pairing,
+            o.min_gap,
+            o.seed,
+            o.test_fraction,
+            sorted(o.columns.items()),
+        ]
         return content_hash(json.dumps(told), self.rows.fingerprint)
 
     def records(self) -> Iterator[Record]:
         skipped: Counter = Counter()
-        counts = {"rows": 0, "prompts": 0, "responses": 0, "empty_responses": 0, "pairs": 0, "skipped": skipped}
+        counts = {
+            "rows": 0,
+            "prompts": 0,
+            "responses": 0,
+            "empty_responses": 0,
+            "pairs": 0,
+            "skipped": skipped,
+        }
         pair = Pairing(self.reader.pairing, self.options, skipped)
         groups, notes = self._groups(skipped)
         if self.options.pairing and self.reader.pairing is None and "pairs" in self.provides:
-            notes.append(f"pairing={self.options.pairing} does not apply, the pairs came with the data")
+            notes.append(
+                f"pairing={self.options.pairing} does not apply, the pairs came with the data"
+            )
         for indices in groups:
             counts["rows"] += len(indices)
             rows = [self.rows.read(i) for i in indices]
@@ -120,10 +148,15 @@ class Source:
             counts["empty_responses"] += sum(not response.strip() for response in record.responses)
             counts["pairs"] += len(record.pairs)
             yield record
-        self.counts = counts | {"skipped": {why: n for why, n in skipped.items() if n}} | ({"note": "; ".join(notes)} if notes else {})
+        self.counts = (
+            counts
+            | {"skipped": {why: n for why, n in skipped.items() if n}}
+            | ({"note": "; ".join(notes)} if notes else {})
+        )
 
     def _groups(self, skipped: Counter) -> tuple[list[list[int]], list[str]]:
-        """Row numbers by prompt, in the order of first appearance, and what is to be said of how the split was made."""
+        """Row numbers by prompt, in the order of first appearance, and what is to be said of how
+        the split was made."""
         groups: dict[bytes, list[int]] = {}
         for i in range(self.rows.n):
             try:
@@ -135,18 +168,27 @@ class Source:
         notes = [self.rows.note] if self.rows.note else []
         if self.rows.whole and groups:
             test = self._test_prompts(groups)
-            notes.append(f"no test split: {len(test)} of {len(groups)} prompts held out by seed {self.options.seed}")
-            groups = {key: rows for key, rows in groups.items() if (key in test) == (self.split == "test")}
+            notes.append(
+                f"no test split: {len(test)} of {len(groups)} prompts held out by seed"
+                f" {self.options.seed}"
+            )
+            groups = {
+                key: rows for key, rows in groups.items() if (key in test) == (self.split == "test")
+            }
         if self.reader.merges:
             return list(groups.values()), notes
         return [[i] for i in sorted(i for rows in groups.values() for i in rows)], notes
 
     def _test_prompts(self, groups) -> set[bytes]:
-        """Which prompts are held out: a function of (seed, prompt), so that none is ever on both sides."""
+        """Which prompts are held out: a function of (seed, prompt), so that none is ever on both
+        sides."""
         place = {key: _uniform(self.options.seed, key) for key in groups}
         test = {key for key, u in place.items() if u < self.options.test_fraction}
         if len(groups) < 2:
-            raise DataError(f"datasets=[{self.name}] holds one prompt only, which cannot be split into train and test")
+            raise DataError(
+                f"datasets=[{self.name}] holds one prompt only, which cannot be split into train"
+                " and test"
+            )
         if not test or len(test) == len(groups):
             test = {min(place, key=place.get)}
         return test
@@ -158,10 +200,15 @@ def _digest(prompt) -> bytes:
 
 
 def _uniform(seed: int, key: bytes) -> float:
-    return int.from_bytes(hashlib.blake2b(key, digest_size=8, salt=str(seed).encode()[:16]).digest(), "big") / 2**64
+    return (
+        int.from_bytes(
+            hashlib.blake2b(key, digest_size=8, salt=str(seed).encode()[:16]).digest(), "big"
+        )
+        / 2**64
+    )
 
 
-# -------------------------------------------------------------------------------------------------- pairing
+# ------------------------------------------------------------------------------------------ pairing
 
 
 class Pairing:
@@ -176,14 +223,23 @@ class Pairing:
         if self.policy == "first_two":
             candidates = [(0, 1)] if n > 1 else []
         elif self.policy == "best_worst":
-            best, worst = max(range(n), key=lambda i: scores[i]), min(range(n), key=lambda i: scores[i])
+            best, worst = (
+                max(range(n), key=lambda i: scores[i]),
+                min(range(n), key=lambda i: scores[i]),
+            )
             candidates = [(best, worst)] if n > 1 else []
         else:
             candidates = list(itertools.combinations(range(n), 2))
-        pairs = [(a, b) if scores[a] > scores[b] else (b, a) for a, b in candidates if self._differ(scores[a], scores[b])]
+        pairs = [
+            (a, b) if scores[a] > scores[b] else (b, a)
+            for a, b in candidates
+            if self._differ(scores[a], scores[b])
+        ]
         self.skipped["pairs of equal score or a gap below min_gap"] += len(candidates) - len(pairs)
         if self.policy == "random" and pairs:
-            pairs.sort(key=lambda pair: (responses[pair[0]], responses[pair[1]]))  # whatever the order in the file
+            pairs.sort(
+                key=lambda pair: (responses[pair[0]], responses[pair[1]])
+            )  # whatever the order in the file
             pairs = [random.Random(f"{self.seed} {_digest(prompt).hex()}").choice(pairs)]
         return pairs
 
@@ -191,11 +247,12 @@ class Pairing:
         return a != b and abs(a - b) >= self.min_gap
 
 
-# ------------------------------------------------------------------------------------------------ records
+# ------------------------------------------------------------------------------------------ records
 
 
 class Responses:
-    """Collects the responses of a prompt, each text once (or once a score, if they have one), and the pairs among them."""
+    """Collects the responses of a prompt, each text once (or once a score, if they have one), and
+    the pairs among them."""
 
     def __init__(self):
         self.texts: list[str] = []
@@ -214,7 +271,9 @@ class Responses:
         self.pairs.append((self.add(chosen), self.add(rejected)))
 
 
-def scored_record(prompt, responses: list[str], scores: list[float], source: str, pair: Pairing) -> Record:
+def scored_record(
+    prompt, responses: list[str], scores: list[float], source: str, pair: Pairing
+) -> Record:
     """A record of scored responses, paired by the policy in force; the best is the SFT target.
 
     With `first_two` the others are left out altogether, as the published experiments did.
@@ -226,9 +285,13 @@ def scored_record(prompt, responses: list[str], scores: list[float], source: str
     return Record(prompt, responses, pair(prompt, responses, scores), best, scores, {}, source)
 
 
-def pairs_record(prompt, pairs: list[tuple[str, str]], source: str, columns: dict | None = None) -> Record:
+def pairs_record(
+    prompt, pairs: list[tuple[str, str]], source: str, columns: dict | None = None
+) -> Record:
     """A record of preferred and dispreferred texts, several pairs of a prompt merged."""
     responses = Responses()
     for chosen, rejected in pairs:
         responses.prefer(chosen, rejected)
-    return Record(prompt, responses.texts, responses.pairs, responses.pairs[0][0], None, columns or {}, source)
+    return Record(
+        prompt, responses.texts, responses.pairs, responses.pairs[0][0], None, columns or {}, source
+    )

@@ -1,7 +1,9 @@
-"""What the frozen reference says of each response: computed once, kept on disk, shared by every run that has the same.
+"""What the frozen reference says of each response: computed once, kept on disk, shared by every run
+that has the same.
 
-The log-probs of one token store under one reference are a folder under `cache_dir`/reference, named by the content of
-both: weights, tokens, dtypes and versions. Runs of a sweep that start together wait for the one that computes.
+The log-probs of one token store under one reference are a folder under `cache_dir`/reference, named
+by the content of both: weights, tokens, dtypes and versions. Runs of a sweep that start together
+wait for the one that computes.
 """
 
 import functools
@@ -30,19 +32,26 @@ SPOT_CHECKS = 4  # responses of each data set computed anew when log-probs are f
 class ReferenceLogps:
     """Log-probs of the responses of a token store, a number a token, memory-mapped.
 
-    Both files are as long as the store is: a value for each of its tokens (those of prompts are never written, and take
-    no space on disk), and for each of its responses whether it is known.
+    Both files are as long as the store is: a value for each of its tokens (those of prompts are
+    never written, and take no space on disk), and for each of its responses whether it is known.
     """
 
     def __init__(self, folder: Path, store: TokenStore, dtype: str, mode: str = "r"):
         self.folder, self.spans = folder, store.responses
-        self.values = np.memmap(folder / "logps", dtype=dtype, mode=mode, shape=(len(store.tokens),))
-        self.known = np.memmap(folder / "known", dtype=np.uint8, mode=mode, shape=(len(store.responses),))
+        self.values = np.memmap(
+            folder / "logps", dtype=dtype, mode=mode, shape=(len(store.tokens),)
+        )
+        self.known = np.memmap(
+            folder / "known", dtype=np.uint8, mode=mode, shape=(len(store.responses),)
+        )
 
     def logps(self, response: int) -> np.ndarray:
         """(tokens of the response,)"""
         if not self.known[response]:
-            raise DataError(f"the reference's log-probs of response {response} are not in {self.folder}; delete the folder and start again")
+            raise DataError(
+                f"the reference's log-probs of response {response} are not in {self.folder}; delete"
+                " the folder and start again"
+            )
         begin, end = self.spans[response]
         return self.values[begin:end]
 
@@ -56,7 +65,8 @@ class ReferenceLogps:
 
 
 def why_not_cached(config, loss) -> str | None:
-    """Why the reference has to run in every step, in a run that reads it; None where its log-probs can be kept."""
+    """Why the reference has to run in every step, in a run that reads it; None where its log-probs
+    can be kept."""
     if "token_kl" in loss.reads:
         return f"loss={loss.name} reads the reference's whole distribution at every token"
     if config.model.from_scratch:
@@ -67,50 +77,81 @@ def why_not_cached(config, loss) -> str | None:
 
 
 def wants_cache(config, loss) -> bool:
-    """Whether a training run keeps the reference's log-probs. Raises ConfigError where it was asked to and cannot."""
-    if config.reference.cache is False or config.function == "eval" or "reference" not in loss.reads:
+    """Whether a training run keeps the reference's log-probs. Raises ConfigError where it was asked
+    to and cannot."""
+    if (
+        config.reference.cache is False
+        or config.function == "eval"
+        or "reference" not in loss.reads
+    ):
         return False
     why = why_not_cached(config, loss)
     if why and config.reference.cache is True:
-        raise ConfigError(f"reference.cache=true: {why}, which is not kept; use reference.cache=auto")
+        raise ConfigError(
+            f"reference.cache=true: {why}, which is not kept; use reference.cache=auto"
+        )
     return why is None
 
 
 def is_built(config, loss) -> bool:
-    """Whether a training run has a reference beside its policy, to run in the steps or to sample from."""
+    """Whether a training run has a reference beside its policy, to run in the steps or to sample
+    from."""
     return "reference" in loss.reads and (samples(config, loss) or not wants_cache(config, loss))
 
 
 def samples(config, loss) -> bool:
     """Whether evaluations sample from policy and reference, and measure the KL between them."""
-    return "scalar_head" not in loss.reads and (config.sample_during_eval or config.function == "eval")
+    return "scalar_head" not in loss.reads and (
+        config.sample_during_eval or config.function == "eval"
+    )
 
 
 def reference_key(config) -> str:
-    """Changes with the content of the reference's weights, its dtypes, and the code that computes with them."""
+    """Changes with the content of the reference's weights, its dtypes, and the code that computes
+    with them."""
     model = config.model
     archive = model.reference_archive or model.archive
-    files = [path for path in model_files(model.name_or_path) if not archive or path.name == "config.json"]
+    files = [
+        path
+        for path in model_files(model.name_or_path)
+        if not archive or path.name == "config.json"
+    ]
     files += archive_files(archive) if archive else []
     hashes = []
     for path in files:
         with open(path, "rb") as f:
             hashes.append(hashlib.file_digest(f, "sha256").hexdigest())
-    mixed = f"{model.fsdp_policy_mp} {config.trainer == 'FSDPTrainer'}" if model.fsdp_policy_mp else ""  # autocast keeps more in float32
-    return content_hash(f"reference {VERSION}", transformers.__version__, _weights_dtype(model), mixed, *hashes)
+    mixed = (
+        f"{model.fsdp_policy_mp} {config.trainer == 'FSDPTrainer'}" if model.fsdp_policy_mp else ""
+    )  # autocast keeps more in float32
+    return content_hash(
+        f"reference {VERSION}", transformers.__version__, _weights_dtype(model), mixed, *hashes
+    )
 
 
 def _weights_dtype(model) -> str:
     """That of the reference's weights; with LoRA they are the policy's."""
-    return model.policy_dtype if model.lora.r and not model.reference_archive else model.reference_dtype
+    return (
+        model.policy_dtype
+        if model.lora.r and not model.reference_archive
+        else model.reference_dtype
+    )
 
 
 def attach_reference(
-    config, data: dict[str, PreferenceData], needed: dict[str, np.ndarray], scorer: Callable[[], Scorer], layout: Layout, tokens: int, world: World
+    config,
+    data: dict[str, PreferenceData],
+    needed: dict[str, np.ndarray],
+    scorer: Callable[[], Scorer],
+    layout: Layout,
+    tokens: int,
+    world: World,
 ) -> None:
-    """Give the stores of `data` the reference's log-probs of the `needed` examples, computing those that are not on disk.
+    """Give the stores of `data` the reference's log-probs of the `needed` examples, computing those
+    that are not on disk.
 
-    needed: indices of examples by split. scorer: builds the reference, or what equals it. tokens: of a forward pass.
+    needed: indices of examples by split. scorer: builds the reference, or what equals it. tokens:
+    of a forward pass.
     """
     scorer = functools.cache(scorer)
     root = Path(config.cache_dir) / "reference"
@@ -119,7 +160,9 @@ def attach_reference(
     wanted = _responses_of(data, needed)
     folders = {name: root / content_hash(key, name) for name in stores}
     dtype = "float64" if _weights_dtype(config.model) == "float64" else "float32"
-    world.agree(lambda: [_create(folders[name], stores[name], np.dtype(dtype).itemsize) for name in stores])
+    world.agree(
+        lambda: [_create(folders[name], stores[name], np.dtype(dtype).itemsize) for name in stores]
+    )
     lock = FileLock(root / f"{content_hash(key, *sorted(stores))}.lock")
     told = False
     while not world.agree(lambda: _acquire(lock, 20.0 if told else 0.1)):
@@ -127,31 +170,52 @@ def attach_reference(
             print("another run computes the reference's log-probs; waiting for it")
         told = True
     try:
-        kept = {name: ReferenceLogps(folders[name], stores[name], dtype, "r+") for name in stores} if world.rank == 0 else {}
+        kept = (
+            {name: ReferenceLogps(folders[name], stores[name], dtype, "r+") for name in stores}
+            if world.rank == 0
+            else {}
+        )
         # As rank 0 saw it: another rank may look when the first values are there already.
-        found, missing = world.agree(lambda: [{name: wanted[name][kept[name].known[wanted[name]] == known] for name in stores} for known in (1, 0)])
+        found, missing = world.agree(
+            lambda: [
+                {name: wanted[name][kept[name].known[wanted[name]] == known] for name in stores}
+                for known in (1, 0)
+            ]
+        )
         if any(map(len, missing.values())):
             _fill(stores, missing, kept, scorer(), layout, tokens, world)
         world.barrier()
     finally:
         lock.release()
     n_found, n_all = (sum(map(len, lists.values())) for lists in (found, wanted))
-    print(f"reference: log-probs of {n_all:,} responses, {n_found:,} of them found on disk; it does not run in the training steps")
+    print(
+        f"reference: log-probs of {n_all:,} responses, {n_found:,} of them found on disk; it does"
+        " not run in the training steps"
+    )
     for store in (store for split in data.values() for store in split.stores):
         there = (folders[store.key] / "known").is_file()
         store.reference = ReferenceLogps(folders[store.key], store, dtype) if there else None
         if not there or not store.reference.known[wanted[store.key]].all():
-            raise ConfigError(f"cache_dir={config.cache_dir} is not the same folder on every machine; put it on a shared disk, or use reference.cache=false")
+            raise ConfigError(
+                f"cache_dir={config.cache_dir} is not the same folder on every machine; put it on a"
+                " shared disk, or use reference.cache=false"
+            )
     if n_found:
         _spot_check(stores, found, scorer(), layout)
 
 
-def _responses_of(data: dict[str, PreferenceData], needed: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+def _responses_of(
+    data: dict[str, PreferenceData], needed: dict[str, np.ndarray]
+) -> dict[str, np.ndarray]:
     """The responses of some examples by the key of their store, each once, in order."""
     wanted: dict[str, list[np.ndarray]] = {}
     for split, examples in needed.items():
         for store, rows in data[split].by_store(examples):
-            wanted.setdefault(store.key, []).append(np.asarray(store.pairs if data[split].kind == "pairs" else store.targets)[rows].ravel())
+            wanted.setdefault(store.key, []).append(
+                np.asarray(store.pairs if data[split].kind == "pairs" else store.targets)[
+                    rows
+                ].ravel()
+            )
     return {name: np.unique(np.concatenate(parts)) for name, parts in wanted.items()}
 
 
@@ -171,23 +235,48 @@ def _acquire(lock: FileLock, seconds: float) -> bool:
     return True
 
 
-def _fill(stores, missing: dict[str, np.ndarray], kept: dict[str, ReferenceLogps], scorer: Scorer, layout: Layout, tokens: int, world: World) -> None:
+def _fill(
+    stores,
+    missing: dict[str, np.ndarray],
+    kept: dict[str, ReferenceLogps],
+    scorer: Scorer,
+    layout: Layout,
+    tokens: int,
+    world: World,
+) -> None:
     """Compute what is missing, a prompt with all its responses at a time; rank 0 writes it down."""
     trees: dict[tuple[str, int], list[int]] = {}
     for name, responses in missing.items():
         for r in responses.tolist():
             trees.setdefault((name, int(stores[name].response_prompt[r])), []).append(r)
-    work = [(name, prompt, responses, _tokens_of(stores[name], prompt, responses)) for (name, prompt), responses in trees.items()]
+    work = [
+        (name, prompt, responses, _tokens_of(stores[name], prompt, responses))
+        for (name, prompt), responses in trees.items()
+    ]
     work.sort(key=lambda item: -item[3])
     batches = [[]]
     for item in work:
         if batches[-1] and sum(other[3] for other in batches[-1]) + item[3] > tokens:
             batches.append([])
         batches[-1].append(item)
-    bar = tqdm(total=sum(map(len, missing.values())), desc="reference", unit=" responses", delay=2.0, disable=world.no_bar)
+    bar = tqdm(
+        total=sum(map(len, missing.values())),
+        desc="reference",
+        unit=" responses",
+        delay=2.0,
+        disable=world.no_bar,
+    )
     for [batch], n_real in world.batches(batches, 1):
-        logps = iter(_logps(scorer, [_tree(stores[name], prompt, responses) for name, prompt, responses, _ in batch], layout))
-        done = [(name, responses, [next(logps) for _ in responses]) for name, _, responses, _ in batch]
+        logps = iter(
+            _logps(
+                scorer,
+                [_tree(stores[name], prompt, responses) for name, prompt, responses, _ in batch],
+                layout,
+            )
+        )
+        done = [
+            (name, responses, [next(logps) for _ in responses]) for name, _, responses, _ in batch
+        ]
         found: dict[str, dict[int, np.ndarray]] = {}
         for name, responses, values in world.gather(done if n_real else []):
             _check_finite(stores[name], responses, values)
@@ -199,7 +288,9 @@ def _fill(stores, missing: dict[str, np.ndarray], kept: dict[str, ReferenceLogps
 
 
 def _tokens_of(store: TokenStore, prompt: int, responses: list[int]) -> int:
-    return int(np.diff(store.prompts[prompt])[0] + np.diff(store.responses[responses], axis=1).sum())
+    return int(
+        np.diff(store.prompts[prompt])[0] + np.diff(store.responses[responses], axis=1).sum()
+    )
 
 
 def _tree(store: TokenStore, prompt: int, responses: list[int]) -> tuple:
@@ -219,18 +310,27 @@ def _logps(scorer: Scorer, trees: list[tuple], layout: Layout) -> list[np.ndarra
 def _check_finite(store: TokenStore, responses: list[int], values: list[np.ndarray]) -> None:
     for response, of_response in zip(responses, values):
         if not np.isfinite(of_response).all():
-            raise DataError(f"the reference's log-probs of a response of {store.sources[store.response_prompt[response]]} are not finite")
+            raise DataError(
+                "the reference's log-probs of a response of"
+                f" {store.sources[store.response_prompt[response]]} are not finite"
+            )
 
 
 def _spot_check(stores, found: dict[str, np.ndarray], scorer: Scorer, layout: Layout) -> None:
-    """Compute a few of the log-probs found on disk again. Raises DataError where they differ beyond rounding."""
+    """Compute a few of the log-probs found on disk again. Raises DataError where they differ beyond
+    rounding."""
     bound = 1e-3 if scorer.is_full_precision() else 0.05
-    for name, r in ((name, int(r)) for name, responses in found.items() for r in _spread(responses, SPOT_CHECKS)):
+    for name, r in (
+        (name, int(r)) for name, responses in found.items() for r in _spread(responses, SPOT_CHECKS)
+    ):
         store = stores[name]
         [now] = _logps(scorer, [_tree(store, int(store.response_prompt[r]), [r])], layout)
         error = np.abs(now - store.reference.logps(r)).mean()
         if not error < bound:
-            raise DataError(f"the reference's log-probs in {store.reference.folder} are off by {error:.3g} a token at response {r}: delete that folder, and they are computed anew")
+            raise DataError(
+                f"the reference's log-probs in {store.reference.folder} are off by {error:.3g} a"
+                f" token at response {r}: delete that folder, and they are computed anew"
+            )
 
 
 def _spread(items: np.ndarray, n: int) -> np.ndarray:

@@ -1,4 +1,5 @@
-"""What run folders hold, and what several runs say together: means over seeds, paired differences, reward-KL envelopes.
+"""What run folders hold, and what several runs say together: means over seeds, paired differences,
+reward-KL envelopes.
 
 No torch here: reports start in a second, and work while runs are still going.
 """
@@ -19,12 +20,21 @@ from yaml import YAMLError
 from utils import DataError, json_lines, mean_and_error
 
 MAX_POINTS = 2000  # of a curve; longer ones are thinned, the eye sees no difference
-NOT_SETTINGS = ("local_run_dir", "exp_name", "local_dirs", "seed", "cache_dir", "wandb", "skip_finished")
+NOT_SETTINGS = (
+    "local_run_dir",
+    "exp_name",
+    "local_dirs",
+    "seed",
+    "cache_dir",
+    "wandb",
+    "skip_finished",
+)
 BOOTSTRAP = 10_000
 
 
 def read_jsonl(path: Path) -> list[dict]:
-    """Rows of a JSON-lines file; a last line that a running or killed process has not finished is left out."""
+    """Rows of a JSON-lines file; a last line that a running or killed process has not finished is
+    left out."""
     if not path.is_file():
         return []
     rows = []
@@ -34,7 +44,9 @@ def read_jsonl(path: Path) -> list[dict]:
             rows.append(json.loads(line))
         except json.JSONDecodeError as error:
             if number < len(lines):
-                raise DataError(f"{path}:{number}: not JSON, though more lines follow: {error}") from error
+                raise DataError(
+                    f"{path}:{number}: not JSON, though more lines follow: {error}"
+                ) from error
     return rows
 
 
@@ -51,7 +63,8 @@ def is_number(value) -> bool:
 
 
 class Run:
-    """What a run folder holds so far. Raises DataError, naming the file, where it cannot be read."""
+    """What a run folder holds so far. Raises DataError, naming the file, where it cannot be
+    read."""
 
     def __init__(self, folder: Path):
         self.folder = folder
@@ -59,7 +72,9 @@ class Run:
             self.config = OmegaConf.to_container(OmegaConf.load(folder / "config.yaml"))
             self.loss = self.config["loss"]["name"]
         except (OmegaConfBaseException, YAMLError, OSError, KeyError, TypeError) as error:
-            raise DataError(f"{folder / 'config.yaml'}: not the config of a run: {str(error).splitlines()[0]}") from error
+            raise DataError(
+                f"{folder / 'config.yaml'}: not the config of a run: {str(error).splitlines()[0]}"
+            ) from error
         self.rows = read_jsonl(folder / "metrics.jsonl")
         self.evaluations = read_jsonl(folder / "eval.jsonl")
         self.winrates = read_json(folder / "winrates.json") or []
@@ -81,41 +96,75 @@ class Run:
 
     @property
     def state(self) -> str:
-        """finished, running, stopped, killed, or failed with the error; unknown for a run from before status.json."""
+        """finished, running, stopped, killed, or failed with the error; unknown for a run from
+        before status.json."""
         if self.finished:
             return "finished"
         told = self.status.get("state", "unknown")
-        if told == "running" and self.status.get("host") == socket.gethostname() and not _alive(self.status.get("pid")):
+        if (
+            told == "running"
+            and self.status.get("host") == socket.gethostname()
+            and not _alive(self.status.get("pid"))
+        ):
             return "killed"
         return f"failed: {self.status.get('error')}" if told == "failed" else told
 
     def series(self, split: str, name: str) -> tuple[list, list]:
         """(examples, values) of a metric, where it has a finite value."""
-        points = [(row["examples"], row[name]) for row in self.rows if row.get("split") == split and is_number(row.get(name))]
+        points = [
+            (row["examples"], row[name])
+            for row in self.rows
+            if row.get("split") == split and is_number(row.get(name))
+        ]
         points = points[:: max(1, len(points) // MAX_POINTS)]
         return [x for x, _ in points], [y for _, y in points]
 
     def not_finite(self) -> int:
         """How many values of metrics.jsonl are no numbers: null, NaN or infinite."""
-        odd = lambda value: value is None or (isinstance(value, float) and not math.isfinite(value))  # noqa: E731
-        return sum(odd(value) for row in self.rows for name, value in row.items() if not name.endswith("_se") and "distinct" not in name and name != "checkpoint")
+        # noqa: E731
+        odd = lambda value: value is None or (isinstance(value, float) and not math.isfinite(value))
+        return sum(
+            odd(value)
+            for row in self.rows
+            for name, value in row.items()
+            if not name.endswith("_se") and "distinct" not in name and name != "checkpoint"
+        )
 
     def frontier(self) -> list[tuple[float, float, float]]:
-        """(KL, reward, examples) of every evaluation that sampled at temperature 1 (the KL is that of what was sampled)."""
+        """(KL, reward, examples) of every evaluation that sampled at temperature 1 (the KL is that
+        of what was sampled)."""
         names = ("samples_eval/kl", "samples_eval/policy_reward", "examples")
-        rows = [row for row in self.rows if row.get("split") == "eval" and row.get("temperature", self.config.get("temperature", 1.0)) == 1.0]
-        return [tuple(row[n] for n in names) for row in rows if all(is_number(row.get(n)) for n in names)]
+        rows = [
+            row
+            for row in self.rows
+            if row.get("split") == "eval"
+            and row.get("temperature", self.config.get("temperature", 1.0)) == 1.0
+        ]
+        return [
+            tuple(row[n] for n in names)
+            for row in rows
+            if all(is_number(row.get(n)) for n in names)
+        ]
 
     def latest(self) -> dict:
-        """The summary of a finished run, or the same numbers from the last evaluation of a running one."""
+        """The summary of a finished run, or the same numbers from the last evaluation of a running
+        one."""
         if self.summary:
             return self.summary
         evals = [row for row in self.rows if row.get("split") == "eval"]
         last = evals[-1] if evals else {}
-        found = {key.removeprefix("samples_eval/"): value for key, value in last.items() if key.startswith("samples_eval/")}
+        found = {
+            key.removeprefix("samples_eval/"): value
+            for key, value in last.items()
+            if key.startswith("samples_eval/")
+        }
         trained = [row for row in self.rows if row.get("split") == "train"]
         found["pairs_per_second"] = trained[-1].get("examples_per_second") if trained else None
-        return found | {"eval_accuracy": last.get("rewards_eval/accuracies"), "eval_loss": last.get("loss/eval"), "examples": last.get("examples")}
+        return found | {
+            "eval_accuracy": last.get("rewards_eval/accuracies"),
+            "eval_loss": last.get("loss/eval"),
+            "examples": last.get("examples"),
+        }
 
     def samples(self) -> list[dict]:
         """Samples of the last evaluation, or of all evaluations of checkpoints."""
@@ -139,11 +188,14 @@ def _alive(pid) -> bool:
 
 
 def find_runs(folder: Path) -> tuple[list[Run], list[str]]:
-    """Run folders below `folder` (those with a config.yaml and a metrics.jsonl or a status.json), and what is wrong with others."""
+    """Run folders below `folder` (those with a config.yaml and a metrics.jsonl or a status.json),
+    and what is wrong with others."""
     runs, problems = [], []
     for path in sorted(folder.rglob("config.yaml")):
         home = path.parent
-        if any(part.startswith(".") for part in home.relative_to(folder).parts) or not ((home / "metrics.jsonl").is_file() or (home / "status.json").is_file()):
+        if any(part.startswith(".") for part in home.relative_to(folder).parts) or not (
+            (home / "metrics.jsonl").is_file() or (home / "status.json").is_file()
+        ):
             continue
         try:
             runs.append(Run(home))
@@ -152,21 +204,31 @@ def find_runs(folder: Path) -> tuple[list[Run], list[str]]:
     return runs, problems
 
 
-# ------------------------------------------------------------------------------------------------- groups of runs
+# ----------------------------------------------------------------------------------- groups of runs
 
 
 def flatten(tree: dict, prefix: str = "") -> dict:
     flat = {}
     for key, value in tree.items():
-        flat |= flatten(value, f"{prefix}{key}.") if isinstance(value, dict) else {f"{prefix}{key}": value}
+        flat |= (
+            flatten(value, f"{prefix}{key}.")
+            if isinstance(value, dict)
+            else {f"{prefix}{key}": value}
+        )
     return flat
 
 
 def differing_settings(runs: list[Run]) -> list[str]:
-    """Dotted keys whose values differ among the runs that have them, the loss first; seeds are aggregated over."""
+    """Dotted keys whose values differ among the runs that have them, the loss first; seeds are
+    aggregated over."""
     flat = [flatten(run.config) for run in runs]
     keys = sorted({key for f in flat for key in f}, key=lambda key: (key != "loss.name", key))
-    return [key for key in keys if key.split(".")[0] not in NOT_SETTINGS and len({str(f[key]) for f in flat if key in f}) > 1] or ["loss.name"]
+    return [
+        key
+        for key in keys
+        if key.split(".")[0] not in NOT_SETTINGS
+        and len({str(f[key]) for f in flat if key in f}) > 1
+    ] or ["loss.name"]
 
 
 class Group:
@@ -182,7 +244,12 @@ class Group:
     @property
     def family(self) -> str:
         """All of the settings but beta, along which a frontier runs."""
-        return label({"loss.name": self.runs[0].loss, **{key: value for key, value in self.settings.items() if key != "loss.beta"}})
+        return label(
+            {
+                "loss.name": self.runs[0].loss,
+                **{key: value for key, value in self.settings.items() if key != "loss.beta"},
+            }
+        )
 
     @property
     def state(self) -> str:
@@ -193,7 +260,8 @@ class Group:
         return f"{finished} of {len(self.runs)} finished, {' and '.join(others)}"
 
     def by_seed(self, name: str) -> dict[str, float]:
-        """The final value of each seed that has one; of several runs with one seed, their mean: they are no further evidence."""
+        """The final value of each seed that has one; of several runs with one seed, their mean:
+        they are no further evidence."""
         values = defaultdict(list)
         for run in self.runs:
             if is_number(value := run.latest().get(name)):
@@ -202,8 +270,13 @@ class Group:
 
 
 def label(settings: dict[str, str]) -> str:
-    """`dpo beta=0.1`: the loss by its name, other settings with the last part of theirs; what a loss does not have is left out."""
-    parts = [value if key == "loss.name" else f"{key.removeprefix('loss.')}={value}" for key, value in settings.items() if value != "-"]
+    """`dpo beta=0.1`: the loss by its name, other settings with the last part of theirs; what a
+    loss does not have is left out."""
+    parts = [
+        value if key == "loss.name" else f"{key.removeprefix('loss.')}={value}"
+        for key, value in settings.items()
+        if value != "-"
+    ]
     return " ".join(parts)
 
 
@@ -211,14 +284,18 @@ def group_runs(runs: list[Run], keys: list[str]) -> list[Group]:
     groups: dict[tuple, list[Run]] = defaultdict(list)
     for run in runs:
         groups[tuple(run.setting(key) for key in keys)].append(run)
-    return [Group(dict(zip(keys, values)), members) for values, members in sorted(groups.items(), key=lambda item: str(item[0]))]
+    return [
+        Group(dict(zip(keys, values)), members)
+        for values, members in sorted(groups.items(), key=lambda item: str(item[0]))
+    ]
 
 
-# ----------------------------------------------------------------------------------------------------- statistics
+# --------------------------------------------------------------------------------------- statistics
 
 
 def bootstrap(values: Iterable[float], seed: int = 0) -> tuple[float, float] | tuple[None, None]:
-    """95% percentile interval of the mean, from 10,000 resamples; None for less than two values. Coarse for a few seeds."""
+    """95% percentile interval of the mean, from 10,000 resamples; None for less than two values.
+    Coarse for a few seeds."""
     values = np.asarray(list(values), dtype=float)
     if len(values) < 2:
         return None, None
@@ -228,7 +305,8 @@ def bootstrap(values: Iterable[float], seed: int = 0) -> tuple[float, float] | t
 
 
 def paired_difference(ours: dict[str, float], theirs: dict[str, float]) -> dict | None:
-    """Of two groups, over the seeds that both have: mean difference, its standard error, bootstrap interval and seeds."""
+    """Of two groups, over the seeds that both have: mean difference, its standard error, bootstrap
+    interval and seeds."""
     seeds = sorted(ours.keys() & theirs.keys())
     differences = [ours[seed] - theirs[seed] for seed in seeds]
     if not differences:
@@ -241,7 +319,8 @@ def paired_difference(ours: dict[str, float], theirs: dict[str, float]) -> dict 
 def envelope(points: Iterable[tuple[float, float]], at: Iterable[float]) -> list[float | None]:
     """The best reward reached at each KL of `at`, from (KL, reward) points.
 
-    The running maximum of the reward over KL, linear between points; None outside of the points' KL.
+    The running maximum of the reward over KL, linear between points; None outside of the points'
+    KL.
     """
     points = sorted(points)
     if not points:

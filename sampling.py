@@ -1,4 +1,5 @@
-"""Samples from a policy. The k-th sample of a prompt depends on (seed, prompt, k) alone, not on the batch it was in."""
+"""Samples from a policy. The k-th sample of a prompt depends on (seed, prompt, k) alone, not on the
+batch it was in."""
 
 import contextlib
 import functools
@@ -16,14 +17,21 @@ from logprobs import Scorer
 
 
 class InverseCDF(LogitsProcessor):
-    """Chooses each next token from one uniform number: the first token at which the cumulative probability exceeds it.
+    """Chooses each next token from one uniform number: the first token at which the cumulative
+    probability exceeds it.
 
-    All logits but the chosen token's become -inf, so that greedy decoding takes it. uniforms: (rows, steps) in [0, 1).
-    temperature 0 is greedy. top_p: the smallest set of most likely tokens that holds this much probability.
+    All logits but the chosen token's become -inf, so that greedy decoding takes it. uniforms:
+    (rows, steps) in [0, 1). temperature 0 is greedy. top_p: the smallest set of most likely tokens
+    that holds this much probability.
     """
 
     def __init__(self, uniforms: Tensor, temperature: float, top_p: float, prompt_width: int):
-        self.uniforms, self.temperature, self.top_p, self.prompt_width = uniforms, temperature, top_p, prompt_width
+        self.uniforms, self.temperature, self.top_p, self.prompt_width = (
+            uniforms,
+            temperature,
+            top_p,
+            prompt_width,
+        )
 
     def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
         if self.temperature == 0:
@@ -37,7 +45,8 @@ class InverseCDF(LogitsProcessor):
         cumulative = probabilities.cumsum(-1, dtype=torch.float64)
         total = cumulative[:, -1:]
         u = self.uniforms[:, input_ids.shape[1] - self.prompt_width, None].to(cumulative)
-        # Rounding can put u * total on the last edge; the last token with any probability is then meant.
+        # Rounding can put u * total on the last edge; the last token with any probability is then
+        # meant.
         below = torch.minimum(u * total, torch.nextafter(total, torch.zeros_like(total)))
         chosen = torch.searchsorted(cumulative, below, right=True)
         if order is not None:
@@ -62,17 +71,35 @@ def sample(
 ) -> list[list[int]]:
     """One response a prompt, as token ids, with its EOS when it ended within `max_new_tokens`.
 
-    keys: a number, or two, for each prompt; equal (seed, key) draw equal random numbers. Prompts are batched by length and
-    spread over the ranks; every rank gets all responses.
+    keys: a number, or two, for each prompt; equal (seed, key) draw equal random numbers. Prompts
+    are batched by length and spread over the ranks; every rank gets all responses.
     """
     order = sorted(range(len(prompts)), key=lambda i: (len(prompts[i]), i))
-    bar = tqdm(total=len(prompts), desc=description, unit=" samples", leave=False, delay=1.0, disable=world.no_bar)
+    bar = tqdm(
+        total=len(prompts),
+        desc=description,
+        unit=" samples",
+        leave=False,
+        delay=1.0,
+        disable=world.no_bar,
+    )
     mine = []
     with _packed(policy):
         for rows, n_real in world.batches(order, batch_size):
-            uniforms = np.stack([np.random.default_rng([seed, *np.atleast_1d(keys[i])]).random(max_new_tokens) for i in rows])
+            uniforms = np.stack(
+                [
+                    np.random.default_rng([seed, *np.atleast_1d(keys[i])]).random(max_new_tokens)
+                    for i in rows
+                ]
+            )
             generated = _generate(
-                policy, tokenizer, [prompts[i] for i in rows], torch.from_numpy(uniforms), temperature, top_p, in_step=world.size > 1
+                policy,
+                tokenizer,
+                [prompts[i] for i in rows],
+                torch.from_numpy(uniforms),
+                temperature,
+                top_p,
+                in_step=world.size > 1,
             )
             mine += list(zip(rows, generated))[:n_real]
             bar.update(n_real * world.data_ranks)
@@ -81,7 +108,16 @@ def sample(
     return [responses[i] for i in range(len(prompts))]
 
 
-def _generate(policy: Scorer, tokenizer, prompts, uniforms: Tensor, temperature: float, top_p: float, *, in_step: bool) -> list[list[int]]:
+def _generate(
+    policy: Scorer,
+    tokenizer,
+    prompts,
+    uniforms: Tensor,
+    temperature: float,
+    top_p: float,
+    *,
+    in_step: bool,
+) -> list[list[int]]:
     width, device = max(map(len, prompts)), policy.device
     input_ids = torch.full((len(prompts), width), tokenizer.pad_token_id)
     mask = torch.zeros_like(input_ids)
@@ -105,7 +141,8 @@ def _generate(policy: Scorer, tokenizer, prompts, uniforms: Tensor, temperature:
 
 @contextlib.contextmanager
 def _evaluating(model):
-    """Out of training mode, in which layers with activation checkpointing take no cache and would see one token alone."""
+    """Out of training mode, in which layers with activation checkpointing take no cache and would
+    see one token alone."""
     training = model.training
     model.eval()
     try:
@@ -115,15 +152,21 @@ def _evaluating(model):
 
 
 class _GrowingLayer(DynamicLayer):
-    """Keys and values of a layer in memory that doubles when it is full, where the library's copies all for each token."""
+    """Keys and values of a layer in memory that doubles when it is full, where the library's copies
+    all for each token."""
 
-    def update(self, key_states: Tensor, value_states: Tensor, *args, **kwargs) -> tuple[Tensor, Tensor]:
+    def update(
+        self, key_states: Tensor, value_states: Tensor, *args, **kwargs
+    ) -> tuple[Tensor, Tensor]:
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
             self.length, self.room = 0, None
         end = self.length + key_states.shape[-2]
         if self.room is None or end > self.room[0].shape[-2]:
-            grown = [states.new_empty(*states.shape[:-2], max(64, 2 * end), states.shape[-1]) for states in (key_states, value_states)]
+            grown = [
+                states.new_empty(*states.shape[:-2], max(64, 2 * end), states.shape[-1])
+                for states in (key_states, value_states)
+            ]
             for new, old in zip(grown, (self.keys, self.values) if self.length else ()):
                 new[..., : self.length, :] = old
             self.room = grown
@@ -135,7 +178,8 @@ class _GrowingLayer(DynamicLayer):
 
 
 def _cache(model: nn.Module) -> dict:
-    """A cache of growing layers for models whose layers all keep everything; others choose their own."""
+    """A cache of growing layers for models whose layers all keep everything; others choose their
+    own."""
     standard = DynamicCache(config=model.config)
     if any(type(layer) is not DynamicLayer for layer in standard.layers):
         return {}
@@ -145,17 +189,31 @@ def _cache(model: nn.Module) -> dict:
 
 @contextlib.contextmanager
 def _packed(policy: Scorer):
-    """Inside, linear layers of a float32 model on a CPU have their weights in the order in which oneDNN wants them.
+    """Inside, linear layers of a float32 model on a CPU have their weights in the order in which
+    oneDNN wants them.
 
-    A decoding step multiplies them with a few rows only, which takes plain weights up to three times as long. It costs a
-    second copy of the weights, and nothing where the model is placed over ranks or devices.
+    A decoding step multiplies them with a few rows only, which takes plain weights up to three
+    times as long. It costs a second copy of the weights, and nothing where the model is placed over
+    ranks or devices.
     """
     model, changed = policy.causal_lm, []
-    usable = policy.placed_on is None and policy.autocast is None and torch.backends.mkldnn.is_available()
+    usable = (
+        policy.placed_on is None
+        and policy.autocast is None
+        and torch.backends.mkldnn.is_available()
+    )
     try:
         for module in model.modules() if usable else ():
-            if type(module) in (nn.Linear, Conv1D) and module.weight.device.type == "cpu" and module.weight.dtype == torch.float32:
-                weight = module.weight.detach().t() if isinstance(module, Conv1D) else module.weight.detach()
+            if (
+                type(module) in (nn.Linear, Conv1D)
+                and module.weight.device.type == "cpu"
+                and module.weight.dtype == torch.float32
+            ):
+                weight = (
+                    module.weight.detach().t()
+                    if isinstance(module, Conv1D)
+                    else module.weight.detach()
+                )
                 packed = torch.ops.mkldnn._reorder_linear_weight(weight.contiguous())
                 module.forward = functools.partial(_packed_linear, packed, module.bias)
                 changed.append(module)

@@ -1,12 +1,15 @@
-"""Entry point: a service that scores responses and, with a discriminator, buys labels and learns from them as D2PO does.
+"""Entry point: a service that scores responses and, with a discriminator, buys labels and learns
+from them as D2PO does.
 
-    python serve_reward.py reward=bagofwords online.discriminator=bradley_terry online.discriminator_path=RM port=5007 local_run_dir=STATE
-    python train.py function=online reward=http reward.url=http://127.0.0.1:5007
+    python serve_reward.py reward=bagofwords online.discriminator=bradley_terry
+    online.discriminator_path=RM port=5007 local_run_dir=STATE python train.py function=online
+    reward=http reward.url=http://127.0.0.1:5007
 
-POST /predict scores, POST /train scores, labels and learns (rewards.py says what both are sent and answer), GET /health and GET
-/state tell how it is. Requests are worked on one after the other. Everything it has bought, learnt and answered is in STATE:
-started again with the same command it goes on. It listens to this machine alone unless `host` says otherwise, and asks for
-a bearer token where the environment variable REWARD_TOKEN is set.
+POST /predict scores, POST /train scores, labels and learns (rewards.py says what both are sent and
+answer), GET /health and GET /state tell how it is. Requests are worked on one after the other.
+Everything it has bought, learnt and answered is in STATE: started again with the same command it
+goes on. It listens to this machine alone unless `host` says otherwise, and asks for a bearer token
+where the environment variable REWARD_TOKEN is set.
 """
 
 import asyncio
@@ -50,7 +53,11 @@ from utils import (
     in_use,
 )
 
-MOST_TEXTS, MOST_CHARACTERS, MOST_BYTES = 4096, 200_000, 2**26  # of a request, of a text, of a request
+MOST_TEXTS, MOST_CHARACTERS, MOST_BYTES = (
+    4096,
+    200_000,
+    2**26,
+)  # of a request, of a text, of a request
 MOST_WAITING = 64  # requests; further ones are told to come back later
 
 
@@ -73,8 +80,9 @@ class Train(BaseModel):
 class Service:
     """What is behind the address: a labeller, and its state in `folder`.
 
-    state.json, written after each request, names the discriminator's step that goes with it; a kill between the two leaves the
-    request undone, and the labels it bought in the ledger for when it comes again.
+    state.json, written after each request, names the discriminator's step that goes with it; a kill
+    between the two leaves the request undone, and the labels it bought in the ledger for when it
+    comes again.
     """
 
     def __init__(self, config: DictConfig, folder: Path):
@@ -83,7 +91,9 @@ class Service:
         self.state = {"requests": 0, "steps": 0, "labels": {}}
         if (path := folder / "state.json").is_file():
             self.state = json.loads(path.read_text(encoding="utf-8"))
-        self.answers = self._known_answers()  # by id, for clients that did not get them, or start again
+        self.answers = (
+            self._known_answers()
+        )  # by id, for clients that did not get them, or start again
         for later in folder.glob("step-*"):
             if int(later.name.removeprefix("step-")) > self.state["steps"]:
                 shutil.rmtree(later)
@@ -110,23 +120,49 @@ class Service:
     def predict(self, prompts: list[str], responses: list[str]) -> list[float]:
         if self.discriminator is None:
             return self.score(prompts, responses)
-        return [score for [score] in self.discriminator.score_responses(prompts, [[response] for response in responses])]
+        return [
+            score
+            for [score] in self.discriminator.score_responses(
+                prompts, [[response] for response in responses]
+            )
+        ]
 
     def train(self, request: Train) -> dict:
         """Labels of the responses; the same answer for the same id."""
         if request.id in self.answers:
             return self.answers[request.id]
         number = self.state["requests"] + 1
-        keys = [content_hash(prompt, *texts) for prompt, texts in zip(request.prompts, request.responses)]
+        keys = [
+            content_hash(prompt, *texts)
+            for prompt, texts in zip(request.prompts, request.responses)
+        ]
         none = [[] for _ in keys]
-        rollouts = Rollouts(number, keys, request.prompts, none, request.responses, [[[] for _ in texts] for texts in request.responses])
+        rollouts = Rollouts(
+            number,
+            keys,
+            request.prompts,
+            none,
+            request.responses,
+            [[[] for _ in texts] for texts in request.responses],
+        )
         k = self.config.online.responses_per_prompt
         if self.discriminator is None and len(request.responses[0]) != k:
-            raise DataError(f"{len(request.responses[0])} responses of each prompt, and this service labels {k}; start it with online.responses_per_prompt={len(request.responses[0])}")
+            raise DataError(
+                f"{len(request.responses[0])} responses of each prompt, and this service labels"
+                f" {k}; start it with online.responses_per_prompt={len(request.responses[0])}"
+            )
         if (room := self.labeller.room(number)) is not None and room < len(keys):
-            raise DataError(f"{len(keys)} pairs are to be labelled, and the budget of {self.config.online.budget} labels has room for {room}")
+            raise DataError(
+                f"{len(keys)} pairs are to be labelled, and the budget of"
+                f" {self.config.online.budget} labels has room for {room}"
+            )
         labels = self.labeller.label(rollouts)
-        answer = {"scores": labels.scores, "pairs": labels.pairs, "labels_bought": self.labeller.bought_until(number), "room": self.labeller.room(number + 1)}
+        answer = {
+            "scores": labels.scores,
+            "pairs": labels.pairs,
+            "labels_bought": self.labeller.bought_until(number),
+            "room": self.labeller.room(number + 1),
+        }
         self._save(number, request.id, answer)
         return answer
 
@@ -150,7 +186,13 @@ class Service:
         online, state = self.config.online, self.state
         bought = self.labeller.bought_until(state["requests"])
         pool = len(state["labels"].get("pool", ()))
-        return {"requests": state["requests"], "labels_bought": bought, "budget": online.budget, "pool": pool, "discriminator_steps": state["steps"]}
+        return {
+            "requests": state["requests"],
+            "labels_bought": bought,
+            "budget": online.budget,
+            "pool": pool,
+            "discriminator_steps": state["steps"],
+        }
 
 
 def make_app(service: Service, token: str | None) -> FastAPI:
@@ -177,7 +219,11 @@ def make_app(service: Service, token: str | None) -> FastAPI:
     @app.post("/predict")
     async def predict(request: Predict):
         if len(request.prompts) != len(request.responses):
-            return refuse(422, f"{len(request.prompts)} prompts and {len(request.responses)} responses, expected as many")
+            return refuse(
+                422,
+                f"{len(request.prompts)} prompts and {len(request.responses)} responses, expected"
+                " as many",
+            )
         if too_long := _too_long([*request.prompts, *request.responses]):
             return refuse(422, too_long)
         scores = await work(service.predict, request.prompts, request.responses)
@@ -187,14 +233,23 @@ def make_app(service: Service, token: str | None) -> FastAPI:
     async def train(request: Train):
         sizes = {len(texts) for texts in request.responses}
         if len(request.prompts) != len(request.responses) or len(sizes) != 1 or min(sizes) < 2:
-            return refuse(422, "expected a list of two or more responses for each prompt, of each equally many")
-        if too_long := _too_long([*request.prompts, *(text for texts in request.responses for text in texts)]):
+            return refuse(
+                422,
+                "expected a list of two or more responses for each prompt, of each equally many",
+            )
+        if too_long := _too_long(
+            [*request.prompts, *(text for texts in request.responses for text in texts)]
+        ):
             return refuse(422, too_long)
         return await work(service.train, request)
 
     @app.get("/health")
     async def health():
-        return {"ok": True, "reward": service.config.reward.name, "discriminator": service.discriminator is not None and service.discriminator.loss.name}
+        return {
+            "ok": True,
+            "reward": service.config.reward.name,
+            "discriminator": service.discriminator is not None and service.discriminator.loss.name,
+        }
 
     @app.get("/state")
     async def state():
@@ -214,9 +269,13 @@ def _guard(app: FastAPI, token: str | None) -> None:
     async def guard(request: Request, call_next):
         given = request.headers.get("authorization", "")
         if token and not hmac.compare_digest(given.encode(), f"Bearer {token}".encode()):
-            return refuse(401, "a bearer token is wanted: set REWARD_TOKEN for the client as for the service")
+            return refuse(
+                401, "a bearer token is wanted: set REWARD_TOKEN for the client as for the service"
+            )
         size = request.headers.get("content-length")
-        if request.method == "POST" and (size is None or not size.isdigit() or int(size) > MOST_BYTES):
+        if request.method == "POST" and (
+            size is None or not size.isdigit() or int(size) > MOST_BYTES
+        ):
             return refuse(413, f"a request is to say its length, of at most {MOST_BYTES:,} bytes")
         return await call_next(request)
 
@@ -227,7 +286,10 @@ def _guard(app: FastAPI, token: str | None) -> None:
 
     @app.exception_handler(HTTPException)
     async def unknown(_, error: HTTPException):
-        return refuse(error.status_code, f"{error.detail}; there are POST /predict, POST /train, GET /health, GET /state")
+        return refuse(
+            error.status_code,
+            f"{error.detail}; there are POST /predict, POST /train, GET /health, GET /state",
+        )
 
     @app.exception_handler(Exception)
     async def unforeseen(_, error: Exception):
@@ -236,7 +298,11 @@ def _guard(app: FastAPI, token: str | None) -> None:
 
 def _too_long(texts: list[str]) -> str | None:
     longest = max(map(len, texts), default=0)
-    return f"a text has {longest:,} characters, at most {MOST_CHARACTERS:,} are taken" if longest > MOST_CHARACTERS else None
+    return (
+        f"a text has {longest:,} characters, at most {MOST_CHARACTERS:,} are taken"
+        if longest > MOST_CHARACTERS
+        else None
+    )
 
 
 def main() -> None:
@@ -260,8 +326,16 @@ def run(config: DictConfig) -> None:
             service = Service(config, folder)
             with atomic_write(folder / "config.yaml") as f:
                 f.write(OmegaConf.to_yaml(config, resolve=True))
-            print(f"{config.reward.name} at http://{config.host}:{config.port}, state in {folder}", flush=True)
-            uvicorn.run(make_app(service, os.environ.get("REWARD_TOKEN")), host=config.host, port=config.port, log_level="warning")
+            print(
+                f"{config.reward.name} at http://{config.host}:{config.port}, state in {folder}",
+                flush=True,
+            )
+            uvicorn.run(
+                make_app(service, os.environ.get("REWARD_TOKEN")),
+                host=config.host,
+                port=config.port,
+                log_level="warning",
+            )
     except PrefLabError as error:
         fail(error)
 
@@ -269,9 +343,17 @@ def run(config: DictConfig) -> None:
 def _same_service(before: DictConfig, config: DictConfig, folder: Path) -> None:
     """A ledger and a discriminator go on under the gold and the settings they came from."""
     for key in ("reward", "online.discriminator", "online.discriminator_path"):
-        was, now = (OmegaConf.to_container(OmegaConf.create({"value": OmegaConf.select(c, key)}), resolve=True)["value"] for c in (before, config))
+        was, now = (
+            OmegaConf.to_container(
+                OmegaConf.create({"value": OmegaConf.select(c, key)}), resolve=True
+            )["value"]
+            for c in (before, config)
+        )
         if was != now:
-            raise ConfigError(f"{key} was {was} and is now {now}: {folder} holds the state of another service; take another local_run_dir")
+            raise ConfigError(
+                f"{key} was {was} and is now {now}: {folder} holds the state of another service;"
+                " take another local_run_dir"
+            )
 
 
 if __name__ == "__main__":

@@ -36,12 +36,17 @@ from report import write_report
 from trainers import TRAINERS, Stopped
 from utils import DataError, PrefLabError, atomic_write
 
-register_resolvers()  # here and not in main(): hydra's launchers import this module in processes of their own
+# here and not in main(): hydra's launchers import this module in processes of their own
+register_resolvers()
 
 
 def main() -> None:
-    # Our launcher settings carry the name of hydra's own, on purpose: it is the name that users know.
-    warnings.filterwarnings("ignore", message="(?s).*hydra/launcher/submitit_slurm' is validated against ConfigStore schema")
+    # Our launcher settings carry the name of hydra's own, on purpose: it is the name that users
+    # know.
+    warnings.filterwarnings(
+        "ignore",
+        message="(?s).*hydra/launcher/submitit_slurm' is validated against ConfigStore schema",
+    )
     try:
         check_overrides(sys.argv[1:])
         world()  # ranks meet before hydra asks them for a folder
@@ -70,12 +75,16 @@ def run(config: DictConfig) -> None:
         raise SystemExit(1) from None
     except Stopped as stopped:
         if world().rank == 0:
-            print(f"stopped by {stopped}; the same command, or resume={run_dir}, continues", file=sys.stderr)
+            print(
+                f"stopped by {stopped}; the same command, or resume={run_dir}, continues",
+                file=sys.stderr,
+            )
         _leave_with(128 + stopped.signum, stop)
 
 
 def _leave_with(code: int, stop: StopSignals) -> None:
-    """End a run that saved itself, rank 0 last: srun's code must be its, and not that of a rank killed on its way out."""
+    """End a run that saved itself, rank 0 last: srun's code must be its, and not that of a rank
+    killed on its way out."""
     rank = world().rank
     leave()
     stop.hand_over()
@@ -87,15 +96,20 @@ def _leave_with(code: int, stop: StopSignals) -> None:
 
 
 def execute(config: DictConfig, run_dir: Path, stop: StopSignals | None = None) -> dict:
-    """Run a composed config in `run_dir`, on the ranks there are or on workers of its own; returns the summary.
+    """Run a composed config in `run_dir`, on the ranks there are or on workers of its own; returns
+    the summary.
 
-    Rank 0 prints the table. Raises PrefLabError before any model loads for what cannot work, Stopped after a signal.
+    Rank 0 prints the table. Raises PrefLabError before any model loads for what cannot work,
+    Stopped after a signal.
     """
     ranks = world()
     stop = stop or StopSignals()
     loss, sources = ranks.first(lambda: check_config(config, TRAINERS))
     if before := ranks.agree(lambda: finished_like(config, config.skip_finished)):
-        print(f"skipped: {before} is a finished run with these settings (skip_finished={config.skip_finished})")
+        print(
+            f"skipped: {before} is a finished run with these settings"
+            f" (skip_finished={config.skip_finished})"
+        )
         if ranks.rank == 0:
             _remove_if_empty(run_dir)
         return json.loads((before / "summary.json").read_text(encoding="utf-8"))
@@ -112,17 +126,29 @@ def execute(config: DictConfig, run_dir: Path, stop: StopSignals | None = None) 
     if ranks.rank == 0:
         run_dir.mkdir(parents=True, exist_ok=True)
         if config.function in ("train", "online"):
-            (run_dir / "summary.json").unlink(missing_ok=True)  # what is there is not finished from here on
+            (run_dir / "summary.json").unlink(
+                missing_ok=True
+            )  # what is there is not finished from here on
         with atomic_write(run_dir / "config.yaml") as f:
             f.write(OmegaConf.to_yaml(OmegaConf.create(resolved)))
         with atomic_write(run_dir / "data.json") as f:
             json.dump({split: describe_data(stores[split]) for split in stores}, f)
         print(f"run folder: {run_dir}")
     with _told(run_dir, ranks.rank):
-        return _report(run_dir, _run_here_or_on_workers(config, resolved, run_dir, loss, tokenizer, data, stop))
+        return _report(
+            run_dir, _run_here_or_on_workers(config, resolved, run_dir, loss, tokenizer, data, stop)
+        )
 
 
-def _run_here_or_on_workers(config: DictConfig, resolved: dict, run_dir: Path, loss, tokenizer, data: dict, stop: StopSignals) -> dict:
+def _run_here_or_on_workers(
+    config: DictConfig,
+    resolved: dict,
+    run_dir: Path,
+    loss,
+    tokenizer,
+    data: dict,
+    stop: StopSignals,
+) -> dict:
     workers = local_workers(config)
     if world().size == 1 and workers > 1:
         launch(work, workers, config.fsdp_port, (resolved, run_dir), stop)
@@ -134,7 +160,8 @@ def _run_here_or_on_workers(config: DictConfig, resolved: dict, run_dir: Path, l
 
 @contextlib.contextmanager
 def _told(run_dir: Path, rank: int):
-    """Keep in status.json whether the run is running, finished, stopped or failed, for those who look from outside."""
+    """Keep in status.json whether the run is running, finished, stopped or failed, for those who
+    look from outside."""
 
     def tell(state: str, **more) -> None:
         if rank == 0:
@@ -175,40 +202,66 @@ def _load(config: DictConfig, sources: dict, loss) -> tuple:
     return tokenizer, *load_data(config, sources, tokenizer, loss)
 
 
-def _train_or_evaluate(config: DictConfig, run_dir: Path, loss, tokenizer, data: dict, stop: StopSignals) -> dict:
+def _train_or_evaluate(
+    config: DictConfig, run_dir: Path, loss, tokenizer, data: dict, stop: StopSignals
+) -> dict:
     """The summary of what this rank takes part in."""
     ranks = world()
     ranks.peers = config.tensor_parallel_size if config.trainer == "FSDPTrainer" else 1
     wandb_run = None
     if not config.debug and ranks.rank == 0:
         with sheltered():
-            wandb_run = start_wandb(config.wandb, run_dir, OmegaConf.to_container(config, resolve=True))
+            wandb_run = start_wandb(
+                config.wandb, run_dir, OmegaConf.to_container(config, resolve=True)
+            )
     if config.function == "eval":
         left = ranks.agree(lambda: pending(config, run_dir))
         config = OmegaConf.merge(config, {"model": {"archive": left[0][0].source}})
     kind = TRAINERS[config.trainer]
     kind = online_trainer(kind) if config.function == "online" else kind
-    trainer = kind(config, run_dir, loss, tokenizer, data, world=ranks, wandb_run=wandb_run, stop=stop)
+    trainer = kind(
+        config, run_dir, loss, tokenizer, data, world=ranks, wandb_run=wandb_run, stop=stop
+    )
     if config.function == "eval":
         trainer.evaluate_checkpoints(left)
         return trainer.summarize()
     return trainer.train()
 
 
-def load_data(config: DictConfig, sources: dict, tokenizer, loss) -> tuple[dict[str, list[TokenStore]], dict]:
-    """Tokenise every split (or map it from the cache), print its counts, and check that it holds what the loss reads."""
-    lengths = dict(max_length=config.max_length, max_prompt_length=config.max_prompt_length, cache_dir=config.cache_dir)
-    stores = {split: [prepare(source, tokenizer, **lengths) for source in sources[split]] for split in sources}
+def load_data(
+    config: DictConfig, sources: dict, tokenizer, loss
+) -> tuple[dict[str, list[TokenStore]], dict]:
+    """Tokenise every split (or map it from the cache), print its counts, and check that it holds
+    what the loss reads."""
+    lengths = dict(
+        max_length=config.max_length,
+        max_prompt_length=config.max_prompt_length,
+        cache_dir=config.cache_dir,
+    )
+    stores = {
+        split: [prepare(source, tokenizer, **lengths) for source in sources[split]]
+        for split in sources
+    }
     for store in (store for split in stores.values() for store in split):
         print(counts_line(store.counts))
     name = ", ".join(config.datasets)
-    alone = config.function == "online" or any(source.only_prompts for split in sources.values() for source in split)
-    data = {split: PreferenceData(stores[split], "prompts" if alone else loss.examples, f"{name} ({split})") for split in stores}
+    alone = config.function == "online" or any(
+        source.only_prompts for split in sources.values() for source in split
+    )
+    data = {
+        split: PreferenceData(
+            stores[split], "prompts" if alone else loss.examples, f"{name} ({split})"
+        )
+        for split in stores
+    }
     for split in data:
         if not alone and (told := data[split].check_for(loss)):
             print(f"{split}: {told}")
         if split == "train" and len(data[split]) < (ranks := data_ranks(config, world())):
-            raise DataError(f"datasets={list(config.datasets)} ({split}) holds {len(data[split])} examples for {ranks} ranks; start fewer")
+            raise DataError(
+                f"datasets={list(config.datasets)} ({split}) holds {len(data[split])} examples for"
+                f" {ranks} ranks; start fewer"
+            )
     return stores, data
 
 
@@ -219,7 +272,7 @@ def _report(run_dir: Path, summary: dict) -> dict:
     return summary
 
 
-# --------------------------------------------------------------------------------------------------- run folders
+# -------------------------------------------------------------------------------------- run folders
 
 
 def _saved_config(config: DictConfig, run_dir: Path) -> DictConfig:
@@ -231,16 +284,23 @@ def _saved_config(config: DictConfig, run_dir: Path) -> DictConfig:
     for override in HydraConfig.get().overrides.task:
         key = override.split("=")[0].lstrip("+")
         if key in ("model", "loss", "reward", "experiment"):
-            raise PrefLabError(f"resume={run_dir} keeps the {key} it was started with; leave {override} out")
+            raise PrefLabError(
+                f"resume={run_dir} keeps the {key} it was started with; leave {override} out"
+            )
         OmegaConf.update(saved, key, OmegaConf.select(config, key))
     return saved
 
 
 def _run_dir_for(config: DictConfig, run_dir: Path) -> Path:
-    """`run_dir`, or for an evaluation a folder inside it when another run lives there; one that was cut short goes on."""
+    """`run_dir`, or for an evaluation a folder inside it when another run lives there; one that was
+    cut short goes on."""
     if config.function == "eval":
         folders = itertools.chain([run_dir], (run_dir / f"eval-{n}" for n in itertools.count(1)))
-        return next(folder for folder in folders if not (folder / "config.yaml").exists() or _cut_short(folder, config))
+        return next(
+            folder
+            for folder in folders
+            if not (folder / "config.yaml").exists() or _cut_short(folder, config)
+        )
     path = run_dir / "config.yaml"
     if config.function in ("train", "online") and path.is_file():
         must_match(OmegaConf.load(path), config)
@@ -248,7 +308,9 @@ def _run_dir_for(config: DictConfig, run_dir: Path) -> Path:
 
 
 def _cut_short(folder: Path, config: DictConfig) -> bool:
-    return not (folder / "summary.json").exists() and same_settings(OmegaConf.load(folder / "config.yaml"), config)
+    return not (folder / "summary.json").exists() and same_settings(
+        OmegaConf.load(folder / "config.yaml"), config
+    )
 
 
 def _finished(config: DictConfig, run_dir: Path) -> dict | None:
@@ -257,7 +319,10 @@ def _finished(config: DictConfig, run_dir: Path) -> dict | None:
     if config.function not in ("train", "online") or not (summary.is_file() and saved.is_file()):
         return None
     before = OmegaConf.load(saved)
-    if any(OmegaConf.select(before, key) != OmegaConf.select(config, key) for key in ("n_epochs", "n_examples", "online.rounds", "online.budget")):
+    if any(
+        OmegaConf.select(before, key) != OmegaConf.select(config, key)
+        for key in ("n_epochs", "n_examples", "online.rounds", "online.budget")
+    ):
         return None
     return json.loads(summary.read_text(encoding="utf-8"))
 
@@ -270,7 +335,8 @@ def _remove_if_empty(folder: Path) -> None:
 
 if __name__ == "__main__":
     from train import (
-        main,  # so that functions belong to the module `train`, which launchers of jobs import by name
+        # so that functions belong to the module `train`, which launchers of jobs import by name
+        main,
     )
 
     main()

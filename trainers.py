@@ -1,4 +1,5 @@
-"""The training loop. No loss has a name here, and a trainer differs from another only in where its models live."""
+"""The training loop. No loss has a name here, and a trainer differs from another only in where its
+models live."""
 
 import gc
 import inspect
@@ -72,7 +73,10 @@ from reference import (
 from rewards import build_rewards
 from utils import PrefLabError, append_rows, atomic_write, seed_everything
 
-MEASURED = [f"samples_eval/{name}" for name in ("policy_length", "reference_length", "policy_ended", "entropy", "repetition")]  # also in summary.json
+MEASURED = [
+    f"samples_eval/{name}"
+    for name in ("policy_length", "reference_length", "policy_ended", "entropy", "repetition")
+]  # also in summary.json
 SHARD = "2GB"  # of the hf folder: a shard is in memory while it is written
 
 
@@ -91,29 +95,54 @@ class Stopped(Exception):
 
 
 def make_optimizer(config, parameters: list[torch.nn.Parameter]) -> torch.optim.Optimizer:
-    """An optimizer of torch.optim by its name there, in its fused form where it has one: one kernel instead of a dozen."""
+    """An optimizer of torch.optim by its name there, in its fused form where it has one: one kernel
+    instead of a dozen."""
     kind = getattr(torch.optim, config.optimizer)
     has_one = "fused" in inspect.signature(kind).parameters
     sharded = any(isinstance(p, DTensor) for p in parameters)  # of which only Adam's kernels know
-    on_gpu = any(p.device.type == "cuda" for p in parameters)  # where torch before 2.13 has none for Adagrad
+    on_gpu = any(
+        p.device.type == "cuda" for p in parameters
+    )  # where torch before 2.13 has none for Adagrad
     adam = config.optimizer in ("Adam", "AdamW")
-    fused = {"fused": True} if has_one and (adam or not sharded) and not (on_gpu and config.optimizer == "Adagrad") else {}
+    fused = (
+        {"fused": True}
+        if has_one and (adam or not sharded) and not (on_gpu and config.optimizer == "Adagrad")
+        else {}
+    )
     return kind(parameters, lr=config.lr, **fused)
 
 
 class BasicTrainer:
     """Trains in one process: on a CPU, on a GPU, or with the model's layers spread over several.
 
-    Every rank of a distributed trainer runs this same loop on its share of each batch; a subclass says where models live.
+    Every rank of a distributed trainer runs this same loop on its share of each batch; a subclass
+    says where models live.
     """
 
     def __init__(
-        self, config, run_dir: Path, loss: BoundLoss, tokenizer, data: dict[str, PreferenceData],
-        *, world: World = ALONE, wandb_run=None, stop: StopSignals | None = None,
-    ):  # fmt: skip
+        self,
+        config,
+        run_dir: Path,
+        loss: BoundLoss,
+        tokenizer,
+        data: dict[str, PreferenceData],
+        *,
+        world: World = ALONE,
+        wandb_run=None,
+        stop: StopSignals | None = None,
+    ):
         seed_everything(config.seed)
-        self.config, self.run_dir, self.loss, self.tokenizer, self.data, self.world = config, run_dir, loss, tokenizer, data, world
-        self.log = MetricLog(run_dir, wandb_run, config.minimum_log_interval_secs, writes=world.rank == 0)
+        self.config, self.run_dir, self.loss, self.tokenizer, self.data, self.world = (
+            config,
+            run_dir,
+            loss,
+            tokenizer,
+            data,
+            world,
+        )
+        self.log = MetricLog(
+            run_dir, wandb_run, config.minimum_log_interval_secs, writes=world.rank == 0
+        )
         self.counters = Counters()
         self.last_eval: dict | None = None
         self.best_accuracy = -1.0
@@ -131,8 +160,12 @@ class BasicTrainer:
         config = self.config
         return Loader(
             self.data["train"].groups,
-            batch_size=config.batch_size, seed=config.seed, n_epochs=config.n_epochs, n_examples=config.n_examples, order=config.order,
-        )  # fmt: skip
+            batch_size=config.batch_size,
+            seed=config.seed,
+            n_epochs=config.n_epochs,
+            n_examples=config.n_examples,
+            order=config.order,
+        )
 
     def _find_checkpoint(self) -> Path | None:
         return latest_checkpoint(self.run_dir)
@@ -141,30 +174,64 @@ class BasicTrainer:
         self.scalar = "scalar_head" in self.loss.reads  # such a model has no text to sample
         self.rewards = build_rewards(self.config) if samples(self.config, self.loss) else {}
         self.policy = self._build_policy(self.config.model)
-        self.layout, why = choose_layout(self.config, self.policy, self.world, pad_id=self.tokenizer.pad_token_id, last_tokens=self.scalar)
+        self.layout, why = choose_layout(
+            self.config,
+            self.policy,
+            self.world,
+            pad_id=self.tokenizer.pad_token_id,
+            last_tokens=self.scalar,
+        )
         reshard(self.policy.model)
         print(f"layout: {self.layout.name}" + (f" ({why})" if why else ""))
         cached = wants_cache(self.config, self.loss)
         wanted = is_built(self.config, self.loss) if self.training else not self.scalar
         self.reference = self._build_reference() if wanted else None
         if self.training and "reference" in self.loss.reads and not cached:
-            print(f"reference: runs in every step ({why_not_cached(self.config, self.loss) or 'reference.cache=false'})")
+            print(
+                "reference: runs in every step"
+                f" ({why_not_cached(self.config, self.loss) or 'reference.cache=false'})"
+            )
         if cached:
-            needed = {"train": self.loader.first_epoch(), "test": evaluation_order(self.data["test"].groups)[: self.config.n_eval_examples]}
-            attach_reference(self.config, self.data, needed, self._like_reference, self.layout, self._microbatch_tokens(), self.world)
+            needed = {
+                "train": self.loader.first_epoch(),
+                "test": evaluation_order(self.data["test"].groups)[: self.config.n_eval_examples],
+            }
+            attach_reference(
+                self.config,
+                self.data,
+                needed,
+                self._like_reference,
+                self.layout,
+                self._microbatch_tokens(),
+                self.world,
+            )
             reshard(self.policy.model)  # it may have stood in for the reference
-            gc.collect()  # or the reference is not needed any more, and some models hold on to themselves
+            # or the reference is not needed any more, and some models hold on to themselves
+            gc.collect()
 
     def _build_policy(self, model) -> Scorer:
-        return build_policy(model, scalar_head=self.scalar, trainable=self.training, checkpoint=self.checkpoint, place=self.place)
+        return build_policy(
+            model,
+            scalar_head=self.scalar,
+            trainable=self.training,
+            checkpoint=self.checkpoint,
+            place=self.place,
+        )
 
     def _build_reference(self) -> Scorer:
-        return build_reference(self.config.model, self.policy, training=self.training, place=self.place)
+        return build_reference(
+            self.config.model, self.policy, training=self.training, place=self.place
+        )
 
     def _like_reference(self) -> Scorer:
-        """The reference, or what equals it: the policy of a run that starts, with the adapter off if it has one."""
+        """The reference, or what equals it: the policy of a run that starts, with the adapter off
+        if it has one."""
         model = self.config.model
-        starts = self.checkpoint is None and not model.reference_archive and model.policy_dtype == model.reference_dtype
+        starts = (
+            self.checkpoint is None
+            and not model.reference_archive
+            and model.policy_dtype == model.reference_dtype
+        )
         if self.reference is None and starts and not model.lora.r:
             return self.policy
         return self.reference or self._build_reference()
@@ -174,7 +241,7 @@ class BasicTrainer:
 
     place = None  # where models go: a method (scorer, dtype) of the other trainers
 
-    # -------------------------------------------------------------------------------------------------- the loop
+    # ------------------------------------------------------------------------------------- the loop
 
     def train(self) -> dict:
         """Train to the end of the data, evaluating and saving on the way; returns the summary."""
@@ -187,7 +254,10 @@ class BasicTrainer:
         for examples, microbatches in self.loader.ahead(self._collate):
             self.train_step(examples, microbatches, bar)
             bar.update(len(examples))
-            if self._crossed(self.config.eval_every, len(examples)) or self.counters.examples == self.loader.total:
+            if (
+                self._crossed(self.config.eval_every, len(examples))
+                or self.counters.examples == self.loader.total
+            ):
                 self.evaluate()
             self.counters.seconds = time.perf_counter() - started
             if self._crossed(self.config.save_every or self.config.eval_every, len(examples)):
@@ -217,28 +287,48 @@ class BasicTrainer:
             interval = max(interval, 10.0)
         unit = f" {self.loss.examples}"
         return tqdm(
-            total=self.loader.total, initial=self.counters.examples, unit=unit, desc="train", mininterval=interval, disable=self.world.rank > 0
-        )  # fmt: skip
+            total=self.loader.total,
+            initial=self.counters.examples,
+            unit=unit,
+            desc="train",
+            mininterval=interval,
+            disable=self.world.rank > 0,
+        )
 
     def _collate(self, examples) -> list[tuple[Batch, int]]:
-        """This rank's microbatches of a step, and how many examples of each count: a rank with nothing left gets a stand-in."""
+        """This rank's microbatches of a step, and how many examples of each count: a rank with
+        nothing left gets a stand-in."""
         config, data = self.config, self.data["train"]
         budget = None if self.loss.couples_batch else self._microbatch_tokens()
-        [parts] = self.world.share(split_step(
-            data, examples, self.layout, ranks=self.world.data_ranks, at_least=config.gradient_accumulation_steps, tokens=budget,
-            grouping=config.length_grouping,
-        ))  # fmt: skip
-        return [(collate(data, part if len(part) else examples[:1], self.layout), len(part)) for part in parts]
+        [parts] = self.world.share(
+            split_step(
+                data,
+                examples,
+                self.layout,
+                ranks=self.world.data_ranks,
+                at_least=config.gradient_accumulation_steps,
+                tokens=budget,
+                grouping=config.length_grouping,
+            )
+        )
+        return [
+            (collate(data, part if len(part) else examples[:1], self.layout), len(part))
+            for part in parts
+        ]
 
     def train_step(self, examples, microbatches: list[tuple[Batch, int]], bar: tqdm) -> None:
-        """One optimizer step: the gradient of the mean loss over `examples`, however they are split over ranks and microbatches."""
+        """One optimizer step: the gradient of the mean loss over `examples`, however they are split
+        over ranks and microbatches."""
         begun = time.perf_counter()
         sums, n_tokens, losses, seen = Sums(), 0, [], []
         self._set_learning_rate()
         for batch, n_real in microbatches:
             batch = batch.to(self.policy.device)
-            output, metrics = compute_loss(self.loss, self.policy, self.reference, batch, self.data["train"], "train")
-            # Gradients come back as means over the data ranks; what is wanted is the mean over the examples of all of them.
+            output, metrics = compute_loss(
+                self.loss, self.policy, self.reference, batch, self.data["train"], "train"
+            )
+            # Gradients come back as means over the data ranks; what is wanted is the mean over the
+            # examples of all of them.
             (output.losses[:n_real].sum() * (self.world.data_ranks / len(examples))).backward()
             sums.add(metrics, n_real)
             losses.append(output.losses[:n_real].detach())
@@ -248,7 +338,9 @@ class BasicTrainer:
         if self._any_not_finite(grad_norm, torch.cat(losses)):
             self._stop_at_non_finite(examples, seen, torch.cat(losses))
         self.optimizer.step()
-        self.loss.keep(output)  # running means of losses that couple a batch, which is then one microbatch
+        self.loss.keep(
+            output
+        )  # running means of losses that couple a batch, which is then one microbatch
         self.state_bytes = self.state_bytes or self._measure_state()
         self.optimizer.zero_grad(set_to_none=True)
         self.counters.steps += 1
@@ -257,11 +349,28 @@ class BasicTrainer:
         self.profiler.step()
 
     def _measure_state(self) -> dict[str, int]:
-        """Bytes of weights, gradients and optimizer state of a device, on the rank that has most of each."""
+        """Bytes of weights, gradients and optimizer state of a device, on the rank that has most of
+        each."""
         held = [p for name, p in self.policy.model.named_parameters() if self.on_first_device(name)]
-        slots = (value for p in held for value in self.optimizer.state.get(p, {}).values() if isinstance(value, torch.Tensor))
-        kinds = {"weights": held, "gradients": (p.grad for p in held if p.grad is not None), "optimizer": slots}
-        return dict(zip(kinds, map(int, self.world.max([float(bytes_here(tensors)) for tensors in kinds.values()]))))
+        slots = (
+            value
+            for p in held
+            for value in self.optimizer.state.get(p, {}).values()
+            if isinstance(value, torch.Tensor)
+        )
+        kinds = {
+            "weights": held,
+            "gradients": (p.grad for p in held if p.grad is not None),
+            "optimizer": slots,
+        }
+        return dict(
+            zip(
+                kinds,
+                map(
+                    int, self.world.max([float(bytes_here(tensors)) for tensors in kinds.values()])
+                ),
+            )
+        )
 
     def on_first_device(self, name: str) -> bool:
         """Whether the parameter of this name lives on the first of this process's devices."""
@@ -272,23 +381,36 @@ class BasicTrainer:
         return bool(self.world.max([float(bad)])[0])
 
     def _set_learning_rate(self) -> None:
-        """Linear warm-up, then constant: a function of the step, so there is no scheduler state to lose."""
-        self.lr = self.config.lr * min(1.0, (self.counters.steps + 1) / (self.config.warmup_steps + 1))
+        """Linear warm-up, then constant: a function of the step, so there is no scheduler state to
+        lose."""
+        self.lr = self.config.lr * min(
+            1.0, (self.counters.steps + 1) / (self.config.warmup_steps + 1)
+        )
         for group in self.optimizer.param_groups:
             group["lr"] = self.lr
 
-    def _log_step(self, sums: Sums, begun: float, n: int, n_tokens: int, grad_norm: float, bar: tqdm) -> None:
-        means = sums.flush(self.world)  # the one read-back of a step: from here on its time is known
+    def _log_step(
+        self, sums: Sums, begun: float, n: int, n_tokens: int, grad_norm: float, bar: tqdm
+    ) -> None:
+        means = sums.flush(
+            self.world
+        )  # the one read-back of a step: from here on its time is known
         seconds = time.perf_counter() - begun
         n_tokens = self.world.sum([n_tokens])[0]
         self.counters.train_seconds += seconds
         rates = {"examples_per_second": n / seconds, "tokens_per_second": n_tokens / seconds}
         self._write("train", means | rates | {"grad_norm": grad_norm, "lr": self.lr})
-        bar.set_postfix_str(f"loss {means['loss/train']:.4g}, {rates['tokens_per_second']:,.0f} tokens/s", refresh=False)
+        bar.set_postfix_str(
+            f"loss {means['loss/train']:.4g}, {rates['tokens_per_second']:,.0f} tokens/s",
+            refresh=False,
+        )
 
     def _write(self, split: str, values: dict) -> None:
         where = {"examples": self.counters.examples, "step": self.counters.steps, "split": split}
-        counters = {"counters/examples": self.counters.examples, "counters/updates": self.counters.steps}
+        counters = {
+            "counters/examples": self.counters.examples,
+            "counters/updates": self.counters.steps,
+        }
         self.log.write(where | values | counters)
 
     def _crossed(self, every: int, n: int) -> bool:
@@ -304,10 +426,14 @@ class BasicTrainer:
         self._step_back(len(examples))
         self.save()
         self.finish_saving()
-        saved = "no checkpoint was written (debug=true)" if self.config.debug else f"the last good weights are in {self.run_dir / 'LATEST'}"
+        saved = (
+            "no checkpoint was written (debug=true)"
+            if self.config.debug
+            else f"the last good weights are in {self.run_dir / 'LATEST'}"
+        )
         raise NonFiniteLoss(
-            f"the {what} of step {self.counters.steps + 1} is not finite, from {', '.join(names)}; {saved}; "
-            f"try a smaller lr or max_grad_norm, or look at these examples"
+            f"the {what} of step {self.counters.steps + 1} is not finite, from {', '.join(names)};"
+            f" {saved}; try a smaller lr or max_grad_norm, or look at these examples"
         )
 
     def _step_back(self, n: int) -> None:
@@ -315,10 +441,11 @@ class BasicTrainer:
         epoch, cursor = divmod(self.loader.examples - n, len(self.loader.groups))
         self.loader.load_state_dict({"epoch": epoch, "cursor": cursor})
 
-    # ------------------------------------------------------------------------------------------------- evaluation
+    # ----------------------------------------------------------------------------------- evaluation
 
     def evaluate(self) -> None:
-        """Held-out losses, and samples if asked for: a row of metrics.jsonl and rows of samples.jsonl."""
+        """Held-out losses, and samples if asked for: a row of metrics.jsonl and rows of
+        samples.jsonl."""
         config = self.config
         values = self._held_out_losses()
         if samples(config, self.loss):
@@ -330,22 +457,41 @@ class BasicTrainer:
         self.last_eval = {"examples": self.counters.examples, **values}
 
     def evaluate_checkpoints(self, pending: list[tuple[Checkpoint, list[float]]]) -> None:
-        """Every checkpoint at every temperature: a row of eval.jsonl for each, and samples. `pending` has what is still to do."""
+        """Every checkpoint at every temperature: a row of eval.jsonl for each, and samples.
+        `pending` has what is still to do."""
         config = self.config
-        bar = tqdm(total=sum(len(wanted) for _, wanted in pending), desc="evaluations", disable=True if len(pending) < 2 else self.world.no_bar)
+        bar = tqdm(
+            total=sum(len(wanted) for _, wanted in pending),
+            desc="evaluations",
+            disable=True if len(pending) < 2 else self.world.no_bar,
+        )
         for number, (checkpoint, wanted) in enumerate(pending):
             if number:  # the first was built with the trainer
                 self.policy = None  # two of them need not be in memory at once
                 gc.collect()  # some models hold on to themselves
-                self.policy = self._build_policy(OmegaConf.merge(config.model, {"archive": checkpoint.source}))
+                self.policy = self._build_policy(
+                    OmegaConf.merge(config.model, {"archive": checkpoint.source})
+                )
             losses = self._held_out_losses()
             for temperature in wanted:
-                rows, means = self._sample(config.n_eval_examples, temperature) if samples(config, self.loss) else ([], {})
+                rows, means = (
+                    self._sample(config.n_eval_examples, temperature)
+                    if samples(config, self.loss)
+                    else ([], {})
+                )
                 self.last_eval = {"examples": 0, **losses, **means}
                 if self.world.rank == 0:
-                    drawn = {"temperature": temperature, "top_p": config.topp, "samples_per_prompt": config.samples_per_prompt, "eval_seed": config.seed}
+                    drawn = {
+                        "temperature": temperature,
+                        "top_p": config.topp,
+                        "samples_per_prompt": config.samples_per_prompt,
+                        "eval_seed": config.seed,
+                    }
                     finish_evaluation(self.run_dir, checkpoint, rows, drawn | losses | means)
-                self._write("eval", losses | means | {"checkpoint": checkpoint.path, "temperature": temperature})
+                self._write(
+                    "eval",
+                    losses | means | {"checkpoint": checkpoint.path, "temperature": temperature},
+                )
                 bar.update()
                 if signum := self._asked_to_stop():
                     self.log.finish()
@@ -355,35 +501,85 @@ class BasicTrainer:
         if self.data["test"].kind == "prompts":
             return {}
         return evaluate_loss(
-            self.loss, self.policy, self.reference, self.data["test"],
-            n=self.config.n_eval_examples, batch_size=self.config.eval_batch_size, layout=self.layout, world=self.world,
-        )  # fmt: skip
+            self.loss,
+            self.policy,
+            self.reference,
+            self.data["test"],
+            n=self.config.n_eval_examples,
+            batch_size=self.config.eval_batch_size,
+            layout=self.layout,
+            world=self.world,
+        )
 
     def _sample(self, n: int, temperature: float) -> tuple[list[dict], dict[str, float]]:
         config = self.config
         how = Sampling(
-            n=n, k=config.samples_per_prompt, max_prompt_length=config.max_prompt_length,
+            n=n,
+            k=config.samples_per_prompt,
+            max_prompt_length=config.max_prompt_length,
             max_new_tokens=config.max_new_tokens or config.max_length - config.max_prompt_length,
-            temperature=temperature, top_p=config.topp, seed=config.seed, batch_size=config.eval_batch_size,
-        )  # fmt: skip
-        return sample_and_measure(self.policy, self.reference, self.tokenizer, self.data["test"], self.rewards, how, self.layout, self.world, self.reference_samples)
+            temperature=temperature,
+            top_p=config.topp,
+            seed=config.seed,
+            batch_size=config.eval_batch_size,
+        )
+        return sample_and_measure(
+            self.policy,
+            self.reference,
+            self.tokenizer,
+            self.data["test"],
+            self.rewards,
+            how,
+            self.layout,
+            self.world,
+            self.reference_samples,
+        )
 
     def summarize(self, **more) -> dict:
         """Write summary.json: the last evaluation, the run's speed, and `more`."""
         values, counters = self.last_eval, self.counters
         rate = counters.examples / counters.train_seconds if counters.train_seconds else None
-        summary = {"finished": True, "function": self.config.function, "loss": self.loss.name, "reward": self.config.reward.name}
-        for name in ("policy_reward", "policy_reward_se", "reference_reward", "reference_reward_se", "reward_gain", "reward_gain_se"):
+        summary = {
+            "finished": True,
+            "function": self.config.function,
+            "loss": self.loss.name,
+            "reward": self.config.reward.name,
+        }
+        for name in (
+            "policy_reward",
+            "policy_reward_se",
+            "reference_reward",
+            "reference_reward_se",
+            "reward_gain",
+            "reward_gain_se",
+        ):
             summary[name] = values.get(f"samples_eval/{name}")
         for name in ("kl", "kl_se", "kl_k1", "kl_k3"):
             summary[name] = values.get(f"samples_eval/{name}")
-        summary |= {"eval_accuracy": values.get("rewards_eval/accuracies"), "eval_loss": values.get("loss/eval")}
+        summary |= {
+            "eval_accuracy": values.get("rewards_eval/accuracies"),
+            "eval_loss": values.get("loss/eval"),
+        }
         summary |= {key.split("/")[1]: values[key] for key in MEASURED if key in values}
-        summary |= {"pairs_per_second": rate, "examples": counters.examples, "steps": counters.steps, "seconds": counters.seconds}
-        summary |= {"seed": self.config.seed, "temperature": temperatures(self.config)[-1], "top_p": self.config.topp}
+        summary |= {
+            "pairs_per_second": rate,
+            "examples": counters.examples,
+            "steps": counters.steps,
+            "seconds": counters.seconds,
+        }
+        summary |= {
+            "seed": self.config.seed,
+            "temperature": temperatures(self.config)[-1],
+            "top_p": self.config.topp,
+        }
         peaks = [peak for peak in self.save_peaks if peak is not None]
         summary["peak_memory_bytes"] = int(self.world.max([float(peak_memory())])[0])
-        summary |= {"trainer": self.config.trainer, "ranks": self.world.size, "rank_bytes": self.state_bytes, **more}
+        summary |= {
+            "trainer": self.config.trainer,
+            "ranks": self.world.size,
+            "rank_bytes": self.state_bytes,
+            **more,
+        }
         summary["save_peak_host_mib"] = max(peaks) / 2**20 if peaks else None
         if self.world.rank == 0:
             with atomic_write(self.run_dir / "summary.json") as f:
@@ -391,12 +587,14 @@ class BasicTrainer:
         self.log.finish()
         return summary
 
-    # ------------------------------------------------------------------------------------------ saving and resuming
+    # -------------------------------------------------------------------------- saving and resuming
 
     def _prepare_training(self) -> None:
         config, model = self.config, self.policy.model
         if config.activation_checkpointing:
-            model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+            model.gradient_checkpointing_enable(
+                gradient_checkpointing_kwargs={"use_reentrant": False}
+            )
             model.train()  # transformers recomputes in training mode only; dropout is off for good
         if config.compile:
             for block in find_blocks(self.policy.causal_lm, config.model.block_name):
@@ -404,16 +602,24 @@ class BasicTrainer:
         trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
         self.parameters, self.parameter_names = list(trained.values()), list(trained)
         self.optimizer = make_optimizer(config, self.parameters)
-        self.profiler = Profiler(self.run_dir, config.profile_steps if self.world.rank == 0 else None)
+        self.profiler = Profiler(
+            self.run_dir, config.profile_steps if self.world.rank == 0 else None
+        )
 
     def save(self) -> None:
-        """Begin a checkpoint; where the optimizer's state is sharded, it is written while training goes on."""
+        """Begin a checkpoint; where the optimizer's state is sharded, it is written while training
+        goes on."""
         if self.config.debug:
             return
         self.finish_saving()
         with HostMemory() as memory:
             self.saving = save_checkpoint(
-                self.run_dir, self.checkpoint_number(), self._fill_checkpoint, keep=self.config.keep_checkpoints, best=self._is_best(), world=self.world
+                self.run_dir,
+                self.checkpoint_number(),
+                self._fill_checkpoint,
+                keep=self.config.keep_checkpoints,
+                best=self._is_best(),
+                world=self.world,
             )
         self.save_peaks.append(memory.peak)
 
@@ -422,9 +628,14 @@ class BasicTrainer:
         return self.counters.steps
 
     def _is_best(self) -> bool:
-        """Whether a reward model orders more held-out pairs rightly than at any earlier save; policies are not ranked by that."""
+        """Whether a reward model orders more held-out pairs rightly than at any earlier save;
+        policies are not ranked by that."""
         last = self.last_eval or {}
-        if not self.scalar or last.get("examples") != self.counters.examples or last["rewards_eval/accuracies"] <= self.best_accuracy:
+        if (
+            not self.scalar
+            or last.get("examples") != self.counters.examples
+            or last["rewards_eval/accuracies"] <= self.best_accuracy
+        ):
             return False
         self.best_accuracy = last["rewards_eval/accuracies"]
         return True
@@ -435,7 +646,9 @@ class BasicTrainer:
             self.saving = None
 
     def _fill_checkpoint(self, folder: Path) -> Future | None:
-        optimizer, future = save_optimizer(self.optimizer, self.parameter_names, folder / "optimizer", self._saving_group())
+        optimizer, future = save_optimizer(
+            self.optimizer, self.parameter_names, folder / "optimizer", self._saving_group()
+        )
         self._save_weights(folder)
         if self.world.rank == 0:
             training = {
@@ -463,14 +676,19 @@ class BasicTrainer:
         return None
 
     def _save_weights(self, folder: Path) -> None:
-        """policy.pt and hf/, whole, and with LoRA the adapter: policy.pt has it folded in, and training goes on from it."""
+        """policy.pt and hf/, whole, and with LoRA the adapter: policy.pt has it folded in, and
+        training goes on from it."""
         with tempfile.TemporaryDirectory(dir=folder, prefix=".weights-") as scratch:
             adapter = hasattr(self.policy.model, "peft_config")
-            state = full_weights(self.policy, Path(scratch), keep=self.world.rank == 0, alias=not adapter)
+            state = full_weights(
+                self.policy, Path(scratch), keep=self.world.rank == 0, alias=not adapter
+            )
             if self.world.rank > 0:
                 return
             if adapter:
-                torch.save({name: state[name] for name in self.parameter_names}, folder / "adapter.pt")
+                torch.save(
+                    {name: state[name] for name in self.parameter_names}, folder / "adapter.pt"
+                )
             model = skeleton(self.config.model, scalar_head=self.scalar)
             model.load_state_dict(state, assign=True)
             model.tie_weights()
@@ -479,29 +697,54 @@ class BasicTrainer:
                 model = model.merge_and_unload()
             if not self.scalar:
                 model.generation_config = self.policy.causal_lm.generation_config
-            metrics = {key: value for key, value in (self.last_eval or {}).items() if value is not None}
-            torch.save({"step_idx": self.counters.steps, "state": archive_state(model), "metrics": metrics}, folder / "policy.pt")
+            metrics = {
+                key: value for key, value in (self.last_eval or {}).items() if value is not None
+            }
+            torch.save(
+                {
+                    "step_idx": self.counters.steps,
+                    "state": archive_state(model),
+                    "metrics": metrics,
+                },
+                folder / "policy.pt",
+            )
             model.save_pretrained(folder / "hf", max_shard_size=SHARD)
             self.tokenizer.save_pretrained(folder / "hf")
 
     def resume(self) -> None:
-        """Go on from the newest checkpoint of the run folder, if there is one; else clear what a dead start left."""
+        """Go on from the newest checkpoint of the run folder, if there is one; else clear what a
+        dead start left."""
         if self.checkpoint is not None:
-            state = torch.load(self.checkpoint / "training_state.pt", map_location="cpu", weights_only=True)
-            load_optimizer(self.optimizer, self.parameter_names, self.checkpoint / "optimizer", state["optimizer"], alone=self._saving_group() is None)
+            state = torch.load(
+                self.checkpoint / "training_state.pt", map_location="cpu", weights_only=True
+            )
+            load_optimizer(
+                self.optimizer,
+                self.parameter_names,
+                self.checkpoint / "optimizer",
+                state["optimizer"],
+                alone=self._saving_group() is None,
+            )
             self.go_on_from(state)
             self.counters = Counters(**state["counters"])
             self.last_eval, self.best_accuracy = state["last_eval"], state["best_accuracy"]
             set_random_state(state["random"])
-            print(f"continuing {self.run_dir} from step {self.counters.steps} ({self.counters.examples:,} examples)")
+            print(
+                f"continuing {self.run_dir} from step {self.counters.steps}"
+                f" ({self.counters.examples:,} examples)"
+            )
         if self.world.rank == 0:
             for name in ("metrics.jsonl", "samples.jsonl"):
-                rewind(self.run_dir / name, self.counters.examples if self.checkpoint is not None else -1)
+                rewind(
+                    self.run_dir / name,
+                    self.counters.examples if self.checkpoint is not None else -1,
+                )
             (self.run_dir / "summary.json").unlink(missing_ok=True)
 
 
 class FSDPTrainer(BasicTrainer):
-    """Shards policy, reference, gradients and optimizer state over the ranks, with PyTorch's FSDP2."""
+    """Shards policy, reference, gradients and optimizer state over the ranks, with PyTorch's
+    FSDP2."""
 
     def place(self, scorer: Scorer, dtype: torch.dtype) -> None:
         shard(scorer, self.world, self.config, dtype)
@@ -519,7 +762,11 @@ class TensorParallelTrainer(BasicTrainer):
         split(scorer, devices_for(self.config), dtype)
 
     def on_first_device(self, name: str) -> bool:
-        return ".module_shards.0." in name or name.endswith("flat_shards.0") or "_shards." not in name
+        return (
+            ".module_shards.0." in name or name.endswith("flat_shards.0") or "_shards." not in name
+        )
 
 
-TRAINERS = {trainer.__name__: trainer for trainer in (BasicTrainer, FSDPTrainer, TensorParallelTrainer)}
+TRAINERS = {
+    trainer.__name__: trainer for trainer in (BasicTrainer, FSDPTrainer, TensorParallelTrainer)
+}

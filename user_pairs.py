@@ -20,16 +20,20 @@ FORMS = {
 }
 
 
-# What a cell of a CSV file is read as, by our name of its column: numbers, or JSON where it begins like this.
+# What a cell of a CSV file is read as, by our name of its column: numbers, or JSON where it begins
+# like this.
 CSV_NUMBERS = ("reward", "magnitude")
 CSV_LISTS = {
     **dict.fromkeys(("responses", "scores"), re.compile(r"\s*\[")),
     **dict.fromkeys(("prompt", "chosen", "rejected", "completion"), re.compile(r"\s*\[\s*\{")),
-}  # fmt: skip
+}
 
 
 def accepted_columns() -> str:
-    return "; ".join(", ".join(needed if form != "pairs" else ("prompt", *needed)) for form, needed in FORMS.items())
+    return "; ".join(
+        ", ".join(needed if form != "pairs" else ("prompt", *needed))
+        for form, needed in FORMS.items()
+    )
 
 
 class UserPairs(Reader):
@@ -55,16 +59,38 @@ class UserPairs(Reader):
         return rows
 
     def _fields(self, row: dict, where: str) -> dict:
-        """The row under our names, where the user said what theirs are; what a CSV has as text, as what it stands for."""
+        """The row under our names, where the user said what theirs are; what a CSV has as text, as
+        what it stands for."""
         renamed = {ours: row[theirs] for ours, theirs in self.columns.items() if theirs in row}
-        row = {key: value for key, value in row.items() if key not in self.columns.values()} | renamed
-        return {key: csv_cell(value, key, where) for key, value in row.items()} if self.all_text else row
+        row = {
+            key: value for key, value in row.items() if key not in self.columns.values()
+        } | renamed
+        return (
+            {key: csv_cell(value, key, where) for key, value in row.items()}
+            if self.all_text
+            else row
+        )
 
     def _find_form(self, row: dict, where: str) -> None:
-        self.form = next((form for form, needed in FORMS.items() if all(row.get(key) is not None for key in needed)), None)
+        self.form = next(
+            (
+                form
+                for form, needed in FORMS.items()
+                if all(row.get(key) is not None for key in needed)
+            ),
+            None,
+        )
         if self.form is None:
-            raise DataError(f"{where}: columns {', '.join(map(str, row))}; accepted sets: {accepted_columns()}; dataset_columns renames yours")
-        provides = {"targets": set(), "prompts": set(), "pairs": {"pairs"}, "j_over_k": {"pairs"}}.get(self.form, {"pairs", "scores"})
+            raise DataError(
+                f"{where}: columns {', '.join(map(str, row))}; accepted sets: {accepted_columns()};"
+                " dataset_columns renames yours"
+            )
+        provides = {
+            "targets": set(),
+            "prompts": set(),
+            "pairs": {"pairs"},
+            "j_over_k": {"pairs"},
+        }.get(self.form, {"pairs", "scores"})
         self.provides = frozenset(provides)
         self.pairing = "all" if "scores" in provides else None
         self.merges, self.only_prompts = self.form != "targets", self.form == "prompts"
@@ -83,11 +109,17 @@ class UserPairs(Reader):
             text(row, "text", where, may_be_empty=True), number(row, "reward", where)
         elif self.form == "scored_lists":
             if len(items(row, "responses", where)) != len(items(row, "scores", where)):
-                raise DataError(f"{where}: {len(row['responses'])} responses and {len(row['scores'])} scores, expected as many")
+                raise DataError(
+                    f"{where}: {len(row['responses'])} responses and {len(row['scores'])} scores,"
+                    " expected as many"
+                )
             if not row["responses"]:
                 raise Skip("no response")
             for response, score in zip(row["responses"], row["scores"]):
-                text({"responses": response}, "responses", where, may_be_empty=True), number({"scores": score}, "scores", where)
+                (
+                    text({"responses": response}, "responses", where, may_be_empty=True),
+                    number({"scores": score}, "scores", where),
+                )
         elif self.form == "labelled":
             response_of(row, "completion", where), label_of(row, where)
         elif self.form == "targets":
@@ -107,11 +139,20 @@ class UserPairs(Reader):
             both = [(r, float(s)) for row in rows for r, s in zip(row["responses"], row["scores"])]
             return scored_record(prompt, [r for r, _ in both], [s for _, s in both], source, pair)
         if self.form == "labelled":
-            return scored_record(prompt, [response_of(row, "completion", source) for row in rows], [label_of(row, source) for row in rows], source, pair)
+            return scored_record(
+                prompt,
+                [response_of(row, "completion", source) for row in rows],
+                [label_of(row, source) for row in rows],
+                source,
+                pair,
+            )
         if self.form == "j_over_k":
             pairs = [(row["response_j"], row["response_k"]) for row in rows]
         else:
-            pairs = [(response_of(row, "chosen", source), response_of(row, "rejected", source)) for row in rows]
+            pairs = [
+                (response_of(row, "chosen", source), response_of(row, "rejected", source))
+                for row in rows
+            ]
         columns = {}
         if any(row.get("magnitude") is not None for row in rows):
             columns["magnitude"] = [number(row, "magnitude", source) for row in rows]
@@ -119,7 +160,8 @@ class UserPairs(Reader):
 
 
 def csv_cell(value: str, key: str, where: str):
-    """A number, or a list that is written as JSON, where the column takes one; else the text itself, which its reader may refuse."""
+    """A number, or a list that is written as JSON, where the column takes one; else the text
+    itself, which its reader may refuse."""
     if key in CSV_NUMBERS:
         try:
             return float(value)
@@ -131,7 +173,10 @@ def csv_cell(value: str, key: str, where: str):
         return parse_json(value, f"{where}, {key!r}")
     except DataError as error:
         kind = "a list" if key in ("responses", "scores") else "chat messages"
-        raise DataError(f"{error}; it begins as {kind} in JSON, as json.dumps writes them; mend it, or save the data as JSON or parquet") from error
+        raise DataError(
+            f"{error}; it begins as {kind} in JSON, as json.dumps writes them; mend it, or save the"
+            " data as JSON or parquet"
+        ) from error
 
 
 def check_pair(row: dict, where: str):
@@ -150,7 +195,10 @@ def prompt_of(row: dict, where: str):
     prompt = row.get("prompt")
     if prompt is None and isinstance(row.get("chosen"), list):
         if len(row["chosen"]) < 2:
-            raise DataError(f"{where}: no 'prompt', and 'chosen' is a single message, expected the messages before the answer too")
+            raise DataError(
+                f"{where}: no 'prompt', and 'chosen' is a single message, expected the messages"
+                " before the answer too"
+            )
         return [_message(message, "chosen", where) for message in row["chosen"][:-1]]
     if isinstance(prompt, list):
         if not prompt:
@@ -173,10 +221,13 @@ LABELS = {"true": 1.0, "1": 1.0, "1.0": 1.0, "false": 0.0, "0": 0.0, "0.0": 0.0}
 
 
 def label_of(row: dict, where: str) -> float:
-    """Whether a completion is desirable, as a score: 1 for true and 0 for false, also as numbers or as text."""
+    """Whether a completion is desirable, as a score: 1 for true and 0 for false, also as numbers or
+    as text."""
     label = str(present(row, "label", where)).strip().lower()
     if label not in LABELS:
-        raise DataError(f"{where}: 'label' is {kind_of(row['label'])}, expected true (desirable) or false")
+        raise DataError(
+            f"{where}: 'label' is {kind_of(row['label'])}, expected true (desirable) or false"
+        )
     return LABELS[label]
 
 
@@ -187,6 +238,11 @@ def _messages_before(response) -> list:
 
 def _message(message, key: str, where: str) -> dict:
     if not isinstance(message, dict) or not isinstance(message.get("role"), str):
-        raise DataError(f"{where}: a message of {key!r} is {kind_of(message)}, expected {{role, content}}")
-    text(message, "role", f"{where}, a message of {key!r}"), text(message, "content", f"{where}, a message of {key!r}")
+        raise DataError(
+            f"{where}: a message of {key!r} is {kind_of(message)}, expected {{role, content}}"
+        )
+    (
+        text(message, "role", f"{where}, a message of {key!r}"),
+        text(message, "content", f"{where}, a message of {key!r}"),
+    )
     return message

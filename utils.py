@@ -39,7 +39,8 @@ def first_line(error: Exception) -> str:
 
 
 def nearest(word: str, accepted: Iterable[str], n: int = 3) -> str:
-    """`did you mean a, b?` when some accepted name is close to `word`, else the accepted names in order."""
+    """`did you mean a, b?` when some accepted name is close to `word`, else the accepted names in
+    order."""
     accepted = sorted(accepted)
     close = difflib.get_close_matches(word, accepted, n=n, cutoff=0.6)
     if close:
@@ -49,11 +50,14 @@ def nearest(word: str, accepted: Iterable[str], n: int = 3) -> str:
 
 @contextlib.contextmanager
 def atomic_write(path: str | Path, mode: str = "w") -> Iterator:
-    """Open a temporary file beside `path`; on success it takes the place of `path`, on failure nothing is left."""
+    """Open a temporary file beside `path`; on success it takes the place of `path`, on failure
+    nothing is left."""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     encoding = None if "b" in mode else "utf-8"
-    handle = tempfile.NamedTemporaryFile(mode, dir=path.parent, prefix=f".{path.name}.", delete=False, encoding=encoding)
+    handle = tempfile.NamedTemporaryFile(
+        mode, dir=path.parent, prefix=f".{path.name}.", delete=False, encoding=encoding
+    )
     try:
         with handle:
             yield handle
@@ -67,8 +71,13 @@ def atomic_write(path: str | Path, mode: str = "w") -> Iterator:
 
 
 def json_lines(path: Path) -> list[str]:
-    """The lines of a JSON-lines file. Only a newline ends one: texts may hold what `splitlines` would also take for an end."""
-    return [line for line in path.read_text(encoding="utf-8", errors="replace").split("\n") if line.strip()]
+    """The lines of a JSON-lines file. Only a newline ends one: texts may hold what `splitlines`
+    would also take for an end."""
+    return [
+        line
+        for line in path.read_text(encoding="utf-8", errors="replace").split("\n")
+        if line.strip()
+    ]
 
 
 def append_rows(path: Path, rows: list[dict], **where) -> None:
@@ -81,7 +90,8 @@ def append_rows(path: Path, rows: list[dict], **where) -> None:
 
 @contextlib.contextmanager
 def atomic_directory(path: str | Path) -> Iterator[Path]:
-    """Fill a temporary folder beside `path`; on success it takes the name `path`, on failure nothing is left.
+    """Fill a temporary folder beside `path`; on success it takes the name `path`, on failure
+    nothing is left.
 
     If another process finished the same folder first, theirs stays and ours is dropped.
     """
@@ -118,13 +128,17 @@ def _umask() -> int:
 
 @contextlib.contextmanager
 def in_use(path: Path) -> Iterator[None]:
-    """Inside, no other process may do the same with this lock file. Raises ConfigError where one does."""
+    """Inside, no other process may do the same with this lock file. Raises ConfigError where one
+    does."""
     path.parent.mkdir(parents=True, exist_ok=True)
     lock = FileLock(path)
     try:
         lock.acquire(timeout=0)
     except Timeout as error:
-        raise ConfigError(f"{path.parent} is in use by another process, which buys labels for it; wait for its end, or take another local_run_dir") from error
+        raise ConfigError(
+            f"{path.parent} is in use by another process, which buys labels for it; wait for its"
+            " end, or take another local_run_dir"
+        ) from error
     try:
         yield
     finally:
@@ -132,13 +146,15 @@ def in_use(path: Path) -> Iterator[None]:
 
 
 def model_folder(path: str | Path) -> Path | str:
-    """Where `from_pretrained` finds the model of a run or a checkpoint: the best one where the run says which; else `path` itself."""
+    """Where `from_pretrained` finds the model of a run or a checkpoint: the best one where the run
+    says which; else `path` itself."""
     found = (Path(path) / inner for inner in ("BEST/hf", "LATEST/hf", "hf"))
     return next((folder for folder in found if folder.is_dir()), path)
 
 
 def load_module(module: str, key: str) -> None:
-    """Import `my_losses` or `path/to/my_losses.py`, whose calls add to a registry. key: the setting that names it."""
+    """Import `my_losses` or `path/to/my_losses.py`, whose calls add to a registry. key: the setting
+    that names it."""
     path = Path(module)
     if path.suffix == ".py":
         if not path.is_file():
@@ -154,7 +170,10 @@ def load_module(module: str, key: str) -> None:
     except ModuleNotFoundError as error:
         if error.name != module.split(".")[0] and error.name != module:
             raise
-        raise ConfigError(f"{key}={module!r} cannot be imported from {Path.cwd()}; give a module name or a path ending in .py")
+        raise ConfigError(
+            f"{key}={module!r} cannot be imported from {Path.cwd()}; give a module name or a path"
+            " ending in .py"
+        )
 
 
 def content_hash(*parts: str | bytes | Path) -> str:
@@ -179,7 +198,9 @@ def mean_and_error(values: Iterable[float]) -> tuple[float | None, float | None]
     mean = math.fsum(values) / len(values)
     if len(values) == 1:
         return mean, None
-    return mean, math.sqrt(math.fsum((v - mean) ** 2 for v in values) / (len(values) - 1) / len(values))
+    return mean, math.sqrt(
+        math.fsum((v - mean) ** 2 for v in values) / (len(values) - 1) / len(values)
+    )
 
 
 def seed_everything(seed: int) -> None:

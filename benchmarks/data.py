@@ -1,10 +1,12 @@
-"""The data side: time from the command to the first training step, and peak memory, as the number of dialogues grows.
+"""The data side: time from the command to the first training step, and peak memory, as the number
+of dialogues grows.
 
     python benchmarks/data.py --output benchmarks/results [--rows 20000 160000]
 
-Dialogues of random words in a JSON-lines file are read, tokenised, paired and ordered by `python train.py` with the shipped
-model: once with an empty cache (cold), once more with what that left (warm), and once with `loss=sft`. Time runs from the
-start of the process to the first row of metrics.jsonl; memory is the process's own, mapped files left out. Writes data.json.
+Dialogues of random words in a JSON-lines file are read, tokenised, paired and ordered by `python
+train.py` with the shipped model: once with an empty cache (cold), once more with what that left
+(warm), and once with `loss=sft`. Time runs from the start of the process to the first row of
+metrics.jsonl; memory is the process's own, mapped files left out. Writes data.json.
 """
 
 import argparse
@@ -24,7 +26,9 @@ from benchmarks.placement import machine, own_memory  # noqa: E402
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--output", type=Path, required=True, help="folder for data.json")
     parser.add_argument("--rows", type=int, nargs="+", default=[20_000, 160_000])
     arguments = parser.parse_args()
@@ -35,16 +39,33 @@ def main() -> None:
             size = write_dialogues(folder, n)
             for name, loss in (("cold", "dpo"), ("warm", "dpo"), ("warm, sft", "sft")):
                 seconds, peak = first_step(folder, name, loss)
-                results["runs"].append({"rows": n, "file_mib": round(size / 2**20), "run": name, "seconds": seconds, "peak_mib": round(peak / 2**20)})
-                print(f"{n:>9,} dialogues ({size / 2**20:.0f} MiB), {name:<10} first step after {seconds:6.1f} s, {peak / 2**20:6.0f} MiB", flush=True)
+                results["runs"].append(
+                    {
+                        "rows": n,
+                        "file_mib": round(size / 2**20),
+                        "run": name,
+                        "seconds": seconds,
+                        "peak_mib": round(peak / 2**20),
+                    }
+                )
+                print(
+                    f"{n:>9,} dialogues ({size / 2**20:.0f} MiB), {name:<10} first step after"
+                    f" {seconds:6.1f} s, {peak / 2**20:6.0f} MiB",
+                    flush=True,
+                )
     arguments.output.mkdir(parents=True, exist_ok=True)
-    (arguments.output / "data.json").write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
+    (arguments.output / "data.json").write_text(
+        json.dumps(results, indent=1) + "\n", encoding="utf-8"
+    )
 
 
 def write_dialogues(folder: Path, n: int) -> int:
-    """Dialogues of one to four turns with two answers each, about 150 words; returns the bytes written."""
+    """Dialogues of one to four turns with two answers each, about 150 words; returns the bytes
+    written."""
     rng = np.random.default_rng(0)
-    words = np.array(["".join(chr(97 + c) for c in rng.integers(0, 26, rng.integers(2, 9))) for _ in range(5000)])
+    words = np.array(
+        ["".join(chr(97 + c) for c in rng.integers(0, 26, rng.integers(2, 9))) for _ in range(5000)]
+    )
     folder.mkdir(parents=True)
 
     def text(low: int, high: int) -> str:
@@ -53,9 +74,22 @@ def write_dialogues(folder: Path, n: int) -> int:
     for split, rows in (("train", n), ("test", 100)):
         with open(folder / f"{split}.jsonl", "w", encoding="utf-8") as f:
             for _ in range(rows):
-                turns = [f"\n\n{who}: {text(5, 30)}" for _ in range(rng.integers(0, 4)) for who in ("Human", "Assistant")]
+                turns = [
+                    f"\n\n{who}: {text(5, 30)}"
+                    for _ in range(rng.integers(0, 4))
+                    for who in ("Human", "Assistant")
+                ]
                 prompt = "".join(turns) + f"\n\nHuman: {text(5, 40)}\n\nAssistant:"
-                f.write(json.dumps({"prompt": prompt, "chosen": " " + text(10, 80), "rejected": " " + text(10, 80)}) + "\n")
+                f.write(
+                    json.dumps(
+                        {
+                            "prompt": prompt,
+                            "chosen": " " + text(10, 80),
+                            "rejected": " " + text(10, 80),
+                        }
+                    )
+                    + "\n"
+                )
     return sum(path.stat().st_size for path in folder.glob("*.jsonl"))
 
 
@@ -63,11 +97,26 @@ def first_step(folder: Path, name: str, loss: str) -> tuple[float, int]:
     """Seconds until the first training step is logged, and the peak memory by then."""
     run_dir = folder / name.replace(", ", "-")
     overrides = [
-        f"datasets=[{folder}]", f"loss={loss}", f"cache_dir={folder / 'cache'}", f"local_run_dir={run_dir}", "batch_size=8", "n_examples=64",
-        "do_first_eval=false", "sample_during_eval=false", "n_eval_examples=8", "eval_every=1000000", "debug=true", "wandb.enabled=false",
-    ]  # fmt: skip
+        f"datasets=[{folder}]",
+        f"loss={loss}",
+        f"cache_dir={folder / 'cache'}",
+        f"local_run_dir={run_dir}",
+        "batch_size=8",
+        "n_examples=64",
+        "do_first_eval=false",
+        "sample_during_eval=false",
+        "n_eval_examples=8",
+        "eval_every=1000000",
+        "debug=true",
+        "wandb.enabled=false",
+    ]
     begun, peak, rows = time.perf_counter(), 0, run_dir / "metrics.jsonl"
-    with open(folder / "log", "w") as log, subprocess.Popen([sys.executable, "train.py", *overrides], cwd=ROOT, stdout=log, stderr=log) as process:
+    with (
+        open(folder / "log", "w") as log,
+        subprocess.Popen(
+            [sys.executable, "train.py", *overrides], cwd=ROOT, stdout=log, stderr=log
+        ) as process,
+    ):
         while not (rows.is_file() and rows.stat().st_size):
             if process.poll() not in (None, 0):
                 raise SystemExit((folder / "log").read_text())

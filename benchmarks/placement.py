@@ -1,12 +1,15 @@
-"""Speed and memory of one training step by placement: BasicTrainer, FSDPTrainer and TensorParallelTrainer, interleaved.
+"""Speed and memory of one training step by placement: BasicTrainer, FSDPTrainer and
+TensorParallelTrainer, interleaved.
 
-    python benchmarks/placement.py --output benchmarks/results [--rounds 3] [--devices 2] [OVERRIDES]
+    python benchmarks/placement.py --output benchmarks/results [--rounds 3] [--devices 2]
+    [OVERRIDES]
 
-Every round runs each placement once, in fresh processes and in an order that rotates, on the same pairs with the same
-model of random weights. What is compared are medians over rounds: tokens/s after the first step, the peak memory of the
-largest process (of its GPU, or on a CPU its own memory, mapped files left out), and the bytes of weights, gradients and
-optimizer state of one rank or device. Writes placement.json and placement.png, and prints the table. OVERRIDES are
-train.py's, for another model or longer texts.
+Every round runs each placement once, in fresh processes and in an order that rotates, on the same
+pairs with the same model of random weights. What is compared are medians over rounds: tokens/s
+after the first step, the peak memory of the largest process (of its GPU, or on a CPU its own
+memory, mapped files left out), and the bytes of weights, gradients and optimizer state of one rank
+or device. Writes placement.json and placement.png, and prints the table. OVERRIDES are train.py's,
+for another model or longer texts.
 """
 
 import argparse
@@ -24,33 +27,73 @@ ROOT = Path(__file__).resolve().parent.parent
 STEPS, BATCH = 5, 8
 
 # A model whose state outweighs the libraries, on the data and with the tokenizer that ship.
-MODEL = {"hidden_size": 512, "intermediate_size": 2048, "num_hidden_layers": 6, "num_attention_heads": 8, "num_key_value_heads": 8}
+MODEL = {
+    "hidden_size": 512,
+    "intermediate_size": 2048,
+    "num_hidden_layers": 6,
+    "num_attention_heads": 8,
+    "num_key_value_heads": 8,
+}
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--output", type=Path, required=True, help="folder for placement.json and placement.png")
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "--output", type=Path, required=True, help="folder for placement.json and placement.png"
+    )
     parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--devices", type=int, default=2, help="ranks of FSDPTrainer, devices of TensorParallelTrainer")
+    parser.add_argument(
+        "--devices",
+        type=int,
+        default=2,
+        help="ranks of FSDPTrainer, devices of TensorParallelTrainer",
+    )
     arguments, overrides = parser.parse_known_args()
     n = arguments.devices
     placements = {
         "Basic": ["trainer=BasicTrainer"],
         f"FSDP x{n}": ["trainer=FSDPTrainer", f"world_size={n}"],
         f"tensor parallel x{n}": ["trainer=TensorParallelTrainer", f"world_size={n}"],
-        f"FSDP x{n} with split layers": ["trainer=FSDPTrainer", f"world_size={n}", f"tensor_parallel_size={n}"],
+        f"FSDP x{n} with split layers": [
+            "trainer=FSDPTrainer",
+            f"world_size={n}",
+            f"tensor_parallel_size={n}",
+        ],
     }
     measured: dict[str, list[dict]] = {name: [] for name in placements}
     with tempfile.TemporaryDirectory() as work:
         folder = make_model(Path(work) / "model")
         for number in range(arguments.rounds):
-            names = list(placements)[number % len(placements) :] + list(placements)[: number % len(placements)]
+            names = (
+                list(placements)[number % len(placements) :]
+                + list(placements)[: number % len(placements)]
+            )
             for name in names:
-                measured[name].append(measure(folder, Path(work) / f"{list(placements).index(name)}-{number}", [*placements[name], *overrides]))
-                print(f"round {number + 1}, {name}: {measured[name][-1]['tokens_per_second']:,.0f} tokens/s", file=sys.stderr)
-    results = {"machine": machine(), "model": MODEL, "overrides": overrides, "rounds": arguments.rounds, "placements": summarise(measured)}
+                measured[name].append(
+                    measure(
+                        folder,
+                        Path(work) / f"{list(placements).index(name)}-{number}",
+                        [*placements[name], *overrides],
+                    )
+                )
+                print(
+                    f"round {number + 1}, {name}: {measured[name][-1]['tokens_per_second']:,.0f}"
+                    " tokens/s",
+                    file=sys.stderr,
+                )
+    results = {
+        "machine": machine(),
+        "model": MODEL,
+        "overrides": overrides,
+        "rounds": arguments.rounds,
+        "placements": summarise(measured),
+    }
     arguments.output.mkdir(parents=True, exist_ok=True)
-    (arguments.output / "placement.json").write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
+    (arguments.output / "placement.json").write_text(
+        json.dumps(results, indent=1) + "\n", encoding="utf-8"
+    )
     draw(results, arguments.output / "placement.png")
     print(table(results))
 
@@ -70,28 +113,51 @@ def make_model(folder: Path) -> Path:
 def measure(model: Path, run_dir: Path, overrides: list[str]) -> dict:
     """One short run: its speed after the first step, and the memory of its largest rank."""
     settings = [
-        f"model.name_or_path={model}", f"local_run_dir={run_dir}", "loss=dpo", f"batch_size={BATCH}", f"n_examples={BATCH * STEPS}", "do_first_eval=false",
-        "eval_every=1000000", "n_eval_examples=1", "sample_during_eval=false", "wandb.enabled=false", "debug=true",
-    ]  # fmt: skip
+        f"model.name_or_path={model}",
+        f"local_run_dir={run_dir}",
+        "loss=dpo",
+        f"batch_size={BATCH}",
+        f"n_examples={BATCH * STEPS}",
+        "do_first_eval=false",
+        "eval_every=1000000",
+        "n_eval_examples=1",
+        "sample_during_eval=false",
+        "wandb.enabled=false",
+        "debug=true",
+    ]
     command = [sys.executable, str(ROOT / "train.py"), *settings, *overrides]
-    with open(f"{run_dir}.log", "w") as log, subprocess.Popen(command, cwd=ROOT, stdout=log, stderr=log) as process:
+    with (
+        open(f"{run_dir}.log", "w") as log,
+        subprocess.Popen(command, cwd=ROOT, stdout=log, stderr=log) as process,
+    ):
         peak = 0
         while process.poll() is None:
             peak = max([peak, *map(own_memory, family(process.pid))])
             time.sleep(0.02)
     if process.returncode:
         raise SystemExit(f"{' '.join(command)}\n{Path(log.name).read_text()}")
-    rows = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
+    rows = [
+        json.loads(line)
+        for line in (run_dir / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
+    ]
     speeds = [row["tokens_per_second"] for row in rows if row["split"] == "train"][1:]
     summary = json.loads((run_dir / "summary.json").read_text(encoding="utf-8"))
     peak = summary["peak_memory_bytes"] if machine()["gpus"] else peak
-    return {"tokens_per_second": statistics.median(speeds), "peak_memory": peak, **summary["rank_bytes"]}
+    return {
+        "tokens_per_second": statistics.median(speeds),
+        "peak_memory": peak,
+        **summary["rank_bytes"],
+    }
 
 
 def family(pid: int) -> list[int]:
     """A process and all that it started."""
     try:
-        children = [int(child) for task in Path(f"/proc/{pid}/task").iterdir() for child in (task / "children").read_text().split()]
+        children = [
+            int(child)
+            for task in Path(f"/proc/{pid}/task").iterdir()
+            for child in (task / "children").read_text().split()
+        ]
     except OSError:  # it ended meanwhile
         return []
     return [pid, *(member for child in children for member in family(child))]
@@ -100,7 +166,9 @@ def family(pid: int) -> list[int]:
 def own_memory(pid: int) -> int:
     """Bytes of a process's memory that no file stands behind."""
     try:
-        return 1024 * int(Path(f"/proc/{pid}/status").read_text().partition("RssAnon:")[2].split()[0])
+        return 1024 * int(
+            Path(f"/proc/{pid}/status").read_text().partition("RssAnon:")[2].split()[0]
+        )
     except (OSError, IndexError):
         return 0
 
@@ -110,7 +178,10 @@ def summarise(measured: dict[str, list[dict]]) -> dict[str, dict]:
     base, summary = measured["Basic"], {}
     for name, rounds in measured.items():
         summary[name] = {key: statistics.median(r[key] for r in rounds) for key in rounds[0]}
-        summary[name] |= {f"{key}_ratio": statistics.median(r[key] / b[key] for r, b in zip(rounds, base)) for key in rounds[0]}
+        summary[name] |= {
+            f"{key}_ratio": statistics.median(r[key] / b[key] for r, b in zip(rounds, base))
+            for key in rounds[0]
+        }
     return summary
 
 
@@ -119,21 +190,42 @@ def machine() -> dict:
 
     processor = platform.processor() or platform.machine()
     if Path("/proc/cpuinfo").exists():
-        names = [line.split(":", 1)[1].strip() for line in Path("/proc/cpuinfo").read_text().splitlines() if line.startswith("model name")]
+        names = [
+            line.split(":", 1)[1].strip()
+            for line in Path("/proc/cpuinfo").read_text().splitlines()
+            if line.startswith("model name")
+        ]
         processor = names[0] if names else processor
     gpus = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
-    return {"processor": processor, "cores": len(os.sched_getaffinity(0)), "gpus": gpus, "torch": torch.__version__}
+    return {
+        "processor": processor,
+        "cores": len(os.sched_getaffinity(0)),
+        "gpus": gpus,
+        "torch": torch.__version__,
+    }
 
 
-COLUMNS = {"tokens_per_second": "tokens/s", "peak_memory": "peak memory", "weights": "weights", "gradients": "gradients", "optimizer": "optimizer"}
+COLUMNS = {
+    "tokens_per_second": "tokens/s",
+    "peak_memory": "peak memory",
+    "weights": "weights",
+    "gradients": "gradients",
+    "optimizer": "optimizer",
+}
 
 
 def table(results: dict) -> str:
-    lines = [f"{'of a rank or device, ratio to Basic':<36}" + "".join(f"{title:>14}" for title in COLUMNS.values())]
+    lines = [
+        f"{'of a rank or device, ratio to Basic':<36}"
+        + "".join(f"{title:>14}" for title in COLUMNS.values())
+    ]
     for name, values in results["placements"].items():
         lines.append(f"{name:<36}" + "".join(f"{values[f'{key}_ratio']:>14.2f}" for key in COLUMNS))
     basic = results["placements"]["Basic"]
-    sizes = [f"{basic['tokens_per_second']:,.0f}", *(f"{basic[key] / 2**20:,.0f} MiB" for key in list(COLUMNS)[1:])]
+    sizes = [
+        f"{basic['tokens_per_second']:,.0f}",
+        *(f"{basic[key] / 2**20:,.0f} MiB" for key in list(COLUMNS)[1:]),
+    ]
     lines.append(f"{'Basic itself':<36}" + "".join(f"{size:>14}" for size in sizes))
     return "\n".join(lines)
 
@@ -149,12 +241,21 @@ def draw(results: dict, path: Path) -> None:
     width = 0.8 / len(names)
     for i, name in enumerate(names):
         values = [results["placements"][name][f"{key}_ratio"] for key in COLUMNS]
-        bars = axes.bar([x + (i - (len(names) - 1) / 2) * width for x in range(len(COLUMNS))], values, width, label=name)
+        bars = axes.bar(
+            [x + (i - (len(names) - 1) / 2) * width for x in range(len(COLUMNS))],
+            values,
+            width,
+            label=name,
+        )
         axes.bar_label(bars, fmt="%.2f", fontsize=7)
     axes.set_xticks(range(len(COLUMNS)), COLUMNS.values())
     axes.set_ylabel("of a rank, ratio to Basic")
     gpus = ", ".join(results["machine"]["gpus"])
-    axes.set_title(f"One DPO step on {gpus or str(results['machine']['cores']) + ' cores of ' + results['machine']['processor']}", fontsize=10)
+    axes.set_title(
+        "One DPO step on"
+        f" {gpus or str(results['machine']['cores']) + ' cores of ' + results['machine']['processor']}",
+        fontsize=10,
+    )
     axes.legend(fontsize=8, frameon=False, ncols=2)
     axes.spines[["top", "right"]].set_visible(False)
     figure.savefig(path, dpi=120)

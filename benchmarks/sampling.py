@@ -2,8 +2,8 @@
 
     python benchmarks/sampling.py --output benchmarks/results [--rounds 3]
 
-GPT-2 with random weights, prompts of 32 tokens, 64 new tokens each, EOS off in both, temperature 1. Also checks that the
-greedy tokens of both are the same. Writes sampling-DEVICE.json.
+GPT-2 with random weights, prompts of 32 tokens, 64 new tokens each, EOS off in both, temperature 1.
+Also checks that the greedy tokens of both are the same. Writes sampling-DEVICE.json.
 """
 
 import argparse
@@ -29,45 +29,85 @@ BATCH, PROMPT, NEW = 32, 32, 64
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--output", type=Path, required=True, help="folder for the results")
     parser.add_argument("--rounds", type=int, default=3)
     arguments = parser.parse_args()
     logging.set_verbosity_error()
     here = machine()
-    results = {"machine": here, "batch": BATCH, "new_tokens": NEW, "models": {name: measure(name, arguments.rounds) for name in MODELS}}
+    results = {
+        "machine": here,
+        "batch": BATCH,
+        "new_tokens": NEW,
+        "models": {name: measure(name, arguments.rounds) for name in MODELS},
+    }
     arguments.output.mkdir(parents=True, exist_ok=True)
     path = arguments.output / f"sampling-{'cuda' if here['gpus'] else 'cpu'}.json"
     path.write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
     for name, found in results["models"].items():
-        print(f"{name}: {found['ours']:.0f} tokens/s, generate {found['generate']:.0f}, {found['times_as_fast']:.2f} times as fast")
+        print(
+            f"{name}: {found['ours']:.0f} tokens/s, generate {found['generate']:.0f},"
+            f" {found['times_as_fast']:.2f} times as fast"
+        )
 
 
 def measure(name: str, rounds: int) -> dict:
     device = "cuda" if torch.cuda.is_available() else "cpu"
     torch.manual_seed(0)
-    config = GPT2Config(vocab_size=VOCABULARY, eos_token_id=None, bos_token_id=None, pad_token_id=0, **MODELS[name])
+    config = GPT2Config(
+        vocab_size=VOCABULARY, eos_token_id=None, bos_token_id=None, pad_token_id=0, **MODELS[name]
+    )
     model = AutoModelForCausalLM.from_config(config).to(device).eval()
     prompts = torch.randint(1, VOCABULARY, (BATCH, PROMPT)).tolist()
     ids = torch.tensor(prompts, device=device)
 
     def plain(greedy: bool):
-        return model.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=NEW, do_sample=not greedy, top_k=0, top_p=1.0, pad_token_id=0, eos_token_id=None)[:, PROMPT:].tolist()
+        return model.generate(
+            ids,
+            attention_mask=torch.ones_like(ids),
+            max_new_tokens=NEW,
+            do_sample=not greedy,
+            top_k=0,
+            top_p=1.0,
+            pad_token_id=0,
+            eos_token_id=None,
+        )[:, PROMPT:].tolist()
 
     def ours(greedy: bool):
-        return sample(Scorer(model), _Tokenizer, prompts, keys=list(range(BATCH)), max_new_tokens=NEW, temperature=0.0 if greedy else 1.0, batch_size=BATCH)
+        return sample(
+            Scorer(model),
+            _Tokenizer,
+            prompts,
+            keys=list(range(BATCH)),
+            max_new_tokens=NEW,
+            temperature=0.0 if greedy else 1.0,
+            batch_size=BATCH,
+        )
 
-    equal = sum(a == b for ours_row, plain_row in zip(ours(True), plain(True)) for a, b in zip(ours_row, plain_row)) / (BATCH * NEW)
+    equal = sum(
+        a == b
+        for ours_row, plain_row in zip(ours(True), plain(True))
+        for a, b in zip(ours_row, plain_row)
+    ) / (BATCH * NEW)
     if equal < 0.98:  # random weights have near ties, which rounding decides
         raise SystemExit(f"{name}: greedy tokens agree for {equal:.1%} only")
     ratios, rates = [], {"ours": [], "generate": []}
     for number in range(rounds):
-        for variant, draw in (("ours", ours), ("generate", plain)) if number % 2 else (("generate", plain), ("ours", ours)):
+        for variant, draw in (
+            (("ours", ours), ("generate", plain))
+            if number % 2
+            else (("generate", plain), ("ours", ours))
+        ):
             begun = time.perf_counter()
             n = sum(map(len, draw(False)))
             rates[variant].append(n / (time.perf_counter() - begun))
         ratios.append(rates["ours"][-1] / rates["generate"][-1])
-    return {name: statistics.median(values) for name, values in rates.items()} | {"times_as_fast": statistics.median(ratios), "greedy_agreement": equal}
+    return {name: statistics.median(values) for name, values in rates.items()} | {
+        "times_as_fast": statistics.median(ratios),
+        "greedy_agreement": equal,
+    }
 
 
 class _Tokenizer:

@@ -8,7 +8,8 @@ HALF = frozenset(NEUTRAL[::2])
 
 @register_reward("two_sizes")
 def two_sizes(*, path: str, least: int = 3, small: float = 0.05):
-    """1 if there are at least `least` more positive than negative words, plus `small` times the share of neutral words from a fixed half.
+    """1 if there are at least `least` more positive than negative words, plus `small` times the
+    share of neutral words from a fixed half.
 
     path: JSON {"positive": [...], "negative": [...]}.
     """
@@ -34,12 +35,19 @@ def two_sizes(*, path: str, least: int = 3, small: float = 0.05):
 def collector(*, path: str, mixed: bool = True):
     """How many different words of twelve the response has: 0 to 12.
 
-    path: JSON {"positive": [...], "negative": [...]}. mixed: four positive, four negative and four neutral words, which no text
-    has much of by its sentiment; else the twelve positive ones, which come together.
+    path: JSON {"positive": [...], "negative": [...]}. mixed: four positive, four negative and four
+    neutral words, which no text has much of by its sentiment; else the twelve positive ones, which
+    come together.
     """
     import json
     from pathlib import Path
 
     words = json.loads(Path(path).read_text(encoding="utf-8"))
-    wanted = frozenset([*words["positive"][:4], *words["negative"][:4], *NEUTRAL[:4]] if mixed else words["positive"])
-    return lambda prompts, responses: [float(len(wanted & set(response.split()))) for response in responses]
+    wanted = frozenset(
+        [*words["positive"][:4], *words["negative"][:4], *NEUTRAL[:4]]
+        if mixed
+        else words["positive"]
+    )
+    return lambda prompts, responses: [
+        float(len(wanted & set(response.split()))) for response in responses
+    ]

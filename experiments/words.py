@@ -1,13 +1,16 @@
-"""A language of 48 word types in which sentiment can be counted: small enough to train on in a minute, and to know the truth.
+"""A language of 48 word types in which sentiment can be counted: small enough to train on in a
+minute, and to know the truth.
 
     python experiments/words.py --output DIR
 
-writes DIR/model (a random GPT-2 of about 110,000 parameters with its tokenizer, a word is a token), DIR/sft/{train,test}.jsonl
-({"prompt", "chosen"}), DIR/prompts.jsonl and DIR/words.json (the words of sentiment). Equal arguments write equal bytes.
+writes DIR/model (a random GPT-2 of about 110,000 parameters with its tokenizer, a word is a token),
+DIR/sft/{train,test}.jsonl ({"prompt", "chosen"}), DIR/prompts.jsonl and DIR/words.json (the words
+of sentiment). Equal arguments write equal bytes.
 
-A text has a latent sentiment, good or bad with equal chance. After three neutral words of prompt, each of up to 16 words
-carries sentiment with probability 0.45, agreeing with the latent one with 0.8; other words follow a fixed random bigram
-over the 22 neutral words. From the 8th word on a text ends with probability 0.15 a word.
+A text has a latent sentiment, good or bad with equal chance. After three neutral words of prompt,
+each of up to 16 words carries sentiment with probability 0.45, agreeing with the latent one with
+0.8; other words follow a fixed random bigram over the 22 neutral words. From the 8th word on a text
+ends with probability 0.15 a word.
 """
 
 import argparse
@@ -30,7 +33,9 @@ LENGTH, SENTIMENT, AGREE, SHORTEST, HAZARD = 16, 0.45, 0.8, 8, 0.15
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--output", type=Path, required=True)
     parser.add_argument("--n", type=int, default=64_000, help="texts to train on")
     parser.add_argument("--n_prompts", type=int, default=4_000)
@@ -48,7 +53,11 @@ def write(folder: Path, n: int, n_prompts: int, seed: int) -> None:
         prompt = writer.prompt()
         if prompt not in held_out:
             texts.append({"prompt": prompt, "chosen": " " + writer.response(prompt)})
-    files = {"sft/train": texts[:n], "sft/test": texts[n:], "prompts": [{"prompt": prompt} for prompt in sorted(held_out)]}
+    files = {
+        "sft/train": texts[:n],
+        "sft/test": texts[n:],
+        "prompts": [{"prompt": prompt} for prompt in sorted(held_out)],
+    }
     for name, rows in files.items():
         with atomic_write(folder / f"{name}.jsonl") as f:
             f.writelines(json.dumps(row) + "\n" for row in rows)
@@ -60,7 +69,9 @@ def write(folder: Path, n: int, n_prompts: int, seed: int) -> None:
 class Writer:
     def __init__(self, rng: np.random.Generator):
         self.rng = rng
-        self.next_word = rng.dirichlet(np.full(len(NEUTRAL), 0.3), size=len(NEUTRAL))  # a few likely successors each
+        self.next_word = rng.dirichlet(
+            np.full(len(NEUTRAL), 0.3), size=len(NEUTRAL)
+        )  # a few likely successors each
 
     def prompt(self) -> str:
         return " ".join(self.rng.choice(NEUTRAL, 3))
@@ -69,7 +80,13 @@ class Writer:
         good, words, last = self.rng.random() < 0.5, [], NEUTRAL.index(prompt.split()[-1])
         while len(words) < LENGTH and not (len(words) >= SHORTEST and self.rng.random() < HAZARD):
             if self.rng.random() < SENTIMENT:
-                words.append(str(self.rng.choice(POSITIVE if good == (self.rng.random() < AGREE) else NEGATIVE)))
+                words.append(
+                    str(
+                        self.rng.choice(
+                            POSITIVE if good == (self.rng.random() < AGREE) else NEGATIVE
+                        )
+                    )
+                )
             else:
                 last = int(self.rng.choice(len(NEUTRAL), p=self.next_word[last]))
                 words.append(NEUTRAL[last])
@@ -84,9 +101,20 @@ def make_model(folder: Path, seed: int) -> None:
     words = [END, START, *POSITIVE, *NEGATIVE, *NEUTRAL]
     body = Tokenizer(models.WordLevel({word: i for i, word in enumerate(words)}, unk_token=START))
     body.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
-    PreTrainedTokenizerFast(tokenizer_object=body, bos_token=START, eos_token=END, pad_token=END).save_pretrained(folder)
+    PreTrainedTokenizerFast(
+        tokenizer_object=body, bos_token=START, eos_token=END, pad_token=END
+    ).save_pretrained(folder)
     torch.manual_seed(seed)
-    config = GPT2Config(vocab_size=len(words), n_positions=32, n_embd=64, n_layer=2, n_head=4, bos_token_id=1, eos_token_id=0, pad_token_id=0)
+    config = GPT2Config(
+        vocab_size=len(words),
+        n_positions=32,
+        n_embd=64,
+        n_layer=2,
+        n_head=4,
+        bos_token_id=1,
+        eos_token_id=0,
+        pad_token_id=0,
+    )
     AutoModelForCausalLM.from_config(config).save_pretrained(folder)
 
 

@@ -1,9 +1,12 @@
-"""Make scored preference data: sample K responses for each prompt from a model, score them, write imdb-like files.
+"""Make scored preference data: sample K responses for each prompt from a model, score them, write
+imdb-like files.
 
-    python scripts/build_preferences.py --prompts prompts.jsonl --output data/reviews --k 6 --n_test 200 model=tiny
+    python scripts/build_preferences.py --prompts prompts.jsonl --output data/reviews --k 6 --n_test
+    200 model=tiny
 
-writes data/reviews-train.jsonl and data/reviews-test.jsonl, a line a response: {"prompt", "text", "reward"}. What
-stands behind the options is a command line of train.py: the model, its archive, the reward, temperature and seed.
+writes data/reviews-train.jsonl and data/reviews-test.jsonl, a line a response: {"prompt", "text",
+"reward"}. What stands behind the options is a command line of train.py: the model, its archive, the
+reward, temperature and seed.
 """
 
 import argparse
@@ -23,19 +26,32 @@ from utils import DataError, PrefLabError, atomic_write  # noqa: E402
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--prompts", type=Path, required=True, help='JSON lines with a "prompt" each')
-    parser.add_argument("--output", required=True, help="files are named OUTPUT-train.jsonl and OUTPUT-test.jsonl")
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "--prompts", type=Path, required=True, help='JSON lines with a "prompt" each'
+    )
+    parser.add_argument(
+        "--output", required=True, help="files are named OUTPUT-train.jsonl and OUTPUT-test.jsonl"
+    )
     parser.add_argument("--k", type=int, default=6, help="responses a prompt")
-    parser.add_argument("--n_test", type=int, default=200, help="the last so many prompts make the test file")
-    parser.add_argument("--config-dir", type=Path, help="a folder with reward/ or model/ yamls of your own")
+    parser.add_argument(
+        "--n_test", type=int, default=200, help="the last so many prompts make the test file"
+    )
+    parser.add_argument(
+        "--config-dir", type=Path, help="a folder with reward/ or model/ yamls of your own"
+    )
     arguments, overrides = parser.parse_known_args()
     own = arguments.config_dir and arguments.config_dir.resolve()
     register_resolvers()
     try:
         check_overrides([*overrides, *(["--config-dir"] if own else [])])
         with initialize_config_dir(str(CONFIG_DIR), version_base="1.3"):
-            config = compose("config", overrides=[*overrides, *([f"hydra.searchpath=[file://{own}]"] if own else [])])
+            config = compose(
+                "config",
+                overrides=[*overrides, *([f"hydra.searchpath=[file://{own}]"] if own else [])],
+            )
         for path, rows in build(config, _read_prompts(arguments.prompts), arguments).items():
             with atomic_write(path) as f:
                 f.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
@@ -59,18 +75,26 @@ def _read_prompts(path: Path) -> list[str]:
 def build(config, prompts: list[str], arguments) -> dict[Path, list[dict]]:
     """Rows of the train and of the test file."""
     if not 0 < arguments.n_test < len(prompts):
-        raise DataError(f"--n_test {arguments.n_test} must lie between 1 and {len(prompts) - 1}, one less than the prompts")
+        raise DataError(
+            f"--n_test {arguments.n_test} must lie between 1 and {len(prompts) - 1}, one less than"
+            " the prompts"
+        )
     tokenizer = load_tokenizer(config.model)
     policy = build_policy(config.model, trainable=False)
     bos = [tokenizer.bos_token_id] if tokenizer.bos_token_id is not None else []
     ids = [bos + tokens for tokens in tokenizer(prompts, add_special_tokens=False)["input_ids"]]
     k = arguments.k
     responses = sample(
-        policy, tokenizer, [tokens for tokens in ids for _ in range(k)],
+        policy,
+        tokenizer,
+        [tokens for tokens in ids for _ in range(k)],
         keys=list(range(k * len(prompts))),
         max_new_tokens=config.max_new_tokens or config.max_length - config.max_prompt_length,
-        temperature=config.temperature, top_p=config.topp, seed=config.seed, batch_size=config.eval_batch_size,
-    )  # fmt: skip
+        temperature=config.temperature,
+        top_p=config.topp,
+        seed=config.seed,
+        batch_size=config.eval_batch_size,
+    )
     texts = [tokenizer.decode(tokens, skip_special_tokens=True) for tokens in responses]
     repeated = [prompt for prompt in prompts for _ in range(k)]
     rewards = build_reward(config.reward)(repeated, texts)

@@ -1,12 +1,15 @@
-"""Choices under risk to preference pairs: [{prompt, chosen, rejected}], the risk-averse answer chosen over the risk-neutral one.
+"""Choices under risk to preference pairs: [{prompt, chosen, rejected}], the risk-averse answer
+chosen over the risk-neutral one.
 
-    python scripts/dpo_data_generate.py --input situations.json --output risk_averse_dpo.json --sample_size 500
+    python scripts/dpo_data_generate.py --input situations.json --output risk_averse_dpo.json
+    --sample_size 500
 
-The input is a .json file (a list of rows, JSON lines, or an object of columns), or .jsonl, .csv, .parquet or .xlsx. Its
-columns: situation_id, prompt_text, correct_label (the risk-averse answer), incorrect_label (the risk-neutral one); others
-are ignored. A situation may have several rows, one for each of its options, say: it makes one pair, drawn by the seed where
-they give several. bad_correct_answers and bad_incorrect_answers, JSON lists of other spellings of the labels ("a" for "A"),
-are used by `--answers variants` and `--answers both` only.
+The input is a .json file (a list of rows, JSON lines, or an object of columns), or .jsonl, .csv,
+.parquet or .xlsx. Its columns: situation_id, prompt_text, correct_label (the risk-averse answer),
+incorrect_label (the risk-neutral one); others are ignored. A situation may have several rows, one
+for each of its options, say: it makes one pair, drawn by the seed where they give several.
+bad_correct_answers and bad_incorrect_answers, JSON lists of other spellings of the labels ("a" for
+"A"), are used by `--answers variants` and `--answers both` only.
 """
 
 import argparse
@@ -17,19 +20,42 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from data_files import FILE_TYPES, as_object, check_file, decode, file_rows, kind_of, parse_json, present, text  # noqa: E402
+from data_files import (
+    FILE_TYPES,
+    as_object,
+    check_file,
+    decode,
+    file_rows,
+    kind_of,
+    parse_json,
+    present,
+    text,
+)  # noqa: E402
 from utils import ConfigError, DataError, PrefLabError, atomic_write  # noqa: E402
 
 ANSWERS = ("exact", "variants", "both")
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--input", type=Path, required=True, help="file of situations")
-    parser.add_argument("--output", type=Path, required=True, help="JSON file to write, for datasets=[OUTPUT]")
-    parser.add_argument("--sample_size", type=int, default=500, help="situations to take; all where there are fewer")
-    parser.add_argument("--seed", type=int, default=0, help="of which situations, and of which answers")
-    parser.add_argument("--answers", choices=ANSWERS, default="exact", help="the labels, other spellings of them, or any of both")
+    parser.add_argument(
+        "--output", type=Path, required=True, help="JSON file to write, for datasets=[OUTPUT]"
+    )
+    parser.add_argument(
+        "--sample_size", type=int, default=500, help="situations to take; all where there are fewer"
+    )
+    parser.add_argument(
+        "--seed", type=int, default=0, help="of which situations, and of which answers"
+    )
+    parser.add_argument(
+        "--answers",
+        choices=ANSWERS,
+        default="exact",
+        help="the labels, other spellings of them, or any of both",
+    )
     arguments = parser.parse_args()
     try:
         situations = read_situations(arguments.input)
@@ -39,28 +65,49 @@ def main() -> None:
     except (PrefLabError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         raise SystemExit(2) from None
-    print(f"{arguments.output}: {len(pairs):,} pairs, of {len(situations):,} situations in {arguments.input}")
+    print(
+        f"{arguments.output}: {len(pairs):,} pairs, of {len(situations):,} situations in"
+        f" {arguments.input}"
+    )
 
 
-def make_pairs(situations: dict[str, list[tuple[dict, str]]], sample_size: int, seed: int, answers: str) -> list[dict]:
-    """One pair for each of `sample_size` situations, in the order of the file. What a situation gets depends on the seed and on it alone."""
+def make_pairs(
+    situations: dict[str, list[tuple[dict, str]]], sample_size: int, seed: int, answers: str
+) -> list[dict]:
+    """One pair for each of `sample_size` situations, in the order of the file. What a situation
+    gets depends on the seed and on it alone."""
     if sample_size < 1:
         raise ConfigError(f"--sample_size {sample_size} must be at least 1")
     taken = set(random.Random(seed).sample(sorted(situations), min(sample_size, len(situations))))
-    return [pair_of(name, rows, seed, answers) for name, rows in situations.items() if name in taken]
+    return [
+        pair_of(name, rows, seed, answers) for name, rows in situations.items() if name in taken
+    ]
 
 
 def pair_of(name: str, rows: list[tuple[dict, str]], seed: int, answers: str) -> dict:
-    """{prompt, chosen, rejected} of a situation; raises DataError where its rows contradict each other."""
+    """{prompt, chosen, rejected} of a situation; raises DataError where its rows contradict each
+    other."""
     prompts = {text(row, "prompt_text", where): where for row, where in rows}
     if len(prompts) > 1:
         places = " and ".join(list(prompts.values())[:2])
-        raise DataError(f"situation_id {name} has different texts in 'prompt_text': {places}; expected one prompt a situation")
-    sides = [sorted({answer for row, where in rows for answer in answers_of(row, side, where, answers)}) for side in ("correct", "incorrect")]
+        raise DataError(
+            f"situation_id {name} has different texts in 'prompt_text': {places}; expected one"
+            " prompt a situation"
+        )
+    sides = [
+        sorted({answer for row, where in rows for answer in answers_of(row, side, where, answers)})
+        for side in ("correct", "incorrect")
+    ]
     if both := set(sides[0]) & set(sides[1]):
-        raise DataError(f"{rows[0][1]}: situation_id {name} has {min(both)!r} as a correct and as an incorrect answer")
+        raise DataError(
+            f"{rows[0][1]}: situation_id {name} has {min(both)!r} as a correct and as an incorrect"
+            " answer"
+        )
     draw = random.Random(f"{seed} {name}")
-    return {"prompt": next(iter(prompts)), **{key: draw.choice(side) for key, side in zip(("chosen", "rejected"), sides)}}
+    return {
+        "prompt": next(iter(prompts)),
+        **{key: draw.choice(side) for key, side in zip(("chosen", "rejected"), sides)},
+    }
 
 
 def answers_of(row: dict, side: str, where: str, answers: str) -> list[str]:
@@ -73,7 +120,10 @@ def answers_of(row: dict, side: str, where: str, answers: str) -> list[str]:
     if isinstance(variants, str):
         variants = parse_json(variants, f"{where}, {key!r}")
     if not isinstance(variants, list) or not variants:
-        raise DataError(f"{where}: {key!r} is {kind_of(variants)}, expected a JSON list of answers, for --answers {answers}")
+        raise DataError(
+            f"{where}: {key!r} is {kind_of(variants)}, expected a JSON list of answers, for"
+            f" --answers {answers}"
+        )
     variants = [label_of(variant, key, where) for variant in variants]
     return variants if answers == "variants" else labels + variants
 
@@ -87,18 +137,23 @@ def label_of(value, key: str, where: str) -> str:
     return text({key: value}, key, where)
 
 
-# -------------------------------------------------------------------------------------------------------- files
+# -------------------------------------------------------------------------------------------- files
 
 
 def read_situations(path: Path) -> dict[str, list[tuple[dict, str]]]:
-    """The rows of each situation, each with where it is, by situation_id and in the order of the file."""
+    """The rows of each situation, each with where it is, by situation_id and in the order of the
+    file."""
     check_file(path)
     read = {".json": _json_rows, ".xlsx": _excel_rows}.get(path.suffix.lower(), _other_rows)
     if read is _other_rows and path.suffix.lower() not in FILE_TYPES:
-        raise DataError(f"--input {path}: unknown type of file; accepted: {', '.join((*FILE_TYPES, '.xlsx'))}")
+        raise DataError(
+            f"--input {path}: unknown type of file; accepted: {', '.join((*FILE_TYPES, '.xlsx'))}"
+        )
     situations: dict[str, list[tuple[dict, str]]] = {}
     for row, where in read(path):
-        situations.setdefault(label_of(present(row, "situation_id", where), "situation_id", where), []).append((row, where))
+        situations.setdefault(
+            label_of(present(row, "situation_id", where), "situation_id", where), []
+        ).append((row, where))
     if not situations:
         raise DataError(f"--input {path} holds no situation")
     return situations
@@ -110,14 +165,17 @@ def _other_rows(path: Path) -> list[tuple[dict, str]]:
 
 
 def _json_rows(path: Path) -> list[tuple[dict, str]]:
-    """A list of rows, an object of columns (lists, or {number: value} as pandas writes them), or JSON lines."""
+    """A list of rows, an object of columns (lists, or {number: value} as pandas writes them), or
+    JSON lines."""
     content = decode(path.read_bytes(), str(path))
     try:
         rows = json.loads(content, parse_constant=lambda constant: None)  # NaN: pandas' empty cell
     except (ValueError, RecursionError):
         if content.lstrip().startswith("["):
             parse_json(content, str(path))  # says where it is wrong
-        lines = [(line, f"{path}:{n}") for n, line in enumerate(content.split("\n"), 1) if line.strip()]
+        lines = [
+            (line, f"{path}:{n}") for n, line in enumerate(content.split("\n"), 1) if line.strip()
+        ]
         return [(as_object(parse_json(line, where), where), where) for line, where in lines]
     if isinstance(rows, dict) and isinstance(rows.get("situation_id"), (list, dict)):
         rows = _rows_of_columns(rows, path)
@@ -125,15 +183,22 @@ def _json_rows(path: Path) -> list[tuple[dict, str]]:
         rows = [rows]  # one JSON line
     if not isinstance(rows, list):
         raise DataError(f"{path}: {kind_of(rows)}, expected a list of situations")
-    return [(as_object(row, f"{path}: row {i}"), f"{path}: row {i}") for i, row in enumerate(rows, 1)]
+    return [
+        (as_object(row, f"{path}: row {i}"), f"{path}: row {i}") for i, row in enumerate(rows, 1)
+    ]
 
 
 def _rows_of_columns(columns: dict, path: Path) -> list[dict]:
-    columns = {name: dict(enumerate(values)) if isinstance(values, list) else values for name, values in columns.items()}
+    columns = {
+        name: dict(enumerate(values)) if isinstance(values, list) else values
+        for name, values in columns.items()
+    }
     keys = columns["situation_id"].keys()
     for name, values in columns.items():
         if not isinstance(values, dict) or values.keys() != keys:
-            raise DataError(f"{path}: column {name!r} does not have the same rows as 'situation_id'")
+            raise DataError(
+                f"{path}: column {name!r} does not have the same rows as 'situation_id'"
+            )
     return [{name: values[key] for name, values in columns.items()} for key in keys]
 
 

@@ -1,9 +1,10 @@
-"""Draw every loss that depends on the gap of a pair alone: its value and its gradient weight, from the functions themselves.
+"""Draw every loss that depends on the gap of a pair alone: its value and its gradient weight, from
+the functions themselves.
 
     python scripts/draw_losses.py docs/losses.png
 
-Settings are those of config/loss/. A loss belongs here if it reads the reference, no more, and is the same wherever the
-two log-ratios lie as long as their gap is; which ones do is tried out.
+Settings are those of config/loss/. A loss belongs here if it reads the reference, no more, and is
+the same wherever the two log-ratios lie as long as their gap is; which ones do is tried out.
 """
 
 import argparse
@@ -26,7 +27,9 @@ BESIDE = {"dpo, label_smoothing=0.1": {"name": "dpo", "beta": 0.1, "label_smooth
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("output", type=Path, help="where the PNG goes")
     path = parser.parse_args().output
     losses = {name: loss for name, loss in bound_losses().items() if of_the_gap_alone(loss)}
@@ -36,7 +39,10 @@ def main() -> None:
 
 
 def bound_losses() -> dict[str, BoundLoss]:
-    configs = {path.stem: OmegaConf.to_container(OmegaConf.load(path)) for path in sorted((CONFIG_DIR / "loss").glob("*.yaml"))}
+    configs = {
+        path.stem: OmegaConf.to_container(OmegaConf.load(path))
+        for path in sorted((CONFIG_DIR / "loss").glob("*.yaml"))
+    }
     return {name: bind_loss(config) for name, config in sorted((configs | BESIDE).items())}
 
 
@@ -47,7 +53,8 @@ def of_the_gap_alone(loss: BoundLoss) -> bool:
 
 
 def values(loss: BoundLoss, share: float, gaps: torch.Tensor = GAPS) -> torch.Tensor:
-    """The loss at each gap, of which the chosen response's log-ratio has `share` and the rejected one's the rest."""
+    """The loss at each gap, of which the chosen response's log-ratio has `share` and the rejected
+    one's the rest."""
     zero = torch.zeros_like(gaps)
     return loss(Pair(share * gaps, (share - 1) * gaps, zero, zero)).losses
 
@@ -62,8 +69,15 @@ def draw(losses: dict[str, BoundLoss]) -> Figure:
         scale = weight.abs().mean()
         left.plot(GAPS, (value / scale).detach(), **style(i), linewidth=1.6, label=name)
         right.plot(GAPS, weight / scale, **style(i), linewidth=1.6)
-    left.set(title="loss", xlabel="gap h of the log-ratios (nats)", ylabel="in units of the mean |dL/dh| shown", ylim=(-12, 85))
-    right.set(title="gradient weight, -dL/dh", xlabel="gap h of the log-ratios (nats)", ylim=(-1.8, 3.2))
+    left.set(
+        title="loss",
+        xlabel="gap h of the log-ratios (nats)",
+        ylabel="in units of the mean |dL/dh| shown",
+        ylim=(-12, 85),
+    )
+    right.set(
+        title="gradient weight, -dL/dh", xlabel="gap h of the log-ratios (nats)", ylim=(-1.8, 3.2)
+    )
     for axes in (left, right):
         axes.axvline(0, color="0.7", linewidth=0.8, zorder=0)
         axes.axhline(0, color="0.7", linewidth=0.8, zorder=0)

@@ -1,6 +1,7 @@
-"""Write prompts for reward=math: different bracketed expressions, a line each, {"prompt": "((3+2)*4) = "}.
+"""Write prompts for reward=math: different bracketed expressions, a line each, {"prompt":
+"((3+2)*4) = "}.
 
-    python scripts/make_math_prompts.py --output data/math_prompts.jsonl --n 5000
+python scripts/make_math_prompts.py --output data/math_prompts.jsonl --n 5000
 """
 
 import argparse
@@ -15,7 +16,9 @@ from utils import atomic_write  # noqa: E402
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--output", type=Path, required=True)
     parser.add_argument("--n", type=int, default=5000)
     parser.add_argument("--seed", type=int, default=0)

@@ -2,8 +2,9 @@
 
     python scripts/make_tiny_model.py --corpus DIR --output OUT
 
-OUT is a folder that transformers loads: a byte-level BPE tokenizer trained on DIR/train.jsonl, and a Llama of about a
-million fp32 parameters with random weights. Equal arguments write equal bytes. Train it with `loss=sft`.
+OUT is a folder that transformers loads: a byte-level BPE tokenizer trained on DIR/train.jsonl, and
+a Llama of about a million fp32 parameters with random weights. Equal arguments write equal bytes.
+Train it with `loss=sft`.
 """
 
 import argparse
@@ -19,31 +20,42 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from utils import ConfigError, DataError, atomic_directory
 
-# BOS and EOS are one token, as in GPT-2; padding has its own, so that a mask made from the ids keeps every EOS.
+# BOS and EOS are one token, as in GPT-2; padding has its own, so that a mask made from the ids
+# keeps every EOS.
 END, PAD = "<|endoftext|>", "<|pad|>"
 POSITIONS = 256
 
 
 def read_texts(corpus: Path) -> list[str]:
-    """Prompts and responses of the training rows, apart: that is how they are tokenised in training."""
+    """Prompts and responses of the training rows, apart: that is how they are tokenised in
+    training."""
     path = corpus / "train.jsonl"
     if not path.is_file():
-        raise DataError(f"{path}: no such file; make it with scripts/make_review_corpus.py --output {corpus}")
+        raise DataError(
+            f"{path}: no such file; make it with scripts/make_review_corpus.py --output {corpus}"
+        )
     with open(path, encoding="utf-8") as f:
         return [text for row in map(json.loads, f) for text in (row["prompt"], row["chosen"])]
 
 
 def train_tokenizer(texts: list[str], vocab_size: int) -> PreTrainedTokenizerFast:
-    """Byte-level BPE with a token for each byte, so that any text survives `decode(encode(text))` unchanged."""
+    """Byte-level BPE with a token for each byte, so that any text survives `decode(encode(text))`
+    unchanged."""
     alphabet = pre_tokenizers.ByteLevel.alphabet()
     smallest = len(alphabet) + 2
     if vocab_size < smallest:
-        raise ConfigError(f"--vocab_size {vocab_size} cannot hold the {smallest} bytes and special tokens; raise it")
+        raise ConfigError(
+            f"--vocab_size {vocab_size} cannot hold the {smallest} bytes and special tokens;"
+            " raise it"
+        )
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
     trainer = trainers.BpeTrainer(
-        vocab_size=vocab_size, special_tokens=[END, PAD], initial_alphabet=sorted(alphabet), show_progress=False
+        vocab_size=vocab_size,
+        special_tokens=[END, PAD],
+        initial_alphabet=sorted(alphabet),
+        show_progress=False,
     )
     tokenizer.train_from_iterator(texts, trainer)
     return PreTrainedTokenizerFast(
@@ -58,7 +70,8 @@ def train_tokenizer(texts: list[str], vocab_size: int) -> PreTrainedTokenizerFas
 
 
 def blank_model(tokenizer: PreTrainedTokenizerFast, seed: int) -> LlamaForCausalLM:
-    """A Llama with random weights that depend on `seed` alone; the caller's random state is left as it was."""
+    """A Llama with random weights that depend on `seed` alone; the caller's random state is left as
+    it was."""
     config = LlamaConfig(
         vocab_size=len(tokenizer),
         hidden_size=144,
@@ -85,7 +98,9 @@ def tokens_per_word(tokenizer: PreTrainedTokenizerFast, texts: list[str]) -> flo
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--corpus", type=Path, required=True, help="folder of make_review_corpus.py")
+    parser.add_argument(
+        "--corpus", type=Path, required=True, help="folder of make_review_corpus.py"
+    )
     parser.add_argument("--output", type=Path, required=True, help="folder to make; must not exist")
     parser.add_argument("--vocab_size", type=int, default=1536)
     parser.add_argument("--seed", type=int, default=0)

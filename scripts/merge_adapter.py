@@ -1,10 +1,13 @@
 """Fold a LoRA adapter into its base, so that `from_pretrained` reads the result without peft.
 
-    python scripts/merge_adapter.py --adapter_model_name RUN/LATEST/adapter --base_model_name BASE --output_name MERGED
+    python scripts/merge_adapter.py --adapter_model_name RUN/LATEST/adapter --base_model_name BASE
+    --output_name MERGED
 
-The adapter is a folder with adapter_config.json and adapter_model.safetensors; the base is what it was trained on, a folder, a
-run or a hub name; the output is new. The adapter says what comes out: a causal language model, or a sequence classifier with one output (a reward
-model). Checkpoints of train.py hold the same in `hf/` already; this is for adapters alone, and for those of other programs.
+The adapter is a folder with adapter_config.json and adapter_model.safetensors; the base is what it
+was trained on, a folder, a run or a hub name; the output is new. The adapter says what comes out: a
+causal language model, or a sequence classifier with one output (a reward model). Checkpoints of
+train.py hold the same in `hf/` already; this is for adapters alone, and for those of other
+programs.
 """
 
 import argparse
@@ -28,16 +31,28 @@ from utils import (  # noqa: E402
     model_folder,
 )
 
-KINDS = {"CAUSAL_LM": (AutoModelForCausalLM, {}), "SEQ_CLS": (AutoModelForSequenceClassification, {"num_labels": 1})}
+KINDS = {
+    "CAUSAL_LM": (AutoModelForCausalLM, {}),
+    "SEQ_CLS": (AutoModelForSequenceClassification, {"num_labels": 1}),
+}
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--adapter_model_name", metavar="A", type=Path, required=True, help="folder of the adapter")
-    parser.add_argument("--base_model_name", metavar="B", required=True, help="the model it was trained on")
-    parser.add_argument("--output_name", metavar="C", type=Path, required=True, help="folder to write")
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "--adapter_model_name", metavar="A", type=Path, required=True, help="folder of the adapter"
+    )
+    parser.add_argument(
+        "--base_model_name", metavar="B", required=True, help="the model it was trained on"
+    )
+    parser.add_argument(
+        "--output_name", metavar="C", type=Path, required=True, help="folder to write"
+    )
     given = parser.parse_args()
-    logging.set_verbosity_error()  # transformers has a table for a head that is new, though the adapter brings it
+    # transformers has a table for a head that is new, though the adapter brings it
+    logging.set_verbosity_error()
     logging.disable_progress_bar()
     try:
         merge(given.adapter_model_name, given.base_model_name, given.output_name)
@@ -47,10 +62,11 @@ def main() -> None:
 
 
 def merge(adapter: Path, base: str, output: Path) -> None:
-    """Write the merged model and its tokenizer to `output`, complete or not at all, in the dtype of the base.
+    """Write the merged model and its tokenizer to `output`, complete or not at all, in the dtype of
+    the base.
 
-    Raises ConfigError where the adapter is none, the base is not what it was trained on as far as names and shapes tell, or
-    the output exists.
+    Raises ConfigError where the adapter is none, the base is not what it was trained on as far as
+    names and shapes tell, or the output exists.
     """
     if output.exists():
         raise ConfigError(f"--output_name {output} exists; take another name")
@@ -72,15 +88,21 @@ def _read_adapter(adapter: Path) -> tuple:
     for name in ("adapter_config.json", "adapter_model.safetensors"):
         if not (adapter / name).is_file():
             what = "holds no" if adapter.is_dir() else "is no folder with an"
-            raise ConfigError(f"--adapter_model_name {adapter} {what} {name}; give the folder of an adapter, such as RUN/LATEST/adapter")
+            raise ConfigError(
+                f"--adapter_model_name {adapter} {what} {name}; give the folder of an adapter, such"
+                " as RUN/LATEST/adapter"
+            )
     try:
         settings = PeftConfig.from_pretrained(adapter)
         weights = load_file(adapter / "adapter_model.safetensors")
     except Exception as error:  # JSON, peft and safetensors have errors of their own
-        raise ConfigError(f"--adapter_model_name {adapter} cannot be read: {str(error).splitlines()[0]}") from error
+        raise ConfigError(
+            f"--adapter_model_name {adapter} cannot be read: {str(error).splitlines()[0]}"
+        ) from error
     if settings.peft_type != "LORA" or settings.task_type not in KINDS:
         raise ConfigError(
-            f"--adapter_model_name {adapter}: an adapter of type {settings.peft_type} for {settings.task_type}; accepted: LORA for {' or '.join(KINDS)}"
+            f"--adapter_model_name {adapter}: an adapter of type {settings.peft_type} for"
+            f" {settings.task_type}; accepted: LORA for {' or '.join(KINDS)}"
         )
     return settings, weights
 
@@ -88,17 +110,26 @@ def _read_adapter(adapter: Path) -> tuple:
 def _read_base(base: str, settings, weights: dict):
     kind, options = KINDS[settings.task_type]
     try:
-        model, told = kind.from_pretrained(model_folder(base), dtype="auto", output_loading_info=True, **options)
+        model, told = kind.from_pretrained(
+            model_folder(base), dtype="auto", output_loading_info=True, **options
+        )
     except (OSError, ValueError, RuntimeError) as error:
-        raise ConfigError(f"--base_model_name {base} cannot be loaded as {kind.__name__}: {str(error).splitlines()[0]}") from error
+        raise ConfigError(
+            f"--base_model_name {base} cannot be loaded as {kind.__name__}:"
+            f" {str(error).splitlines()[0]}"
+        ) from error
     drawn = [name for name in told["missing_keys"] if not any(name in saved for saved in weights)]
     if drawn:
-        raise ConfigError(f"--base_model_name {base} has no {', '.join(sorted(drawn)[:3])}, and neither has the adapter; give the model it was trained on")
+        raise ConfigError(
+            f"--base_model_name {base} has no {', '.join(sorted(drawn)[:3])}, and neither has the"
+            " adapter; give the model it was trained on"
+        )
     return model
 
 
 def _adapted(model, settings, weights: dict, adapter: Path, base: str):
-    """The base with the adapter on it, once every tensor is seen to have its place. peft itself would leave out what has none."""
+    """The base with the adapter on it, once every tensor is seen to have its place. peft itself
+    would leave out what has none."""
     from peft import (
         get_peft_model,
         get_peft_model_state_dict,
@@ -108,16 +139,24 @@ def _adapted(model, settings, weights: dict, adapter: Path, base: str):
     try:
         model = get_peft_model(model, settings)
     except ValueError as error:
-        raise ConfigError(f"--base_model_name {base} does not fit {adapter}: {str(error).splitlines()[0]}") from error
+        raise ConfigError(
+            f"--base_model_name {base} does not fit {adapter}: {str(error).splitlines()[0]}"
+        ) from error
     places = {name: tensor.shape for name, tensor in get_peft_model_state_dict(model).items()}
     shapes = {name: tensor.shape for name, tensor in weights.items()}
     if places != shapes:
-        [name, *more] = sorted(name for name in places.keys() | shapes if places.get(name) != shapes.get(name))
-        there, wanted = (f"{tuple(found[name])}" if name in found else "none" for found in (shapes, places))
+        [name, *more] = sorted(
+            name for name in places.keys() | shapes if places.get(name) != shapes.get(name)
+        )
+        there, wanted = (
+            f"{tuple(found[name])}" if name in found else "none" for found in (shapes, places)
+        )
         raise ConfigError(
-            f"--base_model_name {base} does not fit {adapter}: of {name} the adapter has {there} and the base takes {wanted}"
-            + (f", and so on for {len(more)} more" if more else "") + "; give the model it was trained on"
-        )  # fmt: skip
+            f"--base_model_name {base} does not fit {adapter}: of {name} the adapter has {there}"
+            f" and the base takes {wanted}"
+            + (f", and so on for {len(more)} more" if more else "")
+            + "; give the model it was trained on"
+        )
     set_peft_model_state_dict(model, weights)
     return model
 

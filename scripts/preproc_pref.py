@@ -4,9 +4,10 @@
 
 The folder holds train.json and test.json: train and validation of the comparisons of the hub set
 openai/summarize_from_feedback, saved with `to_json`, or the same rows as one JSON list. A row has
-info.{subreddit, title, post}, two summaries with a text each, and choice, the number of the better one. Writes lists of
-{prompt, chosen, rejected} to data/tldr/{train,test}.json, both or neither. Validation also compares summaries of news
-articles, which have no post: these rows, and those with an empty summary, are left out and counted.
+info.{subreddit, title, post}, two summaries with a text each, and choice, the number of the better
+one. Writes lists of {prompt, chosen, rejected} to data/tldr/{train,test}.json, both or neither.
+Validation also compares summaries of news articles, which have no post: these rows, and those with
+an empty summary, are left out and counted.
 """
 
 import argparse
@@ -39,24 +40,42 @@ def comparison(row: dict, where: str) -> dict:
     if info.get("post") is None and info.get("article"):
         raise Skip("a news article, not a post")
     prompt = post_prompt(info, f"{where}, 'info'")
-    summaries = [as_object(summary, f"{where}, a summary") for summary in items(row, "summaries", where)]
+    summaries = [
+        as_object(summary, f"{where}, a summary") for summary in items(row, "summaries", where)
+    ]
     if len(summaries) != 2:
         raise DataError(f"{where}: {len(summaries)} summaries, expected 2")
-    texts = [text(summary, "text", f"{where}, a summary", may_be_empty=True) for summary in summaries]
+    texts = [
+        text(summary, "text", f"{where}, a summary", may_be_empty=True) for summary in summaries
+    ]
     choice = number(row, "choice", where)
     if choice not in (0, 1):
-        raise DataError(f"{where}: 'choice' is {row['choice']}, expected 0 or 1, the number of the better summary")
-    return {"prompt": prompt, "chosen": response(texts[int(choice)]), "rejected": response(texts[1 - int(choice)])}
+        raise DataError(
+            f"{where}: 'choice' is {row['choice']}, expected 0 or 1, the number of the better"
+            " summary"
+        )
+    return {
+        "prompt": prompt,
+        "chosen": response(texts[int(choice)]),
+        "rejected": response(texts[1 - int(choice)]),
+    }
 
 
-# ---------------------------------------------------------------------- what scripts/preproc_filter.py needs as well
+# ----------------------------------------------------- what scripts/preproc_filter.py needs as well
 
 
 def run(description: str, default: Path, make: Callable[[dict, str], dict]) -> None:
-    """The command of a script: `make` turns each row of DIR/{train,test} into one of OUTPUT/{train,test}.json."""
-    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("folder", type=Path, metavar="DIR", help="holds train and test, as .json or .jsonl")
-    parser.add_argument("--output", type=Path, default=default, help="folder to write train.json and test.json to")
+    """The command of a script: `make` turns each row of DIR/{train,test} into one of
+    OUTPUT/{train,test}.json."""
+    parser = argparse.ArgumentParser(
+        description=description, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "folder", type=Path, metavar="DIR", help="holds train and test, as .json or .jsonl"
+    )
+    parser.add_argument(
+        "--output", type=Path, default=default, help="folder to write train.json and test.json to"
+    )
     arguments = parser.parse_args()
     try:
         for told in convert(arguments.folder, arguments.output, make):
@@ -67,13 +86,24 @@ def run(description: str, default: Path, make: Callable[[dict, str], dict]) -> N
 
 
 def convert(folder: Path, output: Path, make: Callable[[dict, str], dict]) -> list[str]:
-    """Write both splits, or nothing; a row is in memory at a time. Returns a line for each: rows written, rows left out."""
+    """Write both splits, or nothing; a row is in memory at a time. Returns a line for each: rows
+    written, rows left out."""
     told = []
     with contextlib.ExitStack() as files:
         for split, path in {split: _file_of(folder, split) for split in SPLITS}.items():
             written, skipped = 0, Counter()
             out = files.enter_context(atomic_write(output / f"{split}.json"))
-            with open(path, "rb") as f, tqdm(total=path.stat().st_size, desc=path.name, unit="B", unit_scale=True, mininterval=1.0, delay=2.0) as bar:
+            with (
+                open(path, "rb") as f,
+                tqdm(
+                    total=path.stat().st_size,
+                    desc=path.name,
+                    unit="B",
+                    unit_scale=True,
+                    mininterval=1.0,
+                    delay=2.0,
+                ) as bar,
+            ):
                 for row, where in streamed_rows(f, path):
                     try:
                         made = json.dumps(make(row, where), ensure_ascii=False)
@@ -84,9 +114,15 @@ def convert(folder: Path, output: Path, make: Callable[[dict, str], dict]) -> li
                         written += 1
                     bar.update(f.tell() - bar.n)
             if not written:
-                raise DataError(f"{path} holds no usable row" + "".join(f"; {n:,} left out: {why}" for why, n in skipped.items()))
+                raise DataError(
+                    f"{path} holds no usable row"
+                    + "".join(f"; {n:,} left out: {why}" for why, n in skipped.items())
+                )
             out.write("\n]\n")
-            told.append(f"{output / split}.json: {written:,} rows" + "".join(f"; {n:,} left out: {why}" for why, n in skipped.items()))
+            told.append(
+                f"{output / split}.json: {written:,} rows"
+                + "".join(f"; {n:,} left out: {why}" for why, n in skipped.items())
+            )
     return told
 
 
@@ -94,7 +130,11 @@ def _file_of(folder: Path, split: str) -> Path:
     for path in (folder / f"{split}.json", folder / f"{split}.jsonl"):
         if path.is_file():
             return path
-    there = ", ".join(sorted(p.name for p in folder.iterdir())[:8]) or "nothing" if folder.is_dir() else "no such folder"
+    there = (
+        ", ".join(sorted(p.name for p in folder.iterdir())[:8]) or "nothing"
+        if folder.is_dir()
+        else "no such folder"
+    )
     raise DataError(f"{folder}: no {split}.json or {split}.jsonl; there is: {there}")
 
 
@@ -105,7 +145,8 @@ def post_prompt(post: dict, where: str) -> str:
 
 
 def response(summary: str) -> str:
-    """A space and the stripped summary, so that it follows the colon of the prompt; raises Skip where it is empty."""
+    """A space and the stripped summary, so that it follows the colon of the prompt; raises Skip
+    where it is empty."""
     if not summary.strip():
         raise Skip("an empty summary")
     return f" {summary.strip()}"

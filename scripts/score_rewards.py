@@ -1,10 +1,12 @@
 """Score a file of generations with a reward, and write what each response got beside it.
 
-    python scripts/score_rewards.py --fname outs.jsonl --reward NAME [--output FILE] [reward.key=value ...]
+    python scripts/score_rewards.py --fname outs.jsonl --reward NAME [--output FILE]
+    [reward.key=value ...]
 
-The file has a {"prompt" or "question", "response"} on each line, as generate.py writes them, or is a JSON list of such.
-outs.scored.jsonl gets every row with its "score" and its "length" in words, outs.scored.summary.json the reward's settings,
-the mean score, its standard error and the mean length, which are printed too. NAME is a file of config/reward/.
+The file has a {"prompt" or "question", "response"} on each line, as generate.py writes them, or is
+a JSON list of such. outs.scored.jsonl gets every row with its "score" and its "length" in words,
+outs.scored.summary.json the reward's settings, the mean score, its standard error and the mean
+length, which are printed too. NAME is a file of config/reward/.
 """
 
 import argparse
@@ -26,10 +28,14 @@ ROWS_AT_A_TIME = 256
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--fname", type=Path, required=True, help="the file of generations")
     parser.add_argument("--reward", required=True, help="a file of config/reward/")
-    parser.add_argument("--output", type=Path, help="by default the name of the file with .scored.jsonl at its end")
+    parser.add_argument(
+        "--output", type=Path, help="by default the name of the file with .scored.jsonl at its end"
+    )
     parser.add_argument("--config-dir", type=Path, help="a folder with reward/ yamls of your own")
     arguments, overrides = parser.parse_known_args()
     overrides.append(f"reward={arguments.reward}")
@@ -39,12 +45,21 @@ def main() -> None:
     try:
         check_overrides([*overrides, *(["--config-dir"] if own else [])])
         with initialize_config_dir(str(CONFIG_DIR), version_base="1.3"):
-            config = compose("config", overrides=[*overrides, *([f"hydra.searchpath=[file://{own}]"] if own else [])])
+            config = compose(
+                "config",
+                overrides=[*overrides, *([f"hydra.searchpath=[file://{own}]"] if own else [])],
+            )
         if output.resolve() == arguments.fname.resolve():
-            raise DataError(f"--output {output} is the file of generations itself; give another name")
+            raise DataError(
+                f"--output {output} is the file of generations itself; give another name"
+            )
         rows = read_generations(arguments.fname)
         scored = score_rows(rows, build_reward(config.reward))
-        summary = {"fname": str(arguments.fname), "reward": OmegaConf.to_container(config.reward, resolve=True), **summarise(scored)}
+        summary = {
+            "fname": str(arguments.fname),
+            "reward": OmegaConf.to_container(config.reward, resolve=True),
+            **summarise(scored),
+        }
         with atomic_write(output) as f:
             f.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in scored)
         with atomic_write(output.with_suffix(".summary.json")) as f:
@@ -52,11 +67,15 @@ def main() -> None:
     except PrefLabError as error:
         fail(error)
     error = "" if summary["standard_error"] is None else f" ± {summary['standard_error']:.4g}"
-    print(f"{output}: {len(scored):,} responses, {arguments.reward} {summary['mean']:.4g}{error}, mean length {summary['mean_length']:.1f} words")
+    print(
+        f"{output}: {len(scored):,} responses, {arguments.reward} {summary['mean']:.4g}{error},"
+        f" mean length {summary['mean_length']:.1f} words"
+    )
 
 
 def read_generations(path: Path) -> list[dict]:
-    """The rows of a file of JSON lines or of a JSON list. Raises DataError with the line, or the place in the list, of the first that cannot be scored."""
+    """The rows of a file of JSON lines or of a JSON list. Raises DataError with the line, or the
+    place in the list, of the first that cannot be scored."""
     if not path.is_file():
         raise DataError(f"--fname {path}: no such file")
     try:
@@ -67,13 +86,21 @@ def read_generations(path: Path) -> list[dict]:
     except json.JSONDecodeError as error:
         raise DataError(f"{path}:{error.lineno}: not JSON: {error}") from error
     if listed is None:
-        rows = [(f"{path}:{number}", _parsed(line, f"{path}:{number}")) for number, line in enumerate(text.split("\n"), 1) if line.strip()]
+        rows = [
+            (f"{path}:{number}", _parsed(line, f"{path}:{number}"))
+            for number, line in enumerate(text.split("\n"), 1)
+            if line.strip()
+        ]
     else:
         rows = [(f"{path}: entry {number}", row) for number, row in enumerate(listed, 1)]
     if not rows:
         raise DataError(f"{path}: no generations in it")
     for where, row in rows:
-        if not isinstance(row, dict) or not isinstance(row.get("prompt", row.get("question")), str) or not isinstance(row.get("response"), str):
+        if (
+            not isinstance(row, dict)
+            or not isinstance(row.get("prompt", row.get("question")), str)
+            or not isinstance(row.get("response"), str)
+        ):
             raise DataError(f'{where}: expected {{"prompt" or "question": text, "response": text}}')
         if taken := row.keys() & {"score", "length"}:
             raise DataError(f"{where}: has a {' and a '.join(sorted(taken))} already; rename it")
@@ -93,15 +120,26 @@ def score_rows(rows: list[dict], score) -> list[dict]:
     with tqdm(total=len(rows), desc="score", unit="responses", delay=1.0) as progress:
         for begin in range(0, len(rows), ROWS_AT_A_TIME):
             part = rows[begin : begin + ROWS_AT_A_TIME]
-            values = score([row.get("prompt", row.get("question")) for row in part], [row["response"] for row in part])
-            scored += [row | {"score": value, "length": len(row["response"].split())} for row, value in zip(part, values)]
+            values = score(
+                [row.get("prompt", row.get("question")) for row in part],
+                [row["response"] for row in part],
+            )
+            scored += [
+                row | {"score": value, "length": len(row["response"].split())}
+                for row, value in zip(part, values)
+            ]
             progress.update(len(part))
     return scored
 
 
 def summarise(scored: list[dict]) -> dict:
     mean, error = mean_and_error(row["score"] for row in scored)
-    return {"responses": len(scored), "mean": mean, "standard_error": error, "mean_length": sum(row["length"] for row in scored) / len(scored)}
+    return {
+        "responses": len(scored),
+        "mean": mean,
+        "standard_error": error,
+        "mean_length": sum(row["length"] for row in scored) / len(scored),
+    }
 
 
 if __name__ == "__main__":

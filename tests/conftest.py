@@ -1,4 +1,5 @@
-"""Shared by all tests: offline, one place for tiny models, a tokenizer, and runs of the project's commands."""
+"""Shared by all tests: offline, one place for tiny models, a tokenizer, and runs of the project's
+commands."""
 
 import contextlib
 import json
@@ -11,8 +12,17 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from unittest import mock
 
-os.environ |= {"HF_HUB_OFFLINE": "1", "HF_DATASETS_OFFLINE": "1", "WANDB_MODE": "disabled", "TOKENIZERS_PARALLELISM": "true"}
-os.environ["OMP_NUM_THREADS"] = "1"  # tests run side by side, and threads that wait for one another on tiny tensors take ten times as long
+os.environ |= {
+    "HF_HUB_OFFLINE": "1",
+    "HF_DATASETS_OFFLINE": "1",
+    "WANDB_MODE": "disabled",
+    "TOKENIZERS_PARALLELISM": "true",
+}
+os.environ[
+    "OMP_NUM_THREADS"
+    # tests run side by side, and threads that wait for one another on tiny tensors take ten times as
+    # long
+] = "1"
 
 import pytest  # noqa: E402
 import torch  # noqa: E402
@@ -26,37 +36,144 @@ sys.path.insert(0, str(ROOT / "tests"))
 # Small enough to run in milliseconds, and every architecture of the published recipes is there.
 ARCHITECTURES = {
     "gpt2": dict(n_embd=32, n_layer=2, n_head=2, n_positions=128),
-    "gpt_neox": dict(hidden_size=32, num_hidden_layers=2, num_attention_heads=2, intermediate_size=64, max_position_embeddings=128),
-    "llama": dict(hidden_size=32, num_hidden_layers=2, num_attention_heads=2, num_key_value_heads=1, intermediate_size=64, max_position_embeddings=128),
+    "gpt_neox": dict(
+        hidden_size=32,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        intermediate_size=64,
+        max_position_embeddings=128,
+    ),
+    "llama": dict(
+        hidden_size=32,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        num_key_value_heads=1,
+        intermediate_size=64,
+        max_position_embeddings=128,
+    ),
     "gptj": dict(n_embd=32, n_layer=2, n_head=2, n_positions=128, rotary_dim=8),
-    "gpt_neo": dict(hidden_size=32, num_layers=2, num_heads=2, attention_types=[[["global", "local"], 1]], window_size=16, max_position_embeddings=128, intermediate_size=64),
-    "opt": dict(hidden_size=32, num_hidden_layers=2, num_attention_heads=2, ffn_dim=64, max_position_embeddings=128, word_embed_proj_dim=16),
-    "phi": dict(hidden_size=32, num_hidden_layers=2, num_attention_heads=2, intermediate_size=64, max_position_embeddings=128),
-    "mistral": dict(hidden_size=32, num_hidden_layers=2, num_attention_heads=2, num_key_value_heads=1, head_dim=16, intermediate_size=64, max_position_embeddings=128, sliding_window=16),
-    "qwen2": dict(hidden_size=32, num_hidden_layers=2, num_attention_heads=2, num_key_value_heads=1, intermediate_size=64, max_position_embeddings=128, use_sliding_window=True, sliding_window=16, max_window_layers=1),
-    "qwen3": dict(hidden_size=32, num_hidden_layers=2, num_attention_heads=2, num_key_value_heads=1, head_dim=16, intermediate_size=64, max_position_embeddings=128),
-    "phi3": dict(hidden_size=32, num_hidden_layers=2, num_attention_heads=2, num_key_value_heads=2, intermediate_size=64, max_position_embeddings=128),
-    "olmo2": dict(hidden_size=32, num_hidden_layers=2, num_attention_heads=2, num_key_value_heads=1, intermediate_size=64, max_position_embeddings=128),
-    "gemma": dict(hidden_size=32, num_hidden_layers=2, num_attention_heads=2, num_key_value_heads=1, head_dim=16, intermediate_size=64, max_position_embeddings=128),
-    "gemma2": dict(hidden_size=32, num_hidden_layers=2, num_attention_heads=2, num_key_value_heads=1, head_dim=16, intermediate_size=64, max_position_embeddings=128, sliding_window=64),
-}  # fmt: skip
+    "gpt_neo": dict(
+        hidden_size=32,
+        num_layers=2,
+        num_heads=2,
+        attention_types=[[["global", "local"], 1]],
+        window_size=16,
+        max_position_embeddings=128,
+        intermediate_size=64,
+    ),
+    "opt": dict(
+        hidden_size=32,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        ffn_dim=64,
+        max_position_embeddings=128,
+        word_embed_proj_dim=16,
+    ),
+    "phi": dict(
+        hidden_size=32,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        intermediate_size=64,
+        max_position_embeddings=128,
+    ),
+    "mistral": dict(
+        hidden_size=32,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        num_key_value_heads=1,
+        head_dim=16,
+        intermediate_size=64,
+        max_position_embeddings=128,
+        sliding_window=16,
+    ),
+    "qwen2": dict(
+        hidden_size=32,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        num_key_value_heads=1,
+        intermediate_size=64,
+        max_position_embeddings=128,
+        use_sliding_window=True,
+        sliding_window=16,
+        max_window_layers=1,
+    ),
+    "qwen3": dict(
+        hidden_size=32,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        num_key_value_heads=1,
+        head_dim=16,
+        intermediate_size=64,
+        max_position_embeddings=128,
+    ),
+    "phi3": dict(
+        hidden_size=32,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        num_key_value_heads=2,
+        intermediate_size=64,
+        max_position_embeddings=128,
+    ),
+    "olmo2": dict(
+        hidden_size=32,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        num_key_value_heads=1,
+        intermediate_size=64,
+        max_position_embeddings=128,
+    ),
+    "gemma": dict(
+        hidden_size=32,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        num_key_value_heads=1,
+        head_dim=16,
+        intermediate_size=64,
+        max_position_embeddings=128,
+    ),
+    "gemma2": dict(
+        hidden_size=32,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        num_key_value_heads=1,
+        head_dim=16,
+        intermediate_size=64,
+        max_position_embeddings=128,
+        sliding_window=64,
+    ),
+}
 
 
 def make_tokenizer() -> PreTrainedTokenizerFast:
     """Bytes as tokens: 256 of them, then <|endoftext|> (BOS and EOS) and <|pad|>."""
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
-    tokenizer = Tokenizer(models.BPE(vocab={symbol: i for i, symbol in enumerate(alphabet)}, merges=[]))
+    tokenizer = Tokenizer(
+        models.BPE(vocab={symbol: i for i, symbol in enumerate(alphabet)}, merges=[])
+    )
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
     return PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer, bos_token="<|endoftext|>", eos_token="<|endoftext|>", pad_token="<|pad|>", clean_up_tokenization_spaces=False
-    )  # fmt: skip
+        tokenizer_object=tokenizer,
+        bos_token="<|endoftext|>",
+        eos_token="<|endoftext|>",
+        pad_token="<|pad|>",
+        clean_up_tokenization_spaces=False,
+    )
 
 
-def make_model(architecture: str, *, seed: int = 0, dtype=torch.float32, scale: float = 4.0) -> torch.nn.Module:
+def make_model(
+    architecture: str, *, seed: int = 0, dtype=torch.float32, scale: float = 4.0
+) -> torch.nn.Module:
     """A random model; its weights are scaled up so that its distributions are far from uniform."""
     torch.manual_seed(seed)
-    config = AutoConfig.for_model(architecture, vocab_size=258, bos_token_id=256, eos_token_id=256, pad_token_id=257, **ARCHITECTURES[architecture])
+    config = AutoConfig.for_model(
+        architecture,
+        vocab_size=258,
+        bos_token_id=256,
+        eos_token_id=256,
+        pad_token_id=257,
+        **ARCHITECTURES[architecture],
+    )
     model = AutoModelForCausalLM.from_config(config, dtype=dtype).eval()
     with torch.no_grad():
         for name, p in model.named_parameters():
@@ -85,7 +202,11 @@ def llama_folder(tmp_path_factory) -> Path:
 def scored_rows(n_prompts: int = 12, k: int = 4) -> list[dict]:
     """Rows of the imdb format; the reward grows with the number of `!`."""
     return [
-        {"prompt": f"prompt number {i}", "text": f" answer {j} of {i}" + "!" * ((j + i) % k), "reward": 0.25 + (j + i) % k / 2}
+        {
+            "prompt": f"prompt number {i}",
+            "text": f" answer {j} of {i}" + "!" * ((j + i) % k),
+            "reward": 0.25 + (j + i) % k / 2,
+        }
         for i in range(n_prompts)
         for j in range(k)
     ]
@@ -108,21 +229,40 @@ def imdb_dir(tmp_path) -> Path:
 def small_run(folder: Path, data_dir: Path, run_dir: Path, *more: str) -> list[str]:
     """Overrides of a run that takes a second."""
     settings = {
-        "model": "blank_model", "model.name_or_path": folder, "datasets": "[imdb]", "data_dir": data_dir, "local_run_dir": run_dir,
-        "cache_dir": data_dir.parent / "cache", "batch_size": 8, "eval_batch_size": 8, "n_eval_examples": 8, "n_eval_model_samples": 4,
-        "max_length": 64, "max_prompt_length": 32, "max_new_tokens": 8, "lr": 1e-3, "warmup_steps": 2, "eval_every": 16,
+        "model": "blank_model",
+        "model.name_or_path": folder,
+        "datasets": "[imdb]",
+        "data_dir": data_dir,
+        "local_run_dir": run_dir,
+        "cache_dir": data_dir.parent / "cache",
+        "batch_size": 8,
+        "eval_batch_size": 8,
+        "n_eval_examples": 8,
+        "n_eval_model_samples": 4,
+        "max_length": 64,
+        "max_prompt_length": 32,
+        "max_new_tokens": 8,
+        "lr": 1e-3,
+        "warmup_steps": 2,
+        "eval_every": 16,
         "wandb.enabled": "false",
-    }  # fmt: skip
+    }
     given = {o.split("=")[0] for o in more}
     return [f"{key}={value}" for key, value in settings.items() if key not in given] + list(more)
 
 
-def run_command(script: str, *arguments, check: bool = True, **options) -> subprocess.CompletedProcess:
+def run_command(
+    script: str, *arguments, check: bool = True, **options
+) -> subprocess.CompletedProcess:
     """Run `python SCRIPT ARGUMENTS` in the repository as a user would."""
     command = [sys.executable, str(ROOT / script), *map(str, arguments)]
-    result = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, timeout=600, **options)
+    result = subprocess.run(
+        command, capture_output=True, text=True, cwd=ROOT, timeout=600, **options
+    )
     if check and result.returncode != 0:
-        raise AssertionError(f"{script} failed with {result.returncode}\n{result.stdout}\n{result.stderr}")
+        raise AssertionError(
+            f"{script} failed with {result.returncode}\n{result.stdout}\n{result.stderr}"
+        )
     return result
 
 
@@ -133,7 +273,8 @@ def read_rows(path: Path) -> list[dict]:
 def run_here(*overrides: str) -> dict:
     """Run train.py's command in this process and return its summary; its errors are raised.
 
-    The pictures of its report are made and not drawn, which would take longer than the run; commands in processes of their own draw them.
+    The pictures of its report are made and not drawn, which would take longer than the run;
+    commands in processes of their own draw them.
     """
     import hydra
     from omegaconf import OmegaConf
@@ -171,14 +312,19 @@ def same_weights(a: dict, b: dict) -> bool:
 
 def untimed(rows: list[dict]) -> list[dict]:
     """Metric rows without what depends on the clock."""
-    return [{key: value for key, value in row.items() if not key.endswith("_per_second")} for row in rows]
+    return [
+        {key: value for key, value in row.items() if not key.endswith("_per_second")}
+        for row in rows
+    ]
 
 
 @pytest.fixture
 def http_server():
-    """Starts servers that answer requests, in order, as told; the last answer is also that of all further ones.
+    """Starts servers that answer requests, in order, as told; the last answer is also that of all
+    further ones.
 
-    An answer: a status, "drop" (the connection), "stall", "drip" (a byte at a time), "nonsense", or a function from the body.
+    An answer: a status, "drop" (the connection), "stall", "drip" (a byte at a time), "nonsense", or
+    a function from the body.
     """
     servers = []
 
@@ -214,7 +360,9 @@ def http_server():
 
         server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
         server.daemon_threads = True
-        threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.02}, daemon=True).start()
+        threading.Thread(
+            target=server.serve_forever, kwargs={"poll_interval": 0.02}, daemon=True
+        ).start()
         server.url, server.received = f"http://127.0.0.1:{server.server_port}", received
         servers.append(server)
         return server

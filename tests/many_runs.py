@@ -1,6 +1,8 @@
-"""Runs several commands one after the other on the ranks it is started with: `torchrun tests/many_runs.py commands.json`.
+"""Runs several commands one after the other on the ranks it is started with: `torchrun
+tests/many_runs.py commands.json`.
 
-Starting ranks costs seconds and a tiny run milliseconds, so the tests start ranks once for all their runs.
+Starting ranks costs seconds and a tiny run milliseconds, so the tests start ranks once for all
+their runs.
 """
 
 import json

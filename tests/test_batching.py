@@ -34,7 +34,11 @@ class FakeSource:
 
     def __init__(self, records, truncation="keep_start", version="1"):
         self.name, self.split, self.truncation, self.version = "fake", "train", truncation, version
-        self.content, self.counts, self.reads = records, {"rows": len(records), "pairs": 0, "skipped": {}}, 0
+        self.content, self.counts, self.reads = (
+            records,
+            {"rows": len(records), "pairs": 0, "skipped": {}},
+            0,
+        )
 
     def fingerprint(self):
         return self.version + repr(self.content)
@@ -44,12 +48,24 @@ class FakeSource:
         yield from self.content
 
 
-def record(prompt="ab", responses=("x", "yz"), pairs=((1, 0),), scores=(0.5, 2.0), target=1, **more):
-    return Record(prompt, list(responses), list(pairs), target, list(scores) if scores else None, more.pop("columns", {}), more.pop("source", "f.jsonl:1"))
+def record(
+    prompt="ab", responses=("x", "yz"), pairs=((1, 0),), scores=(0.5, 2.0), target=1, **more
+):
+    return Record(
+        prompt,
+        list(responses),
+        list(pairs),
+        target,
+        list(scores) if scores else None,
+        more.pop("columns", {}),
+        more.pop("source", "f.jsonl:1"),
+    )
 
 
 def store_of(tmp_path, records, **options):
-    sizes = {"max_length": 64, "max_prompt_length": 32} | {k: options.pop(k) for k in ("max_length", "max_prompt_length") if k in options}
+    sizes = {"max_length": 64, "max_prompt_length": 32} | {
+        k: options.pop(k) for k in ("max_length", "max_prompt_length") if k in options
+    }
     return prepare(FakeSource(records, **options), make_tokenizer(), cache_dir=tmp_path, **sizes)
 
 
@@ -57,7 +73,7 @@ def ids(text):
     return make_tokenizer()(text, add_special_tokens=False)["input_ids"]
 
 
-# ------------------------------------------------------------------------------------------------ tokens on disk
+# ----------------------------------------------------------------------------------- tokens on disk
 
 
 def test_store_holds_bos_prompt_and_responses_with_eos(tmp_path):
@@ -75,7 +91,11 @@ def test_store_holds_bos_prompt_and_responses_with_eos(tmp_path):
 
 def test_second_start_reads_the_cache_and_a_changed_file_does_not(tmp_path):
     options = dict(max_length=64, max_prompt_length=32, cache_dir=tmp_path)
-    first, again, changed = FakeSource([record()]), FakeSource([record()]), FakeSource([record("other")])
+    first, again, changed = (
+        FakeSource([record()]),
+        FakeSource([record()]),
+        FakeSource([record("other")]),
+    )
     a, b = prepare(first, make_tokenizer(), **options), prepare(again, make_tokenizer(), **options)
     assert (first.reads, again.reads) == (1, 0)
     assert np.array_equal(a.tokens, b.tokens) and a.counts == b.counts
@@ -93,7 +113,13 @@ def test_a_reader_that_fails_leaves_nothing_behind(tmp_path):
             raise DataError("f.jsonl:2: broken")
 
     with pytest.raises(DataError, match="f.jsonl:2"):
-        prepare(Broken([record()]), make_tokenizer(), max_length=64, max_prompt_length=32, cache_dir=tmp_path)
+        prepare(
+            Broken([record()]),
+            make_tokenizer(),
+            max_length=64,
+            max_prompt_length=32,
+            cache_dir=tmp_path,
+        )
     assert list((tmp_path / "tokens").iterdir()) == []
 
 
@@ -102,11 +128,18 @@ def test_no_prompt_at_all_is_an_error(tmp_path):
         store_of(tmp_path, [])
 
 
-# ---------------------------------------------------------------------------------------------------- truncation
+# --------------------------------------------------------------------------------------- truncation
 
 
 def cut(prompt, responses, truncation="keep_start", max_length=10, max_prompt_length=4):
-    return truncate(list(range(prompt)), [list(range(n)) for n in responses], make_tokenizer(), truncation, max_length, max_prompt_length)
+    return truncate(
+        list(range(prompt)),
+        [list(range(n)) for n in responses],
+        make_tokenizer(),
+        truncation,
+        max_length,
+        max_prompt_length,
+    )
 
 
 def test_nothing_is_cut_when_all_fits():
@@ -136,11 +169,13 @@ def test_a_short_prompt_leaves_its_room_to_the_responses():
 
 
 def test_counts_of_what_was_cut(tmp_path):
-    store = store_of(tmp_path, [record("p" * 20, ("x" * 30, "y")), record()], max_length=16, max_prompt_length=8)
+    store = store_of(
+        tmp_path, [record("p" * 20, ("x" * 30, "y")), record()], max_length=16, max_prompt_length=8
+    )
     assert (store.counts["truncated_prompts"], store.counts["truncated_responses"]) == (1, 1)
 
 
-# ----------------------------------------------------------------------------------------------------- prompts
+# ------------------------------------------------------------------------------------------ prompts
 
 
 def test_chat_messages_go_through_the_template_with_one_bos():
@@ -149,7 +184,8 @@ def test_chat_messages_go_through_the_template_with_one_bos():
     with pytest.raises(DataError, match="no chat template"):
         render_prompt(chat, tokenizer)
     tokenizer.chat_template = (
-        "{{ bos_token }}{% for m in messages %}[{{ m.role }}]{{ m.content }}{% endfor %}{% if add_generation_prompt %}[assistant]{% endif %}"
+        "{{ bos_token }}{% for m in messages %}[{{ m.role }}]{{ m.content }}{% endfor %}{% if"
+        " add_generation_prompt %}[assistant]{% endif %}"
     )
     assert render_prompt(chat, tokenizer) == "[user]hi[assistant]"
 
@@ -164,7 +200,7 @@ def test_prompts_to_sample_are_distinct_cut_and_the_same_for_every_seed(tmp_path
     assert [p.key for p in prompts] == [p.key for p in prompts_to_sample(data, 9, 10)][:5]
 
 
-# -------------------------------------------------------------------------------------------------------- order
+# -------------------------------------------------------------------------------------------- order
 
 
 def test_order_is_a_permutation_and_a_function_of_seed_and_epoch():
@@ -180,9 +216,13 @@ def test_pairs_of_one_prompt_are_spread_out():
     for seed in range(5):
         where = np.argsort(epoch_order(groups, seed, 0))
         for g in range(25):
-            assert np.diff(np.sort(where[groups == g])).min() >= 15  # 100 pairs, 4 a prompt: 25 apart but for rounding
+            assert (
+                np.diff(np.sort(where[groups == g])).min() >= 15
+            )  # 100 pairs, 4 a prompt: 25 apart but for rounding
     plain = np.argsort(np.random.default_rng(0).permutation(100))
-    assert min(np.diff(np.sort(plain[groups == g])).min() for g in range(25)) < 15  # a plain shuffle does not
+    assert (
+        min(np.diff(np.sort(plain[groups == g])).min() for g in range(25)) < 15
+    )  # a plain shuffle does not
 
 
 def test_which_pair_of_a_prompt_comes_first_is_random():
@@ -191,7 +231,9 @@ def test_which_pair_of_a_prompt_comes_first_is_random():
 
 
 def loader(n=10, **options):
-    return Loader(np.arange(n), **({"batch_size": 4, "seed": 0, "n_epochs": 1, "n_examples": None} | options))
+    return Loader(
+        np.arange(n), **({"batch_size": 4, "seed": 0, "n_epochs": 1, "n_examples": None} | options)
+    )
 
 
 def test_every_example_once_an_epoch_the_last_partial_batch_included():
@@ -201,7 +243,9 @@ def test_every_example_once_an_epoch_the_last_partial_batch_included():
     assert batches[:3] != batches[3:]
 
 
-@pytest.mark.parametrize("n_epochs, n_examples, total", [(1, 7, 7), (None, 13, 13), (1, 30, 10), (3, None, 30)])
+@pytest.mark.parametrize(
+    "n_epochs, n_examples, total", [(1, 7, 7), (None, 13, 13), (1, 30, 10), (3, None, 30)]
+)
 def test_stops_at_whichever_limit_comes_first(n_epochs, n_examples, total):
     batches = loader(n_epochs=n_epochs, n_examples=n_examples)
     assert batches.total == total == sum(len(b) for b in batches)
@@ -227,7 +271,11 @@ def test_order_prompts_keeps_the_pairs_of_a_prompt_together():
     assert sorted(order) == list(range(60))
     assert [len(set(groups[order[i : i + 3]])) for i in range(0, 60, 3)] == [1] * 20
     assert groups[order].tolist() != sorted(groups.tolist())  # prompts are shuffled
-    assert order.tolist() == epoch_order(groups, 0, 0, "prompts").tolist() != epoch_order(groups, 1, 0, "prompts").tolist()
+    assert (
+        order.tolist()
+        == epoch_order(groups, 0, 0, "prompts").tolist()
+        != epoch_order(groups, 1, 0, "prompts").tolist()
+    )
 
 
 def test_the_next_step_is_prepared_ahead_and_the_state_is_that_of_what_was_used():
@@ -256,13 +304,16 @@ def test_an_error_in_preparation_reaches_the_step_it_belongs_to():
         list(loader().ahead(prepare))
 
 
-# ------------------------------------------------------------------------------------------------- microbatches
+# ------------------------------------------------------------------------------------- microbatches
 
 
 def uneven_data(tmp_path, n_prompts=9):
     """Prompts of several lengths with three responses and three pairs each."""
     every = ((0, 1), (0, 2), (1, 2))
-    records = [record("p" * (1 + 3 * i % 17), ["a" * (i + 1), "b" * 3, "c" * (20 - i)], every, None) for i in range(n_prompts)]
+    records = [
+        record("p" * (1 + 3 * i % 17), ["a" * (i + 1), "b" * 3, "c" * (20 - i)], every, None)
+        for i in range(n_prompts)
+    ]
     return PreferenceData([store_of(tmp_path, records)], "pairs", "fake")
 
 
@@ -272,16 +323,26 @@ def tokens_of(data, examples, layout):
 
 @pytest.mark.parametrize("name", LAYOUTS)
 @pytest.mark.parametrize("grouping", [True, False])
-@pytest.mark.parametrize("ranks, at_least, tokens", [(1, 1, None), (1, 3, None), (1, 1, 120), (2, 1, 100), (3, 2, None)])
-def test_microbatches_hold_every_example_of_a_step_once(tmp_path, name, grouping, ranks, at_least, tokens):
+@pytest.mark.parametrize(
+    "ranks, at_least, tokens", [(1, 1, None), (1, 3, None), (1, 1, 120), (2, 1, 100), (3, 2, None)]
+)
+def test_microbatches_hold_every_example_of_a_step_once(
+    tmp_path, name, grouping, ranks, at_least, tokens
+):
     data, examples = uneven_data(tmp_path), np.random.default_rng(0).permutation(27)
     layout = Layout(name, PAD)
-    parts = split_step(data, examples, layout, ranks=ranks, at_least=at_least, tokens=tokens, grouping=grouping)
+    parts = split_step(
+        data, examples, layout, ranks=ranks, at_least=at_least, tokens=tokens, grouping=grouping
+    )
     assert len(parts) == ranks and len({len(of_rank) for of_rank in parts}) == 1
     assert sorted(int(e) for of_rank in parts for part in of_rank for e in part) == list(range(27))
     assert len(parts[0]) >= min(at_least, 9)
     assert [e.tolist() for of_rank in parts for e in of_rank] == [
-        e.tolist() for of_rank in split_step(data, examples, layout, ranks=ranks, at_least=at_least, tokens=tokens, grouping=grouping) for e in of_rank
+        e.tolist()
+        for of_rank in split_step(
+            data, examples, layout, ranks=ranks, at_least=at_least, tokens=tokens, grouping=grouping
+        )
+        for e in of_rank
     ]
     if name == "prefix_shared":
         homes = [{int(data.groups[e]) for e in part} for of_rank in parts for part in of_rank]
@@ -294,7 +355,11 @@ def test_microbatches_hold_every_example_of_a_step_once(tmp_path, name, grouping
 
 
 def test_grouping_by_length_saves_padding(tmp_path):
-    data, examples, layout = uneven_data(tmp_path), np.random.default_rng(0).permutation(27), Layout("padded", PAD)
+    data, examples, layout = (
+        uneven_data(tmp_path),
+        np.random.default_rng(0).permutation(27),
+        Layout("padded", PAD),
+    )
 
     def padded(grouping):
         parts = split_step(data, examples, layout, ranks=1, at_least=6, grouping=grouping)[0]
@@ -306,10 +371,15 @@ def test_grouping_by_length_saves_padding(tmp_path):
 def test_padding_counts_towards_the_size_of_a_microbatch(tmp_path):
     """One long pair among short ones: a microbatch by real tokens alone would be mostly padding."""
     records = [record("p" * 5, ["a" * n, "b" * n], ((0, 1),), None) for n in (50, *[5] * 30)]
-    data, layout = PreferenceData([store_of(tmp_path, records)], "pairs", "fake"), Layout("padded", PAD)
+    data, layout = (
+        PreferenceData([store_of(tmp_path, records)], "pairs", "fake"),
+        Layout("padded", PAD),
+    )
     for grouping in (True, False):
         parts = split_step(data, np.arange(31), layout, ranks=1, tokens=400, grouping=grouping)[0]
-        assert all(len(part) and collate(data, part, layout).input_ids.numel() <= 400 for part in parts)
+        assert all(
+            len(part) and collate(data, part, layout).input_ids.numel() <= 400 for part in parts
+        )
 
 
 def test_fewer_prompts_than_ranks_leave_a_rank_empty(tmp_path):
@@ -319,11 +389,13 @@ def test_fewer_prompts_than_ranks_leave_a_rank_empty(tmp_path):
     assert [len(of_rank) for of_rank in parts] == [1, 1]
 
 
-# ------------------------------------------------------------------------------------------------------ batches
+# ------------------------------------------------------------------------------------------ batches
 
 
 def test_batch_says_where_each_scored_token_is_predicted_and_who_owns_it(tmp_path):
-    data = PreferenceData([store_of(tmp_path, [record(), record("longer", ("q", "rst"), ((0, 1),))])], "pairs", "fake")
+    data = PreferenceData(
+        [store_of(tmp_path, [record(), record("longer", ("q", "rst"), ((0, 1),))])], "pairs", "fake"
+    )
     batch = collate(data, np.array([0, 1]), PADDED)
     rows, width = batch.input_ids.shape
     assert (rows, width) == (4, 11)
@@ -332,7 +404,9 @@ def test_batch_says_where_each_scored_token_is_predicted_and_who_owns_it(tmp_pat
     for r, tokens in enumerate(expected):
         mine = batch.owners == r
         assert batch.targets[mine].tolist() == tokens
-        assert flat[batch.positions[mine] + 1].tolist() == tokens  # predicted one position before it stands
+        assert (
+            flat[batch.positions[mine] + 1].tolist() == tokens
+        )  # predicted one position before it stands
         assert (batch.positions[mine] // width).unique().tolist() == [r]
         assert batch.ends[r].item() == batch.positions[mine][-1].item() + 1
     assert batch.lengths.tolist() == [3, 2, 2, 4]
@@ -346,7 +420,9 @@ def test_batch_says_where_each_scored_token_is_predicted_and_who_owns_it(tmp_pat
 def test_masks_come_from_lengths_not_from_ids(tmp_path):
     """A response that holds the EOS and pad ids in its text is scored in full."""
     text = "a<|endoftext|>b<|pad|>c"
-    data = PreferenceData([store_of(tmp_path, [record("p", (text, "x"), ((0, 1),))])], "pairs", "fake")
+    data = PreferenceData(
+        [store_of(tmp_path, [record("p", (text, "x"), ((0, 1),))])], "pairs", "fake"
+    )
     batch = collate(data, np.array([0]), PADDED)
     assert EOS in ids(text) and PAD in ids(text)
     assert batch.targets[batch.owners == 0].tolist() == [*ids(text), EOS]
@@ -354,7 +430,15 @@ def test_masks_come_from_lengths_not_from_ids(tmp_path):
 
 
 def test_a_response_in_several_pairs_is_one_row(tmp_path):
-    data = PreferenceData([store_of(tmp_path, [record("p", ("a", "b", "c"), ((0, 1), (0, 2), (1, 2)), (3, 2, 1), 0)])], "pairs", "fake")
+    data = PreferenceData(
+        [
+            store_of(
+                tmp_path, [record("p", ("a", "b", "c"), ((0, 1), (0, 2), (1, 2)), (3, 2, 1), 0)]
+            )
+        ],
+        "pairs",
+        "fake",
+    )
     batch = collate(data, np.array([0, 1, 2]), PADDED)
     assert batch.input_ids.shape[0] == 3
     assert (batch.chosen.tolist(), batch.rejected.tolist()) == ([0, 0, 1], [1, 2, 2])
@@ -373,7 +457,9 @@ def test_targets_and_mixtures_and_columns(tmp_path):
 
 
 def loss_that(**fields):
-    defaults = dict(name="some", reads=frozenset(), columns=frozenset(), inspect_scores=lambda *a: "told")
+    defaults = dict(
+        name="some", reads=frozenset(), columns=frozenset(), inspect_scores=lambda *a: "told"
+    )
     return SimpleNamespace(**(defaults | fields))
 
 
@@ -400,7 +486,11 @@ def test_histograms_count_everything(tmp_path):
 
 
 def test_batch_moves_with_all_its_tensors(tmp_path):
-    data = PreferenceData([store_of(tmp_path, [record(columns={"magnitude": [0.25]})])], "pairs", "fake")
+    data = PreferenceData(
+        [store_of(tmp_path, [record(columns={"magnitude": [0.25]})])], "pairs", "fake"
+    )
     moved = collate(data, np.array([0]), PADDED).to("meta")
-    tensors = [v for v in vars(moved).values() if isinstance(v, torch.Tensor)] + list(moved.columns.values())
+    tensors = [v for v in vars(moved).values() if isinstance(v, torch.Tensor)] + list(
+        moved.columns.values()
+    )
     assert len(tensors) == 11 and all(t.device.type == "meta" for t in tensors)

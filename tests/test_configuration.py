@@ -1,4 +1,5 @@
-"""Every config composes, every key is commented and checked, wrong ones are refused with the nearest valid ones."""
+"""Every config composes, every key is commented and checked, wrong ones are refused with the
+nearest valid ones."""
 
 import re
 from pathlib import Path
@@ -27,7 +28,9 @@ wandb.project local_dirs sample_during_eval n_eval_model_samples do_first_eval l
 max_grad_norm max_length max_prompt_length n_epochs n_examples n_eval_examples trainer optimizer warmup_steps
 activation_checkpointing eval_every minimum_log_interval_secs model.name_or_path model.tokenizer_name_or_path model.archive
 model.reference_archive model.block_name model.policy_dtype model.fsdp_policy_mp model.reference_dtype world_size resume""".split()
-MODELS = "tiny blank_model gpt2-large gpt2-xl gpt-neo gptj opt pythia28 pythia69 llama7b phi2".split()
+MODELS = (
+    "tiny blank_model gpt2-large gpt2-xl gpt-neo gptj opt pythia28 pythia69 llama7b phi2".split()
+)
 
 
 def compose(*overrides):
@@ -49,18 +52,27 @@ def test_every_model_composes(name):
 
 def test_options_are_the_files_of_the_groups():
     assert options("model") == set(MODELS)
-    assert options("reward") == {name for name, reward in REWARDS.items() if reward.__module__ in ("rewards", "gold_functions")}  # not those of a user's file
+    assert options("reward") == {
+        name
+        for name, reward in REWARDS.items()
+        if reward.__module__ in ("rewards", "gold_functions")
+    }  # not those of a user's file
 
 
 @pytest.mark.parametrize("reward", sorted(options("reward")))
 def test_every_reward_composes_and_fits_its_function(reward):
     needed = {
-        "classifier": ["reward.path=x", "reward.label=y"], "reward_model": ["reward.path=x"], "http": ["reward.url=x"], "ultrafeedbackgold": ["reward.base_url=x", "reward.model=x"],
-    }.get(reward, [])  # fmt: skip
+        "classifier": ["reward.path=x", "reward.label=y"],
+        "reward_model": ["reward.path=x"],
+        "http": ["reward.url=x"],
+        "ultrafeedbackgold": ["reward.base_url=x", "reward.model=x"],
+    }.get(reward, [])
     check_reward(compose(f"reward={reward}", *needed).reward)
 
 
-@pytest.mark.parametrize("path", sorted(CONFIG_DIR.rglob("*.yaml")), ids=lambda p: f"{p.parent.name}/{p.name}")
+@pytest.mark.parametrize(
+    "path", sorted(CONFIG_DIR.rglob("*.yaml")), ids=lambda p: f"{p.parent.name}/{p.name}"
+)
 def test_a_comment_stands_above_every_key(path):
     above = ""
     for line in path.read_text().split("\n# where hydra puts")[0].splitlines():
@@ -69,7 +81,7 @@ def test_a_comment_stands_above_every_key(path):
         above = line
 
 
-# ------------------------------------------------------------------------------------------------ refusals
+# ----------------------------------------------------------------------------------------- refusals
 
 
 @pytest.mark.parametrize(
@@ -96,7 +108,9 @@ def test_misspelt_keys_and_options_are_refused_with_the_nearest(override, told):
 
 def test_correct_command_lines_pass():
     check_overrides(["-m", "loss=dpo,odpo,cal-dpo,tdpo2", "seed=0,1", "hydra.sweep.dir=x"])
-    check_overrides(["loss=odpo", "loss.alpha=0.5", "loss.ratio=true", "model.lora.r=8", "datasets=[hh,shp]"])
+    check_overrides(
+        ["loss=odpo", "loss.alpha=0.5", "loss.ratio=true", "model.lora.r=8", "datasets=[hh,shp]"]
+    )
     check_overrides(["loss=tdpo", "loss.if_tdpo2=false", "--cfg", "job"])
 
 
@@ -115,18 +129,28 @@ def test_the_command_says_it_in_one_line_and_leaves_no_folder(tmp_path):
 
 def test_must_match_tells_what_differs_and_lets_the_rest_change():
     before = compose()
-    must_match(before, compose("n_epochs=5", "eval_every=7", "wandb.enabled=false", "local_run_dir=elsewhere"))
-    for override, told in (("loss.beta=0.5", "loss.beta was 0.1 and is now 0.5"), ("seed=1", "seed was 0"), ("loss=odpo", "loss.name was dpo"), ("datasets=[hh]", "datasets was")):
+    must_match(
+        before,
+        compose("n_epochs=5", "eval_every=7", "wandb.enabled=false", "local_run_dir=elsewhere"),
+    )
+    for override, told in (
+        ("loss.beta=0.5", "loss.beta was 0.1 and is now 0.5"),
+        ("seed=1", "seed was 0"),
+        ("loss=odpo", "loss.name was dpo"),
+        ("datasets=[hh]", "datasets was"),
+    ):
         with pytest.raises(ConfigError, match=told):
             must_match(before, compose(override))
 
 
-# ---------------------------------------------------------------------------------------------- run folders
+# -------------------------------------------------------------------------------------- run folders
 
 
 def test_run_dir_is_the_first_usable_of_local_dirs(tmp_path):
     (tmp_path / "file").write_text("")
-    chosen = Path(choose_run_dir(None, None, [str(tmp_path / "file"), str(tmp_path / "good")], "exp"))
+    chosen = Path(
+        choose_run_dir(None, None, [str(tmp_path / "file"), str(tmp_path / "good")], "exp")
+    )
     assert chosen.parent.parent == tmp_path / "good" and chosen.name.startswith("exp_")
     assert list(chosen.parent.iterdir()) == []
     assert choose_run_dir("given", None, [], "exp") == "given"
@@ -136,27 +160,34 @@ def test_run_dir_is_the_first_usable_of_local_dirs(tmp_path):
 
 
 def test_names_of_sweep_runs_are_safe_distinct_and_short():
-    a = name_of_run(["loss=odpo", "loss.alpha=0.5", "model.archive=runs/a/policy.pt", "local_run_dir=/x"])
+    a = name_of_run(
+        ["loss=odpo", "loss.alpha=0.5", "model.archive=runs/a/policy.pt", "local_run_dir=/x"]
+    )
     assert a == "loss=odpo,loss.alpha=0.5,model.archive=runs_a_policy.pt"
     long = [name_of_run([f"exp={i}" + "x" * 300]) for i in range(2)]
     assert long[0] != long[1] and max(map(len, long)) <= 150
 
 
 def test_a_new_loss_is_one_function_and_one_yaml(tmp_path, imdb_dir, llama_folder):
-    """What the documentation promises, from outside the repository: a file, a yaml, and it trains."""
+    """What the documentation promises, from outside the repository: a file, a yaml, and it
+    trains."""
     from conftest import read_rows, small_run
 
     (tmp_path / "conf" / "loss").mkdir(parents=True)
     (tmp_path / "my_losses.py").write_text(
-        "import torch.nn.functional as F\nfrom losses import LossOutput, Pair, register_loss\n\n"
-        '@register_loss("hinge2", reads={"reference"})\n'
-        "def hinge2(pair: Pair, *, beta: float, margin: float = 1.0) -> LossOutput:\n"
-        '    """max(0, margin - beta h) (SLiC, arXiv:2305.10425)."""\n'
-        "    losses = F.relu(margin - beta * (pair.chosen_logratio - pair.rejected_logratio))\n"
-        "    return LossOutput(losses, beta * pair.chosen_logratio, beta * pair.rejected_logratio)\n"
+        "import torch.nn.functional as F\nfrom losses import LossOutput, Pair,"
+        ' register_loss\n\n@register_loss("hinge2", reads={"reference"})\ndef hinge2(pair: Pair, *,'
+        ' beta: float, margin: float = 1.0) -> LossOutput:\n    """max(0, margin - beta h) (SLiC,'
+        ' arXiv:2305.10425)."""\n    losses = F.relu(margin - beta * (pair.chosen_logratio -'
+        " pair.rejected_logratio))\n    return LossOutput(losses, beta * pair.chosen_logratio, beta"
+        " * pair.rejected_logratio)\n"
     )
-    (tmp_path / "conf" / "loss" / "hinge2.yaml").write_text(f"name: hinge2\nmodule: {tmp_path / 'my_losses.py'}\nbeta: 0.1\nmargin: 2.0\n")
-    overrides = small_run(llama_folder, imdb_dir, tmp_path / "run", "loss=hinge2", "loss.margin=3.0", "lr=1e-4")
+    (tmp_path / "conf" / "loss" / "hinge2.yaml").write_text(
+        f"name: hinge2\nmodule: {tmp_path / 'my_losses.py'}\nbeta: 0.1\nmargin: 2.0\n"
+    )
+    overrides = small_run(
+        llama_folder, imdb_dir, tmp_path / "run", "loss=hinge2", "loss.margin=3.0", "lr=1e-4"
+    )
     run_command("train.py", "--config-dir", tmp_path / "conf", *overrides)
     rows = read_rows(tmp_path / "run" / "metrics.jsonl")
     assert rows[0]["loss/eval"] == pytest.approx(3.0) and rows[-1]["loss/eval"] < 3.0

@@ -1,4 +1,5 @@
-"""scripts/d2po/: every variable of D2PO becomes the key it stands for, or is refused; what is printed is what runs."""
+"""scripts/d2po/: every variable of D2PO becomes the key it stands for, or is refused; what is
+printed is what runs."""
 
 import os
 import re
@@ -17,22 +18,68 @@ from trainers import TRAINERS
 
 FOLDER = ROOT / "scripts" / "d2po"
 SCRIPTS = sorted(path.stem for path in FOLDER.glob("*.sh") if path.stem != "common")
-KNOWN = re.search(r'^known="(.*?)"', (FOLDER / "common.sh").read_text(encoding="utf-8"), re.DOTALL | re.MULTILINE)[1].split()
-HARMLESS = {"CRATIO": "1", "KEEPLONG": "0", "LTYPE": "normal", "ONLYOLDUPDATES": "0", "REINIT": "False", "USEDPO": "0"}
+KNOWN = re.search(
+    r'^known="(.*?)"', (FOLDER / "common.sh").read_text(encoding="utf-8"), re.DOTALL | re.MULTILINE
+)[1].split()
+HARMLESS = {
+    "CRATIO": "1",
+    "KEEPLONG": "0",
+    "LTYPE": "normal",
+    "ONLYOLDUPDATES": "0",
+    "REINIT": "False",
+    "USEDPO": "0",
+}
 
 # What D2PO's instructions export before each of its scripts.
 EXPORTED = {
-    "train_rm": dict(LR="1e-4", NOLORA="False", REINIT="False", LTYPE="normal", EVFIRST="0", BSIZE="2", BASEMODEL="tiny"),
+    "train_rm": dict(
+        LR="1e-4",
+        NOLORA="False",
+        REINIT="False",
+        LTYPE="normal",
+        EVFIRST="0",
+        BSIZE="2",
+        BASEMODEL="tiny",
+    ),
     "train_dpo": dict(BASEMODEL="tiny", BETA="0.05"),
-    "opo": dict(SUPDATES="10000000", SEED="3", KEEPLONG="0", MLEN="50", BASEMODEL="tiny", PPOUPDATES="1", DPOBATCHSIZE="32", MBSIZE="32", GBSIZE="32", STEPS="2000"),
+    "opo": dict(
+        SUPDATES="10000000",
+        SEED="3",
+        KEEPLONG="0",
+        MLEN="50",
+        BASEMODEL="tiny",
+        PPOUPDATES="1",
+        DPOBATCHSIZE="32",
+        MBSIZE="32",
+        GBSIZE="32",
+        STEPS="2000",
+    ),
     "eval": dict(BASEMODEL="tiny", MLEN="50", BSIZE="1", GBSIZE="32", GREWARD="bagofwords"),
 }
-EXPORTED["d2po"] = EXPORTED["opo"] | dict(ATYPE="conf", APBSIZE="16", GREWARD="bagofwords", ULR="1e-4", UEPOCHS="4", SFREQ="25", SAMPN="256", RELABELS="16")
+EXPORTED["d2po"] = EXPORTED["opo"] | dict(
+    ATYPE="conf",
+    APBSIZE="16",
+    GREWARD="bagofwords",
+    ULR="1e-4",
+    UEPOCHS="4",
+    SFREQ="25",
+    SAMPN="256",
+    RELABELS="16",
+)
 
 
 def run_script(name: str, *arguments, **variables) -> subprocess.CompletedProcess:
-    environment = {key: value for key, value in os.environ.items() if key not in KNOWN} | {"PYTHON": sys.executable, **variables}
-    return subprocess.run(["bash", str(FOLDER / f"{name}.sh"), *map(str, arguments)], capture_output=True, text=True, env=environment, timeout=600)
+    environment = {key: value for key, value in os.environ.items() if key not in KNOWN} | {
+        "PYTHON": sys.executable,
+        **variables,
+    }
+    return subprocess.run(
+        ["bash", str(FOLDER / f"{name}.sh"), *map(str, arguments)],
+        capture_output=True,
+        text=True,
+        env=environment,
+        timeout=600,
+    )
 
 
 def dry(name: str, *arguments, **variables) -> tuple[dict[str, str], list[str]]:
@@ -64,8 +111,18 @@ MAPPED = [
     ("train_rm", "EVFIRST", "0", {"do_first_eval": False}),
     ("train_rm", "BSIZE", "2", {"batch_size": 8}),
     ("train_rm", "BASEMODEL", "some/where", {"model.name_or_path": "some/where"}),
-    ("train_rm", "BASEMODEL", "pythia28", {"model.name_or_path": "EleutherAI/pythia-2.8b", "model.block_name": "GPTNeoXLayer"}),
-    ("train_rm", "BASEMODEL", "runs/loss=dpo,seed=1 it's/hf", {"model.name_or_path": "runs/loss=dpo,seed=1 it's/hf"}),
+    (
+        "train_rm",
+        "BASEMODEL",
+        "pythia28",
+        {"model.name_or_path": "EleutherAI/pythia-2.8b", "model.block_name": "GPTNeoXLayer"},
+    ),
+    (
+        "train_rm",
+        "BASEMODEL",
+        "runs/loss=dpo,seed=1 it's/hf",
+        {"model.name_or_path": "runs/loss=dpo,seed=1 it's/hf"},
+    ),
     ("train_rm", "SEED", "5", {"seed": 5}),
     ("train_dpo", "BETA", "0.3", {"loss.beta": 0.3}),
     ("train_dpo", "BSIZE", "3", {"batch_size": 12}),
@@ -95,13 +152,19 @@ MAPPED = [
 ]
 
 
-@pytest.mark.parametrize("script, variable, value, wanted", MAPPED, ids=lambda v: v if isinstance(v, str) else "")
+@pytest.mark.parametrize(
+    "script, variable, value, wanted", MAPPED, ids=lambda v: v if isinstance(v, str) else ""
+)
 def test_a_variable_becomes_its_key(script, variable, value, wanted):
     told, overrides = dry(script, **{variable: value})
     assert list(told) == [f"{variable}={value}"]
     config = composed(overrides)
     assert {key: OmegaConf.select(config, key) for key in wanted} == wanted
-    for override in told[f"{variable}={value}"].split(" ") if " " not in value and "nothing" not in told[f"{variable}={value}"] else ():
+    for override in (
+        told[f"{variable}={value}"].split(" ")
+        if " " not in value and "nothing" not in told[f"{variable}={value}"]
+        else ()
+    ):
         assert override in overrides
 
 
@@ -128,15 +191,27 @@ def test_what_asks_for_nothing_is_accepted_everywhere(script):
 @pytest.mark.parametrize(
     "script, variables, told",
     [
-        ("d2po", {"KEEPLONG": "10"}, "KEEPLONG=10 takes 20 from the reward of responses that have fewer words"),
+        (
+            "d2po",
+            {"KEEPLONG": "10"},
+            "KEEPLONG=10 takes 20 from the reward of responses that have fewer words",
+        ),
         ("opo", {"CFG": "src/configs/ppo_2gpu.yaml"}, "trainer=FSDPTrainer world_size=2"),
-        ("opo", {"RELABELS": "16"}, "RELABELS=16 is about the discriminator, which only d2po.sh has"),
+        (
+            "opo",
+            {"RELABELS": "16"},
+            "RELABELS=16 is about the discriminator, which only d2po.sh has",
+        ),
         ("d2po", {"BSIZE": "2"}, "DPOBATCHSIZE and MBSIZE are the batches of online learning"),
         ("d2po", {"REINIT": "True"}, "REINIT=True gives a reward model random weights"),
         ("d2po", {"ONLYOLDUPDATES": "1"}, "which is not here"),
         ("d2po", {"DPOBASEAPI": "facebook/opt-125m"}, "here it has the policy's"),
         ("d2po", {"CRATIO": "2"}, "here it learns whenever labels were bought"),
-        ("train_rm", {"LTYPE": "prefoverpref"}, "prefoverpref, which compares pairs with pairs, is not here"),
+        (
+            "train_rm",
+            {"LTYPE": "prefoverpref"},
+            "prefoverpref, which compares pairs with pairs, is not here",
+        ),
         ("train_rm", {"NOLORA": "perhaps"}, "NOLORA=perhaps is neither True nor False"),
         ("train_rm", {"BSIZE": "two"}, "BSIZE=two is no whole number"),
         ("train_rm", {"GREWARD": "math"}, "the labels are those of datasets="),
@@ -148,19 +223,42 @@ def test_what_asks_for_nothing_is_accepted_everywhere(script):
 )
 def test_a_variable_without_a_counterpart_is_refused(script, variables, told):
     result = run_script(script, DRYRUN="1", **variables)
-    assert result.returncode == 2 and told in result.stderr and "python train.py" not in result.stdout
+    assert (
+        result.returncode == 2 and told in result.stderr and "python train.py" not in result.stdout
+    )
     assert all(line.startswith("error: ") for line in result.stderr.splitlines())
 
 
 def test_all_that_is_refused_is_said_at_once():
     result = run_script("train_dpo", "bagofwords", DRYRUN="1", CFG="x", MLEN="50", LR="")
-    assert [line.split("=")[0].split(":")[1] for line in result.stderr.splitlines()] == [" CFG", " MLEN", " bagofwords"]
+    assert [line.split("=")[0].split(":")[1] for line in result.stderr.splitlines()] == [
+        " CFG",
+        " MLEN",
+        " bagofwords",
+    ]
     assert "arguments are KEY=VALUE here" in result.stderr
 
 
 def test_arguments_are_passed_on_and_win():
-    told, overrides = dry("d2po", "lr=7", "online.rounds=3", "datasets=[a b,c]", "-m", "--config-dir", "some folder", LR="1e-4", STEPS="9")
-    assert overrides[-6:] == ["lr=7", "online.rounds=3", "datasets=[a b,c]", "-m", "--config-dir", "some folder"]
+    told, overrides = dry(
+        "d2po",
+        "lr=7",
+        "online.rounds=3",
+        "datasets=[a b,c]",
+        "-m",
+        "--config-dir",
+        "some folder",
+        LR="1e-4",
+        STEPS="9",
+    )
+    assert overrides[-6:] == [
+        "lr=7",
+        "online.rounds=3",
+        "datasets=[a b,c]",
+        "-m",
+        "--config-dir",
+        "some folder",
+    ]
     config = composed(overrides[:-3])
     assert (config.lr, config.online.rounds, list(config.datasets)) == (7, 3, ["a b", "c"])
     told, overrides = dry("train_rm", "model=tiny", BASEMODEL="some/where")
@@ -170,43 +268,112 @@ def test_arguments_are_passed_on_and_win():
 
 def test_reinit_leaves_nothing_of_the_base_model(tmp_path):
     _, overrides = dry("train_rm", REINIT="True", NOLORA="True", BASEMODEL="tiny", BSIZE="2")
-    run_here(*overrides, "n_examples=8", "n_eval_examples=8", "wandb.enabled=false", f"local_run_dir={tmp_path / 'run'}", f"cache_dir={tmp_path / 'cache'}")
-    before, after = (load_file(folder / "model.safetensors") for folder in (ROOT / "data" / "tiny", tmp_path / "run" / "LATEST" / "hf"))
+    run_here(
+        *overrides,
+        "n_examples=8",
+        "n_eval_examples=8",
+        "wandb.enabled=false",
+        f"local_run_dir={tmp_path / 'run'}",
+        f"cache_dir={tmp_path / 'cache'}",
+    )
+    before, after = (
+        load_file(folder / "model.safetensors")
+        for folder in (ROOT / "data" / "tiny", tmp_path / "run" / "LATEST" / "hf")
+    )
     drawn = [name for name in before.keys() & after if before[name].ndim > 1]
-    assert len(drawn) > 10 and all((after[name] - before[name]).std() > 0.5 * before[name].std() for name in drawn)
+    assert len(drawn) > 10 and all(
+        (after[name] - before[name]).std() > 0.5 * before[name].std() for name in drawn
+    )
 
 
 def test_the_table_of_the_documentation_has_every_variable():
-    rows = re.findall(r"^\| `([A-Z]+)` \|.*\|\s*([^|]*?)\s*\|$", (ROOT / "docs" / "online.md").read_text(encoding="utf-8"), re.MULTILINE)
+    rows = re.findall(
+        r"^\| `([A-Z]+)` \|.*\|\s*([^|]*?)\s*\|$",
+        (ROOT / "docs" / "online.md").read_text(encoding="utf-8"),
+        re.MULTILINE,
+    )
     assert {variable for variable, _ in rows} == set(KNOWN)
     takes = {variable: set() for variable in KNOWN}
     for variable, scripts in rows:
-        takes[variable] |= {"all": set(SCRIPTS), "all but eval": set(SCRIPTS) - {"eval"}}.get(scripts) or set(filter(None, scripts.split(", ")))
-    values = {variable: value for _, variable, value, _ in MAPPED} | {"LTYPE": "mag", "REINIT": "True"}
+        takes[variable] |= {"all": set(SCRIPTS), "all but eval": set(SCRIPTS) - {"eval"}}.get(
+            scripts
+        ) or set(filter(None, scripts.split(", ")))
+    values = {variable: value for _, variable, value, _ in MAPPED} | {
+        "LTYPE": "mag",
+        "REINIT": "True",
+    }
     for variable in KNOWN:
-        refused = {script for script in SCRIPTS if run_script(script, DRYRUN="1", **{variable: values.get(variable, "7")}).returncode}
+        refused = {
+            script
+            for script in SCRIPTS
+            if run_script(script, DRYRUN="1", **{variable: values.get(variable, "7")}).returncode
+        }
         assert refused == set(SCRIPTS) - takes[variable], variable
 
 
 def test_a_reward_model_then_d2po_with_it(tmp_path):
-    """For real: LoRA reward model of the shipped data, two rounds with it as discriminator, an evaluation; each script becomes its run."""
-    small = ["n_eval_examples=16", "n_eval_model_samples=4", "wandb.enabled=false", f"cache_dir={tmp_path / 'cache'}"]
+    """For real: LoRA reward model of the shipped data, two rounds with it as discriminator, an
+    evaluation; each script becomes its run."""
+    small = [
+        "n_eval_examples=16",
+        "n_eval_model_samples=4",
+        "wandb.enabled=false",
+        f"cache_dir={tmp_path / 'cache'}",
+    ]
     places = {name: tmp_path / name for name in ("rm", "d2po", "eval")}
-    train = run_script("train_rm", "n_examples=16", "eval_every=16", f"local_run_dir={places['rm']}", *small, LR="1e-3", BSIZE="2", EVFIRST="0", BASEMODEL="tiny")
+    train = run_script(
+        "train_rm",
+        "n_examples=16",
+        "eval_every=16",
+        f"local_run_dir={places['rm']}",
+        *small,
+        LR="1e-3",
+        BSIZE="2",
+        EVFIRST="0",
+        BASEMODEL="tiny",
+    )
     assert train.returncode == 0, train.stderr
     assert train.stdout.startswith("BASEMODEL=tiny -> model=tiny\nLR=1e-3 -> lr=1e-3\n")
     rows = read_rows(places["rm"] / "metrics.jsonl")
-    assert [row["examples"] for row in rows if row["split"] == "train"] == [8, 16] and rows[0]["examples"] > 0  # EVFIRST=0
+    assert [row["examples"] for row in rows if row["split"] == "train"] == [8, 16] and rows[0][
+        "examples"
+    ] > 0  # EVFIRST=0
     assert (places["rm"] / "LATEST" / "adapter" / "adapter_config.json").exists()
     learn = run_script(
-        "d2po", f"online.discriminator_path={places['rm']}", "online.eval_every=2", f"local_run_dir={places['d2po']}", *small,
-        STEPS="2", MLEN="16", DPOBATCHSIZE="16", MBSIZE="8", SAMPN="32", RELABELS="3", UEPOCHS="1", PPOUPDATES="1", BASEMODEL="tiny",
-    )  # fmt: skip
+        "d2po",
+        f"online.discriminator_path={places['rm']}",
+        "online.eval_every=2",
+        f"local_run_dir={places['d2po']}",
+        *small,
+        STEPS="2",
+        MLEN="16",
+        DPOBATCHSIZE="16",
+        MBSIZE="8",
+        SAMPN="32",
+        RELABELS="3",
+        UEPOCHS="1",
+        PPOUPDATES="1",
+        BASEMODEL="tiny",
+    )
     assert learn.returncode == 0, learn.stderr
-    rounds = [row for row in read_rows(places["d2po"] / "metrics.jsonl") if row["split"] == "online"]
-    assert [row["online/labels_bought"] for row in rounds] == [3, 6] and "from " + str(places["rm"]) in learn.stdout
+    rounds = [
+        row for row in read_rows(places["d2po"] / "metrics.jsonl") if row["split"] == "online"
+    ]
+    assert [row["online/labels_bought"] for row in rounds] == [3, 6] and "from " + str(
+        places["rm"]
+    ) in learn.stdout
     assert max(row["examples"] for row in rounds) > 16  # two rounds of up to 16 pairs
-    judged = run_script("eval", f"model.archive={places['d2po']}", f"local_run_dir={places['eval']}", *small, BASEMODEL="tiny", MLEN="16", BSIZE="2")
+    judged = run_script(
+        "eval",
+        f"model.archive={places['d2po']}",
+        f"local_run_dir={places['eval']}",
+        *small,
+        BASEMODEL="tiny",
+        MLEN="16",
+        BSIZE="2",
+    )
     assert judged.returncode == 0, judged.stderr
     [row] = read_rows(places["eval"] / "eval.jsonl")
-    assert (row["temperature"], row["top_p"], row["samples_per_prompt"]) == (0.9, 0.9, 2) and len(read_rows(places["eval"] / "samples.jsonl")) == 32
+    assert (row["temperature"], row["top_p"], row["samples_per_prompt"]) == (0.9, 0.9, 2) and len(
+        read_rows(places["eval"] / "samples.jsonl")
+    ) == 32

@@ -1,4 +1,5 @@
-"""The same numbers on any number of ranks and devices; ranks that meet, stop and fail together. All on the CPU, with gloo."""
+"""The same numbers on any number of ranks and devices; ranks that meet, stop and fail together. All
+on the CPU, with gloo."""
 
 import json
 import os
@@ -33,13 +34,15 @@ from logprobs import Scorer
 from placement import find_blocks, layer_plan, shard
 from utils import ConfigError, DataError, PrefLabError
 
-# 17 pairs in batches of 8: the last batch of an epoch holds one, which two ranks cannot share. 4 epochs are 12 steps.
+# 17 pairs in batches of 8: the last batch of an epoch holds one, which two ranks cannot share. 4
+# epochs are 12 steps.
 PAIRS, STEPS = 17, 12
 FOUR = ("trainer=FSDPTrainer", "world_size=4")
 TWO = ("trainer=FSDPTrainer", "world_size=2")
 LORA = ("model.lora.r=4", "model.lora.target_modules=[q_proj,down_proj]")
 
-# name: (overrides, ranks it is started on). Every run of a group must give what its run `one` gives.
+# name: (overrides, ranks it is started on). Every run of a group must give what its run `one`
+# gives.
 PLACEMENTS = {
     "one": ((), 1),
     "sharded alone": (("trainer=FSDPTrainer",), 1),
@@ -61,14 +64,25 @@ GROUPS = {
     "recomputed": (("loss=tdpo2", "activation_checkpointing=true"), FEW),
     "offloaded": (("loss=dpo", "fsdp_cpu_offload=true"), ("two ranks",)),
     "padded": (("loss=dpo", "layout=padded", "length_grouping=false"), ("two ranks",)),
-    "many microbatches": (("loss=dpo", "microbatch_tokens=150", "reference.cache=false"), ("two ranks",)),
-    "reference never built": (("loss=dpo", "optimizer=AdamW", "sample_during_eval=false"), FEW),  # each with a cache of its own
+    "many microbatches": (
+        ("loss=dpo", "microbatch_tokens=150", "reference.cache=false"),
+        ("two ranks",),
+    ),
+    "reference never built": (
+        ("loss=dpo", "optimizer=AdamW", "sample_during_eval=false"),
+        FEW,
+    ),  # each with a cache of its own
     "scalar head": (("loss=bradley_terry", "optimizer=AdamW"), FEW),
     "another seed": (("loss=dpo", "seed=1"), ("one",)),  # the control: what a difference looks like
     "half": (("loss=dpo", "n_epochs=2"), FEW),  # later continued elsewhere
     "half lora": (("loss=dpo", "n_epochs=2", *LORA), FEW),
 }
-CASES = [(group, placement) for group, (_, placements) in GROUPS.items() for placement in placements if placement != "one"]
+CASES = [
+    (group, placement)
+    for group, (_, placements) in GROUPS.items()
+    for placement in placements
+    if placement != "one"
+]
 
 
 @pytest.fixture(scope="module")
@@ -85,7 +99,13 @@ def setting(tmp_path_factory):
 
 
 def overrides(setting, name: str, *more: str) -> list[str]:
-    options = ("n_epochs=4", "n_eval_examples=7", "n_eval_model_samples=5", "eval_every=24", "keep_checkpoints=null")
+    options = (
+        "n_epochs=4",
+        "n_eval_examples=7",
+        "n_eval_model_samples=5",
+        "eval_every=24",
+        "keep_checkpoints=null",
+    )
     given = {o.split("=")[0] for o in more}
     options = [o for o in options if o.split("=")[0] not in given]
     if name.startswith("reference never built"):
@@ -94,13 +114,25 @@ def overrides(setting, name: str, *more: str) -> list[str]:
 
 
 def start_on_ranks(n: int, setting, commands: list[list[str]]) -> None:
-    (setting / "commands.json").write_text(json.dumps([[str(word) for word in command] for command in commands]))
-    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={n}"]
+    (setting / "commands.json").write_text(
+        json.dumps([[str(word) for word in command] for command in commands])
+    )
+    torchrun = [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--standalone",
+        f"--nproc-per-node={n}",
+    ]
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
     result = subprocess.run(
         [*torchrun, str(ROOT / "tests" / "many_runs.py"), str(setting / "commands.json")],
-        capture_output=True, text=True, cwd=ROOT, timeout=600, env=environment,
-    )  # fmt: skip
+        capture_output=True,
+        text=True,
+        cwd=ROOT,
+        timeout=600,
+        env=environment,
+    )
     assert result.returncode == 0, result.stderr[-5000:]
 
 
@@ -131,7 +163,8 @@ def rows_of(folder, split: str) -> list[dict]:
     return untimed([row for row in read_rows(folder / "metrics.jsonl") if row["split"] == split])
 
 
-WEIGHTS = 5e-5  # RMSprop moved them by about 0.1, and rounding in a small gradient is a large part of its step
+# RMSprop moved them by about 0.1, and rounding in a small gradient is a large part of its step
+WEIGHTS = 5e-5
 
 
 @pytest.mark.parametrize("group, placement", CASES)
@@ -146,7 +179,9 @@ def test_the_same_losses_and_weights(runs, group, placement):
             assert row.keys() == expected.keys()
             for key, value in expected.items():
                 if key.startswith("samples_eval") and row["step"] > 0:
-                    continue  # rounding may move the edge between two tokens over the number drawn; the text is compared below
+                    # rounding may move the edge between two tokens over the number drawn; the text
+                    # is compared below
+                    continue
                 if isinstance(value, (int, float)):
                     tolerance = 1e-5 if key.startswith("loss") and group != "scalar head" else 1e-3
                     assert row[key] == pytest.approx(value, abs=tolerance, rel=tolerance), key
@@ -174,46 +209,94 @@ def test_what_is_saved_is_whole_and_anyone_can_load_it(runs, placement):
 
     latest = runs / "dpo" / placement / "LATEST"
     saved = torch.load(latest / "policy.pt", weights_only=True)
-    assert saved["step_idx"] == STEPS and all(type(value) is torch.Tensor for value in saved["state"].values())
+    assert saved["step_idx"] == STEPS and all(
+        type(value) is torch.Tensor for value in saved["state"].values()
+    )
     model = AutoModelForCausalLM.from_pretrained(latest / "hf")
-    assert all(torch.equal(value, saved["state"][name]) for name, value in model.state_dict().items())
+    assert all(
+        torch.equal(value, saved["state"][name]) for name, value in model.state_dict().items()
+    )
     assert AutoTokenizer.from_pretrained(latest / "hf").eos_token
     assert model.config.architectures == ["LlamaForCausalLM"]
 
 
 def test_checkpoints_are_evaluated_alike_on_ranks(runs):
-    """Seven prompts on two ranks, so that one has a stand-in; two checkpoints and temperatures, two samples a prompt."""
-    common = ["function=eval", f"model.archive=[{runs}/dpo/one/step-4,{runs}/dpo/one]", "temperature=[0,1.0]", "samples_per_prompt=2", "more_rewards=[length]"]
+    """Seven prompts on two ranks, so that one has a stand-in; two checkpoints and temperatures, two
+    samples a prompt."""
+    common = [
+        "function=eval",
+        f"model.archive=[{runs}/dpo/one/step-4,{runs}/dpo/one]",
+        "temperature=[0,1.0]",
+        "samples_per_prompt=2",
+        "more_rewards=[length]",
+    ]
     run_here(*overrides(runs, "evaluated/one", *common))
     start_on_ranks(2, runs, [overrides(runs, "evaluated/two ranks", *common, *TWO)])
-    ours, theirs = (read_rows(runs / "evaluated" / name / "eval.jsonl") for name in ("two ranks", "one"))
+    ours, theirs = (
+        read_rows(runs / "evaluated" / name / "eval.jsonl") for name in ("two ranks", "one")
+    )
     assert len(ours) == len(theirs) == 4 and [row["step"] for row in ours] == [4, 4, STEPS, STEPS]
     for row, expected in zip(ours, theirs):
-        close = {key: pytest.approx(value, rel=1e-4, abs=1e-4) if isinstance(value, float) else value for key, value in expected.items()}
+        close = {
+            key: pytest.approx(value, rel=1e-4, abs=1e-4) if isinstance(value, float) else value
+            for key, value in expected.items()
+        }
         assert row == close
-    texts = [[(s["prompt"], s["sample"], s["policy"], s["reference"]) for s in read_rows(runs / "evaluated" / name / "samples.jsonl")] for name in ("two ranks", "one")]
+    texts = [
+        [
+            (s["prompt"], s["sample"], s["policy"], s["reference"])
+            for s in read_rows(runs / "evaluated" / name / "samples.jsonl")
+        ]
+        for name in ("two ranks", "one")
+    ]
     assert texts[0] == texts[1] and len(texts[0]) == 4 * 7 * 2
 
 
 def test_online_learning_is_the_same_on_ranks(setting):
-    """Five prompts a round on two ranks, labels bought and learnt from, stopped on two ranks and continued on one."""
+    """Five prompts a round on two ranks, labels bought and learnt from, stopped on two ranks and
+    continued on one."""
     common = [
-        "function=online", "reward=length", "reward.unit=characters", "online.discriminator=bradley_terry", "online.prompts_per_round=5", "online.relabel_every=20", "online.relabels=3",
-        "online.initial_labels=4", "online.eval_every=2", "online.save_every=2", "batch_size=4", "lr=1e-4", "sample_during_eval=false", "more_rewards=[lexicon]",
-    ]  # fmt: skip
+        "function=online",
+        "reward=length",
+        "reward.unit=characters",
+        "online.discriminator=bradley_terry",
+        "online.prompts_per_round=5",
+        "online.relabel_every=20",
+        "online.relabels=3",
+        "online.initial_labels=4",
+        "online.eval_every=2",
+        "online.save_every=2",
+        "batch_size=4",
+        "lr=1e-4",
+        "sample_during_eval=false",
+        "more_rewards=[lexicon]",
+    ]
     run_here(*overrides(setting, "online/one", *common, "online.rounds=6"))
-    start_on_ranks(2, setting, [overrides(setting, f"online/{name}", *common, *TWO, f"online.rounds={n}") for name, n in (("two ranks", 6), ("half", 4))])
+    start_on_ranks(
+        2,
+        setting,
+        [
+            overrides(setting, f"online/{name}", *common, *TWO, f"online.rounds={n}")
+            for name, n in (("two ranks", 6), ("half", 4))
+        ],
+    )
     run_here(*overrides(setting, "online/half", *common, "online.rounds=6"))
     one, two, half = (setting / "online" / name for name in ("one", "two ranks", "half"))
     for other in (two, half):
         for name in ("labels.jsonl", "rollouts.jsonl"):
             for ours, theirs in zip(read_rows(other / name), read_rows(one / name), strict=True):
-                assert ours["responses"] == theirs["responses"] and ours.get("rewards") == theirs.get("rewards")
+                assert ours["responses"] == theirs["responses"] and ours.get(
+                    "rewards"
+                ) == theirs.get("rewards")
                 assert ours["scores"] == pytest.approx(theirs["scores"], abs=1e-4)
         for ours, theirs in zip(rows_of(other, "online"), rows_of(one, "online"), strict=True):
-            assert {k: v for k, v in ours.items() if not k.startswith("seconds")} == pytest.approx({k: v for k, v in theirs.items() if not k.startswith("seconds")}, abs=1e-3)
+            assert {k: v for k, v in ours.items() if not k.startswith("seconds")} == pytest.approx(
+                {k: v for k, v in theirs.items() if not k.startswith("seconds")}, abs=1e-3
+            )
         assert largest_difference(other, one) < WEIGHTS
-    assert rows_of(one, "online")[-1]["online/labels_bought"] == 4 + 2 * 3  # in rounds 2 and 5: the third has the last two prompts of an epoch
+    assert (
+        rows_of(one, "online")[-1]["online/labels_bought"] == 4 + 2 * 3
+    )  # in rounds 2 and 5: the third has the last two prompts of an epoch
 
 
 def test_the_report_says_how_much_memory_a_save_took(runs):
@@ -224,13 +307,16 @@ def test_the_report_says_how_much_memory_a_save_took(runs):
 
 @pytest.mark.parametrize("lora", [(), LORA])
 def test_a_run_is_continued_on_other_ranks(runs, lora):
-    """Half of the epochs on two ranks, the rest on one, as FSDPTrainer and as BasicTrainer; and the other way round."""
+    """Half of the epochs on two ranks, the rest on one, as FSDPTrainer and as BasicTrainer; and the
+    other way round."""
     name, whole = ("half lora", "lora") if lora else ("half", "dpo")
     common = [o for o in GROUPS[name][0] if not o.startswith("n_epochs")]
     run_here(*overrides(runs, f"{name}/two ranks", *common, "trainer=FSDPTrainer"))
     start_on_ranks(2, runs, [overrides(runs, f"{name}/one", *common, *TWO)])
     for placement in ("two ranks", "one"):
-        assert [row["step"] for row in rows_of(runs / name / placement, "train")] == list(range(1, STEPS + 1))
+        assert [row["step"] for row in rows_of(runs / name / placement, "train")] == list(
+            range(1, STEPS + 1)
+        )
         assert largest_difference(runs / name / placement, runs / whole / "one") < WEIGHTS
 
 
@@ -242,7 +328,7 @@ def test_the_optimizer_state_is_needed_for_that(runs, monkeypatch):
     assert largest_difference(runs / "forgets", runs / "dpo" / "one") > 100 * WEIGHTS
 
 
-# ---------------------------------------------------------------------------------------------------------- sharing
+# ------------------------------------------------------------------------------------------ sharing
 
 
 @pytest.mark.parametrize("n", [1, 5, 6, 7])
@@ -258,7 +344,7 @@ def test_ranks_see_every_item_once_and_run_equally_often(n, size, peers):
     assert sorted(seen) == items and len(set(counts)) == 1
 
 
-# ----------------------------------------------------------------------------------------- starting, stopping, failing
+# ---------------------------------------------------------------------- starting, stopping, failing
 
 
 def leftovers(group: int) -> bool:
@@ -273,8 +359,20 @@ def leftovers(group: int) -> bool:
 def start(setting, name: str, *more: str) -> subprocess.Popen:
     flags = [word for word in more if word.startswith("--")]
     more = [word for word in more if word not in flags]
-    command = [sys.executable, str(ROOT / "train.py"), *flags, *map(str, overrides(setting, name, *more))]
-    return subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True)
+    command = [
+        sys.executable,
+        str(ROOT / "train.py"),
+        *flags,
+        *map(str, overrides(setting, name, *more)),
+    ]
+    return subprocess.Popen(
+        command,
+        cwd=ROOT,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+    )
 
 
 def finish(process: subprocess.Popen, timeout: int = 120) -> tuple[str, str]:
@@ -297,8 +395,21 @@ def test_one_command_starts_its_workers_and_they_stop_and_continue_together(sett
     assert errors.count("stopped by SIGUSR1") == 1 and output.count("run folder") == 1
     last = read_rows(setting / "self-started" / "metrics.jsonl")[-1]["step"]
     assert (setting / "self-started" / "LATEST").resolve().name == f"step-{last}"
-    result = run_command("train.py", *overrides(setting, "self-started", *TWO, f"n_examples={(last // 3 + 1) * PAIRS}", "n_epochs=null", "loss=dpo"))
-    assert result.stdout.count(f"from step {last}") == 1 and "reward of the policy's samples" in result.stdout
+    result = run_command(
+        "train.py",
+        *overrides(
+            setting,
+            "self-started",
+            *TWO,
+            f"n_examples={(last // 3 + 1) * PAIRS}",
+            "n_epochs=null",
+            "loss=dpo",
+        ),
+    )
+    assert (
+        result.stdout.count(f"from step {last}") == 1
+        and "reward of the policy's samples" in result.stdout
+    )
 
 
 DIES = """
@@ -319,12 +430,23 @@ def dies(pair, *, how: str):
 """
 
 
-@pytest.mark.parametrize("how, told", [("raises", "RuntimeError: this rank is unwell"), ("killed", "killed by SIGKILL")])
+@pytest.mark.parametrize(
+    "how, told", [("raises", "RuntimeError: this rank is unwell"), ("killed", "killed by SIGKILL")]
+)
 def test_a_worker_that_dies_takes_the_run_down(setting, tmp_path, how, told):
     (tmp_path / "dies.py").write_text(DIES)
     (tmp_path / "config" / "loss").mkdir(parents=True)
-    (tmp_path / "config" / "loss" / "dies.yaml").write_text(f"name: dies\nmodule: {tmp_path / 'dies.py'}\nsft_weight: 0.0\nhow: {how}\n")
-    process = start(setting, f"dies-{how}", *TWO, f"--config-dir={tmp_path / 'config'}", "loss=dies", "do_first_eval=false")
+    (tmp_path / "config" / "loss" / "dies.yaml").write_text(
+        f"name: dies\nmodule: {tmp_path / 'dies.py'}\nsft_weight: 0.0\nhow: {how}\n"
+    )
+    process = start(
+        setting,
+        f"dies-{how}",
+        *TWO,
+        f"--config-dir={tmp_path / 'config'}",
+        "loss=dies",
+        "do_first_eval=false",
+    )
     output, errors = finish(process)
     assert process.returncode == 1, errors
     assert told in errors and "all workers were stopped" in errors
@@ -333,11 +455,18 @@ def test_a_worker_that_dies_takes_the_run_down(setting, tmp_path, how, told):
 
 
 def test_an_archive_of_another_model_is_told_once(setting, tmp_path):
-    torch.save({"step_idx": 0, "state": make_model("gpt2").state_dict(), "metrics": {}}, tmp_path / "policy.pt")
+    torch.save(
+        {"step_idx": 0, "state": make_model("gpt2").state_dict(), "metrics": {}},
+        tmp_path / "policy.pt",
+    )
     process = start(setting, "archive", *TWO, f"model.archive={tmp_path / 'policy.pt'}")
     output, errors = finish(process)
     assert process.returncode == 2
-    assert errors.count("error:") == 1 and "does not fit LlamaForCausalLM" in errors and "transformer.h.0.attn" in errors
+    assert (
+        errors.count("error:") == 1
+        and "does not fit LlamaForCausalLM" in errors
+        and "transformer.h.0.attn" in errors
+    )
     assert "Traceback" not in errors
 
 
@@ -354,57 +483,110 @@ def test_a_port_in_use(setting):
     "more, message",
     [
         (("world_size=20", "batch_size=40"), "holds 17 examples for 20 ranks"),
-        (("world_size=3",), "batch_size=8 must be divisible by gradient_accumulation_steps.world_size=3; try 6 or 9"),
-        (("world_size=2", "model.block_name=GPT2Block"), "GPT2Block matches no module .* of class LlamaDecoderLayer"),
-        (("world_size=4", "tensor_parallel_size=3"), "tensor_parallel_size=3 does not divide the 4 ranks; take one of 1, 2, 4"),
-        (("world_size=4", "fsdp_shard_size=3"), "fsdp_shard_size=3 does not divide the 4 data-parallel ranks"),
+        (
+            ("world_size=3",),
+            (
+                "batch_size=8 must be divisible by gradient_accumulation_steps.world_size=3; try 6"
+                " or 9"
+            ),
+        ),
+        (
+            ("world_size=2", "model.block_name=GPT2Block"),
+            "GPT2Block matches no module .* of class LlamaDecoderLayer",
+        ),
+        (
+            ("world_size=4", "tensor_parallel_size=3"),
+            "tensor_parallel_size=3 does not divide the 4 ranks; take one of 1, 2, 4",
+        ),
+        (
+            ("world_size=4", "fsdp_shard_size=3"),
+            "fsdp_shard_size=3 does not divide the 4 data-parallel ranks",
+        ),
         (("world_size=4", "tensor_parallel_size=4"), "does not divide the 2 attention heads"),
-        (("world_size=2", "tensor_parallel_size=2", "model.lora.r=4"), "does not split LoRA adapters"),
-        (("trainer=TensorParallelTrainer", "world_size=2", "model.lora.r=4"), "does not split adapters"),
-        (("trainer=TensorParallelTrainer", "world_size=2", "activation_checkpointing=true"), "cannot compute a part of a layer again"),
+        (
+            ("world_size=2", "tensor_parallel_size=2", "model.lora.r=4"),
+            "does not split LoRA adapters",
+        ),
+        (
+            ("trainer=TensorParallelTrainer", "world_size=2", "model.lora.r=4"),
+            "does not split adapters",
+        ),
+        (
+            ("trainer=TensorParallelTrainer", "world_size=2", "activation_checkpointing=true"),
+            "cannot compute a part of a layer again",
+        ),
         (("trainer=BasicTrainer", "world_size=2"), "world_size=2 needs a distributed trainer"),
-        (("trainer=BasicTrainer", "fsdp_cpu_offload=true"), "fsdp_cpu_offload=True is for trainer=FSDPTrainer"),
+        (
+            ("trainer=BasicTrainer", "fsdp_cpu_offload=true"),
+            "fsdp_cpu_offload=True is for trainer=FSDPTrainer",
+        ),
     ],
 )
 def test_what_cannot_work_is_refused_before_a_worker_starts(setting, more, message, monkeypatch):
     monkeypatch.setattr("train.launch", lambda *a: pytest.fail("workers were started"))
     monkeypatch.setattr("trainers.build_policy", lambda *a, **k: pytest.fail("a model was loaded"))
     with pytest.raises((ConfigError, DataError), match=message):
-        run_here(*overrides(setting, "refused", *(more if "trainer=" in more[0] else ("trainer=FSDPTrainer", *more))))
+        run_here(
+            *overrides(
+                setting,
+                "refused",
+                *(more if "trainer=" in more[0] else ("trainer=FSDPTrainer", *more)),
+            )
+        )
 
 
 def test_a_loss_that_couples_a_batch_is_not_split(setting, tmp_path):
     (tmp_path / "couples.py").write_text(
-        "from losses import LossOutput, register_loss\n"
-        "@register_loss('couples', reads=set(), couples_batch=True)\n"
-        "def couples(pair):\n"
-        "    return LossOutput(-pair.policy_chosen_logps / pair.policy_chosen_logps.detach().mean())\n"
+        "from losses import LossOutput, register_loss\n@register_loss('couples', reads=set(),"
+        " couples_batch=True)\ndef couples(pair):\n    return LossOutput(-pair.policy_chosen_logps"
+        " / pair.policy_chosen_logps.detach().mean())\n"
     )
     (tmp_path / "loss").mkdir()
-    (tmp_path / "loss" / "couples.yaml").write_text(f"name: couples\nmodule: {tmp_path / 'couples.py'}\nsft_weight: 0.0\n")
-    result = run_command("train.py", f"--config-dir={tmp_path}", *overrides(setting, "couples", *TWO), "loss=couples", check=False)
+    (tmp_path / "loss" / "couples.yaml").write_text(
+        f"name: couples\nmodule: {tmp_path / 'couples.py'}\nsft_weight: 0.0\n"
+    )
+    result = run_command(
+        "train.py",
+        f"--config-dir={tmp_path}",
+        *overrides(setting, "couples", *TWO),
+        "loss=couples",
+        check=False,
+    )
     assert result.returncode == 2 and "couples the pairs of a batch" in result.stderr
 
 
 def test_a_block_is_found_in_every_architecture():
     for architecture in ARCHITECTURES:
         assert len(find_blocks(make_model(architecture), None)) == 2
-    with pytest.raises(ConfigError, match="does not exist in transformers; use tensor_parallel_size=1"):
+    with pytest.raises(
+        ConfigError, match="does not exist in transformers; use tensor_parallel_size=1"
+    ):
         layer_plan(make_model("gpt2"), 2)
 
 
 def test_a_rank_never_holds_the_model_its_files_hold(tmp_path):
-    """Loading maps the files: what is the process's own grows by what is sharded to it, one block at a time."""
+    """Loading maps the files: what is the process's own grows by what is sharded to it, one block
+    at a time."""
     from checkpoints import HostMemory
     from models import load_model
 
-    ARCHITECTURES["llama"], small = ARCHITECTURES["llama"] | dict(hidden_size=512, intermediate_size=2048, num_hidden_layers=6), ARCHITECTURES["llama"]
+    ARCHITECTURES["llama"], small = (
+        ARCHITECTURES["llama"] | dict(hidden_size=512, intermediate_size=2048, num_hidden_layers=6),
+        ARCHITECTURES["llama"],
+    )
     try:
         folder = save_model(tmp_path / "model")
     finally:
         ARCHITECTURES["llama"] = small
     size = sum(file.stat().st_size for file in folder.glob("*.safetensors"))
-    config = OmegaConf.create({"name_or_path": str(folder), "trust_remote_code": False, "attn_implementation": None, "from_scratch": False})
+    config = OmegaConf.create(
+        {
+            "name_or_path": str(folder),
+            "trust_remote_code": False,
+            "attn_implementation": None,
+            "from_scratch": False,
+        }
+    )
     with HostMemory() as memory:
         model = load_model(config, "float32", mapped=True)
     if memory.peak is None:
@@ -420,7 +602,12 @@ def test_gradients_of_a_sharded_model_equal_those_of_a_whole_one():
 
     batch = lay_out([([1, 2, 3], [[4, 5, 6, 256]]), ([7], [[8, 9]])], Layout("padded", 257))
     config = OmegaConf.create(
-        {"model": {"block_name": None, "fsdp_policy_mp": None}, "tensor_parallel_size": 1, "fsdp_shard_size": None, "fsdp_cpu_offload": False}
+        {
+            "model": {"block_name": None, "fsdp_policy_mp": None},
+            "tensor_parallel_size": 1,
+            "fsdp_shard_size": None,
+            "fsdp_cpu_offload": False,
+        }
     )
     from logprobs import score_responses
 
@@ -430,16 +617,22 @@ def test_gradients_of_a_sharded_model_equal_those_of_a_whole_one():
             scorer = Scorer(make_model(architecture))
             if sharded:
                 shard(scorer, World(), config, torch.float32)
-                score_responses(scorer, batch).logps.detach()  # an evaluation first: it leaves weights gathered
+                score_responses(
+                    scorer, batch
+                ).logps.detach()  # an evaluation first: it leaves weights gathered
             score_responses(scorer, batch).logps.sum().backward()
-            gradients.append([p.grad.full_tensor() if sharded else p.grad for p in scorer.model.parameters()])
+            gradients.append(
+                [p.grad.full_tensor() if sharded else p.grad for p in scorer.model.parameters()]
+            )
         for ours, theirs in zip(*gradients):
             assert torch.equal(ours, theirs)
 
 
 @pytest.mark.parametrize("optimizer", ["RMSprop", "AdamW", "SGD", "Adagrad", "Adam"])
 @pytest.mark.parametrize("architecture", ["llama", "gpt2"])
-def test_saved_weights_of_split_layers_are_those_after_the_last_step(architecture, optimizer, tmp_path):
+def test_saved_weights_of_split_layers_are_those_after_the_last_step(
+    architecture, optimizer, tmp_path
+):
     """Whatever the optimizer: the fused ones do not count their steps as changes of a tensor."""
     from layouts import Layout, lay_out
     from logprobs import score_responses
@@ -451,19 +644,26 @@ def test_saved_weights_of_split_layers_are_those_after_the_last_step(architectur
     for devices in (1, 2):
         scorer = Scorer(make_model(architecture, scale=1.0))
         split(scorer, [torch.device("cpu")] * devices, torch.float32)
-        steps = make_optimizer(OmegaConf.create({"optimizer": optimizer, "lr": 1e-2}), list(scorer.model.parameters()))
+        steps = make_optimizer(
+            OmegaConf.create({"optimizer": optimizer, "lr": 1e-2}), list(scorer.model.parameters())
+        )
         for _ in range(2):
             score_responses(scorer, batch).logps.sum().backward()
             for p in scorer.model.parameters():
                 if p.grad is not None:
-                    p.grad[p.grad.abs() < 1e-3] = 0  # gradients that are all rounding would be scaled up by some optimizers
+                    p.grad[p.grad.abs() < 1e-3] = (
+                        0  # gradients that are all rounding would be scaled up by some optimizers
+                    )
             steps.step()
             steps.zero_grad()
         weights = full_weights(scorer, tmp_path, keep=True, alias=False)
         saved.append({name: tensor.clone() for name, tensor in weights.items()})
     one, two = saved
     assert one.keys() <= two.keys()
-    moved = [(one[name] - start).abs().max() for name, start in make_model(architecture, scale=1.0).state_dict().items()]
+    moved = [
+        (one[name] - start).abs().max()
+        for name, start in make_model(architecture, scale=1.0).state_dict().items()
+    ]
     assert min(moved) > 5e-5
     assert max((one[name] - two[name]).abs().max() for name in one) < 5e-6
 
@@ -471,7 +671,9 @@ def test_saved_weights_of_split_layers_are_those_after_the_last_step(architectur
 def test_a_rank_that_aborts_after_it_said_what_is_wrong(tmp_path):
     from launch import StopSignals, _tell_why
 
-    (tmp_path / "1.json").write_text(json.dumps({"message": "no such loss", "known": True, "traceback": "", "time": 1.0}))
+    (tmp_path / "1.json").write_text(
+        json.dumps({"message": "no such loss", "known": True, "traceback": "", "time": 1.0})
+    )
     died = SimpleNamespace(exitcode=-signal.SIGABRT)
     failed = RuntimeError()
     failed.failures, failed.get_first_failure = {1: died}, lambda: (1, died)
@@ -483,10 +685,19 @@ def test_a_rank_that_aborts_after_it_said_what_is_wrong(tmp_path):
 
 
 def test_there_is_a_gpu_for_each_worker(monkeypatch):
-    config = OmegaConf.create({"trainer": "FSDPTrainer", "world_size": 4, "tensor_parallel_size": 1, "fsdp_shard_size": None})
+    config = OmegaConf.create(
+        {
+            "trainer": "FSDPTrainer",
+            "world_size": 4,
+            "tensor_parallel_size": 1,
+            "fsdp_shard_size": None,
+        }
+    )
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
     assert data_ranks(config, World()) == 4  # a plan of another machine
-    with pytest.raises(ConfigError, match="world_size=4: each worker needs a GPU of its own, and there are 2"):
+    with pytest.raises(
+        ConfigError, match="world_size=4: each worker needs a GPU of its own, and there are 2"
+    ):
         launch.launch(print, 4, None, (), launch.StopSignals())
 
 
@@ -494,7 +705,10 @@ def test_kernels_of_an_optimizer_are_those_of_the_machine_it_goes_on_with(tmp_pa
     from checkpoints import load_optimizer, save_optimizer
 
     weights = [torch.nn.Parameter(torch.ones(3))]
-    fused, plain = torch.optim.AdamW(weights, lr=0.5, fused=True), torch.optim.AdamW(weights, lr=0.1, fused=False)
+    fused, plain = (
+        torch.optim.AdamW(weights, lr=0.5, fused=True),
+        torch.optim.AdamW(weights, lr=0.1, fused=False),
+    )
     weights[0].grad = torch.ones(3)
     fused.step()
     state, _ = save_optimizer(fused, ["w"], tmp_path / "optimizer")
@@ -506,13 +720,30 @@ def test_kernels_of_an_optimizer_are_those_of_the_machine_it_goes_on_with(tmp_pa
 def test_torchrun_and_srun_are_recognised(monkeypatch):
     from distributed import ranks_given
 
-    for key in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "SLURM_STEP_NUM_TASKS", "SLURM_PROCID"):
+    for key in (
+        "RANK",
+        "WORLD_SIZE",
+        "LOCAL_RANK",
+        "LOCAL_WORLD_SIZE",
+        "SLURM_STEP_NUM_TASKS",
+        "SLURM_PROCID",
+    ):
         monkeypatch.delenv(key, raising=False)
     assert ranks_given() is None
-    for key, value in {"SLURM_STEP_NUM_TASKS": "16", "SLURM_PROCID": "9", "SLURM_LOCALID": "1", "SLURM_STEP_TASKS_PER_NODE": "8(x2)"}.items():
+    for key, value in {
+        "SLURM_STEP_NUM_TASKS": "16",
+        "SLURM_PROCID": "9",
+        "SLURM_LOCALID": "1",
+        "SLURM_STEP_TASKS_PER_NODE": "8(x2)",
+    }.items():
         monkeypatch.setenv(key, value)
     assert ranks_given() == (9, 16, 1, 8)
-    for key, value in {"RANK": "3", "WORLD_SIZE": "4", "LOCAL_RANK": "1", "LOCAL_WORLD_SIZE": "2"}.items():
+    for key, value in {
+        "RANK": "3",
+        "WORLD_SIZE": "4",
+        "LOCAL_RANK": "1",
+        "LOCAL_WORLD_SIZE": "2",
+    }.items():
         monkeypatch.setenv(key, value)
     assert ranks_given() == (3, 4, 1, 2)
 

@@ -1,4 +1,5 @@
-"""What the documentation promises: commands compose, blocks of code run, links lead somewhere, quoted messages are printed."""
+"""What the documentation promises: commands compose, blocks of code run, links lead somewhere,
+quoted messages are printed."""
 
 import argparse
 import ast
@@ -30,9 +31,15 @@ from utils import DataError
 
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 EXTENDING = (ROOT / "docs" / "extending.md").read_text(encoding="utf-8")
-HYDRA = {"train.py": [], "generate.py": ["function=eval", "loss=sft"], "serve_reward.py": ["function=online"]}  # and what they put in front
+HYDRA = {
+    "train.py": [],
+    "generate.py": ["function=eval", "loss=sft"],
+    "serve_reward.py": ["function=online"],
+}  # and what they put in front
 FOLDERS = ("", "benchmarks/", "config/**/", "docs/", "experiments/", "scripts/**/", "tests/")
-FILES = [path.relative_to(ROOT).as_posix() for folder in FOLDERS for path in ROOT.glob(f"{folder}*.*")]
+FILES = [
+    path.relative_to(ROOT).as_posix() for folder in FOLDERS for path in ROOT.glob(f"{folder}*.*")
+]
 OF_BLOCKS = {match for match in re.findall(r"(?m)^# (\S+\.(?:py|yaml))$", EXTENDING)}
 
 
@@ -41,10 +48,16 @@ def blocks(text: str, language: str) -> list[str]:
 
 
 def commands(text: str) -> list[list[str]]:
-    """Commands of the bash blocks, and of `python ...` in a sentence, as words without their comments."""
-    lines = [line.split(" #")[0].strip() for block in blocks(text, "bash") for line in block.splitlines()]
+    """Commands of the bash blocks, and of `python ...` in a sentence, as words without their
+    comments."""
+    lines = [
+        line.split(" #")[0].strip() for block in blocks(text, "bash") for line in block.splitlines()
+    ]
     prose = re.sub(r"```.*?```", "", text, flags=re.DOTALL)
-    return [shlex.split(line) for line in [*filter(None, lines), *re.findall(r"`(python [^`]+)`", prose)]]
+    return [
+        shlex.split(line)
+        for line in [*filter(None, lines), *re.findall(r"`(python [^`]+)`", prose)]
+    ]
 
 
 def distinct_commands() -> list[list[str]]:
@@ -56,12 +69,15 @@ def distinct_commands() -> list[list[str]]:
 
 @pytest.fixture
 def extension(tmp_path, monkeypatch):
-    """A folder with the files of docs/extending.md, as the current one; what they register is forgotten afterwards."""
+    """A folder with the files of docs/extending.md, as the current one; what they register is
+    forgotten afterwards."""
     before = [(registry, dict(registry)) for registry in (LOSSES, REWARDS, DATASETS)]
     for language in ("python", "yaml"):
         for block in blocks(EXTENDING, language):
             name = re.match(r"# (\S+)\n", block)[1]
-            if not (ROOT / name).exists():  # what goes into a file of the project is not to be imported in its place
+            if not (
+                ROOT / name
+            ).exists():  # what goes into a file of the project is not to be imported in its place
                 (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
                 (tmp_path / name).write_text(block, encoding="utf-8")
     monkeypatch.chdir(tmp_path)
@@ -71,7 +87,7 @@ def extension(tmp_path, monkeypatch):
         registry.update(entries)
 
 
-# ------------------------------------------------------------------------------------------------------- commands
+# ----------------------------------------------------------------------------------------- commands
 
 
 @pytest.mark.parametrize("words", distinct_commands(), ids=" ".join)
@@ -79,14 +95,24 @@ def test_a_command_of_the_documentation_is_accepted(words, extension, monkeypatc
     environment = {}
     while "=" in words[0]:
         name, _, environment[name] = words.pop(0).partition("=")
-    words = [word for word in words if word != "..." and not (words[0] == "sbatch" and word.startswith("--"))]
+    words = [
+        word
+        for word in words
+        if word != "..." and not (words[0] == "sbatch" and word.startswith("--"))
+    ]
     program, script, *arguments = words
     if (program, script) == ("python", "-m"):
         assert arguments[0] == "pytest" and (ROOT / arguments[1]).is_file()
         return
     assert (ROOT / script).is_file(), f"no file {script}"
     if script.startswith("scripts/d2po/"):  # which say what train.py is asked for
-        told = subprocess.run([program, ROOT / script, *arguments], env=os.environ | environment | {"DRYRUN": "1"}, capture_output=True, text=True, check=True).stdout
+        told = subprocess.run(
+            [program, ROOT / script, *arguments],
+            env=os.environ | environment | {"DRYRUN": "1"},
+            capture_output=True,
+            text=True,
+            check=True,
+        ).stdout
         _, script, *arguments = shlex.split(told.splitlines()[-1])
     if program in ("bash", "sbatch"):
         script = "train.py"
@@ -101,7 +127,8 @@ def test_a_command_of_the_documentation_is_accepted(words, extension, monkeypatc
 
 
 def composes(before: list[str], arguments: list[str]) -> None:
-    """The overrides, or the first and the last run of a sweep, compose to a config whose loss and rewards bind."""
+    """The overrides, or the first and the last run of a sweep, compose to a config whose loss and
+    rewards bind."""
     check_overrides(arguments)
     if "--config-dir" in arguments:
         at = arguments.index("--config-dir")
@@ -117,7 +144,8 @@ def composes(before: list[str], arguments: list[str]) -> None:
 
 
 def left_by_argparse(script: str, arguments: list[str], monkeypatch) -> list[str]:
-    """What a script's parser leaves to be an override of train.py. Nothing behind the parser runs."""
+    """What a script's parser leaves to be an override of train.py. Nothing behind the parser
+    runs."""
     left = []
     known = argparse.ArgumentParser.parse_known_args
 
@@ -144,40 +172,61 @@ def left_by_argparse(script: str, arguments: list[str], monkeypatch) -> list[str
 
 
 def test_commands_are_found_and_wrong_ones_are_not_accepted(monkeypatch):
-    assert commands("```bash\nA=1 python x.py b=c   # d\n```\n`python y.py` and ```python\nz\n```") == [["A=1", "python", "x.py", "b=c"], ["python", "y.py"]]
+    assert commands(
+        "```bash\nA=1 python x.py b=c   # d\n```\n`python y.py` and ```python\nz\n```"
+    ) == [["A=1", "python", "x.py", "b=c"], ["python", "y.py"]]
     assert len(distinct_commands()) > 30
     for wrong in (["bta=1"], ["loss=dop"], ["loss=dpo", "loss.alpha=1"], ["reward=classifier"]):
         with pytest.raises(ValueError):
             composes([], wrong)
-    for script, wrong in (("judge.py", ["EVAL", "--by", "dice"]), ("report.py", ["DIR", "--basline", "x"])):
+    for script, wrong in (
+        ("judge.py", ["EVAL", "--by", "dice"]),
+        ("report.py", ["DIR", "--basline", "x"]),
+    ):
         with pytest.raises(SystemExit):
             left_by_argparse(script, wrong, monkeypatch)
 
 
 def test_settings_that_bring_theirs_back_compose():
-    rows = re.findall(r"(?m)^\|.*\|(.*)\|$", (ROOT / "docs" / "differences.md").read_text(encoding="utf-8"))
+    rows = re.findall(
+        r"(?m)^\|.*\|(.*)\|$", (ROOT / "docs" / "differences.md").read_text(encoding="utf-8")
+    )
     settings = [code.split() for cell in rows for code in re.findall(r"`([\w.]+=[^`]+)`", cell)]
     assert len(settings) > 8
     for words in settings:
         composes([], words)
 
 
-# --------------------------------------------------------------------------------------------- docs/extending.md
+# -------------------------------------------------------------------------------- docs/extending.md
 
 
 def shown(script: str, section: str) -> list[str]:
     """The arguments of a script's command in a section of docs/extending.md, for `run_here`."""
     [body] = re.findall(rf"(?ms)^## {section}$(.*?)(?=^## |\Z)", EXTENDING)
     [arguments] = [words[2:] for words in commands(body) if words[1] == script]
-    return [f"hydra.searchpath=[file://{Path.cwd() / 'my_config'}]" if word == "my_config" else word for word in arguments if word != "--config-dir"]
+    return [
+        f"hydra.searchpath=[file://{Path.cwd() / 'my_config'}]" if word == "my_config" else word
+        for word in arguments
+        if word != "--config-dir"
+    ]
 
 
 def small(llama_folder: Path, folder: Path, *more: str) -> list[str]:
-    return [o for o in small_run(llama_folder, folder / "data", folder / "run", *more) if not o.startswith(("model=", "datasets=")) or o in more]
+    return [
+        o
+        for o in small_run(llama_folder, folder / "data", folder / "run", *more)
+        if not o.startswith(("model=", "datasets=")) or o in more
+    ]
 
 
 def test_the_loss_trains(extension, llama_folder):
-    run_here(*shown("train.py", "A loss"), f"local_run_dir={extension / 'run'}", f"cache_dir={extension / 'cache'}", "n_epochs=12", "eval_every=60")
+    run_here(
+        *shown("train.py", "A loss"),
+        f"local_run_dir={extension / 'run'}",
+        f"cache_dir={extension / 'cache'}",
+        "n_epochs=12",
+        "eval_every=60",
+    )
     rows = [row for row in read_rows(extension / "run" / "metrics.jsonl") if row["split"] == "eval"]
     assert rows[0]["loss/eval"] == pytest.approx(4.0)  # margin 2.0, squared
     assert rows[-1]["rewards_eval/accuracies"] == 1.0 and rows[-1]["loss/eval"] < 2.0
@@ -193,10 +242,21 @@ def test_all_that_a_loss_may_read_is_named():
 
 
 def test_the_reward_scores(extension, llama_folder, imdb_dir, monkeypatch, capsys):
-    run_here(*small(llama_folder, extension, *shown("train.py", "A reward"), "function=eval", "datasets=[imdb]", "model=blank_model"))
+    run_here(
+        *small(
+            llama_folder,
+            extension,
+            *shown("train.py", "A reward"),
+            "function=eval",
+            "datasets=[imdb]",
+            "model=blank_model",
+        )
+    )
     for row in read_rows(extension / "run" / "samples.jsonl"):
         assert row["policy_reward"] == {"exclamations": min(row["policy"].count("!"), 5)}
-    write_jsonl(extension / "outs.jsonl", [{"prompt": "p", "response": r} for r in ("", "a!", "!!!!")])
+    write_jsonl(
+        extension / "outs.jsonl", [{"prompt": "p", "response": r} for r in ("", "a!", "!!!!")]
+    )
     [body] = re.findall(r"python scripts/score_rewards.py (.*)", EXTENDING)
     monkeypatch.setattr(sys, "argv", ["score_rewards.py", *shlex.split(body)])
     runpy.run_path(str(ROOT / "scripts" / "score_rewards.py"), run_name="__main__")
@@ -204,32 +264,72 @@ def test_the_reward_scores(extension, llama_folder, imdb_dir, monkeypatch, capsy
 
 
 def test_the_dataset_is_read(extension, llama_folder):
-    [reader] = [block for block in blocks(EXTENDING, "python") if block.startswith("# preference_datasets.py")]
+    [reader] = [
+        block
+        for block in blocks(EXTENDING, "python")
+        if block.startswith("# preference_datasets.py")
+    ]
     (extension / "pasted.py").write_text(reader, encoding="utf-8")
-    runpy.run_path(str(extension / "pasted.py"), vars(preference_datasets))  # as if it stood at the end of that file
+    runpy.run_path(
+        str(extension / "pasted.py"), vars(preference_datasets)
+    )  # as if it stood at the end of that file
     [rows] = blocks(EXTENDING, "json")
     for split in ("train", "test"):
-        write_jsonl(extension / "data" / f"forum-{split}.jsonl", list(map(json.loads, rows.splitlines())))
-    run_here(*small(llama_folder, extension, *shown("train.py", "A dataset"), "model=blank_model", "loss=odpo"))
+        write_jsonl(
+            extension / "data" / f"forum-{split}.jsonl", list(map(json.loads, rows.splitlines()))
+        )
+    run_here(
+        *small(
+            llama_folder,
+            extension,
+            *shown("train.py", "A dataset"),
+            "model=blank_model",
+            "loss=odpo",
+        )
+    )
     counts = json.loads((extension / "run" / "data.json").read_text())["train"]["datasets"][0]
     assert (counts["prompts"], counts["responses"], counts["pairs"]) == (2, 5, 4)
     [first, _] = open_dataset("forum", "train", data_dir=str(extension / "data")).records()
-    assert first.prompt == "Question: How long do I boil an egg?\nAnswer:" and first.scores == [12.0, 3.0, 0.0]
-    assert first.pairs == [(0, 1), (0, 2), (1, 2)] and first.responses[first.sft_target] == " Eight minutes."
-    write_jsonl(extension / "data" / "forum-train.jsonl", [{"question": "q", "answers": [{"text": "a", "votes": "many"}]}])
+    assert first.prompt == "Question: How long do I boil an egg?\nAnswer:" and first.scores == [
+        12.0,
+        3.0,
+        0.0,
+    ]
+    assert (
+        first.pairs == [(0, 1), (0, 2), (1, 2)]
+        and first.responses[first.sft_target] == " Eight minutes."
+    )
+    write_jsonl(
+        extension / "data" / "forum-train.jsonl",
+        [{"question": "q", "answers": [{"text": "a", "votes": "many"}]}],
+    )
     with pytest.raises(DataError, match="forum-train.jsonl:1: 'votes' is .*, expected a number"):
         list(open_dataset("forum", "train", data_dir=str(extension / "data")).records())
 
 
 def test_the_model_trains(extension, tmp_path_factory):
     folder = save_model(tmp_path_factory.mktemp("models") / "mistral", "mistral")
-    places = [f"model.name_or_path={folder}", f"local_run_dir={extension / 'run'}", f"cache_dir={extension / 'cache'}"]
-    summary = run_here(*shown("train.py", "A model"), *places, "max_length=96", "max_prompt_length=48", "n_examples=10")
+    places = [
+        f"model.name_or_path={folder}",
+        f"local_run_dir={extension / 'run'}",
+        f"cache_dir={extension / 'cache'}",
+    ]
+    summary = run_here(
+        *shown("train.py", "A model"),
+        *places,
+        "max_length=96",
+        "max_prompt_length=48",
+        "n_examples=10",
+    )
     config = OmegaConf.load(extension / "run" / "config.yaml").model
-    assert summary["examples"] == 10 and config.block_name == "MistralDecoderLayer" and config.lora.r == 16
+    assert (
+        summary["examples"] == 10
+        and config.block_name == "MistralDecoderLayer"
+        and config.lora.r == 16
+    )
 
 
-# ---------------------------------------------------------------------------------------------- links and names
+# ---------------------------------------------------------------------------------- links and names
 
 
 def anchors(page: Path) -> set[str]:
@@ -242,7 +342,11 @@ def anchors(page: Path) -> set[str]:
     return set(found)
 
 
-@pytest.mark.parametrize("page", [*PAGES, ROOT / "experiments" / "README.md"], ids=lambda page: str(page.relative_to(ROOT)))
+@pytest.mark.parametrize(
+    "page",
+    [*PAGES, ROOT / "experiments" / "README.md"],
+    ids=lambda page: str(page.relative_to(ROOT)),
+)
 def test_links_and_named_files_exist(page):
     text = page.read_text(encoding="utf-8")
     for link in re.findall(r"\]\(([^)\s]+)\)", text):
@@ -252,15 +356,23 @@ def test_links_and_named_files_exist(page):
             assert target.exists(), link
             assert not anchor or anchor in anchors(target), link
     for name in re.findall(r"`([\w./-]+\.(?:py|sh|sbatch|yaml|md))`", text):
-        assert name in OF_BLOCKS or "NAME" in name or any(f"/{file}".endswith(f"/{name}") for file in FILES), name
+        assert (
+            name in OF_BLOCKS
+            or "NAME" in name
+            or any(f"/{file}".endswith(f"/{name}") for file in FILES)
+        ), name
 
 
 def test_the_index_has_every_page():
     index = (ROOT / "docs" / "README.md").read_text(encoding="utf-8")
-    assert not [page.name for page in (ROOT / "docs").glob("*.md") if f"]({page.name})" not in index and page.name != "README.md"]
+    assert not [
+        page.name
+        for page in (ROOT / "docs").glob("*.md")
+        if f"]({page.name})" not in index and page.name != "README.md"
+    ]
 
 
-# --------------------------------------------------------------------------------------- docs/troubleshooting.md
+# -------------------------------------------------------------------------- docs/troubleshooting.md
 
 
 def messages() -> list[str]:
@@ -269,7 +381,12 @@ def messages() -> list[str]:
     for file in ROOT.glob("*.py"):
         for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
             if isinstance(node, ast.JoinedStr):
-                found.append("".join(part.value if isinstance(part, ast.Constant) else "\0" for part in node.values))
+                found.append(
+                    "".join(
+                        part.value if isinstance(part, ast.Constant) else "\0"
+                        for part in node.values
+                    )
+                )
             elif isinstance(node, ast.Constant) and isinstance(node.value, str):
                 found.append(node.value)
     return found
@@ -277,11 +394,19 @@ def messages() -> list[str]:
 
 def test_messages_are_quoted_as_they_are_printed():
     source = messages()
-    quoted = [line for block in blocks((ROOT / "docs" / "troubleshooting.md").read_text(encoding="utf-8"), "text") for line in block.splitlines()]
+    quoted = [
+        line
+        for block in blocks(
+            (ROOT / "docs" / "troubleshooting.md").read_text(encoding="utf-8"), "text"
+        )
+        for line in block.splitlines()
+    ]
     assert len(quoted) > 20
     for line in quoted:
         parts = [part.strip() for part in line.split("...")]
         assert max(map(len, parts)) >= 7, line
         inner = "[^\0]*\0.*".join(re.escape(part) for part in parts if part)
-        pattern = re.compile(("^" if parts[0] else "") + inner + ("$" if parts[-1] else ""), re.DOTALL)
+        pattern = re.compile(
+            ("^" if parts[0] else "") + inner + ("$" if parts[-1] else ""), re.DOTALL
+        )
         assert any(pattern.search(text) for text in source), line

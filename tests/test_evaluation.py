@@ -37,11 +37,13 @@ PADDED = Layout("padded", 257)
 
 
 def draw(model, prompts=PROMPTS, **options):
-    settings = dict(keys=list(range(len(prompts))), max_new_tokens=12, seed=0, batch_size=4) | options
+    settings = (
+        dict(keys=list(range(len(prompts))), max_new_tokens=12, seed=0, batch_size=4) | options
+    )
     return sample(Scorer(model), make_tokenizer(), prompts, **settings)
 
 
-# -------------------------------------------------------------------------------------------------- sampling
+# ----------------------------------------------------------------------------------------- sampling
 
 
 @pytest.mark.parametrize("architecture", ["gpt2", "gptj", "llama", "mistral", "opt"])
@@ -50,8 +52,17 @@ def test_greedy_tokens_are_those_of_plain_generate(architecture):
     model = make_model(architecture)
     prompt = PROMPTS[2]
     ids = torch.tensor([prompt])
-    plain = model.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=90, do_sample=False, eos_token_id=None, pad_token_id=257)
-    [ours] = sample(Scorer(model), make_tokenizer(), [prompt], keys=[0], max_new_tokens=90, temperature=0)
+    plain = model.generate(
+        ids,
+        attention_mask=torch.ones_like(ids),
+        max_new_tokens=90,
+        do_sample=False,
+        eos_token_id=None,
+        pad_token_id=257,
+    )
+    [ours] = sample(
+        Scorer(model), make_tokenizer(), [prompt], keys=[0], max_new_tokens=90, temperature=0
+    )
     expected = plain[0, ids.shape[1] :].tolist()
     assert ours == expected[: expected.index(256) + 1 if 256 in expected else None]
 
@@ -59,7 +70,9 @@ def test_greedy_tokens_are_those_of_plain_generate(architecture):
 def test_packed_weights_are_there_for_sampling_only(monkeypatch):
     model, packed = make_model("gpt2"), []
     product = sampling._packed_linear
-    monkeypatch.setattr(sampling, "_packed_linear", lambda *operands: packed.append(1) or product(*operands))
+    monkeypatch.setattr(
+        sampling, "_packed_linear", lambda *operands: packed.append(1) or product(*operands)
+    )
     before = model(torch.tensor([[1, 2, 3]])).logits
     draw(model)
     assert packed
@@ -94,7 +107,15 @@ def test_greedy_takes_the_most_likely_token():
 
 def test_a_response_ends_at_its_first_eos():
     model = make_model("llama", scale=1.0)
-    responses = sample(Scorer(model), make_tokenizer(), [[256]] * 300, keys=list(range(300)), max_new_tokens=20, seed=0, batch_size=300)
+    responses = sample(
+        Scorer(model),
+        make_tokenizer(),
+        [[256]] * 300,
+        keys=list(range(300)),
+        max_new_tokens=20,
+        seed=0,
+        batch_size=300,
+    )
     ended = [r for r in responses if r[-1] == 256]
     assert ended and all(256 not in r[:-1] for r in responses)
     assert all(len(r) == 20 for r in responses if r[-1] != 256)
@@ -102,7 +123,9 @@ def test_a_response_ends_at_its_first_eos():
 
 def one_step(logits, n=20_000, temperature=1.0, top_p=1.0):
     u = torch.rand(n, 1, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
-    chosen = InverseCDF(u, temperature, top_p, 0)(torch.zeros(n, 0), torch.tensor([logits]).expand(n, -1))
+    chosen = InverseCDF(u, temperature, top_p, 0)(
+        torch.zeros(n, 0), torch.tensor([logits]).expand(n, -1)
+    )
     return torch.bincount(chosen.argmax(-1), minlength=len(logits)).double() / n
 
 
@@ -125,16 +148,27 @@ def test_the_ends_of_the_unit_interval_never_pick_an_impossible_token():
     logits = torch.tensor([[-torch.inf, 0.0, 1.0, -torch.inf]]).expand(2, -1)
     u = torch.tensor([[0.0], [math.nextafter(1, 0)]], dtype=torch.float64)
     for top_p in (1.0, 0.99):
-        assert set(InverseCDF(u, 1.0, top_p, 0)(torch.zeros(2, 0), logits).argmax(-1).tolist()) <= {1, 2}
+        assert set(InverseCDF(u, 1.0, top_p, 0)(torch.zeros(2, 0), logits).argmax(-1).tolist()) <= {
+            1,
+            2,
+        }
 
 
-# -------------------------------------------------------------------------------------------------------- KL
+# ----------------------------------------------------------------------------------------------- KL
 
 
 def test_kl_estimators_agree_and_are_zero_for_equal_models():
     policy, reference = make_model("llama", scale=2.0), make_model("llama", seed=1, scale=2.0)
     prompts = [[256, 65 + i % 20] for i in range(400)]
-    responses = sample(Scorer(policy), make_tokenizer(), prompts, keys=list(range(400)), max_new_tokens=8, seed=3, batch_size=100)
+    responses = sample(
+        Scorer(policy),
+        make_tokenizer(),
+        prompts,
+        keys=list(range(400)),
+        max_new_tokens=8,
+        seed=3,
+        batch_size=100,
+    )
     found = measure_samples(Scorer(policy), Scorer(reference), prompts, responses, 64, PADDED)
     means = {name: mean_and_error(values) for name, values in found.items()}
     assert min(found["kl"]) >= 0 and min(found["kl_k3"]) >= 0 and min(found["kl_k1"]) < 0
@@ -145,11 +179,16 @@ def test_kl_estimators_agree_and_are_zero_for_equal_models():
     same = measure_samples(Scorer(policy), Scorer(policy), prompts[:5], responses[:5], 2, PADDED)
     assert all(value == 0 for name, values in same.items() if name != "entropy" for value in values)
     alone = measure_samples(Scorer(policy), None, prompts[:5], responses[:5], 2, PADDED)
-    assert alone.keys() == {"entropy"} and alone["entropy"] == pytest.approx(same["entropy"], rel=1e-5)
+    assert alone.keys() == {"entropy"} and alone["entropy"] == pytest.approx(
+        same["entropy"], rel=1e-5
+    )
 
 
 def test_kl_of_one_sample_by_hand():
-    policy, reference = make_model("gpt2", dtype=torch.float64), make_model("gpt2", seed=1, dtype=torch.float64)
+    policy, reference = (
+        make_model("gpt2", dtype=torch.float64),
+        make_model("gpt2", seed=1, dtype=torch.float64),
+    )
     prompt, response = [256, 10, 11], [20, 21, 256]
     ids = torch.tensor([prompt + response])
     p, q = (m(ids).logits[0, 2:5].log_softmax(-1) for m in (policy, reference))
@@ -167,17 +206,23 @@ def test_mean_and_standard_error():
 
 
 def test_repetition_and_distinct_by_hand():
-    assert repetition([1, 2, 3, 4, 1, 2, 3, 4, 1]) == pytest.approx(1 - 4 / 6)  # six 4-grams, the last two were there
+    assert repetition([1, 2, 3, 4, 1, 2, 3, 4, 1]) == pytest.approx(
+        1 - 4 / 6
+    )  # six 4-grams, the last two were there
     assert repetition([1, 2, 3]) == 0 and repetition([7] * 10) == pytest.approx(1 - 1 / 7)
-    assert distinct([[1, 2, 1], [2, 1]], 1) == pytest.approx(2 / 5) and distinct([[1, 2, 1], [2, 1]], 2) == pytest.approx(2 / 3)
+    assert distinct([[1, 2, 1], [2, 1]], 1) == pytest.approx(2 / 5) and distinct(
+        [[1, 2, 1], [2, 1]], 2
+    ) == pytest.approx(2 / 3)
     assert distinct([[1]], 2) is None
 
 
-# --------------------------------------------------------------------------------------------------- rewards
+# ------------------------------------------------------------------------------------------ rewards
 
 
 def test_lexicon_by_hand(tmp_path):
-    (tmp_path / "words.json").write_text(json.dumps({"positive": ["good", "great"], "negative": ["bad"]}))
+    (tmp_path / "words.json").write_text(
+        json.dumps({"positive": ["good", "great"], "negative": ["bad"]})
+    )
     score = build_reward({"name": "lexicon", "path": str(tmp_path / "words.json"), "scale": 0.5})
     values = score(["good"] * 4, ["Good, great!", "bad", "plain", "goodness badly"])
     assert values == pytest.approx([2 / (1 + math.exp(-1)), 2 / (1 + math.exp(0.5)), 1.0, 1.0])
@@ -185,8 +230,17 @@ def test_lexicon_by_hand(tmp_path):
 
 def classifier_folder(folder, labels):
     torch.manual_seed(0)
-    config = AutoConfig.for_model("llama", vocab_size=258, hidden_size=32, num_hidden_layers=1, num_attention_heads=2, intermediate_size=32, pad_token_id=257,
-                                  id2label=dict(enumerate(labels)), label2id={name: i for i, name in enumerate(labels)})  # fmt: skip
+    config = AutoConfig.for_model(
+        "llama",
+        vocab_size=258,
+        hidden_size=32,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        intermediate_size=32,
+        pad_token_id=257,
+        id2label=dict(enumerate(labels)),
+        label2id={name: i for i, name in enumerate(labels)},
+    )
     model = AutoModelForSequenceClassification.from_config(config)
     model.save_pretrained(folder)
     make_tokenizer().save_pretrained(folder)
@@ -197,8 +251,15 @@ def classifier_folder(folder, labels):
 def test_classifier(tmp_path, labels):
     model = classifier_folder(tmp_path / "c", labels)
     texts = ["one", "a longer text", "x", "four"]
-    expected = torch.cat([model(torch.tensor([make_tokenizer()(t)["input_ids"]])).logits.softmax(-1) for t in texts])[:, 1]
-    common = {"name": "classifier", "path": str(tmp_path / "c"), "label": "POSITIVE", "batch_size": 3}
+    expected = torch.cat(
+        [model(torch.tensor([make_tokenizer()(t)["input_ids"]])).logits.softmax(-1) for t in texts]
+    )[:, 1]
+    common = {
+        "name": "classifier",
+        "path": str(tmp_path / "c"),
+        "label": "POSITIVE",
+        "batch_size": 3,
+    }
     assert build_reward(common)(["p"] * 4, texts) == pytest.approx(expected.tolist(), rel=1e-4)
     odds = build_reward(common | {"output": "log_odds"})(["p"] * 4, texts)
     assert odds == pytest.approx((expected / (1 - expected)).log().tolist(), abs=1e-4)
@@ -211,13 +272,17 @@ def test_classifier(tmp_path, labels):
 
 
 def test_lengths():
-    assert build_reward({"name": "length", "unit": "words"})(["p", "p"], ["two  words", ""]) == [2.0, 0.0]
+    assert build_reward({"name": "length", "unit": "words"})(["p", "p"], ["two  words", ""]) == [
+        2.0,
+        0.0,
+    ]
     assert build_reward({"name": "length", "unit": "characters"})(["p"], ["abc d"]) == [5.0]
 
 
 @pytest.mark.parametrize("architecture", ["llama", "gpt2"])
 def test_reward_model_scores_the_last_token_of_prompt_and_response(architecture, tmp_path):
-    """Against the model run on each text alone; batches of unequal lengths, and a pad that is the EOS."""
+    """Against the model run on each text alone; batches of unequal lengths, and a pad that is the
+    EOS."""
     save_model(tmp_path / "lm", architecture)
     torch.manual_seed(0)
     model = AutoModelForSequenceClassification.from_pretrained(tmp_path / "lm", num_labels=1).eval()
@@ -231,12 +296,20 @@ def test_reward_model_scores_the_last_token_of_prompt_and_response(architecture,
     expected = []
     for prompt, response in zip(prompts, responses):
         ids = torch.tensor([[256, *tokenizer(prompt + response)["input_ids"], 256]])
-        expected.append((model.base_model(ids).last_hidden_state[0, -1] @ model.score.weight[0]).item())
-    found = build_reward({"name": "reward_model", "path": str(tmp_path / "rm"), "batch_size": 2})(prompts, responses)
+        expected.append(
+            (model.base_model(ids).last_hidden_state[0, -1] @ model.score.weight[0]).item()
+        )
+    found = build_reward({"name": "reward_model", "path": str(tmp_path / "rm"), "batch_size": 2})(
+        prompts, responses
+    )
     assert found == pytest.approx(expected, rel=1e-4) and len({round(v, 3) for v in found}) == 3
-    cut = build_reward({"name": "reward_model", "path": str(tmp_path / "rm"), "max_length": 6})(prompts[1:2], responses[1:2])
+    cut = build_reward({"name": "reward_model", "path": str(tmp_path / "rm"), "max_length": 6})(
+        prompts[1:2], responses[1:2]
+    )
     ids = torch.tensor([[256, *tokenizer("onse")["input_ids"], 256]])
-    assert cut == pytest.approx([(model.base_model(ids).last_hidden_state[0, -1] @ model.score.weight[0]).item()], rel=1e-4)
+    assert cut == pytest.approx(
+        [(model.base_model(ids).last_hidden_state[0, -1] @ model.score.weight[0]).item()], rel=1e-4
+    )
     with pytest.raises(ConfigError, match="has none"):
         build_reward({"name": "reward_model", "path": str(tmp_path / "rm"), "chat_template": True})
     classifier_folder(tmp_path / "two", ["a", "b"])
@@ -245,8 +318,12 @@ def test_reward_model_scores_the_last_token_of_prompt_and_response(architecture,
 
 
 def test_http_reward_asks_in_batches_and_survives_a_restart(http_server):
-    server = http_server([503, "drop", lambda body: {"scores": [len(r) for r in body["responses"]]}])
-    score = build_reward({"name": "http", "url": server.url, "batch_size": 2, "backoff": 0.01, "timeout": 5})
+    server = http_server(
+        [503, "drop", lambda body: {"scores": [len(r) for r in body["responses"]]}]
+    )
+    score = build_reward(
+        {"name": "http", "url": server.url, "batch_size": 2, "backoff": 0.01, "timeout": 5}
+    )
     assert score(["p"] * 3, ["a", "bb", "ccc"]) == [1.0, 2.0, 3.0]
     assert [body["responses"] for body in server.received] == [["a", "bb"]] * 3 + [["ccc"]]
 
@@ -254,18 +331,29 @@ def test_http_reward_asks_in_batches_and_survives_a_restart(http_server):
 @pytest.mark.parametrize(
     "answer, told",
     [
-        (500, "in 2 attempts, the last: status 500"), ("drop", "in 2 attempts"), ("stall", "Timeout"), (404, "answered status 404"), (lambda _: {"scores": [1]}, "1 scores for 2"),
-        (lambda _: {"scores": ["a", 1]}, "expected"), (lambda _: {"result": []}, "expected"), ("nonsense", "expected"), (lambda _: {"scores": [1.0, float("nan")]}, "nan"),
+        (500, "in 2 attempts, the last: status 500"),
+        ("drop", "in 2 attempts"),
+        ("stall", "Timeout"),
+        (404, "answered status 404"),
+        (lambda _: {"scores": [1]}, "1 scores for 2"),
+        (lambda _: {"scores": ["a", 1]}, "expected"),
+        (lambda _: {"result": []}, "expected"),
+        ("nonsense", "expected"),
+        (lambda _: {"scores": [1.0, float("nan")]}, "nan"),
     ],
-)  # fmt: skip
+)
 def test_http_reward_that_fails_is_an_error_and_never_a_score(answer, told, http_server):
     server = http_server([answer])
-    score = build_reward({"name": "http", "url": server.url, "retries": 1, "backoff": 0.01, "timeout": 0.5})
+    score = build_reward(
+        {"name": "http", "url": server.url, "retries": 1, "backoff": 0.01, "timeout": 0.5}
+    )
     with pytest.raises(RewardError, match=told):
         score(["p", "p"], ["a", "b"])
 
 
-@pytest.mark.parametrize("returned, told", [([1.0], "1 scores for 2"), ([1.0, math.nan], "nan for the response")])
+@pytest.mark.parametrize(
+    "returned, told", [([1.0], "1 scores for 2"), ([1.0, math.nan], "nan for the response")]
+)
 def test_a_reward_that_answers_wrongly_is_an_error_never_a_zero(returned, told):
     @register_reward("odd")
     def odd():
@@ -278,26 +366,54 @@ def test_a_reward_that_answers_wrongly_is_an_error_never_a_zero(returned, told):
         del REWARDS["odd"]
 
 
-# ---------------------------------------------------------------------------------------------- function=eval
+# ------------------------------------------------------------------------------------ function=eval
 
 
 def test_eval_of_a_run_writes_beside_it_and_leaves_it_as_it_was(llama_folder, imdb_dir, tmp_path):
     run = tmp_path / "run"
     run_here(*small_run(llama_folder, imdb_dir, run))
     before = {p: p.read_bytes() for p in run.glob("*") if p.is_file()}
-    overrides = small_run(llama_folder, imdb_dir, run, "function=eval", f"model.archive={run}/LATEST/policy.pt", "n_eval_examples=6")
+    overrides = small_run(
+        llama_folder,
+        imdb_dir,
+        run,
+        "function=eval",
+        f"model.archive={run}/LATEST/policy.pt",
+        "n_eval_examples=6",
+    )
     first, second = run_here(*overrides), run_here(*overrides)
     assert {p: p.read_bytes() for p in before} == before
     rows = read_rows(run / "eval-1" / "samples.jsonl")
     assert len(rows) == 6 and rows == read_rows(run / "eval-2" / "samples.jsonl")
     assert first["kl"] == second["kl"] == pytest.approx(sum(row["kl"] for row in rows) / 6)
     for row in rows:
-        assert row.keys() >= {"prompt", "policy", "reference", "chosen", "policy_reward", "reference_reward", "kl", "temperature", "examples"}
+        assert row.keys() >= {
+            "prompt",
+            "policy",
+            "reference",
+            "chosen",
+            "policy_reward",
+            "reference_reward",
+            "kl",
+            "temperature",
+            "examples",
+        }
 
 
 def test_temperature_is_said_in_the_row(llama_folder, imdb_dir, tmp_path):
-    run_here(*small_run(llama_folder, imdb_dir, tmp_path / "run", "function=eval", "temperature=0.25", "topp=0.9"))
-    assert {(row["temperature"], row["top_p"]) for row in read_rows(tmp_path / "run" / "samples.jsonl")} == {(0.25, 0.9)}
+    run_here(
+        *small_run(
+            llama_folder,
+            imdb_dir,
+            tmp_path / "run",
+            "function=eval",
+            "temperature=0.25",
+            "topp=0.9",
+        )
+    )
+    assert {
+        (row["temperature"], row["top_p"]) for row in read_rows(tmp_path / "run" / "samples.jsonl")
+    } == {(0.25, 0.9)}
 
 
 @pytest.fixture(scope="module")
@@ -307,12 +423,31 @@ def two_runs(tmp_path_factory, llama_folder):
     for split, n in (("train", 24), ("test", 8)):
         write_jsonl(home / "data" / f"imdb-sft-{split}.jsonl", scored_rows(n))
     for name, loss in (("a", "dpo"), ("b", "ipo")):
-        run_here(*small_run(llama_folder, home / "data", home / "sweep" / name, f"loss={loss}", "keep_checkpoints=null", "sample_during_eval=false", "save_every=8"))
+        run_here(
+            *small_run(
+                llama_folder,
+                home / "data",
+                home / "sweep" / name,
+                f"loss={loss}",
+                "keep_checkpoints=null",
+                "sample_during_eval=false",
+                "save_every=8",
+            )
+        )
     return home
 
 
 def evaluate(home, llama_folder, name, *overrides):
-    run_here(*small_run(llama_folder, home / "data", home / name, "function=eval", "n_eval_examples=6", *overrides))
+    run_here(
+        *small_run(
+            llama_folder,
+            home / "data",
+            home / name,
+            "function=eval",
+            "n_eval_examples=6",
+            *overrides,
+        )
+    )
     return read_rows(home / name / "eval.jsonl"), read_rows(home / name / "samples.jsonl")
 
 
@@ -320,9 +455,16 @@ def test_archives_are_lists_patterns_and_folders_of_runs(two_runs):
     a, b = two_runs / "sweep" / "a", two_runs / "sweep" / "b"
     steps = [f"{a}/step-{n}" for n in (1, 2, 3)]
     assert expand_archives(f"{a}/step-*") == steps
-    assert expand_archives([f"{a}/step-2", f"{b}/LATEST/policy.pt"]) == [steps[1], f"{b}/LATEST/policy.pt"]
+    assert expand_archives([f"{a}/step-2", f"{b}/LATEST/policy.pt"]) == [
+        steps[1],
+        f"{b}/LATEST/policy.pt",
+    ]
     assert expand_archives(str(two_runs / "sweep")) == [str(a), str(b)]
-    assert expand_archives([f"{a}/*/policy.pt", steps[0]]) == [f"{a}/LATEST/policy.pt", f"{a}/step-1/policy.pt", f"{a}/step-2/policy.pt"]  # LATEST is step-3
+    assert expand_archives([f"{a}/*/policy.pt", steps[0]]) == [
+        f"{a}/LATEST/policy.pt",
+        f"{a}/step-1/policy.pt",
+        f"{a}/step-2/policy.pt",
+    ]  # LATEST is step-3
     with pytest.raises(ConfigError, match="no match"):
         expand_archives(f"{a}/stop-*")
     with pytest.raises(ConfigError, match="without policy.pt"):
@@ -330,25 +472,51 @@ def test_archives_are_lists_patterns_and_folders_of_runs(two_runs):
 
 
 def test_many_checkpoints_and_temperatures_are_rows(two_runs, llama_folder, monkeypatch):
-    """Each as if it had been evaluated alone, whatever the batch size; what was cut short goes on from its last row."""
+    """Each as if it had been evaluated alone, whatever the batch size; what was cut short goes on
+    from its last row."""
     a, b = (str(two_runs / "sweep" / name) for name in "ab")
-    many = [f"model.archive=[{a}/step-1,{b}]", "temperature=[0,1.0]", "samples_per_prompt=3", "more_rewards=[length,{name: length, as: letters, unit: characters}]"]
+    many = [
+        f"model.archive=[{a}/step-1,{b}]",
+        "temperature=[0,1.0]",
+        "samples_per_prompt=3",
+        "more_rewards=[length,{name: length, as: letters, unit: characters}]",
+    ]
     rows, samples = evaluate(two_runs, llama_folder, "many", *many)
-    assert [(row["checkpoint"], row["temperature"]) for row in rows] == [(f"{a}/step-1", 0), (f"{a}/step-1", 1.0), (b, 0), (b, 1.0)]
-    assert [row["training"]["loss"]["name"] for row in rows] == ["dpo", "dpo", "ipo", "ipo"] and [row["step"] for row in rows] == [1, 1, 3, 3]
+    assert [(row["checkpoint"], row["temperature"]) for row in rows] == [
+        (f"{a}/step-1", 0),
+        (f"{a}/step-1", 1.0),
+        (b, 0),
+        (b, 1.0),
+    ]
+    assert [row["training"]["loss"]["name"] for row in rows] == ["dpo", "dpo", "ipo", "ipo"] and [
+        row["step"] for row in rows
+    ] == [1, 1, 3, 3]
     assert len(samples) == 4 * 6 * 3
-    alone, alone_samples = evaluate(two_runs, llama_folder, "alone", f"model.archive={b}", "eval_batch_size=5", *many[2:])
+    alone, alone_samples = evaluate(
+        two_runs, llama_folder, "alone", f"model.archive={b}", "eval_batch_size=5", *many[2:]
+    )
     changed = {"checkpoint", "stamp", "name"}
-    approx = {key: pytest.approx(value, rel=1e-4, abs=1e-5) if isinstance(value, float) else value for key, value in alone[0].items() if key not in changed}
+    approx = {
+        key: pytest.approx(value, rel=1e-4, abs=1e-5) if isinstance(value, float) else value
+        for key, value in alone[0].items()
+        if key not in changed
+    }
     assert {key: value for key, value in rows[3].items() if key not in changed} == approx
     assert [s["policy"] for s in alone_samples] == [s["policy"] for s in samples[-18:]]
 
     greedy = samples[:18]
-    assert all(len({s["policy"] for s in greedy[i : i + 3]}) == 1 for i in range(0, 18, 3)) and [s["sample"] for s in greedy[:3]] == [0, 1, 2]
+    assert all(len({s["policy"] for s in greedy[i : i + 3]}) == 1 for i in range(0, 18, 3)) and [
+        s["sample"] for s in greedy[:3]
+    ] == [0, 1, 2]
     hot = samples[18:36]
     assert any(len({s["policy"] for s in hot[i : i + 3]}) == 3 for i in range(0, 18, 3))
-    means = [sum(s["policy_reward"]["lexicon"] for s in hot[i : i + 3]) / 3 for i in range(0, 18, 3)]
-    assert (rows[1]["samples_eval/policy_reward"], rows[1]["samples_eval/policy_reward_se"]) == pytest.approx(mean_and_error(means))
+    means = [
+        sum(s["policy_reward"]["lexicon"] for s in hot[i : i + 3]) / 3 for i in range(0, 18, 3)
+    ]
+    assert (
+        rows[1]["samples_eval/policy_reward"],
+        rows[1]["samples_eval/policy_reward_se"],
+    ) == pytest.approx(mean_and_error(means))
     letters = [len(s["policy"]) for s in hot]
     assert rows[1]["samples_eval/policy_reward[letters]"] == pytest.approx(sum(letters) / 18)
     assert all(s["policy_reward"]["length"] == len(s["policy"].split()) for s in samples)
@@ -360,9 +528,13 @@ def test_many_checkpoints_and_temperatures_are_rows(two_runs, llama_folder, monk
     write_jsonl(folder / "eval.jsonl", rows[:2])
     write_jsonl(folder / "samples.jsonl", samples[:54])
     drawn = []
-    monkeypatch.setattr(evaluation, "sample", lambda *args, **options: drawn.append(1) or sample(*args, **options))
+    monkeypatch.setattr(
+        evaluation, "sample", lambda *args, **options: drawn.append(1) or sample(*args, **options)
+    )
     again, again_samples = evaluate(two_runs, llama_folder, "many", *many)
-    assert again == rows and again_samples == samples and len(drawn) == 4  # policy and reference at two temperatures
+    assert (
+        again == rows and again_samples == samples and len(drawn) == 4
+    )  # policy and reference at two temperatures
     assert not (folder / "eval-1").exists()
 
 
@@ -370,22 +542,52 @@ def test_accuracy_is_also_by_dataset(llama_folder, imdb_dir, tmp_path):
     pairs = [{"prompt": f"q{i}", "chosen": " yes", "rejected": " no"} for i in range(6)]
     write_jsonl(tmp_path / "own" / "test.jsonl", pairs)
     write_jsonl(tmp_path / "own" / "train.jsonl", pairs)
-    common = ["function=eval", "n_eval_examples=100", "sample_during_eval=false", f"model.reference_archive={save_model(tmp_path / 'other', seed=1)}"]
+    common = [
+        "function=eval",
+        "n_eval_examples=100",
+        "sample_during_eval=false",
+        f"model.reference_archive={save_model(tmp_path / 'other', seed=1)}",
+    ]
     rows = {}
-    for name, data in (("both", f"[imdb,{tmp_path / 'own'}]"), ("imdb", "[imdb]"), ("own", f"[{tmp_path / 'own'}]")):
+    for name, data in (
+        ("both", f"[imdb,{tmp_path / 'own'}]"),
+        ("imdb", "[imdb]"),
+        ("own", f"[{tmp_path / 'own'}]"),
+    ):
         run_here(*small_run(llama_folder, imdb_dir, tmp_path / name, *common, f"datasets={data}"))
         [rows[name]] = read_rows(tmp_path / name / "eval.jsonl")
-    by_name = {key.split("@")[1]: value for key, value in rows["both"].items() if key.startswith("loss/eval@")}
-    assert list(by_name.values()) == pytest.approx([rows["imdb"]["loss/eval"], rows["own"]["loss/eval"]], rel=1e-5)
+    by_name = {
+        key.split("@")[1]: value
+        for key, value in rows["both"].items()
+        if key.startswith("loss/eval@")
+    }
+    assert list(by_name.values()) == pytest.approx(
+        [rows["imdb"]["loss/eval"], rows["own"]["loss/eval"]], rel=1e-5
+    )
     assert len(set(by_name.values())) == 2 and not any("@" in key for key in rows["imdb"])
-    assert rows["both"]["rewards_eval/accuracies"] == pytest.approx((8 * rows["imdb"]["rewards_eval/accuracies"] + 6 * rows["own"]["rewards_eval/accuracies"]) / 14)
+    assert rows["both"]["rewards_eval/accuracies"] == pytest.approx(
+        (8 * rows["imdb"]["rewards_eval/accuracies"] + 6 * rows["own"]["rewards_eval/accuracies"])
+        / 14
+    )
 
 
 def test_a_run_like_a_finished_one_is_skipped_on_request(two_runs, llama_folder, capsys):
-    again = small_run(llama_folder, two_runs / "data", two_runs / "again", "loss=ipo", "keep_checkpoints=null", "sample_during_eval=false", "save_every=8", f"skip_finished={two_runs / 'sweep'}")
+    again = small_run(
+        llama_folder,
+        two_runs / "data",
+        two_runs / "again",
+        "loss=ipo",
+        "keep_checkpoints=null",
+        "sample_during_eval=false",
+        "save_every=8",
+        f"skip_finished={two_runs / 'sweep'}",
+    )
     summary = run_here(*again)
     assert f"skipped: {two_runs / 'sweep' / 'b'}" in capsys.readouterr().out
-    assert summary == json.loads((two_runs / "sweep" / "b" / "summary.json").read_text()) and not (two_runs / "again").exists()
+    assert (
+        summary == json.loads((two_runs / "sweep" / "b" / "summary.json").read_text())
+        and not (two_runs / "again").exists()
+    )
     run_here(*again, "seed=5", "n_examples=8")
     assert (two_runs / "again" / "summary.json").exists()
     with pytest.raises(ConfigError, match="no such folder"):
@@ -399,7 +601,16 @@ def test_a_failed_run_says_so(llama_folder, imdb_dir, tmp_path):
 
     try:
         with pytest.raises(RewardError):
-            run_here(*small_run(llama_folder, imdb_dir, tmp_path / "run", "reward.name=odd", "~reward.path", "~reward.scale"))
+            run_here(
+                *small_run(
+                    llama_folder,
+                    imdb_dir,
+                    tmp_path / "run",
+                    "reward.name=odd",
+                    "~reward.path",
+                    "~reward.scale",
+                )
+            )
     finally:
         del REWARDS["odd"]
     status = json.loads((tmp_path / "run" / "status.json").read_text())
@@ -409,12 +620,18 @@ def test_a_failed_run_says_so(llama_folder, imdb_dir, tmp_path):
 @pytest.mark.parametrize(
     "override, told",
     [
-        ("temperature=[0.5,-1]", "temperature=-1"), ("more_rewards=[lexikon]", "did you mean lexicon"), ("more_rewards=[lexicon]", "two rewards are called lexicon"),
-        ("more_rewards=[{name: length, unti: words}]", "no setting unti"), ("model.archive=[]", "names no archive"), ("samples_per_prompt=0", "samples_per_prompt=0"),
+        ("temperature=[0.5,-1]", "temperature=-1"),
+        ("more_rewards=[lexikon]", "did you mean lexicon"),
+        ("more_rewards=[lexicon]", "two rewards are called lexicon"),
+        ("more_rewards=[{name: length, unti: words}]", "no setting unti"),
+        ("model.archive=[]", "names no archive"),
+        ("samples_per_prompt=0", "samples_per_prompt=0"),
         ("reward.module=nowhere.py", "no such file"),
     ],
-)  # fmt: skip
-def test_bad_settings_of_an_evaluation_are_refused(override, told, llama_folder, imdb_dir, tmp_path):
+)
+def test_bad_settings_of_an_evaluation_are_refused(
+    override, told, llama_folder, imdb_dir, tmp_path
+):
     with pytest.raises(ConfigError, match=re.escape(told)):
         run_here(*small_run(llama_folder, imdb_dir, tmp_path / "run", "function=eval", override))
 
@@ -427,13 +644,26 @@ def test_training_takes_one_temperature_and_one_archive(llama_folder, imdb_dir, 
 
 def test_a_reward_of_your_own(llama_folder, imdb_dir, tmp_path):
     (tmp_path / "mine.py").write_text(
-        "from rewards import register_reward\n\n\n@register_reward('vowels')\ndef vowels(*, letters='aeiou'):\n"
-        "    return lambda prompts, responses: [sum(c in letters for c in r) for r in responses]\n"
+        "from rewards import register_reward\n\n\n@register_reward('vowels')\ndef vowels(*,"
+        " letters='aeiou'):\n    return lambda prompts, responses: [sum(c in letters for c in r)"
+        " for r in responses]\n"
     )
     try:
         more = "more_rewards=[{name: vowels, letters: e}]"
-        run_here(*small_run(llama_folder, imdb_dir, tmp_path / "run", "function=eval", f"reward.module={tmp_path / 'mine.py'}", more))
-        assert all(row["policy_reward"]["vowels"] == row["policy"].count("e") for row in read_rows(tmp_path / "run" / "samples.jsonl"))
+        run_here(
+            *small_run(
+                llama_folder,
+                imdb_dir,
+                tmp_path / "run",
+                "function=eval",
+                f"reward.module={tmp_path / 'mine.py'}",
+                more,
+            )
+        )
+        assert all(
+            row["policy_reward"]["vowels"] == row["policy"].count("e")
+            for row in read_rows(tmp_path / "run" / "samples.jsonl")
+        )
     finally:
         REWARDS.pop("vowels", None)
 
@@ -441,14 +671,23 @@ def test_a_reward_of_your_own(llama_folder, imdb_dir, tmp_path):
 def test_generate_writes_prompt_and_response_lines(imdb_dir, tmp_path):
     folder = save_model(tmp_path / "model", "gpt2")
     write_jsonl(imdb_dir / "imdb-sft-test.jsonl", scored_rows(6))
-    overrides = small_run(folder, imdb_dir, tmp_path / "run", "n_eval_examples=4", "sample_during_eval=false")
+    overrides = small_run(
+        folder, imdb_dir, tmp_path / "run", "n_eval_examples=4", "sample_during_eval=false"
+    )
     run_command("generate.py", *overrides)
     rows = read_rows(tmp_path / "run" / "generations.jsonl")
-    assert len(rows) == 4 and all(row["prompt"].startswith("prompt number") and "response" in row for row in rows)
-    several = [o for o in overrides if not o.startswith("local_run_dir")] + [f"local_run_dir={tmp_path / 'three'}", "samples_per_prompt=3"]
+    assert len(rows) == 4 and all(
+        row["prompt"].startswith("prompt number") and "response" in row for row in rows
+    )
+    several = [o for o in overrides if not o.startswith("local_run_dir")] + [
+        f"local_run_dir={tmp_path / 'three'}",
+        "samples_per_prompt=3",
+    ]
     run_command("generate.py", *several)
     three = read_rows(tmp_path / "three" / "generations.jsonl")
-    assert [row["sample"] for row in three] == [0, 1, 2] * 4 and [row["response"] for row in three[::3]] == [row["response"] for row in rows]
+    assert [row["sample"] for row in three] == [0, 1, 2] * 4 and [
+        row["response"] for row in three[::3]
+    ] == [row["response"] for row in rows]
     refused = run_command("generate.py", *overrides, "temperature=[0,1]", check=False)
     assert refused.returncode == 2 and "temperature gives 2 values" in refused.stderr
     refused = run_command("generate.py", *overrides, "temprature=1", check=False)
@@ -457,32 +696,61 @@ def test_generate_writes_prompt_and_response_lines(imdb_dir, tmp_path):
 
 def test_a_run_samples_its_reference_once_and_its_policy_at_every_evaluation(run, monkeypatch):
     drawn = []
-    monkeypatch.setattr(evaluation, "sample", lambda *args, **options: drawn.append(options["description"]) or sample(*args, **options))
+    monkeypatch.setattr(
+        evaluation,
+        "sample",
+        lambda *args, **options: drawn.append(options["description"]) or sample(*args, **options),
+    )
     folder = run("run")
     rows = read_rows(folder / "samples.jsonl")
     evaluations = sorted({row["examples"] for row in rows})
-    assert drawn.count("sample policy") == len(evaluations) > 2 and drawn.count("sample reference") == 1
-    first, last = ([row["reference"] for row in rows if row["examples"] == n] for n in (evaluations[0], evaluations[-1]))
-    assert first == last and [row["policy"] for row in rows[: len(first)]] == first  # before the first step they are equal
+    assert (
+        drawn.count("sample policy") == len(evaluations) > 2
+        and drawn.count("sample reference") == 1
+    )
+    first, last = (
+        [row["reference"] for row in rows if row["examples"] == n]
+        for n in (evaluations[0], evaluations[-1])
+    )
+    assert (
+        first == last and [row["policy"] for row in rows[: len(first)]] == first
+    )  # before the first step they are equal
 
 
-def test_an_evaluation_stops_when_asked_and_the_same_command_goes_on(two_runs, llama_folder, monkeypatch):
+def test_an_evaluation_stops_when_asked_and_the_same_command_goes_on(
+    two_runs, llama_folder, monkeypatch
+):
     command = [f"model.archive=[{two_runs}/sweep/a,{two_runs}/sweep/b]", "sample_during_eval=false"]
     with monkeypatch.context() as patch:
         patch.setattr(trainers.BasicTrainer, "_asked_to_stop", lambda self: 15)
         with pytest.raises(trainers.Stopped):
             evaluate(two_runs, llama_folder, "stopped", *command)
     folder = two_runs / "stopped"
-    assert len(read_rows(folder / "eval.jsonl")) == 1 and json.loads((folder / "status.json").read_text())["state"] == "stopped"
+    assert (
+        len(read_rows(folder / "eval.jsonl")) == 1
+        and json.loads((folder / "status.json").read_text())["state"] == "stopped"
+    )
     rows, _ = evaluate(two_runs, llama_folder, "stopped", *command)
-    assert [row["checkpoint"] for row in rows] == [str(two_runs / "sweep" / name) for name in "ab"] and not (folder / "eval-1").exists()
+    assert [row["checkpoint"] for row in rows] == [
+        str(two_runs / "sweep" / name) for name in "ab"
+    ] and not (folder / "eval-1").exists()
 
 
-def test_an_evaluation_is_skipped_only_while_its_checkpoints_are_the_same(two_runs, llama_folder, capsys):
+def test_an_evaluation_is_skipped_only_while_its_checkpoints_are_the_same(
+    two_runs, llama_folder, capsys
+):
     shutil.copytree(two_runs / "sweep" / "a", two_runs / "moving", symlinks=True)
     command = [f"model.archive={two_runs}/moving"]
     evaluate(two_runs, llama_folder, "known", *command)
-    again = small_run(llama_folder, two_runs / "data", two_runs / "anew", "function=eval", "n_eval_examples=6", *command, f"skip_finished={two_runs / 'known'}")
+    again = small_run(
+        llama_folder,
+        two_runs / "data",
+        two_runs / "anew",
+        "function=eval",
+        "n_eval_examples=6",
+        *command,
+        f"skip_finished={two_runs / 'known'}",
+    )
     run_here(*again)
     assert "skipped:" in capsys.readouterr().out and not (two_runs / "anew").exists()
     (two_runs / "moving" / "LATEST").unlink()
@@ -494,7 +762,11 @@ def test_an_evaluation_is_skipped_only_while_its_checkpoints_are_the_same(two_ru
 def test_a_finished_run_that_is_extended_and_dies_is_not_finished(run, monkeypatch):
     folder = run("run")
     with monkeypatch.context() as patch:
-        patch.setattr(trainers, "build_rewards", lambda config: (_ for _ in ()).throw(RewardError("no reward today")))
+        patch.setattr(
+            trainers,
+            "build_rewards",
+            lambda config: (_ for _ in ()).throw(RewardError("no reward today")),
+        )
         with pytest.raises(RewardError):
             run("run", "n_epochs=2")
     assert not (folder / "summary.json").exists()

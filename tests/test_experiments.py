@@ -28,25 +28,46 @@ def test_the_language_is_as_described(language, tmp_path):
     assert all(row["chosen"].startswith(" ") and len(row["prompt"].split()) == 3 for row in rows)
     assert {len(text) for text in texts} == set(range(8, 17))
     n = sum(map(len, texts))
-    sentiment = [[1 if w in words.POSITIVE else -1 for w in text if w not in words.NEUTRAL] for text in texts]
+    sentiment = [
+        [1 if w in words.POSITIVE else -1 for w in text if w not in words.NEUTRAL] for text in texts
+    ]
     assert sum(map(len, sentiment)) / n == pytest.approx(0.45, abs=4 * math.sqrt(0.45 * 0.55 / n))
     # two words of one text agree when both or neither follow the latent sentiment
     same = [a == b for text in sentiment for a, b in zip(text[::2], text[1::2])]
-    assert sum(same) / len(same) == pytest.approx(0.8**2 + 0.2**2, abs=4 * math.sqrt(0.25 / len(same)))
+    assert sum(same) / len(same) == pytest.approx(
+        0.8**2 + 0.2**2, abs=4 * math.sqrt(0.25 / len(same))
+    )
     words.write(tmp_path / "again", 3000, 200, seed=0)
-    assert (tmp_path / "again" / "sft" / "train.jsonl").read_bytes() == (language / "sft" / "train.jsonl").read_bytes()
+    assert (tmp_path / "again" / "sft" / "train.jsonl").read_bytes() == (
+        language / "sft" / "train.jsonl"
+    ).read_bytes()
 
 
 def test_a_word_is_a_token_and_the_model_is_small(language):
-    tokenizer, model = AutoTokenizer.from_pretrained(language / "model"), AutoModelForCausalLM.from_pretrained(language / "model")
+    tokenizer, model = (
+        AutoTokenizer.from_pretrained(language / "model"),
+        AutoModelForCausalLM.from_pretrained(language / "model"),
+    )
     assert len(tokenizer) == 48 and 100_000 < model.num_parameters() < 120_000
     assert len(tokenizer("worda goodb badc")["input_ids"]) == 3
 
 
 def test_the_gold_of_two_sizes_by_hand(language):
     half, other = sorted(HALF)[0], next(w for w in words.NEUTRAL if w not in HALF)
-    score = build_reward({"name": "two_sizes", "module": str(ROOT / "experiments" / "gold.py"), "path": str(language / "words.json")})
-    texts = ["gooda goodb goodc", f"gooda goodb goodc bada {half}", f"{half} {other} {other} {half}", f"gooda goodb goodc goodd {other} {half}", ""]
+    score = build_reward(
+        {
+            "name": "two_sizes",
+            "module": str(ROOT / "experiments" / "gold.py"),
+            "path": str(language / "words.json"),
+        }
+    )
+    texts = [
+        "gooda goodb goodc",
+        f"gooda goodb goodc bada {half}",
+        f"{half} {other} {other} {half}",
+        f"gooda goodb goodc goodd {other} {half}",
+        "",
+    ]
     assert score([""] * 5, texts) == pytest.approx([1.0, 0.05, 0.025, 1.025, 0.0])
 
 
@@ -55,5 +76,7 @@ def test_the_readme_says_what_the_results_say(name):
     result = json.loads((ROOT / "experiments" / "results" / f"{name}.json").read_text())
     page = (ROOT / "experiments" / "README.md").read_text()
     verdict = "**It holds here.**" if result["holds"] else "**It does not hold here.**"
-    assert f"{verdict} {result['found']}" in page and all(text in page for text in experiments.CLAIMS[name])
+    assert f"{verdict} {result['found']}" in page and all(
+        text in page for text in experiments.CLAIMS[name]
+    )
     assert len(result["seeds"]) >= 3

@@ -1,4 +1,5 @@
-"""Whatever a file holds, reading and tokenising it gives sound records or a PrefLabError that says where."""
+"""Whatever a file holds, reading and tokenising it gives sound records or a PrefLabError that says
+where."""
 
 import csv
 import io
@@ -24,19 +25,60 @@ from user_pairs import FORMS
 from utils import PrefLabError
 
 TOKENIZER = make_tokenizer()
-TOKENIZER.chat_template = "{% for m in messages %}{{ m['role'] }}: {{ m['content'] }}\n{% endfor %}assistant: "
+TOKENIZER.chat_template = (
+    "{% for m in messages %}{{ m['role'] }}: {{ m['content'] }}\n{% endfor %}assistant: "
+)
 MAX_LENGTH, MAX_PROMPT_LENGTH = 24, 12
-EXAMPLES = int(os.environ.get("FUZZ_EXAMPLES", "50"))  # of each test; the same ones every time, unless a number is asked for
+EXAMPLES = int(
+    os.environ.get("FUZZ_EXAMPLES", "50")
+)  # of each test; the same ones every time, unless a number is asked for
 FOLDER = "-dossier ü 数据"  # a dash, spaces and letters beyond ASCII in every path
 
-fuzz = settings(max_examples=EXAMPLES, deadline=None, suppress_health_check=list(HealthCheck), derandomize="FUZZ_EXAMPLES" not in os.environ)
+fuzz = settings(
+    max_examples=EXAMPLES,
+    deadline=None,
+    suppress_health_check=list(HealthCheck),
+    derandomize="FUZZ_EXAMPLES" not in os.environ,
+)
 
-# Ends of lines to `splitlines` but not to JSON lines or CSV, what CSV and HTML give a meaning, half a surrogate pair, ...
-NASTY = ["", " ", "\x00", "\ufeff", "\u2028", "\x85", "\x1c", "\r", "\r\n", '"', "\\", "a,b", "<|endoftext|>", "\ud800", "\U0001f600", "\n\nAssistant:", "<![", "&#xD800;", "<code>", "=1", "x" * 300]  # fmt: skip
-TEXTS = st.sampled_from(NASTY) | st.text(max_size=12) | st.lists(st.sampled_from(NASTY), max_size=4).map("".join)
+# Ends of lines to `splitlines` but not to JSON lines or CSV, what CSV and HTML give a meaning, half
+# a surrogate pair, ...
+NASTY = [
+    "",
+    " ",
+    "\x00",
+    "\ufeff",
+    "\u2028",
+    "\x85",
+    "\x1c",
+    "\r",
+    "\r\n",
+    '"',
+    "\\",
+    "a,b",
+    "<|endoftext|>",
+    "\ud800",
+    "\U0001f600",
+    "\n\nAssistant:",
+    "<![",
+    "&#xD800;",
+    "<code>",
+    "=1",
+    "x" * 300,
+]
+TEXTS = (
+    st.sampled_from(NASTY)
+    | st.text(max_size=12)
+    | st.lists(st.sampled_from(NASTY), max_size=4).map("".join)
+)
 JSON = st.recursive(
     st.none() | st.booleans() | st.floats() | st.integers() | st.integers(10**30, 10**40) | TEXTS,
-    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(TEXTS | st.sampled_from(["role", "content", "text", "pm_score"]), inner, max_size=3),
+    lambda inner: (
+        st.lists(inner, max_size=3)
+        | st.dictionaries(
+            TEXTS | st.sampled_from(["role", "content", "text", "pm_score"]), inner, max_size=3
+        )
+    ),
     max_leaves=6,
 )
 NUMBERS = st.integers(-3, 3) | st.floats(-2, 2)
@@ -48,15 +90,48 @@ def mostly(good):
     return st.integers(0, 15).flatmap(lambda i: JSON if i == 0 else good)
 
 
-CHAT = st.builds(lambda asked, said: [{"role": "user", "content": asked}, {"role": "assistant", "content": said}], st.sampled_from("pq"), TEXTS)
-MESSAGES = CHAT | CHAT.map(lambda chat: chat[:1]) | st.lists(mostly(st.fixed_dictionaries({"role": mostly(st.sampled_from(["user", "assistant"])), "content": mostly(TEXTS)})), max_size=3)
-ANSWERS = st.lists(mostly(st.fixed_dictionaries({"text": mostly(TEXTS), "pm_score": mostly(NUMBERS)})), max_size=3)
-LISTS = {"responses": st.lists(mostly(TEXTS), max_size=3), "scores": st.lists(mostly(NUMBERS), max_size=3)}
-DIALOGUES = st.builds("{}{}".format, st.sampled_from(["\n\nHuman: hi\n\nAssistant:", "\n\nHuman: ", ""]), TEXTS)
+CHAT = st.builds(
+    lambda asked, said: [
+        {"role": "user", "content": asked},
+        {"role": "assistant", "content": said},
+    ],
+    st.sampled_from("pq"),
+    TEXTS,
+)
+MESSAGES = (
+    CHAT
+    | CHAT.map(lambda chat: chat[:1])
+    | st.lists(
+        mostly(
+            st.fixed_dictionaries(
+                {"role": mostly(st.sampled_from(["user", "assistant"])), "content": mostly(TEXTS)}
+            )
+        ),
+        max_size=3,
+    )
+)
+ANSWERS = st.lists(
+    mostly(st.fixed_dictionaries({"text": mostly(TEXTS), "pm_score": mostly(NUMBERS)})), max_size=3
+)
+LISTS = {
+    "responses": st.lists(mostly(TEXTS), max_size=3),
+    "scores": st.lists(mostly(NUMBERS), max_size=3),
+}
+DIALOGUES = st.builds(
+    "{}{}".format, st.sampled_from(["\n\nHuman: hi\n\nAssistant:", "\n\nHuman: ", ""]), TEXTS
+)
 KINDS = {
-    "prompt": PROMPTS, "question": PROMPTS, "magnitude": NUMBERS, "reward": NUMBERS, "label": st.sampled_from([True, False, 0, 1, "true"]), **LISTS,
-}  # fmt: skip
-COLUMNS = {form: {name: KINDS.get(name, TEXTS) for name in ("prompt", *needed)} for form, needed in FORMS.items()}
+    "prompt": PROMPTS,
+    "question": PROMPTS,
+    "magnitude": NUMBERS,
+    "reward": NUMBERS,
+    "label": st.sampled_from([True, False, 0, 1, "true"]),
+    **LISTS,
+}
+COLUMNS = {
+    form: {name: KINDS.get(name, TEXTS) for name in ("prompt", *needed)}
+    for form, needed in FORMS.items()
+}
 COLUMNS["pairs"]["magnitude"] = COLUMNS["j_over_k"]["magnitude"] = NUMBERS
 COLUMNS["messages"] = {"prompt": MESSAGES, "chosen": MESSAGES, "rejected": MESSAGES}
 COLUMNS["messages alone"] = {"chosen": MESSAGES, "rejected": MESSAGES}
@@ -70,18 +145,23 @@ def rows_of(columns: dict):
 
 
 def check(name: str, data_dir: Path, told: str, in_row: bool) -> None:
-    """Read both splits and tokenise them; `told` must be in any error, with a line, row or post if `in_row`."""
+    """Read both splits and tokenise them; `told` must be in any error, with a line, row or post if
+    `in_row`."""
     try:
         for split in ("train", "test"):
             source = open_dataset(name, split, data_dir=str(data_dir))
             for record in source.records():
                 check_record(record, source.truncation)
-                assert record.scores is None or all(record.scores[a] > record.scores[b] for a, b in record.pairs)
+                assert record.scores is None or all(
+                    record.scores[a] > record.scores[b] for a, b in record.pairs
+                )
     except PrefLabError as error:
         message = str(error)
         assert told in message
         whole_file = r"holds one prompt only|holds no row|the file is empty"
-        assert not in_row or re.search(rf"(:|row |post )\d+|{whole_file}", message[message.index(told) + len(told) :]), message
+        assert not in_row or re.search(
+            rf"(:|row |post )\d+|{whole_file}", message[message.index(told) + len(told) :]
+        ), message
 
 
 def check_record(record, truncation: str) -> None:
@@ -89,11 +169,18 @@ def check_record(record, truncation: str) -> None:
     assert all(isinstance(response, str) for response in record.responses)
     assert all(0 <= i < len(record.responses) for pair in record.pairs for i in pair)
     assert record.scores is None or all(map(math.isfinite, record.scores))
-    assert all(len(values) == len(record.pairs) and all(map(math.isfinite, values)) for values in record.columns.values())
+    assert all(
+        len(values) == len(record.pairs) and all(map(math.isfinite, values))
+        for values in record.columns.values()
+    )
     (prompt,), (responses,) = tokenise([record], TOKENIZER)
     whole = [*responses]
-    prompt, responses, (prompt_cut, cuts) = truncate(prompt, responses, TOKENIZER, truncation, MAX_LENGTH, MAX_PROMPT_LENGTH)
-    assert prompt[0] == TOKENIZER.bos_token_id and (not prompt_cut or len(prompt) == MAX_PROMPT_LENGTH)
+    prompt, responses, (prompt_cut, cuts) = truncate(
+        prompt, responses, TOKENIZER, truncation, MAX_LENGTH, MAX_PROMPT_LENGTH
+    )
+    assert prompt[0] == TOKENIZER.bos_token_id and (
+        not prompt_cut or len(prompt) == MAX_PROMPT_LENGTH
+    )
     for tokens, uncut, cut in zip(responses, whole, cuts):
         assert len(prompt) + len(tokens) <= MAX_LENGTH
         assert tokens == (uncut[: len(tokens)] if cut else [*uncut, TOKENIZER.eos_token_id])
@@ -111,7 +198,13 @@ def as_csv(rows, newline, bom) -> bytes:
     out = io.StringIO()
     names = list(dict.fromkeys(name for row in rows for name in row))
     writer = csv.writer(out, lineterminator=newline.decode())
-    cells = [{name: json.dumps(value) if isinstance(value, (list, dict)) else value for name, value in row.items()} for row in rows]
+    cells = [
+        {
+            name: json.dumps(value) if isinstance(value, (list, dict)) else value
+            for name, value in row.items()
+        }
+        for row in rows
+    ]
     writer.writerows([names, *([row.get(name, "") for name in names] for row in cells)])
     return bom + out.getvalue().encode("utf-8", "surrogatepass")
 
@@ -127,7 +220,12 @@ def folder(tmp_path) -> Path:
 
 @pytest.mark.parametrize("form", COLUMNS)
 @fuzz
-@given(data=st.data(), suffix=st.sampled_from(list(FORMATS)), newline=st.sampled_from([b"\n", b"\r\n", b"\n\n"]), bom=st.sampled_from([b"", b"\xef\xbb\xbf"]))
+@given(
+    data=st.data(),
+    suffix=st.sampled_from(list(FORMATS)),
+    newline=st.sampled_from([b"\n", b"\r\n", b"\n\n"]),
+    bom=st.sampled_from([b"", b"\xef\xbb\xbf"]),
+)
 def test_rows_of_mixed_types(folder, form, data, suffix, newline, bom):
     path = folder / f"my pairs{suffix}"
     path.write_bytes(FORMATS[suffix](data.draw(rows_of(COLUMNS[form])), newline, bom))
@@ -139,7 +237,14 @@ def test_rows_of_mixed_types(folder, form, data, suffix, newline, bom):
 @given(data=st.data(), form=st.sampled_from(["pairs", "scored_rows"]))
 def test_spoilt_bytes(folder, suffix, data, form):
     """A sound file with some of its bytes changed, dropped or put in."""
-    sound = {name: st.sampled_from(["p", "q", "r"]) if name not in ("reward", "magnitude") else st.integers(0, 3) for name in COLUMNS[form]}
+    sound = {
+        name: (
+            st.sampled_from(["p", "q", "r"])
+            if name not in ("reward", "magnitude")
+            else st.integers(0, 3)
+        )
+        for name in COLUMNS[form]
+    }
     rows = data.draw(st.lists(st.fixed_dictionaries(sound), min_size=2, max_size=5))
     path = folder / f"pairs{suffix}"
     if suffix == ".parquet":
@@ -154,23 +259,38 @@ def test_spoilt_bytes(folder, suffix, data, form):
     check(str(path), folder, str(path), in_row=False)
 
 
-POST = st.fixed_dictionaries({"responses": mostly(LISTS["responses"]), "rewards": mostly(LISTS["scores"])}, optional={"post": JSON})
+POST = st.fixed_dictionaries(
+    {"responses": mostly(LISTS["responses"]), "rewards": mostly(LISTS["scores"])},
+    optional={"post": JSON},
+)
 NAMED = {
     "imdb": ("imdb-sft-{}.jsonl", rows_of(COLUMNS["scored_rows"])),
     "reviews": ("reviews-{}.jsonl", rows_of(COLUMNS["scored_rows"])),
-    "tldr rated": ("tldr-sft-{}-rel.json", mostly(st.dictionaries(TEXTS, mostly(POST), max_size=4))),
+    "tldr rated": (
+        "tldr-sft-{}-rel.json",
+        mostly(st.dictionaries(TEXTS, mostly(POST), max_size=4)),
+    ),
     "tldr": ("tldr/{}.json", rows_of(COLUMNS["pairs"]) | rows_of(COLUMNS["messages"])),
     "tldr_filtered": ("tldr_filtered/{}.json", rows_of(COLUMNS["targets"])),
 }
 HUB = {
     "hh": {"chosen": DIALOGUES, "rejected": DIALOGUES},
-    "shp": {"history": TEXTS, "human_ref_A": TEXTS, "human_ref_B": TEXTS, "score_A": NUMBERS, "score_B": NUMBERS, "labels": st.integers(0, 1)},
+    "shp": {
+        "history": TEXTS,
+        "human_ref_A": TEXTS,
+        "human_ref_B": TEXTS,
+        "score_A": NUMBERS,
+        "score_B": NUMBERS,
+        "labels": st.integers(0, 1),
+    },
     "se": {"question": TEXTS, "answers": ANSWERS},
 }
 
 
 def test_every_named_dataset_is_tried():
-    assert {name.split()[0] for name in NAMED} | set(HUB) | {"toxicity"} == set(DATASETS)  # toxicity reads as imdb does
+    assert {name.split()[0] for name in NAMED} | set(HUB) | {"toxicity"} == set(
+        DATASETS
+    )  # toxicity reads as imdb does
 
 
 @pytest.mark.parametrize("name", NAMED)
@@ -182,8 +302,15 @@ def test_files_of_named_datasets(folder, name, data):
     rows = data.draw(content)
     for split in ("train", "test"):
         path = folder / file.format(split)
-        path.write_bytes(as_jsonl(rows, b"\n", b"") if path.suffix == ".jsonl" else as_json(rows, b"\n", b""))
-    check(name.split()[0], folder, file.format("train"), in_row=isinstance(rows, list) and name != "tldr rated")
+        path.write_bytes(
+            as_jsonl(rows, b"\n", b"") if path.suffix == ".jsonl" else as_json(rows, b"\n", b"")
+        )
+    check(
+        name.split()[0],
+        folder,
+        file.format("train"),
+        in_row=isinstance(rows, list) and name != "tldr rated",
+    )
 
 
 @pytest.mark.parametrize("name", HUB)
@@ -196,14 +323,16 @@ def test_rows_of_hub_sets(folder, monkeypatch, name, data):
     check(name, folder, "repo[train]", in_row=True)
 
 
-# --------------------------------------------------------------------------------------- files that are known to be odd
+# ------------------------------------------------------------------- files that are known to be odd
 
 
 def write(path: Path, rows: list[dict]) -> str:
     if path.suffix == ".parquet":
         pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), path)
     else:
-        path.write_bytes(FORMATS[path.suffix](rows, b"\r\n", b""))  # csv's writer leaves a lone \r unquoted before other ends of lines
+        path.write_bytes(
+            FORMATS[path.suffix](rows, b"\r\n", b"")
+        )  # csv's writer leaves a lone \r unquoted before other ends of lines
     return str(path)
 
 
@@ -211,18 +340,31 @@ def stored(name: str, cache_dir: Path) -> dict[str, list[str]]:
     """The responses to each prompt, as the token store has them on disk."""
     found = {}
     for split in ("train", "test"):
-        store = prepare(open_dataset(name, split), TOKENIZER, max_length=2**22, max_prompt_length=2**21, cache_dir=cache_dir)
+        store = prepare(
+            open_dataset(name, split),
+            TOKENIZER,
+            max_length=2**22,
+            max_prompt_length=2**21,
+            cache_dir=cache_dir,
+        )
         for i, (begin, end) in enumerate(store.prompts):
             own = store.responses[np.asarray(store.response_prompt) == i]
-            assert all(store.tokens[end - 1] == TOKENIZER.eos_token_id for _, end in own) and str(store.sources[i]).startswith(name)
-            found[TOKENIZER.decode(store.tokens[begin + 1 : end])] = [TOKENIZER.decode(store.tokens[b : e - 1]) for b, e in own]
+            assert all(store.tokens[end - 1] == TOKENIZER.eos_token_id for _, end in own) and str(
+                store.sources[i]
+            ).startswith(name)
+            found[TOKENIZER.decode(store.tokens[begin + 1 : end])] = [
+                TOKENIZER.decode(store.tokens[b : e - 1]) for b, e in own
+            ]
     return found
 
 
 @pytest.mark.parametrize("suffix", [*FORMATS, ".parquet"])
 def test_odd_texts_come_through_unchanged(folder, tmp_path, suffix):
     odd = [text for text in NASTY if text not in ("\ud800", "<|endoftext|>")]
-    rows = [{"prompt": f"p{i}", "chosen": f"{text} a {text}", "rejected": f"b{text}"} for i, text in enumerate([*odd, "".join(odd)])]
+    rows = [
+        {"prompt": f"p{i}", "chosen": f"{text} a {text}", "rejected": f"b{text}"}
+        for i, text in enumerate([*odd, "".join(odd)])
+    ]
     expected = {row["prompt"]: [row["chosen"], row["rejected"]] for row in rows}
     assert stored(write(folder / f"my pairs{suffix}", rows), tmp_path / "cache") == expected
 
@@ -232,24 +374,44 @@ LONG = "".join(text for text in NASTY if text not in ("\ud800", "<|endoftext|>")
 
 @pytest.mark.parametrize("suffix", [*FORMATS, ".parquet"])
 def test_rows_of_a_megabyte(folder, suffix):
-    name = write(folder / f"long{suffix}", [{"prompt": p, "chosen": f"{p}{LONG}", "rejected": LONG} for p in "pqr"])
-    found = {record.prompt: record.responses for split in ("train", "test") for record in open_dataset(name, split).records()}
+    name = write(
+        folder / f"long{suffix}",
+        [{"prompt": p, "chosen": f"{p}{LONG}", "rejected": LONG} for p in "pqr"],
+    )
+    found = {
+        record.prompt: record.responses
+        for split in ("train", "test")
+        for record in open_dataset(name, split).records()
+    }
     assert found == {p: [p + LONG, LONG] for p in "pqr"} and len(LONG) > 2**20
 
 
 def test_a_row_of_a_megabyte_is_tokenised(folder, tmp_path):
-    name = write(folder / "long.csv", [{"prompt": "p", "chosen": LONG, "rejected": "b"}, {"prompt": "q", "chosen": "a", "rejected": "b"}])
+    name = write(
+        folder / "long.csv",
+        [
+            {"prompt": "p", "chosen": LONG, "rejected": "b"},
+            {"prompt": "q", "chosen": "a", "rejected": "b"},
+        ],
+    )
     assert stored(name, tmp_path / "cache") == {"p": [LONG, "b"], "q": ["a", "b"]}
 
 
 @pytest.mark.parametrize("suffix", FORMATS)
-@pytest.mark.parametrize("newline, bom", [(b"\n", b""), (b"\r\n", b"\xef\xbb\xbf"), (b"\n\n\n", b""), (b"\r\n\r\n", b"\xef\xbb\xbf")])
-def test_ends_of_lines_and_a_byte_order_mark_change_no_token(folder, tmp_path, monkeypatch, suffix, newline, bom):
+@pytest.mark.parametrize(
+    "newline, bom",
+    [(b"\n", b""), (b"\r\n", b"\xef\xbb\xbf"), (b"\n\n\n", b""), (b"\r\n\r\n", b"\xef\xbb\xbf")],
+)
+def test_ends_of_lines_and_a_byte_order_mark_change_no_token(
+    folder, tmp_path, monkeypatch, suffix, newline, bom
+):
     """Nor does a path that begins with a dash, has spaces and is not absolute."""
-    rows = [{"prompt": f"p {i}", "chosen": f" ü, {i}", "rejected": " \"b\""} for i in range(4)]
+    rows = [{"prompt": f"p {i}", "chosen": f" ü, {i}", "rejected": ' "b"'} for i in range(4)]
     monkeypatch.chdir(folder)
     Path(f"-my pairs ü{suffix}").write_bytes(FORMATS[suffix](rows, newline, bom))
-    assert stored(f"-my pairs ü{suffix}", tmp_path / "cache") == {row["prompt"]: [row["chosen"], row["rejected"]] for row in rows}
+    assert stored(f"-my pairs ü{suffix}", tmp_path / "cache") == {
+        row["prompt"]: [row["chosen"], row["rejected"]] for row in rows
+    }
 
 
 ROW = '{"prompt": "p", "chosen": "a", "rejected": "b"}'
@@ -259,15 +421,39 @@ ODD = {
     "byte order mark.jsonl": (b"\xef\xbb\xbf", "holds no row"),
     "brackets.json": (b"[" * 200_000, "not JSON: .*recursion"),
     "objects.jsonl": (b'{"prompt":' * 100_000, ":1: not JSON: .*recursion"),
-    "deep field.jsonl": (f'{ROW}\n{{"prompt": {"[" * 900}{"]" * 900}, "chosen": "a", "rejected": "b"}}\n'.encode(), ":2: a message of 'prompt' is list"),
-    "digits.jsonl": (b'{"prompt": "p", "chosen": "a", "rejected": "b", "magnitude": ' + b"1" * 5000 + b"}", ":1: not JSON: .*4300 digits"),
-    "not a number.json": (b'[{"prompt": "p", "text": "a", "reward": 1}, {"prompt": "p", "text": "b", "reward": NaN}]', "row 2: 'reward' is nan, expected a finite number"),
+    "deep field.jsonl": (
+        f'{ROW}\n{{"prompt": {"[" * 900}{"]" * 900}, "chosen": "a", "rejected": "b"}}\n'.encode(),
+        ":2: a message of 'prompt' is list",
+    ),
+    "digits.jsonl": (
+        b'{"prompt": "p", "chosen": "a", "rejected": "b", "magnitude": ' + b"1" * 5000 + b"}",
+        ":1: not JSON: .*4300 digits",
+    ),
+    "not a number.json": (
+        b'[{"prompt": "p", "text": "a", "reward": 1}, {"prompt": "p", "text": "b", "reward": NaN}]',
+        "row 2: 'reward' is nan, expected a finite number",
+    ),
     "surrogate in a name.jsonl": (b'{"\\ud800": "p"}', r":1: columns"),
-    "surrogate in a role.jsonl": (b'{"chosen": [{"role": "\\udfff", "content": "p"}, {"role": "a", "content": "b"}], "rejected": "b"}', ":1, a message of 'chosen': 'role' holds half a surrogate pair"),
-    "later messages.jsonl": (b'{"prompt": "p"}\n{"chosen": [null, null]}', ":2: a message of 'chosen' is NoneType"),
+    "surrogate in a role.jsonl": (
+        (
+            b'{"chosen": [{"role": "\\udfff", "content": "p"}, {"role": "a", "content": "b"}],'
+            b' "rejected": "b"}'
+        ),
+        ":1, a message of 'chosen': 'role' holds half a surrogate pair",
+    ),
+    "later messages.jsonl": (
+        b'{"prompt": "p"}\n{"chosen": [null, null]}',
+        ":2: a message of 'chosen' is NoneType",
+    ),
     "utf-16.jsonl": (ROW.encode("utf-16"), ":1: byte 0xff is not UTF-8"),
-    "latin-1.csv": ("prompt,chosen,rejected\np,é,b\n".encode("latin-1"), ":2: byte 0xe9 is not UTF-8"),
-    "quote.csv": (b'prompt,chosen,rejected\np,a,b\nq,"a"x,b\n', ":3: no readable CSV: ',' expected"),
+    "latin-1.csv": (
+        "prompt,chosen,rejected\np,é,b\n".encode("latin-1"),
+        ":2: byte 0xe9 is not UTF-8",
+    ),
+    "quote.csv": (
+        b'prompt,chosen,rejected\np,a,b\nq,"a"x,b\n',
+        ":3: no readable CSV: ',' expected",
+    ),
     "open quote.csv": (b'prompt,chosen,rejected\np,"a,b\n', "no readable CSV: unexpected end"),
     "header.csv": (b"prompt,chosen,rejected\n", "holds a header and no row"),
     "cut.parquet": (None, "no readable parquet"),
@@ -287,8 +473,19 @@ def test_odd_files_are_refused_with_a_place(folder, name):
 
 def test_parquet_text_that_is_no_text(folder):
     """Bytes that no UTF-8 decoder takes, in a column that says it is text."""
-    broken = pyarrow.Array.from_buffers(pyarrow.string(), 2, [None, pyarrow.py_buffer(np.array([0, 1, 2], np.int32).tobytes()), pyarrow.py_buffer(b"\xff\xfe")])
-    pyarrow.parquet.write_table(pyarrow.table({"prompt": broken, "chosen": ["a", "b"], "rejected": ["c", "d"]}), folder / "pairs.parquet")
+    broken = pyarrow.Array.from_buffers(
+        pyarrow.string(),
+        2,
+        [
+            None,
+            pyarrow.py_buffer(np.array([0, 1, 2], np.int32).tobytes()),
+            pyarrow.py_buffer(b"\xff\xfe"),
+        ],
+    )
+    pyarrow.parquet.write_table(
+        pyarrow.table({"prompt": broken, "chosen": ["a", "b"], "rejected": ["c", "d"]}),
+        folder / "pairs.parquet",
+    )
     with pytest.raises(PrefLabError, match="pairs.parquet: no readable parquet file: .*0xff"):
         open_dataset(str(folder / "pairs.parquet"), "train")
 
@@ -296,21 +493,36 @@ def test_parquet_text_that_is_no_text(folder):
 def test_chat_messages_in_the_files_of_tldr(folder):
     chat = [{"role": "user", "content": "post"}, {"role": "assistant", "content": "good"}]
     (folder / "tldr").mkdir()
-    write(folder / "tldr" / "train.json", [{"chosen": chat, "rejected": [chat[0], {"role": "assistant", "content": "bad"}]}])
+    write(
+        folder / "tldr" / "train.json",
+        [{"chosen": chat, "rejected": [chat[0], {"role": "assistant", "content": "bad"}]}],
+    )
     (record,) = open_dataset("tldr", "train", data_dir=str(folder)).records()
-    assert record.prompt == chat[:1] and record.responses == ["good", "bad"] and record.pairs == [(0, 1)]
+    assert (
+        record.prompt == chat[:1]
+        and record.responses == ["good", "bad"]
+        and record.pairs == [(0, 1)]
+    )
 
 
 def test_an_answer_that_is_no_object(monkeypatch):
     rows = [{"question": "q", "answers": [{"text": "a", "pm_score": 1}, None]}] * 2
-    monkeypatch.setattr(preference_datasets, "hub_rows", lambda *a, **k: Rows(2, rows.__getitem__, lambda i: f"repo[train]:{i}", "fingerprint"))
-    with pytest.raises(PrefLabError, match=r"repo\[train\]:\d, answer 2: NoneType 'None', expected an object"):
+    monkeypatch.setattr(
+        preference_datasets,
+        "hub_rows",
+        lambda *a, **k: Rows(2, rows.__getitem__, lambda i: f"repo[train]:{i}", "fingerprint"),
+    )
+    with pytest.raises(
+        PrefLabError, match=r"repo\[train\]:\d, answer 2: NoneType 'None', expected an object"
+    ):
         list(open_dataset("se", "train").records())
 
 
 def test_html_that_no_parser_takes_is_left_out_and_counted(folder, monkeypatch):
     answers = [{"text": "<p>yes</p>", "pm_score": 2}, {"text": "<p>no</p>", "pm_score": 1}]
-    rows = [{"question": f"<p>q{i}</p>" if i % 2 else "<![0 x", "answers": answers} for i in range(300)]
+    rows = [
+        {"question": f"<p>q{i}</p>" if i % 2 else "<![0 x", "answers": answers} for i in range(300)
+    ]
     there = Rows(len(rows), rows.__getitem__, lambda i: f"repo[train]:{i}", "fingerprint")
     monkeypatch.setattr(preference_datasets, "hub_rows", lambda *a, **k: there)
     source = open_dataset("se", "train")

@@ -19,8 +19,14 @@ from attention import SHARING, enable, flex_problem, window_of
 from logprobs import Scorer
 from models import sharing_problem
 
-pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU here")]
-two_gpus = pytest.mark.skipif(torch.cuda.device_count() < 2, reason="fewer than two GPUs here, so NCCL between them was not tried")
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU here"),
+]
+two_gpus = pytest.mark.skipif(
+    torch.cuda.device_count() < 2,
+    reason="fewer than two GPUs here, so NCCL between them was not tried",
+)
 
 HIDE = {"CUDA_VISIBLE_DEVICES": ""}
 
@@ -34,12 +40,15 @@ def command(imdb_dir, llama_folder, tmp_path):
 
 
 def losses(folder) -> list[float]:
-    return [row["loss/train"] for row in read_rows(folder / "metrics.jsonl") if row["split"] == "train"]
+    return [
+        row["loss/train"] for row in read_rows(folder / "metrics.jsonl") if row["split"] == "train"
+    ]
 
 
 @pytest.fixture
 def on_cpu(command, tmp_path):
     """The losses of the same run on the CPU."""
+
     def on_cpu(*more: str) -> list[float]:
         run_command("train.py", *command("cpu", *more), env=os.environ | HIDE)
         return losses(tmp_path / "cpu")
@@ -59,9 +68,24 @@ def test_one_gpu_gives_the_losses_of_the_cpu(command, on_cpu, tmp_path, trainer,
 @pytest.mark.parametrize("trainer", ["BasicTrainer", "FSDPTrainer"])
 def test_bf16_stays_near_fp32_and_its_weights_stay_fp32(command, on_cpu, tmp_path, trainer):
     expected = on_cpu("optimizer=AdamW")
-    run_here(*command("half", f"trainer={trainer}", "world_size=1", "model.fsdp_policy_mp=bfloat16", "optimizer=AdamW"))
-    assert losses(tmp_path / "half") == pytest.approx(expected, abs=0.1) and losses(tmp_path / "half") != expected
-    assert all(value.dtype == torch.float32 for value in final_weights(tmp_path / "half").values() if value.is_floating_point())
+    run_here(
+        *command(
+            "half",
+            f"trainer={trainer}",
+            "world_size=1",
+            "model.fsdp_policy_mp=bfloat16",
+            "optimizer=AdamW",
+        )
+    )
+    assert (
+        losses(tmp_path / "half") == pytest.approx(expected, abs=0.1)
+        and losses(tmp_path / "half") != expected
+    )
+    assert all(
+        value.dtype == torch.float32
+        for value in final_weights(tmp_path / "half").values()
+        if value.is_floating_point()
+    )
 
 
 @pytest.mark.parametrize("trainer", ["BasicTrainer", "FSDPTrainer"])
@@ -71,7 +95,9 @@ def test_packed_rows_give_the_losses_of_padded_ones(command, tmp_path, trainer, 
     run_here(*command("padded", f"trainer={trainer}", "layout=padded", *more))
     run_here(*command("packed", f"trainer={trainer}", f"layout={layout}", *more))
     tolerance = 0.05 if "model.fsdp_policy_mp=bfloat16" in more else 1e-3
-    assert losses(tmp_path / "packed") == pytest.approx(losses(tmp_path / "padded"), abs=tolerance, rel=tolerance)
+    assert losses(tmp_path / "packed") == pytest.approx(
+        losses(tmp_path / "padded"), abs=tolerance, rel=tolerance
+    )
 
 
 @pytest.mark.parametrize("flex", [True, False])
@@ -79,12 +105,18 @@ def test_packed_rows_give_the_losses_of_padded_ones(command, tmp_path, trainer, 
 def test_every_architecture_shares_prompts_on_a_gpu(architecture, flex):
     model = make_model(architecture).cuda()
     enable(model)
-    assert (flex and window_of(model.config) is not None) or sharing_problem(Scorer(model), flex) is None
+    assert (flex and window_of(model.config) is not None) or sharing_problem(
+        Scorer(model), flex
+    ) is None
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("heads, kv_heads, head_size", [(12, 12, 64), (8, 2, 128), (8, 8, 80), (4, 4, 16), (3, 1, 256)])
-def test_flex_attention_has_the_values_and_gradients_of_attention_by_segments(heads, kv_heads, head_size, dtype):
+@pytest.mark.parametrize(
+    "heads, kv_heads, head_size", [(12, 12, 64), (8, 2, 128), (8, 8, 80), (4, 4, 16), (3, 1, 256)]
+)
+def test_flex_attention_has_the_values_and_gradients_of_attention_by_segments(
+    heads, kv_heads, head_size, dtype
+):
     assert flex_problem(heads, kv_heads, head_size, dtype, torch.device("cuda")) is None
 
 
@@ -96,7 +128,9 @@ def test_packed_rows_go_through_flex_attention(command, capfd):
 def test_compiled_blocks_give_the_same_losses(command, tmp_path):
     run_here(*command("plain", "sample_during_eval=false"))
     run_here(*command("compiled", "sample_during_eval=false", "compile=true"))
-    assert losses(tmp_path / "compiled") == pytest.approx(losses(tmp_path / "plain"), abs=1e-3, rel=1e-3)
+    assert losses(tmp_path / "compiled") == pytest.approx(
+        losses(tmp_path / "plain"), abs=1e-3, rel=1e-3
+    )
 
 
 def test_sampling_and_a_checkpoint(command, tmp_path):
@@ -108,22 +142,30 @@ def test_sampling_and_a_checkpoint(command, tmp_path):
 
 
 @two_gpus
-@pytest.mark.parametrize("more", [(), ("fsdp_cpu_offload=true",), ("activation_checkpointing=true",), ("loss=tdpo2",)])
+@pytest.mark.parametrize(
+    "more", [(), ("fsdp_cpu_offload=true",), ("activation_checkpointing=true",), ("loss=tdpo2",)]
+)
 def test_two_gpus_give_the_losses_of_one(command, tmp_path, more):
     run_here(*command("one", "trainer=FSDPTrainer", "world_size=1", "optimizer=AdamW", *more))
-    run_command("train.py", *command("two", "trainer=FSDPTrainer", "world_size=2", "optimizer=AdamW", *more))
+    run_command(
+        "train.py", *command("two", "trainer=FSDPTrainer", "world_size=2", "optimizer=AdamW", *more)
+    )
     assert losses(tmp_path / "two") == pytest.approx(losses(tmp_path / "one"), abs=1e-3, rel=1e-3)
 
 
 @two_gpus
-@pytest.mark.parametrize("model", ["llama", "gpt2"])  # an LM head of its own, and one that is the embedding
+@pytest.mark.parametrize(
+    "model", ["llama", "gpt2"]
+)  # an LM head of its own, and one that is the embedding
 @pytest.mark.parametrize("more", [(), ("loss=tdpo2",), ("loss=bradley_terry",), ("layout=padded",)])
 def test_a_model_spread_over_two_gpus_gives_the_losses_of_one(command, tmp_path, model, more):
     folder = save_model(tmp_path / "model", model)
     more = (*more, f"model.name_or_path={folder}", "optimizer=AdamW")
     run_command("train.py", *command("one", *more), env=os.environ | {"CUDA_VISIBLE_DEVICES": "0"})
     run_here(*command("spread", *more))
-    assert losses(tmp_path / "spread") == pytest.approx(losses(tmp_path / "one"), abs=1e-3, rel=1e-3)
+    assert losses(tmp_path / "spread") == pytest.approx(
+        losses(tmp_path / "one"), abs=1e-3, rel=1e-3
+    )
 
 
 @two_gpus

@@ -17,38 +17,89 @@ from utils import DataError
 
 
 def sample(i, policy, **more):
-    row = {"examples": 64, "prompt": f"p{i}", "sample": 0, "policy": policy, "reference": "plain", "chosen": "the best", "temperature": 1.0}
+    row = {
+        "examples": 64,
+        "prompt": f"p{i}",
+        "sample": 0,
+        "policy": policy,
+        "reference": "plain",
+        "chosen": "the best",
+        "temperature": 1.0,
+    }
     row |= {"policy_reward": {"lexicon": float(len(policy))}, "reference_reward": {"lexicon": 5.0}}
     return row | more
 
 
 @pytest.fixture
 def folder(tmp_path):
-    rows = [sample(i, text) for i, text in enumerate(["longer one", "tiny", "plain", "a {b} brace", "what"])]
-    write_jsonl(tmp_path / "run" / "samples.jsonl", [sample(0, "of an earlier evaluation", examples=0), *rows])
+    rows = [
+        sample(i, text)
+        for i, text in enumerate(["longer one", "tiny", "plain", "a {b} brace", "what"])
+    ]
+    write_jsonl(
+        tmp_path / "run" / "samples.jsonl",
+        [sample(0, "of an earlier evaluation", examples=0), *rows],
+    )
     return tmp_path / "run"
 
 
 def command(folder, *arguments):
-    done = subprocess.run([sys.executable, ROOT / "judge.py", folder, "--cache", folder.parent / "cache.sqlite", *map(str, arguments)], capture_output=True, text=True, timeout=120)
+    done = subprocess.run(
+        [
+            sys.executable,
+            ROOT / "judge.py",
+            folder,
+            "--cache",
+            folder.parent / "cache.sqlite",
+            *map(str, arguments),
+        ],
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
     return done
 
 
 def completion(answer):
-    return lambda body: {"choices": [{"message": {"content": answer(body["messages"][0]["content"]) if callable(answer) else answer}}]}
+    return lambda body: {
+        "choices": [
+            {
+                "message": {
+                    "content": (
+                        answer(body["messages"][0]["content"]) if callable(answer) else answer
+                    )
+                }
+            }
+        ]
+    }
 
 
 def longer(question):
     """A judge that takes the longer response."""
-    a, b = re.search(r"Response A:\n(.*)\n\nResponse B:\n(.*)\n\nAnswer", question, re.DOTALL).groups()
+    a, b = re.search(
+        r"Response A:\n(.*)\n\nResponse B:\n(.*)\n\nAnswer", question, re.DOTALL
+    ).groups()
     return "A" if len(a) > len(b) else "B" if len(b) > len(a) else "tie"
 
 
 def by_llm(folder, server, *more):
-    return command(folder, "--by", "llm", "--url", f"{server.url}/v1", "--model", "m", "--retries", 1, "--timeout", 0.5, *more)
+    return command(
+        folder,
+        "--by",
+        "llm",
+        "--url",
+        f"{server.url}/v1",
+        "--model",
+        "m",
+        "--retries",
+        1,
+        "--timeout",
+        0.5,
+        *more,
+    )
 
 
-# ------------------------------------------------------------------------------------------------------------ numbers
+# ------------------------------------------------------------------------------------------ numbers
 
 
 def test_wilson_intervals_of_the_literature():
@@ -58,16 +109,38 @@ def test_wilson_intervals_of_the_literature():
 
 
 def test_a_win_rate_by_hand():
-    pairs = [{"checkpoint": None, "temperature": 1.0, "against": "x", "prompt": p, "verdict": v} for p, v in (("a", 1.0), ("a", 0.5), ("b", 0.0), ("c", None))]
+    pairs = [
+        {"checkpoint": None, "temperature": 1.0, "against": "x", "prompt": p, "verdict": v}
+        for p, v in (("a", 1.0), ("a", 0.5), ("b", 0.0), ("c", None))
+    ]
     rate = win_rate(pairs, "reward")
-    assert rate["win_rate"] == 0.5 and (rate["wins"], rate["ties"], rate["losses"], rate["unjudged"]) == (1, 1, 1, 1)
-    assert rate["pairs"] == 3 and rate["prompts"] == 2 and (rate["low"], rate["high"]) == wilson(0.5, 2)
+    assert rate["win_rate"] == 0.5 and (
+        rate["wins"],
+        rate["ties"],
+        rate["losses"],
+        rate["unjudged"],
+    ) == (1, 1, 1, 1)
+    assert (
+        rate["pairs"] == 3
+        and rate["prompts"] == 2
+        and (rate["low"], rate["high"]) == wilson(0.5, 2)
+    )
     assert win_rate(pairs[3:], "reward")["win_rate"] is None
 
 
 @pytest.mark.parametrize(
     "first, second, verdict",
-    [("A", "B", 1), ("B", "A", 0), ("A", "A", 0.5), ("B", "B", 0.5), ("tie", "tie", 0.5), ("A", "tie", 1), ("tie", "A", 0), ("A", None, None), (None, "tie", None)],
+    [
+        ("A", "B", 1),
+        ("B", "A", 0),
+        ("A", "A", 0.5),
+        ("B", "B", 0.5),
+        ("tie", "tie", 0.5),
+        ("A", "tie", 1),
+        ("tie", "A", 0),
+        ("A", None, None),
+        (None, "tie", None),
+    ],
 )
 def test_the_two_orders_make_one_verdict(first, second, verdict):
     assert both_orders(first, second) == verdict
@@ -76,10 +149,20 @@ def test_the_two_orders_make_one_verdict(first, second, verdict):
 @pytest.mark.parametrize(
     "answer, verdict",
     [
-        ("A", "A"), (" b.\n", "B"), ("Tie", "tie"), ("Response A", "A"), ("**B**", "B"), ("Both are fine, but verdict: A", "A"), ("I think [[tie]]", "tie"),
-        ("A is better than B", None), ("", None), ("neither", None), ("Answer: b", "B"), ("AB", None),
+        ("A", "A"),
+        (" b.\n", "B"),
+        ("Tie", "tie"),
+        ("Response A", "A"),
+        ("**B**", "B"),
+        ("Both are fine, but verdict: A", "A"),
+        ("I think [[tie]]", "tie"),
+        ("A is better than B", None),
+        ("", None),
+        ("neither", None),
+        ("Answer: b", "B"),
+        ("AB", None),
     ],
-)  # fmt: skip
+)
 def test_reading_a_verdict(answer, verdict):
     assert read_verdict(answer) == verdict
 
@@ -88,28 +171,55 @@ def test_texts_with_braces_do_not_fill_other_places():
     assert fill("{prompt}|{a}|{b}|{c}", "{a}", "{b}", "\\1") == "{a}|{b}|\\1|{c}"
 
 
-# ------------------------------------------------------------------------------------------------------ what is paired
+# ----------------------------------------------------------------------------------- what is paired
 
 
 def test_the_last_evaluation_is_judged_by_the_scores_it_has(folder):
     done = command(folder, "--by", "reward")
     assert done.returncode == 0 and "0.500" in done.stdout, done.stderr
     [rate] = read_json(folder / "winrates.json")
-    assert (rate["wins"], rate["ties"], rate["losses"]) == (2, 1, 2) and rate["by"] == "reward lexicon"
+    assert (rate["wins"], rate["ties"], rate["losses"]) == (2, 1, 2) and rate[
+        "by"
+    ] == "reward lexicon"
     assert [row["verdict"] for row in read_jsonl(folder / "judgements.jsonl")] == [1, 0, 0.5, 1, 0]
-    assert command(folder, "--by", "reward", "--against", "reference", "chosen", "--reward", "length", "unit=characters").returncode == 0
-    assert [(rate["against"], rate["by"], rate["win_rate"]) for rate in read_json(folder / "winrates.json")][1:] == [
-        ("reference", "reward length unit=characters", 0.5), ("chosen", "reward length unit=characters", 0.4),
-    ]  # fmt: skip
+    assert (
+        command(
+            folder,
+            "--by",
+            "reward",
+            "--against",
+            "reference",
+            "chosen",
+            "--reward",
+            "length",
+            "unit=characters",
+        ).returncode
+        == 0
+    )
+    assert [
+        (rate["against"], rate["by"], rate["win_rate"])
+        for rate in read_json(folder / "winrates.json")
+    ][1:] == [
+        ("reference", "reward length unit=characters", 0.5),
+        ("chosen", "reward length unit=characters", 0.4),
+    ]
     command(folder, "--by", "reward")
     assert len(read_json(folder / "winrates.json")) == 3  # in place of what it replaces
 
 
 def test_another_folder_is_matched_by_prompt_temperature_and_sample(folder, tmp_path):
-    theirs = [sample(1, "their answer"), sample(0, "theirs"), sample(2, "hot", temperature=2.0), sample(3, "second", sample=1)]
+    theirs = [
+        sample(1, "their answer"),
+        sample(0, "theirs"),
+        sample(2, "hot", temperature=2.0),
+        sample(3, "second", sample=1),
+    ]
     write_jsonl(tmp_path / "other" / "samples.jsonl", theirs)
     pairs = pair_up(judge.latest_samples(folder), str(tmp_path / "other"))
-    assert [(pair["policy"], pair["opponent"]) for pair in pairs] == [("longer one", "theirs"), ("tiny", "their answer")]
+    assert [(pair["policy"], pair["opponent"]) for pair in pairs] == [
+        ("longer one", "theirs"),
+        ("tiny", "their answer"),
+    ]
     with pytest.raises(DataError, match="neither reference, nor chosen"):
         pair_up([sample(0, "x")], "nowhere")
     with pytest.raises(DataError, match="no sample there"):
@@ -117,11 +227,21 @@ def test_another_folder_is_matched_by_prompt_temperature_and_sample(folder, tmp_
 
 
 def test_labels_count_in_either_order_and_others_stay_unjudged(folder, tmp_path):
-    labels = [{"prompt": "p0", "a": "plain", "b": "longer one", "winner": "b"}, {"prompt": "p1", "a": "tiny", "b": "plain", "winner": "b"}, {"prompt": "p3", "a": "plain", "b": "a {b} brace", "winner": "tie"}]
+    labels = [
+        {"prompt": "p0", "a": "plain", "b": "longer one", "winner": "b"},
+        {"prompt": "p1", "a": "tiny", "b": "plain", "winner": "b"},
+        {"prompt": "p3", "a": "plain", "b": "a {b} brace", "winner": "tie"},
+    ]
     path = write_jsonl(tmp_path / "labels.jsonl", labels)
     done = command(folder, "--by", "labels", "--labels", path)
     assert done.returncode == 1 and "not everything was judged" in done.stderr
-    assert [row["verdict"] for row in read_jsonl(folder / "judgements.jsonl")] == [1, 0, 0.5, 0.5, None]  # equal texts tie
+    assert [row["verdict"] for row in read_jsonl(folder / "judgements.jsonl")] == [
+        1,
+        0,
+        0.5,
+        0.5,
+        None,
+    ]  # equal texts tie
     write_jsonl(path, [{"prompt": "p0", "a": "plain", "b": "x", "winner": "first"}])
     assert "labels.jsonl:1" in command(folder, "--by", "labels", "--labels", path).stderr
 
@@ -131,7 +251,7 @@ def test_no_samples_is_said(tmp_path):
     assert done.returncode == 2 and "no samples.jsonl" in done.stderr
 
 
-# -------------------------------------------------------------------------------------------------- language models
+# ---------------------------------------------------------------------------------- language models
 
 
 def test_a_language_model_is_asked_in_both_orders_and_once(folder, http_server):
@@ -154,7 +274,9 @@ def test_failures_are_retried(folder, http_server):
     fine = completion(longer)
     server = http_server([429, 500, fine, "drop", "stall", fine, "nonsense", "drip", fine])
     done = by_llm(folder, server, "--concurrency", 1, "--retries", 2)
-    assert done.returncode == 0 and "requests 14" in done.stdout, done.stderr  # six of them for nothing
+    assert done.returncode == 0 and "requests 14" in done.stdout, (
+        done.stderr
+    )  # six of them for nothing
     assert [row["verdict"] for row in read_jsonl(folder / "judgements.jsonl")] == [1, 0, 0.5, 1, 0]
 
 
@@ -170,12 +292,18 @@ def test_answers_that_name_nobody_are_no_verdict_and_not_kept(folder, http_serve
     done = by_llm(folder, http_server([completion("They are both lovely.")]))
     assert done.returncode == 1 and "answers that name nobody 8" in done.stdout
     [rate] = read_json(folder / "winrates.json")
-    assert (rate["pairs"], rate["ties"], rate["unjudged"]) == (1, 1, 4)  # two equal texts are a tie without a question
+    assert (rate["pairs"], rate["ties"], rate["unjudged"]) == (
+        1,
+        1,
+        4,
+    )  # two equal texts are a tie without a question
     server = http_server([completion(longer)])
     assert "requests 8" in by_llm(folder, server).stdout
 
 
-@pytest.mark.parametrize("answer, told", [(401, "answered status 401"), (404, "answered status 404")])
+@pytest.mark.parametrize(
+    "answer, told", [(401, "answered status 401"), (404, "answered status 404")]
+)
 def test_a_refusal_ends_it_at_once(answer, told, folder, http_server):
     server = http_server([answer])
     done = by_llm(folder, server, "--concurrency", 1)
@@ -203,25 +331,37 @@ def test_equal_questions_are_asked_once_and_several_at_a_time(tmp_path, http_ser
 
 def test_the_key_comes_from_the_environment(tmp_path, http_server, monkeypatch):
     monkeypatch.setenv("MY_KEY", "secret")
-    endpoint = Endpoint(http_server([completion("x")]).url, "m", cache=tmp_path / "c.sqlite", key_env="MY_KEY")
+    endpoint = Endpoint(
+        http_server([completion("x")]).url, "m", cache=tmp_path / "c.sqlite", key_env="MY_KEY"
+    )
     assert endpoint._client.headers["Authorization"] == "Bearer secret"
     assert "secret" not in json.dumps(endpoint.settings)
 
 
 def test_a_run_is_judged_by_its_own_reward_whatever_else_is_asked(folder, tmp_path):
-    """The chosen responses have no stored score: they get one from the run's settings, and the others keep theirs."""
-    (tmp_path / "words.json").write_text(json.dumps({"positive": ["longer", "plain"], "negative": ["best"]}))
-    reward = f"reward: {{name: lexicon, path: {tmp_path / 'words.json'}, scale: 0.5}}\nmore_rewards: []\n"
+    """The chosen responses have no stored score: they get one from the run's settings, and the
+    others keep theirs."""
+    (tmp_path / "words.json").write_text(
+        json.dumps({"positive": ["longer", "plain"], "negative": ["best"]})
+    )
+    reward = (
+        f"reward: {{name: lexicon, path: {tmp_path / 'words.json'}, scale: 0.5}}\nmore_rewards:"
+        " []\n"
+    )
     (folder / "config.yaml").write_text(reward)
     assert command(folder, "--by", "reward", "--against", "reference", "chosen").returncode == 0
     rows = read_jsonl(folder / "judgements.jsonl")
     assert [row["verdict"] for row in rows[:5]] == [1, 0, 0.5, 1, 0]  # by the stored scores
     scores = [2 / (1 + 2.718281828459045 ** (-0.5 * n)) for n in (1, 0, 1, 0, 0)]
-    assert [row["policy_score"] for row in rows[5:]] == pytest.approx(scores) and {round(row["opponent_score"], 6) for row in rows[5:]} == {round(2 / (1 + 2.718281828459045**0.5), 6)}
+    assert [row["policy_score"] for row in rows[5:]] == pytest.approx(scores) and {
+        round(row["opponent_score"], 6) for row in rows[5:]
+    } == {round(2 / (1 + 2.718281828459045**0.5), 6)}
 
 
 def test_a_folder_with_several_checkpoints_is_no_single_opponent(tmp_path):
-    write_jsonl(tmp_path / "samples.jsonl", [sample(0, "a", checkpoint="x"), sample(0, "b", checkpoint="y")])
+    write_jsonl(
+        tmp_path / "samples.jsonl", [sample(0, "a", checkpoint="x"), sample(0, "b", checkpoint="y")]
+    )
     with pytest.raises(DataError, match="folder with one checkpoint"):
         pair_up([sample(0, "c")], str(tmp_path))
 
@@ -230,4 +370,10 @@ def test_a_question_that_the_server_rejects_leaves_the_others(folder, http_serve
     server = http_server([400, completion(longer)])
     done = by_llm(folder, server, "--concurrency", 1)
     assert done.returncode == 1 and "failed 1" in done.stdout and "requests 8" in done.stdout
-    assert [row["verdict"] for row in read_jsonl(folder / "judgements.jsonl")] == [None, 0, 0.5, 1, 0]
+    assert [row["verdict"] for row in read_jsonl(folder / "judgements.jsonl")] == [
+        None,
+        0,
+        0.5,
+        1,
+        0,
+    ]

@@ -1,4 +1,5 @@
-"""Rows of prompt, completion and label: how they are read, and how single responses become examples, down to a run."""
+"""Rows of prompt, completion and label: how they are read, and how single responses become
+examples, down to a run."""
 
 import json
 
@@ -27,42 +28,84 @@ def kto(**settings):
 def records_of(path):
     source = open_dataset(str(path), "train", test_fraction=0.01)
     held_out = open_dataset(str(path), "test", test_fraction=0.01)
-    return sorted([*source.records(), *held_out.records()], key=lambda record: int(record.source.rsplit(":", 1)[1].split()[-1])), source
+    return (
+        sorted(
+            [*source.records(), *held_out.records()],
+            key=lambda record: int(record.source.rsplit(":", 1)[1].split()[-1]),
+        ),
+        source,
+    )
 
 
 def store_of(tmp_path, rows=ROWS):
     for split in ("train", "test"):
         write_jsonl(tmp_path / "labelled" / f"{split}.jsonl", rows)
     source = open_dataset(str(tmp_path / "labelled"), "train")
-    return prepare(source, make_tokenizer(), max_length=64, max_prompt_length=32, cache_dir=tmp_path / "cache")
+    return prepare(
+        source, make_tokenizer(), max_length=64, max_prompt_length=32, cache_dir=tmp_path / "cache"
+    )
 
 
 def test_labels_are_scores_and_responses_of_a_prompt_meet(tmp_path):
     records, source = records_of(write_jsonl(tmp_path / "labelled.jsonl", ROWS))
     assert [(r.prompt, r.responses, r.scores) for r in records] == [
-        ("one", [" good", " worse"], [1.0, 0.0]), ("two", [" bad"], [0.0]), ("three", [" fine"], [1.0]),
-    ]  # fmt: skip
-    assert records[0].pairs == [(0, 1)] and records[1].pairs == []  # where both labels are there, there is a pair as well
+        ("one", [" good", " worse"], [1.0, 0.0]),
+        ("two", [" bad"], [0.0]),
+        ("three", [" fine"], [1.0]),
+    ]
+    assert (
+        records[0].pairs == [(0, 1)] and records[1].pairs == []
+    )  # where both labels are there, there is a pair as well
     assert source.provides == {"pairs", "scores"}
 
 
-@pytest.mark.parametrize("true, false", [("true", "false"), ("True", "False"), ("1", "0"), ("1.0", "0.0")])
+@pytest.mark.parametrize(
+    "true, false", [("true", "false"), ("True", "False"), ("1", "0"), ("1.0", "0.0")]
+)
 def test_labels_of_a_csv_file_are_text(tmp_path, true, false):
-    (tmp_path / "labelled.csv").write_text(f"prompt,completion,label\none, good,{true}\ntwo, bad,{false}\n", encoding="utf-8")
+    (tmp_path / "labelled.csv").write_text(
+        f"prompt,completion,label\none, good,{true}\ntwo, bad,{false}\n", encoding="utf-8"
+    )
     assert [r.scores for r in records_of(tmp_path / "labelled.csv")[0]] == [[1.0], [0.0]]
 
 
 def test_a_completion_may_be_chat_messages(tmp_path):
     said = lambda role, content: {"role": role, "content": content}
-    rows = [{"prompt": [said("user", "hello")], "completion": [said("assistant", answer)], "label": answer == "hi"} for answer in ("hi", "go away")]
-    rows.append({"prompt": [said("user", "and you?")], "completion": [said("assistant", "fine")], "label": 1})
+    rows = [
+        {
+            "prompt": [said("user", "hello")],
+            "completion": [said("assistant", answer)],
+            "label": answer == "hi",
+        }
+        for answer in ("hi", "go away")
+    ]
+    rows.append(
+        {
+            "prompt": [said("user", "and you?")],
+            "completion": [said("assistant", "fine")],
+            "label": 1,
+        }
+    )
     records, _ = records_of(write_jsonl(tmp_path / "chat.jsonl", rows))
-    assert [(r.responses, r.scores) for r in records] == [(["hi", "go away"], [1.0, 0.0]), (["fine"], [1.0])]
+    assert [(r.responses, r.scores) for r in records] == [
+        (["hi", "go away"], [1.0, 0.0]),
+        (["fine"], [1.0]),
+    ]
 
 
-@pytest.mark.parametrize("label, told", [("good", "'label' is str 'good', expected true"), (0.5, "expected true"), (2, "expected true"), (None, "no 'label'")])
+@pytest.mark.parametrize(
+    "label, told",
+    [
+        ("good", "'label' is str 'good', expected true"),
+        (0.5, "expected true"),
+        (2, "expected true"),
+        (None, "no 'label'"),
+    ],
+)
 def test_other_labels_are_refused_with_their_place(tmp_path, label, told):
-    path = write_jsonl(tmp_path / "labelled.jsonl", [*ROWS, {"prompt": "four", "completion": " x", "label": label}])
+    path = write_jsonl(
+        tmp_path / "labelled.jsonl", [*ROWS, {"prompt": "four", "completion": " x", "label": label}]
+    )
     with pytest.raises(DataError, match=f":5.*{told}"):
         records_of(path)
 
@@ -78,16 +121,39 @@ def test_every_response_is_an_example(tmp_path, layout):
 
 
 def test_a_prompt_is_sampled_once_and_its_best_response_stands_beside(tmp_path):
-    rows = [{"prompt": "p", "completion": f" {label}{i}", "label": label} for i, label in enumerate([False, True, False])] + ROWS
-    prompts = prompts_to_sample(PreferenceData([store_of(tmp_path, rows)], "responses", "labelled"), 10, 32)
-    told = {make_tokenizer().decode(p.tokens[1:]): make_tokenizer().decode(p.chosen[:-1]) for p in prompts}
+    rows = [
+        {"prompt": "p", "completion": f" {label}{i}", "label": label}
+        for i, label in enumerate([False, True, False])
+    ] + ROWS
+    prompts = prompts_to_sample(
+        PreferenceData([store_of(tmp_path, rows)], "responses", "labelled"), 10, 32
+    )
+    told = {
+        make_tokenizer().decode(p.tokens[1:]): make_tokenizer().decode(p.chosen[:-1])
+        for p in prompts
+    }
     assert told == {"p": " True1", "one": " good", "two": " bad", "three": " fine"}
 
 
 def test_responses_without_a_label_are_refused_by_name(tmp_path):
-    write_jsonl(tmp_path / "mixed.jsonl", [{"prompt": p, "chosen": " a", "rejected": " b"} for p in ("one", "two")])
+    write_jsonl(
+        tmp_path / "mixed.jsonl",
+        [{"prompt": p, "chosen": " a", "rejected": " b"} for p in ("one", "two")],
+    )
     source = open_dataset(str(tmp_path / "mixed.jsonl"), "train")
-    data = PreferenceData([prepare(source, make_tokenizer(), max_length=64, max_prompt_length=32, cache_dir=tmp_path / "cache")], "responses", "mixed")
+    data = PreferenceData(
+        [
+            prepare(
+                source,
+                make_tokenizer(),
+                max_length=64,
+                max_prompt_length=32,
+                cache_dir=tmp_path / "cache",
+            )
+        ],
+        "responses",
+        "mixed",
+    )
     with pytest.raises(DataError, match="kto_unpaired needs scores, but .*mixed.jsonl"):
         data.check_for(kto())
     assert PreferenceData([store_of(tmp_path)], "responses", "labelled").check_for(kto()) is None
@@ -96,7 +162,14 @@ def test_responses_without_a_label_are_refused_by_name(tmp_path):
 @pytest.fixture
 def labelled(tmp_path):
     """One response a prompt; those with ! are desirable."""
-    rows = [{"prompt": f"prompt number {i}", "completion": f" answer {i}" + "!" * (i % 2), "label": i % 2 == 1} for i in range(24)]
+    rows = [
+        {
+            "prompt": f"prompt number {i}",
+            "completion": f" answer {i}" + "!" * (i % 2),
+            "label": i % 2 == 1,
+        }
+        for i in range(24)
+    ]
     for split, part in (("train", rows), ("test", rows[:8])):
         write_jsonl(tmp_path / "labelled" / f"{split}.jsonl", part)
     return f"datasets=[{tmp_path / 'labelled'}]"
@@ -105,16 +178,33 @@ def labelled(tmp_path):
 def test_kto_trains_on_responses_without_a_pair(run, labelled):
     folder = run("run", "loss=kto_unpaired", labelled, "lr=1e-4", "n_epochs=2")
     first, *_, last = read_rows(folder / "metrics.jsonl")
-    assert first["loss/eval"] == first["rewards_eval/accuracies"] == 0.5 and first["kl_eval/estimate"] == 0
-    assert last["examples"] == 48 and last["loss/eval"] < 0.5 and last["rewards_eval/accuracies"] > 0.5
+    assert (
+        first["loss/eval"] == first["rewards_eval/accuracies"] == 0.5
+        and first["kl_eval/estimate"] == 0
+    )
+    assert (
+        last["examples"] == 48 and last["loss/eval"] < 0.5 and last["rewards_eval/accuracies"] > 0.5
+    )
     assert last["desirable_eval/share"] == 0.5
     summary = json.loads((folder / "summary.json").read_text(encoding="utf-8"))
     assert summary["eval_accuracy"] == last["rewards_eval/accuracies"]
 
 
 def test_the_reference_may_run_in_every_step_or_be_looked_up(run, labelled):
-    cached, computed = (run(f"cache-{cache}", "loss=kto_unpaired", labelled, "lr=1e-4", "sample_during_eval=false", f"reference.cache={cache}") for cache in ("auto", "false"))
-    for a, b in zip(*(read_rows(folder / "metrics.jsonl") for folder in (cached, computed)), strict=True):
+    cached, computed = (
+        run(
+            f"cache-{cache}",
+            "loss=kto_unpaired",
+            labelled,
+            "lr=1e-4",
+            "sample_during_eval=false",
+            f"reference.cache={cache}",
+        )
+        for cache in ("auto", "false")
+    )
+    for a, b in zip(
+        *(read_rows(folder / "metrics.jsonl") for folder in (cached, computed)), strict=True
+    ):
         assert a[f"loss/{a['split']}"] == pytest.approx(b[f"loss/{b['split']}"], rel=1e-5)
 
 

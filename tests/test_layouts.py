@@ -1,4 +1,5 @@
-"""Packed and prefix-shared rows against every response alone in float64: values and every parameter's gradient."""
+"""Packed and prefix-shared rows against every response alone in float64: values and every
+parameter's gradient."""
 
 import copy
 from types import SimpleNamespace
@@ -34,10 +35,14 @@ from utils import ConfigError
 PACKED = [name for name in LAYOUTS if name != "padded"]
 SHARING = sorted(attention.SHARING)
 WINDOWLESS = [name for name in SHARING if attention.window_of(make_model(name).config) is None]
-# Lengths of prompts and of their responses: prompts of one token, responses of one (nothing to feed), several, one alone.
-# The longest go beyond the attention windows of the models that have one.
+# Lengths of prompts and of their responses: prompts of one token, responses of one (nothing to
+# feed), several, one alone. The longest go beyond the attention windows of the models that have
+# one.
 LENGTHS = [(1, (5, 1)), (12, (3, 9, 7)), (20, (30, 25)), (4, (1, 1)), (7, (6,)), (2, (1, 8))]
-FLOAT32_INSIDE = {"gpt_neo", "gptj"}  # their own attention, to which ours is compared, computes in float32
+FLOAT32_INSIDE = {
+    "gpt_neo",
+    "gptj",
+}  # their own attention, to which ours is compared, computes in float32
 
 
 def draw(lengths=LENGTHS, seed=0):
@@ -47,11 +52,14 @@ def draw(lengths=LENGTHS, seed=0):
 
 
 def naive(model, trees):
-    """Each response alone behind its prompt, by the untouched model: log-probs of its tokens, in one row."""
+    """Each response alone behind its prompt, by the untouched model: log-probs of its tokens, in
+    one row."""
     logps = []
     for prompt, responses in trees:
         for response in responses:
-            logits = model(input_ids=torch.tensor([prompt + response]), use_cache=False).logits[0, len(prompt) - 1 : -1]
+            logits = model(input_ids=torch.tensor([prompt + response]), use_cache=False).logits[
+                0, len(prompt) - 1 : -1
+            ]
             logps.append(logits.log_softmax(-1).gather(1, torch.tensor(response)[:, None])[:, 0])
     return torch.cat(logps)
 
@@ -81,25 +89,36 @@ def largest_difference(ours, theirs):
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("architecture", SHARING)
 def test_values_and_gradients_match_each_response_alone(architecture, layout, monkeypatch):
-    monkeypatch.setattr(logprobs, "CHUNK_ELEMENTS", 9 * 258)  # several chunks of the head and a left-over one
+    monkeypatch.setattr(
+        logprobs, "CHUNK_ELEMENTS", 9 * 258
+    )  # several chunks of the head and a left-over one
     plain = make_model(architecture, dtype=torch.float64)
     model = ready(copy.deepcopy(plain))
     expected = naive(plain, draw())
     scores = score_responses(Scorer(model), lay_out(draw(), Layout(layout)))
-    assert torch.allclose(scores.token_logps, expected, rtol=1e-6 if architecture in FLOAT32_INSIDE else 1e-9)
-    ours, theirs = gradients(model, objective(scores.token_logps)), gradients(plain, objective(expected))
+    assert torch.allclose(
+        scores.token_logps, expected, rtol=1e-6 if architecture in FLOAT32_INSIDE else 1e-9
+    )
+    ours, theirs = (
+        gradients(model, objective(scores.token_logps)),
+        gradients(plain, objective(expected)),
+    )
     assert largest_difference(ours, theirs) < 1e-6
 
 
 @pytest.mark.parametrize("architecture", SHARING)
 def test_a_wrong_mask_does_not_match(architecture):
-    """The control: responses that see each other, and a prompt without its first half, must be told apart."""
+    """The control: responses that see each other, and a prompt without its first half, must be told
+    apart."""
     plain = make_model(architecture, dtype=torch.float64)
     model = ready(copy.deepcopy(plain))
     expected = naive(plain, draw())
     seeing, cut = (lay_out(draw(), Layout("prefix_shared")) for _ in range(2))
     begin, prompt, at, length = seeing.segments[0, 0].T
-    one = [(b, prompt[begin == b][0], at[begin == b][0], length[begin == b].sum()) for b in begin.unique()]
+    one = [
+        (b, prompt[begin == b][0], at[begin == b][0], length[begin == b].sum())
+        for b in begin.unique()
+    ]
     seeing.segments = torch.tensor(one)[None, None]
     cut.position_ids = cut.position_ids + 1
     for batch in (seeing, cut) if architecture in LEARNED_POSITIONS else (seeing,):
@@ -107,7 +126,11 @@ def test_a_wrong_mask_does_not_match(architecture):
         assert (wrong - expected).abs().max() > 1e-2  # where right ones agree to 1e-9
 
 
-LEARNED_POSITIONS = {"gpt2", "gpt_neo", "opt"}  # rotary ones do not change when all of them are shifted
+LEARNED_POSITIONS = {
+    "gpt2",
+    "gpt_neo",
+    "opt",
+}  # rotary ones do not change when all of them are shifted
 
 
 @pytest.mark.parametrize("architecture", SHARING)
@@ -120,22 +143,38 @@ def test_segments_equal_the_dense_mask(architecture):
     segments = score_responses(Scorer(ready(copy.deepcopy(plain))), batch).token_logps
     allowed = allowed_pairs(batch.segments, batch.input_ids.shape[1])
     batch.segments, batch.position_ids = None, None
-    batch.attention_mask = torch.zeros(allowed.shape, dtype=torch.float64).masked_fill(~allowed, torch.finfo(torch.float64).min)[None, None]
-    positions = describe_tokens(lay_out(draw(), Layout("prefix_shared")).segments, batch.input_ids.shape[1])[2][None]
+    batch.attention_mask = torch.zeros(allowed.shape, dtype=torch.float64).masked_fill(
+        ~allowed, torch.finfo(torch.float64).min
+    )[None, None]
+    positions = describe_tokens(
+        lay_out(draw(), Layout("prefix_shared")).segments, batch.input_ids.shape[1]
+    )[2][None]
     body = getattr(plain, plain.base_model_prefix)
-    states = body(input_ids=batch.input_ids, attention_mask=batch.attention_mask, position_ids=positions, use_cache=False).last_hidden_state
-    dense = plain.get_output_embeddings()(states[0, batch.positions]).log_softmax(-1).gather(1, batch.targets[:, None])[:, 0]
+    states = body(
+        input_ids=batch.input_ids,
+        attention_mask=batch.attention_mask,
+        position_ids=positions,
+        use_cache=False,
+    ).last_hidden_state
+    dense = (
+        plain.get_output_embeddings()(states[0, batch.positions])
+        .log_softmax(-1)
+        .gather(1, batch.targets[:, None])[:, 0]
+    )
     assert torch.allclose(segments, dense, rtol=1e-6 if architecture in FLOAT32_INSIDE else 1e-9)
 
 
 @pytest.mark.parametrize("architecture", ["mistral", "qwen2", "gpt_neo"])
 def test_windows_are_counted_in_positions_not_in_places(architecture):
-    """The last response of a tree is further than a window away from its prompt in the row, but not in its own text."""
+    """The last response of a tree is further than a window away from its prompt in the row, but not
+    in its own text."""
     plain = make_model(architecture, dtype=torch.float64)
     assert attention.window_of(plain.config) == 16
     for lengths in ([(6, (9, 9, 9))], [(14, (12, 3, 20))]):
         trees = draw(lengths)
-        ours = score_responses(Scorer(ready(copy.deepcopy(plain))), lay_out(trees, Layout("prefix_shared"))).token_logps
+        ours = score_responses(
+            Scorer(ready(copy.deepcopy(plain))), lay_out(trees, Layout("prefix_shared"))
+        ).token_logps
         assert torch.allclose(ours, naive(plain, trees), rtol=1e-6)
 
 
@@ -153,17 +192,26 @@ def test_rows_without_further_responses_need_no_mask(monkeypatch):
     monkeypatch.setattr(attention, "_mask", None)
     model, trees = ready(make_model("llama")), draw([(12, (9,)), (5, (4,))])
     for layout in PACKED:
-        assert torch.isfinite(score_responses(Scorer(model), lay_out(trees, Layout(layout))).token_logps).all()
+        assert torch.isfinite(
+            score_responses(Scorer(model), lay_out(trees, Layout(layout))).token_logps
+        ).all()
 
 
 @given(
-    st.lists(st.tuples(st.integers(1, 9), st.lists(st.integers(1, 7), min_size=1, max_size=4)), min_size=1, max_size=5),
-    st.sampled_from(PACKED), st.integers(0, 5),
-)  # fmt: skip
+    st.lists(
+        st.tuples(st.integers(1, 9), st.lists(st.integers(1, 7), min_size=1, max_size=4)),
+        min_size=1,
+        max_size=5,
+    ),
+    st.sampled_from(PACKED),
+    st.integers(0, 5),
+)
 @settings(max_examples=80, deadline=None)
 def test_blocks_are_those_with_an_allowed_pair_and_no_others(lengths, name, beyond):
     segments, size = lay_out(draw(lengths), Layout(name)).segments, 4
-    n = int((segments[..., 2] + segments[..., 3]).max()) + beyond  # tokens behind the last segment are a tree of their own
+    n = (
+        int((segments[..., 2] + segments[..., 3]).max()) + beyond
+    )  # tokens behind the last segment are a tree of their own
     width = -(-n // size) * size
     allowed = torch.zeros(width, width, dtype=torch.bool)
     allowed[:n, :n] = allowed_pairs(segments, n)
@@ -173,14 +221,25 @@ def test_blocks_are_those_with_an_allowed_pair_and_no_others(lengths, name, beyo
 
 
 def stand_in(module, query, key, value, mask, scaling=None, **options):
-    """FlexAttention where it cannot be compiled: the same function of the same block mask, and where no gradient is wanted its own code."""
+    """FlexAttention where it cannot be compiled: the same function of the same block mask, and
+    where no gradient is wanted its own code."""
     assert query.dtype == key.dtype == value.dtype  # or torch 2.11 refuses
     options = {"scale": scaling, "enable_gqa": True}
     if not torch.is_grad_enabled() or not query.requires_grad:
-        return flex_attention(query, key, value, block_mask=mask, **options).transpose(1, 2).contiguous(), None
+        return (
+            flex_attention(query, key, value, block_mask=mask, **options)
+            .transpose(1, 2)
+            .contiguous(),
+            None,
+        )
     rows, columns = torch.meshgrid(*[torch.arange(query.shape[2])] * 2, indexing="ij")
     allowed = mask.mask_mod(0, 0, rows, columns)
-    return F.scaled_dot_product_attention(query, key, value, attn_mask=allowed, **options).transpose(1, 2).contiguous(), None
+    return (
+        F.scaled_dot_product_attention(query, key, value, attn_mask=allowed, **options)
+        .transpose(1, 2)
+        .contiguous(),
+        None,
+    )
 
 
 @pytest.mark.filterwarnings("ignore:flex_attention called without torch.compile")
@@ -193,8 +252,13 @@ def test_rows_with_a_block_mask_match_each_response_alone(architecture, monkeypa
     batch = lay_out(draw(), Layout("prefix_shared", flex=True)).to("cpu")
     scores = score_responses(Scorer(model), batch)
     assert batch.blocks is not None
-    assert torch.allclose(scores.token_logps, expected, rtol=1e-6 if architecture in FLOAT32_INSIDE else 1e-9)
-    ours, theirs = gradients(model, objective(scores.token_logps)), gradients(plain, objective(expected))
+    assert torch.allclose(
+        scores.token_logps, expected, rtol=1e-6 if architecture in FLOAT32_INSIDE else 1e-9
+    )
+    ours, theirs = (
+        gradients(model, objective(scores.token_logps)),
+        gradients(plain, objective(expected)),
+    )
     assert largest_difference(ours, theirs) < 1e-6
     assert sharing_problem(Scorer(model), flex=True) is None
 
@@ -202,12 +266,15 @@ def test_rows_with_a_block_mask_match_each_response_alone(architecture, monkeypa
 @pytest.mark.filterwarnings("ignore:flex_attention called without torch.compile")
 @pytest.mark.parametrize("architecture", WINDOWLESS)
 def test_rows_with_a_block_mask_in_bf16(architecture, monkeypatch):
-    """Where autocast leaves queries, keys and values in different dtypes, which FlexAttention does not take in torch 2.11."""
+    """Where autocast leaves queries, keys and values in different dtypes, which FlexAttention does
+    not take in torch 2.11."""
     monkeypatch.setattr(attention, "flex_attention_forward", stand_in)
     model = ready(make_model(architecture, scale=1.0))
     with torch.no_grad():
         flex, segments, full = (
-            score_responses(Scorer(model, autocast=dtype), lay_out(draw(), Layout("prefix_shared", flex=flex))).token_logps
+            score_responses(
+                Scorer(model, autocast=dtype), lay_out(draw(), Layout("prefix_shared", flex=flex))
+            ).token_logps
             for flex, dtype in ((True, torch.bfloat16), (False, torch.bfloat16), (True, None))
         )
     assert (flex - segments).abs().max() <= max(0.02, (segments - full).abs().max())
@@ -218,11 +285,17 @@ def test_compiled_flex_attention_gives_what_attention_by_segments_gives():
     batch = lay_out(draw(), Layout("prefix_shared"))
     n, module = batch.input_ids.shape[1], torch.nn.Module().eval()
     module.num_key_value_groups = 2
-    query, key, value = (torch.randn(1, heads, n, 16, generator=torch.Generator().manual_seed(heads)) for heads in (4, 2, 2))
+    query, key, value = (
+        torch.randn(1, heads, n, 16, generator=torch.Generator().manual_seed(heads))
+        for heads in (4, 2, 2)
+    )
     with torch.no_grad():
         segments, flex = (
             attention.segment_attention(module, query, key, value, mask, scaling=0.25)[0]
-            for mask in (batch.segments, block_mask(block_table(batch.segments, n), torch.device("cpu")))
+            for mask in (
+                batch.segments,
+                block_mask(block_table(batch.segments, n), torch.device("cpu")),
+            )
         )
     assert torch.allclose(segments, flex, rtol=1e-5, atol=1e-6)
 
@@ -232,10 +305,13 @@ def test_flex_attention_is_tried_before_it_is_used(monkeypatch):
     shapes = 4, 2, 16, torch.float32, torch.device("cpu")
     monkeypatch.setattr(attention, "flex_attention_forward", stand_in)
     assert attention.flex_problem(*shapes) is None
-    too_sharp = lambda *inputs, scaling, **more: stand_in(*inputs, scaling=1.02 * scaling, **more)  # noqa: E731
+    # noqa: E731
+    too_sharp = lambda *inputs, scaling, **more: stand_in(*inputs, scaling=1.02 * scaling, **more)
     monkeypatch.setattr(attention, "flex_attention_forward", too_sharp)
     assert "off by" in attention.flex_problem(*shapes)
-    detached = lambda module, query, key, *more, **options: stand_in(module, query, key.detach(), *more, **options)  # noqa: E731
+    detached = lambda module, query, key, *more, **options: stand_in(
+        module, query, key.detach(), *more, **options
+    )  # noqa: E731
     monkeypatch.setattr(attention, "flex_attention_forward", detached)
     assert "fails here (RuntimeError" in attention.flex_problem(*shapes)  # a key without a gradient
 
@@ -252,51 +328,89 @@ def test_flex_attention_is_tried_before_it_is_used(monkeypatch):
 
 @pytest.mark.filterwarnings("ignore:flex_attention called without torch.compile")
 def test_without_flex_attention_a_gpu_attends_segment_by_segment(monkeypatch):
-    """The choice of a GPU, made on the CPU: where FlexAttention cannot be had, packed rows still can."""
-    on_gpu = lambda model: SimpleNamespace(causal_lm=model, model=model, device=torch.device("cuda"), mixed=None)  # noqa: E731
+    """The choice of a GPU, made on the CPU: where FlexAttention cannot be had, packed rows still
+    can."""
+    on_gpu = lambda model: SimpleNamespace(
+        causal_lm=model, model=model, device=torch.device("cuda"), mixed=None
+    )  # noqa: E731
     llama, windowed = make_model("llama"), make_model("mistral")
     monkeypatch.setattr(models, "flex_problem", lambda *shapes: None)
     assert why_not_flex(settings_of(), on_gpu(llama), ALONE) is None
-    assert "windows of 16 tokens, texts of up to max_length=64" in why_not_flex(settings_of(), on_gpu(windowed), ALONE)
+    assert "windows of 16 tokens, texts of up to max_length=64" in why_not_flex(
+        settings_of(), on_gpu(windowed), ALONE
+    )
     assert why_not_flex(settings_of(max_length=16), on_gpu(windowed), ALONE) is None
     elsewhere = SimpleNamespace(max=lambda values: [1.0])
     assert "another rank" in why_not_flex(settings_of(), on_gpu(llama), elsewhere)
     monkeypatch.setattr(models, "flex_problem", lambda *shapes: "no compiler")
-    assert why_not_flex(settings_of(), on_gpu(llama), ALONE) == "attention segment by segment, slower: no compiler"
+    assert (
+        why_not_flex(settings_of(), on_gpu(llama), ALONE)
+        == "attention segment by segment, slower: no compiler"
+    )
     assert why_not_flex(settings_of(), Scorer(llama), ALONE) == ""
     attention.enable(llama)
     monkeypatch.setattr(models, "why_not_flex", lambda *_: "slower: no compiler")
-    assert choose_layout(settings_of(), Scorer(llama)) == (Layout("prefix_shared"), "slower: no compiler")
+    assert choose_layout(settings_of(), Scorer(llama)) == (
+        Layout("prefix_shared"),
+        "slower: no compiler",
+    )
     monkeypatch.setattr(attention, "flex_attention_forward", stand_in)
     monkeypatch.setattr(models, "why_not_flex", lambda *_: None)
-    assert choose_layout(settings_of(), Scorer(llama), pad_id=3) == (Layout("prefix_shared", pad_id=3, flex=True), "")
-    blind = lambda module, query, key, value, mask, scaling=None, **more: sdpa_attention_forward(module, query, key, value, None, scaling=scaling, is_causal=True)  # noqa: E731
+    assert choose_layout(settings_of(), Scorer(llama), pad_id=3) == (
+        Layout("prefix_shared", pad_id=3, flex=True),
+        "",
+    )
+    blind = lambda module, query, key, value, mask, scaling=None, **more: sdpa_attention_forward(
+        module, query, key, value, None, scaling=scaling, is_causal=True
+    )  # noqa: E731
     monkeypatch.setattr(attention, "flex_attention_forward", blind)
     layout, why = choose_layout(settings_of(), Scorer(llama))
-    assert layout == Layout("prefix_shared") and why.startswith("attention segment by segment, slower: hidden states") and "off by" in why
+    assert (
+        layout == Layout("prefix_shared")
+        and why.startswith("attention segment by segment, slower: hidden states")
+        and "off by" in why
+    )
 
 
 @given(
-    st.lists(st.tuples(st.integers(1, 6), st.lists(st.integers(1, 5), min_size=1, max_size=4)), min_size=1, max_size=5),
-    st.sampled_from(LAYOUTS), st.booleans(),
-)  # fmt: skip
+    st.lists(
+        st.tuples(st.integers(1, 6), st.lists(st.integers(1, 5), min_size=1, max_size=4)),
+        min_size=1,
+        max_size=5,
+    ),
+    st.sampled_from(LAYOUTS),
+    st.booleans(),
+)
 @settings(max_examples=80, deadline=None)
 def test_every_scored_token_is_predicted_from_what_is_before_it(lengths, layout, last_tokens):
-    """Whatever the lengths: targets are the responses, positions hold the token before, and every row begins with a prompt."""
+    """Whatever the lengths: targets are the responses, positions hold the token before, and every
+    row begins with a prompt."""
     n = iter(range(10**6))
-    trees = [([next(n) for _ in range(prompt)], [[next(n) for _ in range(r)] for r in responses]) for prompt, responses in lengths]
+    trees = [
+        ([next(n) for _ in range(prompt)], [[next(n) for _ in range(r)] for r in responses])
+        for prompt, responses in lengths
+    ]
     batch = lay_out(trees, Layout(layout, pad_id=-1, last_tokens=last_tokens))
     flat = batch.input_ids.flatten()
     responses = [(prompt, response) for prompt, of_prompt in trees for response in of_prompt]
     assert batch.targets.tolist() == [token for _, response in responses for token in response]
-    before = [token for prompt, response in responses for token in (prompt + response)[len(prompt) - 1 : -1]]
+    before = [
+        token
+        for prompt, response in responses
+        for token in (prompt + response)[len(prompt) - 1 : -1]
+    ]
     assert flat[batch.positions].tolist() == before
     assert batch.lengths.tolist() == [len(response) for _, response in responses]
-    assert batch.owners.tolist() == [i for i, (_, response) in enumerate(responses) for _ in response]
+    assert batch.owners.tolist() == [
+        i for i, (_, response) in enumerate(responses) for _ in response
+    ]
     if last_tokens:
         assert flat[batch.ends].tolist() == [response[-1] for _, response in responses]
     fed = sum(len(response) - (not last_tokens) for _, response in responses)
-    prompts = sum(len(prompt) * (1 if layout == "prefix_shared" else len(of_prompt)) for prompt, of_prompt in trees)
+    prompts = sum(
+        len(prompt) * (1 if layout == "prefix_shared" else len(of_prompt))
+        for prompt, of_prompt in trees
+    )
     assert batch.n_tokens == fed + prompts
     if layout == "padded":
         assert (flat >= 0).sum() == batch.n_tokens == batch.attention_mask.sum()
@@ -307,7 +421,11 @@ def test_every_scored_token_is_predicted_from_what_is_before_it(lengths, layout,
 
 def test_a_shared_prompt_is_fed_once():
     trees = [([1] * 50, [[2] * 3, [3] * 4])]
-    assert {name: lay_out(trees, Layout(name)).n_tokens for name in LAYOUTS} == {"prefix_shared": 55, "packed": 105, "padded": 105}
+    assert {name: lay_out(trees, Layout(name)).n_tokens for name in LAYOUTS} == {
+        "prefix_shared": 55,
+        "packed": 105,
+        "padded": 105,
+    }
 
 
 @pytest.mark.parametrize("architecture", ["gpt2", "llama"])
@@ -333,7 +451,9 @@ def test_attention_that_fails_is_padded_or_told(monkeypatch):
 
 
 def ignore_masks(model):
-    ignoring = lambda module, query, key, value, mask, **more: sdpa_attention_forward(module, query, key, value, None, **more)
+    ignoring = lambda module, query, key, value, mask, **more: sdpa_attention_forward(
+        module, query, key, value, None, **more
+    )
     AttentionInterface.register("ignoring", ignoring)
     AttentionMaskInterface.register("ignoring", sdpa_mask)
     model.set_attn_implementation("ignoring")
@@ -360,7 +480,8 @@ def test_the_fastest_supported_layout_is_taken_and_others_refused_by_name():
 
 
 def test_generation_is_what_it_was():
-    """With our attention enabled, a model without segments attends as before: greedy tokens are the same."""
+    """With our attention enabled, a model without segments attends as before: greedy tokens are the
+    same."""
     for architecture in ("gpt2", "gptj", "llama", "mistral"):
         plain = make_model(architecture)
         model = ready(copy.deepcopy(plain))
@@ -371,13 +492,14 @@ def test_generation_is_what_it_was():
         assert torch.equal(model.generate(ids, **options), plain.generate(ids, **options))
 
 
-# ------------------------------------------------------------------------------------------------------ the docs' table
+# ---------------------------------------------------------------------------------- the docs' table
 
 MARKS = "<!-- layouts: `python tests/test_layouts.py` writes this table -->\n", "<!-- end -->"
 
 
 def supported(architecture: str) -> str:
-    """The layouts that can be had, by what the code says of this architecture and, on this CPU, by what it computes."""
+    """The layouts that can be had, by what the code says of this architecture and, on this CPU, by
+    what it computes."""
     model = make_model(architecture)
     names, _ = known_layouts(settings_of(), model.config)
     if names != ("padded",):
@@ -387,10 +509,24 @@ def supported(architecture: str) -> str:
 
 
 def table() -> str:
-    lines = ["| architecture | layouts | attention window | on a GPU, packed rows attend by |", "| --- | --- | --- | --- |"]
+    lines = [
+        "| architecture | layouts | attention window | on a GPU, packed rows attend by |",
+        "| --- | --- | --- | --- |",
+    ]
     for architecture in sorted(ARCHITECTURES):
-        window, names = attention.window_of(make_model(architecture).config), supported(architecture)
-        how = "" if names == "padded" else "segments, FlexAttention if no text exceeds the window" if window else "FlexAttention"
+        window, names = (
+            attention.window_of(make_model(architecture).config),
+            supported(architecture),
+        )
+        how = (
+            ""
+            if names == "padded"
+            else (
+                "segments, FlexAttention if no text exceeds the window"
+                if window
+                else "FlexAttention"
+            )
+        )
         lines.append(f"| {architecture} | {names} | {'yes' if window else 'no'} | {how} |")
     return "\n".join(lines) + "\n"
 
@@ -398,10 +534,14 @@ def table() -> str:
 def test_the_table_in_the_docs_is_what_the_code_does():
     text = (ROOT / "docs" / "details.md").read_text(encoding="utf-8")
     assert text.split(MARKS[0])[1].split(MARKS[1])[0] == table()
-    assert attention.SHARING < set(ARCHITECTURES)  # all of them are tested here, and one that cannot share
+    assert attention.SHARING < set(
+        ARCHITECTURES
+    )  # all of them are tested here, and one that cannot share
 
 
 if __name__ == "__main__":
     docs = ROOT / "docs" / "details.md"
     before, rest = docs.read_text(encoding="utf-8").split(MARKS[0])
-    docs.write_text(before + MARKS[0] + table() + MARKS[1] + rest.split(MARKS[1])[1], encoding="utf-8")
+    docs.write_text(
+        before + MARKS[0] + table() + MARKS[1] + rest.split(MARKS[1])[1], encoding="utf-8"
+    )

@@ -1,4 +1,5 @@
-"""The one log-prob function against a naive float64 computation: values and every parameter's gradient."""
+"""The one log-prob function against a naive float64 computation: values and every parameter's
+gradient."""
 
 import copy
 
@@ -13,11 +14,16 @@ from models import disable_dropout
 from utils import ConfigError
 
 PADDED = Layout("padded", 257)
-FLOAT32_INSIDE = {"gpt_neo", "gemma", "gemma2"}  # their attention or norms compute in float32 whatever the weights are
+FLOAT32_INSIDE = {
+    "gpt_neo",
+    "gemma",
+    "gemma2",
+}  # their attention or norms compute in float32 whatever the weights are
 
 
 def sequences(seed=0):
-    """Prompts and responses of uneven lengths, one-token ones among them; ids include the pad and EOS ids."""
+    """Prompts and responses of uneven lengths, one-token ones among them; ids include the pad and
+    EOS ids."""
     generator = torch.Generator().manual_seed(seed)
     lengths = [(1, 5), (7, 1), (4, 9), (12, 3)]
     draw = lambda n: torch.randint(0, 258, (n,), generator=generator).tolist()  # noqa: E731
@@ -61,7 +67,9 @@ def test_values_and_gradients_match_naive_float64(architecture, kl, monkeypatch)
     scorer.check()
     scores = score_responses(scorer, batch, reference=Scorer(reference), kl=kl)
     weights = torch.tensor([0.3, -1.0, 2.0, 0.7], dtype=torch.float64)
-    objective = (scores.logps * weights).sum() + (0 if kl is None else (scores.kl * weights.flip(0)).sum())
+    objective = (scores.logps * weights).sum() + (
+        0 if kl is None else (scores.kl * weights.flip(0)).sum()
+    )
     objective.backward()
     ours = grads(policy)
     policy.zero_grad()
@@ -84,7 +92,10 @@ def test_values_and_gradients_match_naive_float64(architecture, kl, monkeypatch)
 def test_policy_to_reference_kl_is_the_other_direction():
     policy, reference = (make_model("gpt2", seed=s, dtype=torch.float64) for s in (0, 1))
     batch = lay_out(trees(), PADDED)
-    found = {d: score_responses(Scorer(policy), batch, reference=Scorer(reference), kl=d).kl for d in ("policy||reference", "reference||policy")}
+    found = {
+        d: score_responses(Scorer(policy), batch, reference=Scorer(reference), kl=d).kl
+        for d in ("policy||reference", "reference||policy")
+    }
     for direction, kl in found.items():
         assert torch.allclose(kl, naive(policy, reference, sequences(), direction)[2], rtol=1e-9)
     assert not torch.allclose(*found.values(), rtol=1e-2)
@@ -99,7 +110,8 @@ def test_float32_is_close_to_float64():
 
 
 def test_a_wrong_mask_does_not_match():
-    """The control: positions shifted by one, or a mask that hides the prompt, must not give the same values."""
+    """The control: positions shifted by one, or a mask that hides the prompt, must not give the
+    same values."""
     model = make_model("gpt2", dtype=torch.float64)
     exact = naive(model, model, sequences())[0]
     shifted = lay_out(trees(), Layout("padded", 257, last_tokens=True))
@@ -114,11 +126,17 @@ def test_never_more_logits_than_a_chunk(monkeypatch):
     monkeypatch.setattr(logprobs, "CHUNK_ELEMENTS", 4 * 258)
     monkeypatch.setattr(logprobs, "KEPT_ELEMENTS", 0)
     model, seen, linear = make_model("llama"), [], logprobs._linear
-    monkeypatch.setattr(logprobs, "_linear", lambda hidden, *head: seen.append(hidden.shape) or linear(hidden, *head))
+    monkeypatch.setattr(
+        logprobs,
+        "_linear",
+        lambda hidden, *head: seen.append(hidden.shape) or linear(hidden, *head),
+    )
     score_responses(Scorer(model), lay_out(trees(), PADDED)).logps.sum().backward()
     n_scored = sum(len(response) for _, response in sequences())
     assert seen and all(len(shape) == 2 and shape[0] <= 4 for shape in seen)
-    assert sum(shape[0] for shape in seen) == 2 * n_scored  # once forward, once again in the backward pass
+    assert (
+        sum(shape[0] for shape in seen) == 2 * n_scored
+    )  # once forward, once again in the backward pass
 
 
 HEAD = dict(tokens=11, width=6, vocabulary=40)
@@ -149,16 +167,24 @@ def plainly(ours, targets, theirs, kl):
 @pytest.mark.parametrize("kept", [True, False])  # or computed again in the backward pass
 def test_the_fused_head_is_the_plain_one(kl, bias, rows, kept, monkeypatch):
     monkeypatch.setattr(logprobs, "KEPT_ELEMENTS", 10**9 if kept else 0)
-    monkeypatch.setattr(logprobs, "CHUNK_ELEMENTS", rows * HEAD["vocabulary"] * (1 if kl is None else 4))
+    monkeypatch.setattr(
+        logprobs, "CHUNK_ELEMENTS", rows * HEAD["vocabulary"] * (1 if kl is None else 4)
+    )
     ours, targets, theirs = head_inputs(bias)
     found = LinearLogProbs.apply(*ours, targets, *(theirs if kl else (None,) * 3), kl, True)
     expected = plainly(ours, targets, theirs, kl)
     for a, b in zip(found[:3], expected):
-        assert (a is None) == (b is None) and (a is None or torch.allclose(a, b, rtol=1e-11, atol=1e-12))
-    assert not found[2].requires_grad and (kl is None or torch.allclose(found[3], plainly(theirs, targets, ours, None)[0], rtol=1e-11))
+        assert (a is None) == (b is None) and (
+            a is None or torch.allclose(a, b, rtol=1e-11, atol=1e-12)
+        )
+    assert not found[2].requires_grad and (
+        kl is None or torch.allclose(found[3], plainly(theirs, targets, ours, None)[0], rtol=1e-11)
+    )
     weights = torch.linspace(-2, 1, len(targets), dtype=torch.float64)
     wanted = [t for t in ours if t is not None]
-    value = lambda columns: (columns[0] * weights).sum() + (0 if kl is None else (columns[1] * weights.flip(0)).sum())
+    value = lambda columns: (
+        (columns[0] * weights).sum() + (0 if kl is None else (columns[1] * weights.flip(0)).sum())
+    )
     theirs_grads = torch.autograd.grad(value(expected), wanted)
     for _ in range(2):  # what the first backward pass overwrote must not reach the second
         for a, b in zip(torch.autograd.grad(value(found), wanted, retain_graph=True), theirs_grads):
@@ -166,7 +192,8 @@ def test_the_fused_head_is_the_plain_one(kl, bias, rows, kept, monkeypatch):
 
 
 def test_chunks_in_bf16_add_up_as_one_would(monkeypatch):
-    """The gradient of the head's weight and bias is summed over chunks in fp32, however little of it the weights can hold."""
+    """The gradient of the head's weight and bias is summed over chunks in fp32, however little of
+    it the weights can hold."""
     monkeypatch.setitem(HEAD, "tokens", 2000)
     ours, targets, _ = head_inputs(True)
     exact = torch.autograd.grad(plainly(ours, targets, ours, None)[0].sum(), ours[1:])
@@ -174,7 +201,9 @@ def test_chunks_in_bf16_add_up_as_one_would(monkeypatch):
     errors = []
     for rows in (2000, 4):
         monkeypatch.setattr(logprobs, "CHUNK_ELEMENTS", rows * HEAD["vocabulary"])
-        found = torch.autograd.grad(LinearLogProbs.apply(*half, targets, None, None, None, None, False)[0].sum(), half[1:])
+        found = torch.autograd.grad(
+            LinearLogProbs.apply(*half, targets, None, None, None, None, False)[0].sum(), half[1:]
+        )
         assert all(grad.dtype == torch.bfloat16 for grad in found)
         errors.append([((a - b).norm() / b.norm()).item() for a, b in zip(found, exact)])
     assert all(many < 1.2 * once for once, many in zip(*errors))
@@ -184,15 +213,21 @@ def test_the_fused_head_leaves_frozen_weights_alone():
     """LoRA: the head's weight has no gradient, its input has."""
     (hidden, weight, _), targets, _ = head_inputs(False)
     weight = weight.detach()
-    LinearLogProbs.apply(hidden, weight, None, targets, None, None, None, None, False)[0].sum().backward()
-    expected = torch.autograd.grad(plainly((hidden, weight, None), targets, head_inputs(False)[2], None)[0].sum(), hidden)[0]
+    LinearLogProbs.apply(hidden, weight, None, targets, None, None, None, None, False)[
+        0
+    ].sum().backward()
+    expected = torch.autograd.grad(
+        plainly((hidden, weight, None), targets, head_inputs(False)[2], None)[0].sum(), hidden
+    )[0]
     assert torch.allclose(hidden.grad, expected, rtol=1e-10) and weight.grad is None
 
 
 def test_a_log_prob_below_the_smallest_float_is_kept():
     """softmax then log would be -inf; the log-sum-exp is not."""
     hidden, weight = torch.tensor([[300.0]], requires_grad=True), torch.tensor([[1.0], [-1.0]])
-    logp = LinearLogProbs.apply(hidden, weight, None, torch.tensor([1]), None, None, None, None, False)[0]
+    logp = LinearLogProbs.apply(
+        hidden, weight, None, torch.tensor([1]), None, None, None, None, False
+    )[0]
     assert logp.item() == -600.0
     logp.sum().backward()
     assert hidden.grad.item() == -2.0
@@ -211,9 +246,13 @@ def test_other_heads_go_through_their_own_module(kl):
 
     policy.lm_head.__class__ = Scaled
     assert Scorer(policy).plain_head() is None
-    general = score_responses(Scorer(policy), batch, reference=Scorer(reference), kl=kl, entropy=True)
+    general = score_responses(
+        Scorer(policy), batch, reference=Scorer(reference), kl=kl, entropy=True
+    )
     theirs = grads_of(policy, general.logps.sum() + (0 if kl is None else general.kl.sum()))
-    assert torch.allclose(fused.logps, general.logps, rtol=1e-10) and torch.allclose(fused.token_entropy, general.token_entropy, rtol=1e-10)
+    assert torch.allclose(fused.logps, general.logps, rtol=1e-10) and torch.allclose(
+        fused.token_entropy, general.token_entropy, rtol=1e-10
+    )
     assert kl is None or torch.allclose(fused.kl, general.kl, rtol=1e-10)
     assert max((ours[name] - theirs[name]).abs().max() for name in theirs) < 1e-8
 
@@ -229,15 +268,25 @@ def test_entropy_is_that_of_the_whole_distribution():
     found = score_responses(Scorer(model), lay_out(trees(), PADDED), entropy=True).token_entropy
     expected = []
     for prompt, response in sequences():
-        p = model(input_ids=torch.tensor([prompt + response])).logits[0, len(prompt) - 1 : -1].log_softmax(-1)
+        p = (
+            model(input_ids=torch.tensor([prompt + response]))
+            .logits[0, len(prompt) - 1 : -1]
+            .log_softmax(-1)
+        )
         expected.append(-(p.exp() * p).sum(-1))
     assert torch.allclose(found, torch.cat(expected), rtol=1e-9)
 
 
 def test_kl_stays_finite_where_softmax_then_log_underflows():
-    """With logits in the hundreds a probability is 0 in fp32, its logarithm -inf; log-softmax on both sides is not."""
+    """With logits in the hundreds a probability is 0 in fp32, its logarithm -inf; log-softmax on
+    both sides is not."""
     policy, reference = (make_model("llama", seed=s, scale=40.0) for s in (0, 1))
-    scores = score_responses(Scorer(policy), lay_out(trees(), PADDED), reference=Scorer(reference), kl="reference||policy")
+    scores = score_responses(
+        Scorer(policy),
+        lay_out(trees(), PADDED),
+        reference=Scorer(reference),
+        kl="reference||policy",
+    )
     scores.kl.sum().backward()
     assert torch.isfinite(scores.kl).all() and scores.kl.max() > 100
     assert all(torch.isfinite(p.grad).all() for p in policy.parameters() if p.grad is not None)
@@ -273,4 +322,8 @@ def test_dropout_is_off_in_training_mode_too(architecture):
 def test_sums_and_padding_by_owner():
     values, owners = torch.tensor([1.0, 2.0, 4.0, 8.0]), torch.tensor([0, 0, 1, 2])
     assert sum_by_owner(values, owners, 3).tolist() == [3.0, 4.0, 8.0]
-    assert pad_by_owner(values, owners, torch.tensor([2, 1, 1])).tolist() == [[1.0, 2.0], [4.0, 0.0], [8.0, 0.0]]
+    assert pad_by_owner(values, owners, torch.tensor([2, 1, 1])).tolist() == [
+        [1.0, 2.0],
+        [4.0, 0.0],
+        [8.0, 0.0],
+    ]

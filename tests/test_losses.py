@@ -1,4 +1,5 @@
-"""Losses against closed forms computed by hand, and what must hold for every registered loss and its yaml."""
+"""Losses against closed forms computed by hand, and what must hold for every registered loss and
+its yaml."""
 
 import functools
 import math
@@ -41,15 +42,28 @@ def sigmoid(x):
 
 def pair(d_w=0.0, d_l=0.0, *, ref_w=-3.0, ref_l=-5.0, **more) -> Pair:
     """One pair with the given log-ratios, as leaves that take gradients."""
-    fields = dict(policy_chosen_logps=ref_w + d_w, policy_rejected_logps=ref_l + d_l, reference_chosen_logps=ref_w, reference_rejected_logps=ref_l)
-    return Pair(**{key: torch.tensor([float(value)], dtype=torch.float64, requires_grad=True) for key, value in (fields | more).items()})
+    fields = dict(
+        policy_chosen_logps=ref_w + d_w,
+        policy_rejected_logps=ref_l + d_l,
+        reference_chosen_logps=ref_w,
+        reference_rejected_logps=ref_l,
+    )
+    return Pair(
+        **{
+            key: torch.tensor([float(value)], dtype=torch.float64, requires_grad=True)
+            for key, value in (fields | more).items()
+        }
+    )
 
 
 def pairs(d_w, d_l, *, ref_w=-3.0, ref_l=-5.0) -> Pair:
-    """Several pairs with the given log-ratios; the reference's log-probs are a number for all, or a list."""
+    """Several pairs with the given log-ratios; the reference's log-probs are a number for all, or a
+    list."""
     column = lambda values: torch.tensor(values, dtype=torch.float64)
     ref_w, ref_l = column(ref_w).expand(len(d_w)), column(ref_l).expand(len(d_l))
-    return Pair((ref_w + column(d_w)).requires_grad_(), (ref_l + column(d_l)).requires_grad_(), ref_w, ref_l)
+    return Pair(
+        (ref_w + column(d_w)).requires_grad_(), (ref_l + column(d_l)).requires_grad_(), ref_w, ref_l
+    )
 
 
 def value(name, data, **settings) -> float:
@@ -60,7 +74,7 @@ def log_s(x):
     return math.log(sigmoid(x))
 
 
-# ------------------------------------------------------------------------------------------ values by hand
+# ----------------------------------------------------------------------------------- values by hand
 # d_w = 2, d_l = -1, so h = 3.
 
 
@@ -70,7 +84,9 @@ def test_dpo():
 
 def test_dpo_with_label_smoothing():
     expected = -0.9 * math.log(sigmoid(1.5)) - 0.1 * math.log(sigmoid(-1.5))
-    assert value("dpo", pair(2, -1), beta=0.5, label_smoothing=0.1) == pytest.approx(expected, rel=1e-12)
+    assert value("dpo", pair(2, -1), beta=0.5, label_smoothing=0.1) == pytest.approx(
+        expected, rel=1e-12
+    )
 
 
 def test_dpo_without_reference_sees_log_probs_alone():
@@ -88,7 +104,9 @@ def test_ipo():
 
 
 def test_ipo_averaged_over_lengths_keeps_rewards_of_sums():
-    output = bind("ipo", beta=0.1, average_log_prob=True)(pair(2, -1, chosen_lengths=4, rejected_lengths=2))
+    output = bind("ipo", beta=0.1, average_log_prob=True)(
+        pair(2, -1, chosen_lengths=4, rejected_lengths=2)
+    )
     assert output.losses.item() == pytest.approx((2 / 4 + 1 / 2 - 5) ** 2)
     assert output.chosen_rewards.item() == pytest.approx(0.2)
 
@@ -106,7 +124,9 @@ def test_ipo_averaged_over_lengths_keeps_rewards_of_sums():
 )
 def test_odpo(settings, f):
     data = pair(2, -1, chosen_scores=1.6, rejected_scores=0.4)
-    assert value("odpo", data, beta=0.5, alpha=0.7, **settings) == pytest.approx(-math.log(sigmoid(1.5 - 0.7 * f)), rel=1e-12)
+    assert value("odpo", data, beta=0.5, alpha=0.7, **settings) == pytest.approx(
+        -math.log(sigmoid(1.5 - 0.7 * f)), rel=1e-12
+    )
 
 
 def test_soft_label():
@@ -115,12 +135,16 @@ def test_soft_label():
     data = pair(2, -1, chosen_scores=1.6, rejected_scores=0.4)
     assert value("soft-label", data, beta=0.5, gamma=2.0) == pytest.approx(expected, rel=1e-12)
     sure = pair(2, -1, chosen_scores=100.0, rejected_scores=0.0)
-    assert value("soft-label", sure, beta=0.5, gamma=2.0) == pytest.approx(value("dpo", sure, beta=0.5), rel=1e-12)
+    assert value("soft-label", sure, beta=0.5, gamma=2.0) == pytest.approx(
+        value("dpo", sure, beta=0.5), rel=1e-12
+    )
 
 
 def test_cal_dpo_has_no_beta_in_the_sigmoid():
     expected = -math.log(sigmoid(3)) + 0.5 * ((2 - 5) ** 2 + (-1 + 5) ** 2)
-    assert value("cal-dpo", pair(2, -1), beta=0.1, cal_weight=0.5) == pytest.approx(expected, rel=1e-12)
+    assert value("cal-dpo", pair(2, -1), beta=0.1, cal_weight=0.5) == pytest.approx(
+        expected, rel=1e-12
+    )
 
 
 def test_tdpo():
@@ -140,7 +164,11 @@ def test_sft():
 
 
 def test_bradley_terry_subtracts_the_margin_column():
-    data = Pair(chosen_values=torch.tensor([1.5]), rejected_values=torch.tensor([0.25]), columns={"magnitude": torch.tensor([0.5])})
+    data = Pair(
+        chosen_values=torch.tensor([1.5]),
+        rejected_values=torch.tensor([0.25]),
+        columns={"magnitude": torch.tensor([0.5])},
+    )
     assert value("bradley_terry", data) == pytest.approx(-math.log(sigmoid(1.25)), rel=1e-6)
     loss = bind("bradley_terry", margin="magnitude")
     assert loss.columns == {"magnitude"}
@@ -149,7 +177,9 @@ def test_bradley_terry_subtracts_the_margin_column():
 
 def test_sft_weight_adds_the_mean_token_loss_of_the_chosen_response():
     data = pair(2, -1, chosen_lengths=4, rejected_lengths=2)  # log-prob of chosen: -1
-    assert value("dpo", data, beta=0.5, sft_weight=0.3) == pytest.approx(-math.log(sigmoid(1.5)) + 0.3 * 1 / 4, rel=1e-12)
+    assert value("dpo", data, beta=0.5, sft_weight=0.3) == pytest.approx(
+        -math.log(sigmoid(1.5)) + 0.3 * 1 / 4, rel=1e-12
+    )
 
 
 # The same pair, d_w = 2, d_l = -1, log-probs -1 and -6, with 4 and 2 tokens.
@@ -160,52 +190,101 @@ LENGTHS = {"chosen_lengths": 4, "rejected_lengths": 2}
 @pytest.mark.parametrize(
     "name, settings, more, expected",
     [
-        ("robust", {"beta": 0.5, "label_smoothing": 0.1}, {}, (-0.9 * log_s(1.5) + 0.1 * log_s(-1.5)) / 0.8),
+        (
+            "robust",
+            {"beta": 0.5, "label_smoothing": 0.1},
+            {},
+            (-0.9 * log_s(1.5) + 0.1 * log_s(-1.5)) / 0.8,
+        ),
         ("hinge", {"beta": 0.5, "margin": 2.0}, {}, 0.5),
         ("hinge", {"beta": 0.5, "margin": 1.0}, {}, 0.0),
-        ("exo", {"beta": 0.5, "label_smoothing": 0.01}, {}, sigmoid(1.5) * math.log(sigmoid(1.5) / 0.99) + sigmoid(-1.5) * math.log(sigmoid(-1.5) / 0.01)),
-        ("discopop", {"beta": 0.5, "tau": 0.5}, {}, -(1 - sigmoid(3)) * log_s(1.5) + sigmoid(3) * math.exp(-1.5)),
+        (
+            "exo",
+            {"beta": 0.5, "label_smoothing": 0.01},
+            {},
+            sigmoid(1.5) * math.log(sigmoid(1.5) / 0.99)
+            + sigmoid(-1.5) * math.log(sigmoid(-1.5) / 0.01),
+        ),
+        (
+            "discopop",
+            {"beta": 0.5, "tau": 0.5},
+            {},
+            -(1 - sigmoid(3)) * log_s(1.5) + sigmoid(3) * math.exp(-1.5),
+        ),
         ("sppo", {"beta": 0.1}, {}, 9.0 + 16.0),
         ("nca", {"beta": 0.5}, {}, -log_s(1) - (log_s(-1) + log_s(0.5)) / 2),
         ("apo_zero", {"beta": 0.5}, {}, 1 - sigmoid(1) + sigmoid(-0.5)),
         ("apo_down", {"beta": 0.5}, {}, sigmoid(1) + 1 - sigmoid(1.5)),
         ("rdpo", {"beta": 0.5, "alpha": 0.1}, LENGTHS, -log_s(1.5 + 0.1 * 2)),
         ("sigmoid_norm", {"beta": 2.0}, LENGTHS, -log_s(2 * (0.5 + 0.5))),
-        ("dpop", {"beta": 0.5, "penalty_weight": 3.0}, {}, -log_s(1.5)),  # the chosen response gained
-        ("wpo", {"beta": 0.5}, LENGTHS | {"chosen_collision": -3, "rejected_collision": -1}, -math.exp(2 / 4 - 5 / 2) * log_s(1.5)),
-        ("wpo", {"beta": 0.5}, LENGTHS | {"chosen_collision": -3, "rejected_collision": -6}, -log_s(1.5)),  # e^0.5 is cut to 1
+        (
+            "dpop",
+            {"beta": 0.5, "penalty_weight": 3.0},
+            {},
+            -log_s(1.5),
+        ),  # the chosen response gained
+        (
+            "wpo",
+            {"beta": 0.5},
+            LENGTHS | {"chosen_collision": -3, "rejected_collision": -1},
+            -math.exp(2 / 4 - 5 / 2) * log_s(1.5),
+        ),
+        (
+            "wpo",
+            {"beta": 0.5},
+            LENGTHS | {"chosen_collision": -3, "rejected_collision": -6},
+            -log_s(1.5),
+        ),  # e^0.5 is cut to 1
         ("simpo", {"beta": 2.0, "gamma": 0.5}, LENGTHS, -log_s(2 * (P_W - P_L) - 0.5)),
         ("cpo", {"beta": 0.5, "nll_weight": 0.3}, {}, -log_s(0.5 * 5) + 0.3 * 1),
         ("slic", {"delta": 7.0, "nll_weight": 0.1}, LENGTHS, (7 + 1 - 6) + 0.1 / 4),
         ("slic", {"delta": 4.0, "nll_weight": 0.1}, LENGTHS, 0.1 / 4),
-        ("kto", {"beta": 0.5, "desirable_weight": 2.0, "undesirable_weight": 3.0}, {}, (2 * (1 - sigmoid(0.75)) + 3 * (1 - sigmoid(0.75))) / 2),  # z = 1/2
+        (
+            "kto",
+            {"beta": 0.5, "desirable_weight": 2.0, "undesirable_weight": 3.0},
+            {},
+            (2 * (1 - sigmoid(0.75)) + 3 * (1 - sigmoid(0.75))) / 2,
+        ),  # z = 1/2
     ],
 )
 def test_further_losses_by_hand(name, settings, more, expected):
-    assert value(name, pair(2, -1, **more), **settings) == pytest.approx(expected, rel=1e-12, abs=1e-15)
+    assert value(name, pair(2, -1, **more), **settings) == pytest.approx(
+        expected, rel=1e-12, abs=1e-15
+    )
 
 
 def test_dpop_where_the_chosen_response_lost():
-    assert value("dpop", pair(-0.5, -1), beta=0.5, penalty_weight=3.0) == pytest.approx(-log_s(0.5 * (0.5 - 3 * 0.5)), rel=1e-12)
+    assert value("dpop", pair(-0.5, -1), beta=0.5, penalty_weight=3.0) == pytest.approx(
+        -log_s(0.5 * (0.5 - 3 * 0.5)), rel=1e-12
+    )
 
 
 def test_orpo_from_odds_as_the_paper_has_them():
     odds = lambda p: math.exp(p) / (1 - math.exp(p))
     expected = 1 / 4 - 0.3 * log_s(math.log(odds(P_W) / odds(P_L)))
-    assert value("orpo", pair(2, -1, **LENGTHS), or_weight=0.3) == pytest.approx(expected, rel=1e-12)
+    assert value("orpo", pair(2, -1, **LENGTHS), or_weight=0.3) == pytest.approx(
+        expected, rel=1e-12
+    )
 
 
-@pytest.mark.parametrize("name, chosen, rejected", [
-    ("simpo", 2 * P_W, 2 * P_L), ("cpo", -0.1, -0.6), ("slic", -1, -6),
-    ("orpo", P_W - math.log(1 - math.exp(P_W)), P_L - math.log(1 - math.exp(P_L))),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "name, chosen, rejected",
+    [
+        ("simpo", 2 * P_W, 2 * P_L),
+        ("cpo", -0.1, -0.6),
+        ("slic", -1, -6),
+        ("orpo", P_W - math.log(1 - math.exp(P_W)), P_L - math.log(1 - math.exp(P_L))),
+    ],
+)
 def test_without_a_reference_the_logged_rewards_are_those_of_the_paper(name, chosen, rejected):
     loss = bind(name)
     data = pair(2, -1, **LENGTHS)
     data.reference_chosen_logps = data.reference_rejected_logps = None
     output = loss(data)
     assert "reference" not in loss.reads
-    assert (output.chosen_rewards.item(), output.rejected_rewards.item()) == pytest.approx((chosen, rejected), rel=1e-12)
+    assert (output.chosen_rewards.item(), output.rejected_rewards.item()) == pytest.approx(
+        (chosen, rejected), rel=1e-12
+    )
 
 
 def test_orpo_is_finite_where_a_probability_is_one():
@@ -214,26 +293,38 @@ def test_orpo_is_finite_where_a_probability_is_one():
         data = pair(d_w, d_l, **LENGTHS)  # the reference has -3 and -5
         output = bind("orpo")(data)
         output.losses.backward()
-        assert torch.isfinite(output.losses).all() and torch.isfinite(data.policy_chosen_logps.grad).all() and torch.isfinite(data.policy_rejected_logps.grad).all()
+        assert (
+            torch.isfinite(output.losses).all()
+            and torch.isfinite(data.policy_chosen_logps.grad).all()
+            and torch.isfinite(data.policy_rejected_logps.grad).all()
+        )
 
 
-# ------------------------------------------------------------------------------------------ over a batch, by hand
+# ---------------------------------------------------------------------------- over a batch, by hand
 
 
 def test_bco_shifts_by_the_mean_reward_of_both_sides_and_keeps_it():
     loss = bind("bco", beta=0.5, momentum=0.75)
     output = loss(pairs([2, 0], [-1, -3]))  # rewards 1, 0 and -1/2, -3/2: mean -1/4
     by_hand = lambda chosen, rejected, delta: -log_s(chosen - delta) - log_s(delta - rejected)
-    assert output.losses.tolist() == pytest.approx([by_hand(1, -0.5, -0.25), by_hand(0, -1.5, -0.25)], rel=1e-12)
+    assert output.losses.tolist() == pytest.approx(
+        [by_hand(1, -0.5, -0.25), by_hand(0, -1.5, -0.25)], rel=1e-12
+    )
     loss.keep(output)
-    second = loss(pairs([2, 4], [2, 0]))  # rewards 1, 2 and 1, 0: mean 1, so delta = 3/4 * -1/4 + 1/4 * 1 = 1/16
-    assert second.losses.tolist() == pytest.approx([by_hand(1, 1, 0.0625), by_hand(2, 0, 0.0625)], rel=1e-12)
+    second = loss(
+        pairs([2, 4], [2, 0])
+    )  # rewards 1, 2 and 1, 0: mean 1, so delta = 3/4 * -1/4 + 1/4 * 1 = 1/16
+    assert second.losses.tolist() == pytest.approx(
+        [by_hand(1, 1, 0.0625), by_hand(2, 0, 0.0625)], rel=1e-12
+    )
     assert second.metrics["shift_{split}/mean"].tolist() == [0.0625, 0.0625]
 
 
 def test_beta_dpo_grows_with_the_gap_of_a_batch_beyond_the_usual():
     loss = bind("beta-dpo", beta=0.5, alpha=0.6, momentum=0.5)
-    first = loss(pairs([2, 0.5], [-1, -0.5]))  # gaps 3 and 1: mean 2, the first, so it is the usual one
+    first = loss(
+        pairs([2, 0.5], [-1, -0.5])
+    )  # gaps 3 and 1: mean 2, the first, so it is the usual one
     assert first.losses.tolist() == pytest.approx([-log_s(1.5), -log_s(0.5)], rel=1e-12)
     loss.keep(first)
     wide = loss(pairs([4, 0], [-2, -2]))  # gaps 6 and 2: mean 4, M = (2 + 4) / 2
@@ -247,51 +338,84 @@ def test_beta_dpo_grows_with_the_gap_of_a_batch_beyond_the_usual():
 def test_aot_compares_margins_of_equal_rank():
     # margins of the policy 1 and 5, of the reference 2 and 1/2: sorted, 1 meets 1/2 and 5 meets 2
     data = pairs([-1, 4.5], [0, 0], ref_w=[2, 0.5], ref_l=0.0)
-    assert bind("aot", beta=0.5)(data).losses.tolist() == pytest.approx([-log_s(0.25), -log_s(1.5)], rel=1e-12)
-    assert bind("dpo", beta=0.5)(data).losses.tolist() == pytest.approx([-log_s(-0.5), -log_s(2.25)], rel=1e-12)
+    assert bind("aot", beta=0.5)(data).losses.tolist() == pytest.approx(
+        [-log_s(0.25), -log_s(1.5)], rel=1e-12
+    )
+    assert bind("dpo", beta=0.5)(data).losses.tolist() == pytest.approx(
+        [-log_s(-0.5), -log_s(2.25)], rel=1e-12
+    )
 
 
 def test_aot_does_not_care_which_pair_a_reference_margin_belongs_to():
     data = pairs([1, -2, 3], [0, 1, -1], ref_w=[-3, -1, -2], ref_l=[-5, -2, -9])
     swapped = pairs([1, -2, 3], [0, 1, -1], ref_w=[-3, -1, -2], ref_l=[-5, -2, -9])
-    swapped.reference_chosen_logps, swapped.reference_rejected_logps = (t[[2, 0, 1]] for t in (data.reference_chosen_logps, data.reference_rejected_logps))
-    assert bind("aot")(swapped).losses.tolist() == pytest.approx(bind("aot")(data).losses.tolist(), rel=1e-12)
-    assert bind("dpo")(swapped).losses.sum().item() != pytest.approx(bind("dpo")(data).losses.sum().item(), rel=1e-3)
+    swapped.reference_chosen_logps, swapped.reference_rejected_logps = (
+        t[[2, 0, 1]] for t in (data.reference_chosen_logps, data.reference_rejected_logps)
+    )
+    assert bind("aot")(swapped).losses.tolist() == pytest.approx(
+        bind("aot")(data).losses.tolist(), rel=1e-12
+    )
+    assert bind("dpo")(swapped).losses.sum().item() != pytest.approx(
+        bind("dpo")(data).losses.sum().item(), rel=1e-3
+    )
 
 
 def test_kto_measures_against_the_mean_log_ratio_but_never_below_zero():
     loss = bind("kto", beta=0.5)
     losses = loss(pairs([2, 4], [-1, 3])).losses.tolist()  # z = (2 + 4 - 1 + 3) / 4 = 2
     side = lambda x: 1 - sigmoid(x)
-    assert losses == pytest.approx([(side(0) + side(0.5 * 3)) / 2, (side(0.5 * 2) + side(0.5 * -1)) / 2], rel=1e-12)
-    assert loss(pairs([1], [-4])).losses.item() == pytest.approx((side(0.5) + side(2)) / 2, rel=1e-12)
+    assert losses == pytest.approx(
+        [(side(0) + side(0.5 * 3)) / 2, (side(0.5 * 2) + side(0.5 * -1)) / 2], rel=1e-12
+    )
+    assert loss(pairs([1], [-4])).losses.item() == pytest.approx(
+        (side(0.5) + side(2)) / 2, rel=1e-12
+    )
 
 
 def responses(data: Pair, scores) -> Target:
     """Chosen, then rejected responses as examples of their own."""
-    both = lambda side: torch.cat([getattr(data, f"{side}_chosen_logps"), getattr(data, f"{side}_rejected_logps")]).detach().requires_grad_()
-    return Target(both("policy"), reference_logps=both("reference"), scores=torch.tensor(scores, dtype=torch.float64))
+    both = lambda side: (
+        torch.cat([getattr(data, f"{side}_chosen_logps"), getattr(data, f"{side}_rejected_logps")])
+        .detach()
+        .requires_grad_()
+    )
+    return Target(
+        both("policy"),
+        reference_logps=both("reference"),
+        scores=torch.tensor(scores, dtype=torch.float64),
+    )
 
 
 def test_kto_of_single_responses_is_that_of_the_pairs_they_make():
     weights = dict(beta=0.3, desirable_weight=1.3, undesirable_weight=0.7)
     data = pairs([2, -1, 4], [1, -3, 0.5])
-    paired, single = bind("kto", **weights)(data), bind("kto_unpaired", **weights)(responses(data, [1, 1, 1, 0, 0, 0]))
+    paired, single = (
+        bind("kto", **weights)(data),
+        bind("kto_unpaired", **weights)(responses(data, [1, 1, 1, 0, 0, 0])),
+    )
     assert single.losses.mean().item() == pytest.approx(paired.losses.mean().item(), rel=1e-12)
-    assert (single.losses[:3] + single.losses[3:]).tolist() == pytest.approx((2 * paired.losses).tolist(), rel=1e-12)
-    assert single.metrics["rewards_{split}/all"].tolist() == pytest.approx([0.6, -0.3, 1.2, 0.3, -0.9, 0.15], rel=1e-12)
+    assert (single.losses[:3] + single.losses[3:]).tolist() == pytest.approx(
+        (2 * paired.losses).tolist(), rel=1e-12
+    )
+    assert single.metrics["rewards_{split}/all"].tolist() == pytest.approx(
+        [0.6, -0.3, 1.2, 0.3, -0.9, 0.15], rel=1e-12
+    )
 
 
 def test_kto_unpaired_takes_scores_above_the_threshold_for_desirable():
-    data = responses(pairs([2, -1], [1, -3]), [0.3, 2.0, -1.0, 1.5])  # z = 0: the mean of 2, -1, 1, -3 is negative
+    data = responses(
+        pairs([2, -1], [1, -3]), [0.3, 2.0, -1.0, 1.5]
+    )  # z = 0: the mean of 2, -1, 1, -3 is negative
     output = bind("kto_unpaired", beta=0.5, threshold=1.0)(data)
     desirable, not_so = (lambda d: 1 - sigmoid(0.5 * d)), (lambda d: sigmoid(0.5 * d))
-    assert output.losses.tolist() == pytest.approx([not_so(2), desirable(-1), not_so(1), desirable(-3)], rel=1e-12)
+    assert output.losses.tolist() == pytest.approx(
+        [not_so(2), desirable(-1), not_so(1), desirable(-3)], rel=1e-12
+    )
     assert output.metrics["rewards_{split}/accuracies"].tolist() == [0.0, 0.0, 0.0, 0.0]
     assert output.metrics["desirable_{split}/share"].tolist() == [0.0, 1.0, 0.0, 1.0]
 
 
-# ------------------------------------------------------------------------------------------ running means
+# ------------------------------------------------------------------------------------ running means
 
 
 @pytest.mark.parametrize("name", ["bco", "beta-dpo"])
@@ -323,7 +447,9 @@ def test_a_loss_without_running_means_has_no_state():
 def test_running_means_over_parts_of_a_batch_are_refused():
     @losses.register_loss("drifting", reads={"reference"})
     def drifting(pair, *, beta: float):
-        return losses.LossOutput(pair.chosen_logratio, running={"mean": pair.chosen_logratio.mean()})
+        return losses.LossOutput(
+            pair.chosen_logratio, running={"mean": pair.chosen_logratio.mean()}
+        )
 
     try:
         with pytest.raises(ConfigError, match="couples_batch=True"):
@@ -332,7 +458,7 @@ def test_running_means_over_parts_of_a_batch_are_refused():
         del LOSSES["drifting"]
 
 
-# ------------------------------------------------------------------------------------------ at policy = reference
+# ---------------------------------------------------------------------------- at policy = reference
 
 
 @pytest.mark.parametrize(
@@ -364,16 +490,27 @@ def test_running_means_over_parts_of_a_batch_are_refused():
     ],
 )
 def test_value_at_policy_equals_reference(name, settings, expected):
-    data = pair(chosen_kl=0, rejected_kl=0, chosen_scores=1.6, rejected_scores=0.4, chosen_values=0.7, rejected_values=0.7, **LENGTHS)
+    data = pair(
+        chosen_kl=0,
+        rejected_kl=0,
+        chosen_scores=1.6,
+        rejected_scores=0.4,
+        chosen_values=0.7,
+        rejected_values=0.7,
+        **LENGTHS,
+    )
     assert value(name, data, **settings) == pytest.approx(expected, rel=1e-12)
 
 
-# ------------------------------------------------------------------------------------------ gradients
+# ---------------------------------------------------------------------------------------- gradients
 
 
 def gradients(name, data, **settings):
     output = bind(name, **settings)(data)
-    leaves = {key: getattr(data, key) for key in ("policy_chosen_logps", "policy_rejected_logps", "chosen_kl", "rejected_kl")}
+    leaves = {
+        key: getattr(data, key)
+        for key in ("policy_chosen_logps", "policy_rejected_logps", "chosen_kl", "rejected_kl")
+    }
     leaves = {key: leaf for key, leaf in leaves.items() if leaf is not None}
     found = torch.autograd.grad(output.losses.sum(), list(leaves.values()), allow_unused=True)
     return {key: None if g is None else g.item() for key, g in zip(leaves, found)}
@@ -388,7 +525,10 @@ def test_tdpo2_sends_no_gradient_through_the_chosen_kl_and_tdpo1_does():
 
 
 def test_odpo_gradient_grows_with_the_score_gap():
-    pulls = [-gradients("odpo", pair(chosen_scores=1 + gap, rejected_scores=1))["policy_chosen_logps"] for gap in (0.1, 0.5, 0.9)]
+    pulls = [
+        -gradients("odpo", pair(chosen_scores=1 + gap, rejected_scores=1))["policy_chosen_logps"]
+        for gap in (0.1, 0.5, 0.9)
+    ]
     assert pulls[0] < pulls[1] < pulls[2]
 
 
@@ -401,7 +541,11 @@ def test_cal_dpo_calibration_pulls_each_log_ratio_to_its_own_target():
 
 def everything(d_w=0.0, d_l=0.0) -> Pair:
     """A pair with all that a loss may read."""
-    kl, scores, collision = {"chosen_kl": 0.3, "rejected_kl": 0.8}, {"chosen_scores": 1.6, "rejected_scores": 0.4}, {"chosen_collision": -3, "rejected_collision": -1}
+    kl, scores, collision = (
+        {"chosen_kl": 0.3, "rejected_kl": 0.8},
+        {"chosen_scores": 1.6, "rejected_scores": 0.4},
+        {"chosen_collision": -3, "rejected_collision": -1},
+    )
     return pair(d_w, d_l, **kl, **scores, **collision, **LENGTHS)
 
 
@@ -420,29 +564,47 @@ def test_every_loss_pulls_chosen_up_and_rejected_down_near_the_reference(name):
 
 
 def test_discopop_pulls_the_wrong_way_on_its_hump_at_the_reference():
-    assert gradients("discopop", pair(0, 0))["policy_chosen_logps"] == pytest.approx(0.1 * (-0.25 - 0.5 + 5 * (1 - math.log(2))))  # > 0
+    assert gradients("discopop", pair(0, 0))["policy_chosen_logps"] == pytest.approx(
+        0.1 * (-0.25 - 0.5 + 5 * (1 - math.log(2)))
+    )  # > 0
     assert gradients("apo_down", pair(0, 0))["policy_chosen_logps"] == 0.0
 
 
 def test_nca_pulls_the_chosen_reward_to_log_2_and_sppo_each_log_ratio_to_its_target():
     at = math.log(2) / 0.5
-    assert gradients("nca", pair(at, -1), beta=0.5)["policy_chosen_logps"] == pytest.approx(0, abs=1e-12)
-    assert gradients("nca", pair(at - 1, -1), beta=0.5)["policy_chosen_logps"] < 0 < gradients("nca", pair(at + 1, -1), beta=0.5)["policy_chosen_logps"]
-    assert list(gradients("sppo", pair(5, -5), beta=0.1).values()) == pytest.approx([0, 0], abs=1e-12)
+    assert gradients("nca", pair(at, -1), beta=0.5)["policy_chosen_logps"] == pytest.approx(
+        0, abs=1e-12
+    )
+    assert (
+        gradients("nca", pair(at - 1, -1), beta=0.5)["policy_chosen_logps"]
+        < 0
+        < gradients("nca", pair(at + 1, -1), beta=0.5)["policy_chosen_logps"]
+    )
+    assert list(gradients("sppo", pair(5, -5), beta=0.1).values()) == pytest.approx(
+        [0, 0], abs=1e-12
+    )
 
 
 def test_hinge_gives_the_same_gradient_up_to_the_margin_and_none_beyond():
-    pulls = [gradients("hinge", pair(d_w, 0), beta=0.5, margin=1.0)["policy_chosen_logps"] for d_w in (-20, 0, 1.9, 2.1, 20)]
+    pulls = [
+        gradients("hinge", pair(d_w, 0), beta=0.5, margin=1.0)["policy_chosen_logps"]
+        for d_w in (-20, 0, 1.9, 2.1, 20)
+    ]
     assert pulls == [-0.5, -0.5, -0.5, 0.0, 0.0]
 
 
 def test_exo_lets_go_of_pairs_that_are_far_wrong_and_dpo_does_not():
-    exo, dpo = (gradients(name, pair(-200, 0), beta=0.1)["policy_chosen_logps"] for name in ("exo", "dpo"))
+    exo, dpo = (
+        gradients(name, pair(-200, 0), beta=0.1)["policy_chosen_logps"] for name in ("exo", "dpo")
+    )
     assert abs(exo) < 1e-6 < 0.09 < abs(dpo)
 
 
 def test_dpop_pulls_harder_on_a_chosen_response_that_lost():
-    lost, gained = (gradients("dpop", pair(d_w, d_w - 1), penalty_weight=5.0)["policy_chosen_logps"] for d_w in (-1, 1))
+    lost, gained = (
+        gradients("dpop", pair(d_w, d_w - 1), penalty_weight=5.0)["policy_chosen_logps"]
+        for d_w in (-1, 1)
+    )
     assert lost < 6 * gained < 0
 
 
@@ -450,14 +612,22 @@ def by_hand_bco(delta):
     return [-0.5 * sigmoid(-(1 - delta)), 0.5 * sigmoid(-0.5 - delta)]
 
 
-@pytest.mark.parametrize("name, expected", [
-    ("bco", by_hand_bco(0.25)),  # rewards 1 and -1/2
-    ("beta-dpo", [-0.5 * sigmoid(-1.5), 0.5 * sigmoid(-1.5)]),
-    ("kto", [-0.25 * sigmoid(0.75) * sigmoid(-0.75), 0.25 * sigmoid(0.75) * sigmoid(-0.75)]),  # z = 1/2
-    ("wpo", [-math.exp(-2) * 0.5 * sigmoid(-1.5), math.exp(-2) * 0.5 * sigmoid(-1.5)]),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "name, expected",
+    [
+        ("bco", by_hand_bco(0.25)),  # rewards 1 and -1/2
+        ("beta-dpo", [-0.5 * sigmoid(-1.5), 0.5 * sigmoid(-1.5)]),
+        (
+            "kto",
+            [-0.25 * sigmoid(0.75) * sigmoid(-0.75), 0.25 * sigmoid(0.75) * sigmoid(-0.75)],
+        ),  # z = 1/2
+        ("wpo", [-math.exp(-2) * 0.5 * sigmoid(-1.5), math.exp(-2) * 0.5 * sigmoid(-1.5)]),
+    ],
+)
 def test_no_gradient_goes_through_what_is_taken_from_the_batch_or_the_distribution(name, expected):
-    assert list(gradients(name, everything(2, -1), beta=0.5).values())[:2] == pytest.approx(expected, rel=1e-12)
+    assert list(gradients(name, everything(2, -1), beta=0.5).values())[:2] == pytest.approx(
+        expected, rel=1e-12
+    )
 
 
 def test_tdpo1_and_tdpo2_at_alpha_1_differ_in_their_gradient_alone():
@@ -466,13 +636,20 @@ def test_tdpo1_and_tdpo2_at_alpha_1_differ_in_their_gradient_alone():
     assert gradients("tdpo1", data) != gradients("tdpo2", data, alpha=1.0)
 
 
-# ------------------------------------------------------------------------------------------ identities
+# --------------------------------------------------------------------------------------- identities
 
 log_ratios, betas = st.floats(-30, 30), st.floats(0.01, 2)
 DPO_AGAIN = [
-    ("dpo", {"label_smoothing": 0.0}), ("robust", {"label_smoothing": 0.0}), ("odpo", {"alpha": 0.0}), ("tdpo2", {"alpha": 0.0}), ("dpop", {"penalty_weight": 0.0}),
-    ("rdpo", {"alpha": 0.0}), ("beta-dpo", {"alpha": 0.0}), ("beta-dpo", {"momentum": 0.0}), ("aot", {}),
-]  # fmt: skip
+    ("dpo", {"label_smoothing": 0.0}),
+    ("robust", {"label_smoothing": 0.0}),
+    ("odpo", {"alpha": 0.0}),
+    ("tdpo2", {"alpha": 0.0}),
+    ("dpop", {"penalty_weight": 0.0}),
+    ("rdpo", {"alpha": 0.0}),
+    ("beta-dpo", {"alpha": 0.0}),
+    ("beta-dpo", {"momentum": 0.0}),
+    ("aot", {}),
+]
 
 
 @pytest.mark.parametrize("name, at", DPO_AGAIN)
@@ -485,7 +662,10 @@ def test_equals_dpo(name, at, d_w, d_l, beta):
     assert value(name, data, beta=beta, **at) == pytest.approx(expected, rel=1e-12)
 
 
-@pytest.mark.parametrize("name, settings", [("robust", {"label_smoothing": 0.2}), ("odpo", {}), ("tdpo2", {}), ("dpop", {}), ("rdpo", {})])
+@pytest.mark.parametrize(
+    "name, settings",
+    [("robust", {"label_smoothing": 0.2}), ("odpo", {}), ("tdpo2", {}), ("dpop", {}), ("rdpo", {})],
+)
 def test_and_differs_from_dpo_elsewhere(name, settings):
     data = everything(-1, -4)
     assert value(name, data, **settings) != pytest.approx(value("dpo", data), rel=1e-3)
@@ -494,7 +674,9 @@ def test_and_differs_from_dpo_elsewhere(name, settings):
 @settings(deadline=None, max_examples=10)
 @given(d_w=log_ratios, d_l=log_ratios, beta=betas)
 def test_the_calibration_of_cal_dpo_is_sppo(d_w, d_l, beta):
-    with_it, without = (value("cal-dpo", pair(d_w, d_l), beta=beta, cal_weight=weight) for weight in (1.0, 0.0))
+    with_it, without = (
+        value("cal-dpo", pair(d_w, d_l), beta=beta, cal_weight=weight) for weight in (1.0, 0.0)
+    )
     assert with_it - without == pytest.approx(value("sppo", pair(d_w, d_l), beta=beta), rel=1e-9)
 
 
@@ -502,7 +684,9 @@ def test_the_calibration_of_cal_dpo_is_sppo(d_w, d_l, beta):
 @given(gap=log_ratios, e=st.floats(0, 0.45))
 def test_robust_is_dpo_on_average_over_flipped_labels(gap, e):
     right, flipped = (value("robust", pair(h, 0), beta=0.3, label_smoothing=e) for h in (gap, -gap))
-    assert (1 - e) * right + e * flipped == pytest.approx(value("dpo", pair(gap, 0), beta=0.3), rel=1e-9, abs=1e-12)
+    assert (1 - e) * right + e * flipped == pytest.approx(
+        value("dpo", pair(gap, 0), beta=0.3), rel=1e-9, abs=1e-12
+    )
 
 
 @settings(deadline=None, max_examples=10)
@@ -519,15 +703,23 @@ def test_losses_that_are_bounded_stay_in_their_bounds(d_w, d_l, beta):
 @given(d_w=log_ratios, d_l=log_ratios)
 def test_cpo_and_slic_without_their_likelihood_are_reference_free_dpo_and_a_hinge(d_w, d_l):
     data = everything(d_w, d_l)
-    assert value("cpo", data, beta=0.3, nll_weight=0.0) == pytest.approx(value("dpo", data, beta=0.3, reference_free=True), rel=1e-12)
-    assert value("slic", data, delta=2.0, nll_weight=0.0) == pytest.approx(max(0, 2 - (d_w - 3) + (d_l - 5)), rel=1e-12, abs=1e-12)
+    assert value("cpo", data, beta=0.3, nll_weight=0.0) == pytest.approx(
+        value("dpo", data, beta=0.3, reference_free=True), rel=1e-12
+    )
+    assert value("slic", data, delta=2.0, nll_weight=0.0) == pytest.approx(
+        max(0, 2 - (d_w - 3) + (d_l - 5)), rel=1e-12, abs=1e-12
+    )
 
 
-# ------------------------------------------------------------------------------------------ every loss
+# --------------------------------------------------------------------------------------- every loss
 
 
 def test_every_registered_loss_has_a_yaml_of_its_name_and_every_yaml_a_loss():
-    own = {name for name, spec in LOSSES.items() if spec.function.__module__ in ("losses", "more_losses")}
+    own = {
+        name
+        for name, spec in LOSSES.items()
+        if spec.function.__module__ in ("losses", "more_losses")
+    }
     assert own == set(YAMLS)
 
 
@@ -540,7 +732,9 @@ def test_yaml_composes_binds_and_comments_every_key(name):
     assert loss.name == name
     lines = (CONFIG_DIR / "loss" / f"{name}.yaml").read_text().splitlines()
     for above, line in zip(["", *lines], lines):
-        assert line.startswith("#") or above.startswith("#"), f"{name}.yaml: {line!r} has no comment above"
+        assert line.startswith("#") or above.startswith("#"), (
+            f"{name}.yaml: {line!r} has no comment above"
+        )
 
 
 @pytest.mark.parametrize("name", YAMLS)
@@ -554,9 +748,17 @@ def test_docstring_says_where_it_comes_from(name):
 def test_loss_and_gradient_are_finite_and_inputs_untouched(name, gap):
     loss = bind(name)
     data = made_up_batch(loss)
-    policy_fields = [f for f in ("policy_chosen_logps", "policy_rejected_logps", "chosen_values", "policy_logps") if getattr(data, f, None) is not None]
+    policy_fields = [
+        f
+        for f in ("policy_chosen_logps", "policy_rejected_logps", "chosen_values", "policy_logps")
+        if getattr(data, f, None) is not None
+    ]
     if loss.examples != "pairs":
-        data.policy_logps = data.reference_logps + gap if "reference" in loss.reads else data.policy_logps - abs(gap)
+        data.policy_logps = (
+            data.reference_logps + gap
+            if "reference" in loss.reads
+            else data.policy_logps - abs(gap)
+        )
     elif "reference" in loss.reads:
         data.policy_chosen_logps = data.reference_chosen_logps + gap
         data.policy_rejected_logps = data.reference_rejected_logps.clone()
@@ -585,22 +787,32 @@ def test_loss_and_gradient_are_finite_and_inputs_untouched(name, gap):
 def test_logged_rewards_are_beta_times_log_ratios_whatever_is_optimised(name):
     loss = bind(name, beta=0.25)
     if "reference" not in loss.reads or loss.examples != "pairs":
-        pytest.skip("without a reference there is no log-ratio, and without pairs no chosen response")
+        pytest.skip(
+            "without a reference there is no log-ratio, and without pairs no chosen response"
+        )
     output = loss(everything(2, -1))
-    assert (output.chosen_rewards.item(), output.rejected_rewards.item()) == pytest.approx((0.5, -0.25))
+    assert (output.chosen_rewards.item(), output.rejected_rewards.item()) == pytest.approx(
+        (0.5, -0.25)
+    )
 
 
 def some_of(data, rows):
     """These examples of a batch."""
     picked = {key: t[rows] if isinstance(t, torch.Tensor) else t for key, t in vars(data).items()}
-    picked |= {"columns": {key: t[rows] for key, t in data.columns.items()}} if isinstance(data, Pair) else {}
+    picked |= (
+        {"columns": {key: t[rows] for key, t in data.columns.items()}}
+        if isinstance(data, Pair)
+        else {}
+    )
     return type(data)(**picked)
 
 
 @pytest.mark.parametrize("name", YAMLS)
 def test_a_loss_that_couples_examples_says_so_and_no_other_does(name):
     loss = bind(name)
-    loss.keep(loss(made_up_batch(loss, seed=1)))  # a running mean makes no difference as long as it is the batch's own
+    loss.keep(
+        loss(made_up_batch(loss, seed=1))
+    )  # a running mean makes no difference as long as it is the batch's own
     data = made_up_batch(loss, n=6)
     alone = torch.cat([loss(some_of(data, [i])).losses for i in range(6)])
     assert torch.allclose(loss(data).losses, alone, rtol=1e-12) != loss.couples_batch
@@ -613,45 +825,66 @@ def test_the_order_of_the_examples_changes_nothing(name):
     assert torch.allclose(loss(some_of(data, order)).losses, loss(data).losses[order], rtol=1e-12)
 
 
-# ------------------------------------------------------------------------------------------ what wpo reads
+# ----------------------------------------------------------------------------------- what wpo reads
 
 TREES = [([5, 6], [[7, 8, 9, 200, 3], [1]]), ([11] * 9, [[250, 1, 2], [3, 4, 5, 6, 7, 8, 9, 10]])]
 
 
-@pytest.mark.parametrize("layout, head, kl", [
-    *((layout, "plain", None) for layout in LAYOUTS), ("packed", "of another kind", None), ("prefix_shared", "plain", "reference||policy"),
-    ("packed", "plain", "policy||reference"), ("padded", "of another kind", "reference||policy"),
-])  # fmt: skip
-def test_collision_is_that_of_a_naive_float64_softmax_in_every_layout(layout, head, kl, monkeypatch):
+@pytest.mark.parametrize(
+    "layout, head, kl",
+    [
+        *((layout, "plain", None) for layout in LAYOUTS),
+        ("packed", "of another kind", None),
+        ("prefix_shared", "plain", "reference||policy"),
+        ("packed", "plain", "policy||reference"),
+        ("padded", "of another kind", "reference||policy"),
+    ],
+)
+def test_collision_is_that_of_a_naive_float64_softmax_in_every_layout(
+    layout, head, kl, monkeypatch
+):
     monkeypatch.setattr(logprobs, "CHUNK_ELEMENTS", 5 * 258)  # several chunks and a left-over one
     model, reference = (make_model("llama", seed=seed, dtype=torch.float64) for seed in (0, 1))
     expected = []
     for prompt, of_prompt in TREES:
         for response in of_prompt:
-            p = model(input_ids=torch.tensor([prompt + response]), use_cache=False).logits[0, len(prompt) - 1 : -1].softmax(-1)
+            p = (
+                model(input_ids=torch.tensor([prompt + response]), use_cache=False)
+                .logits[0, len(prompt) - 1 : -1]
+                .softmax(-1)
+            )
             expected.append((p**2).sum(-1).log().sum().item())
     for m in (model, reference):
         attention.enable(m)
     if head != "plain":
         model.lm_head.base_layer = None
     batch = lay_out(TREES, Layout(layout, 257))
-    scores = score_responses(Scorer(model), batch, reference=Scorer(reference), kl=kl, collision=True)
+    scores = score_responses(
+        Scorer(model), batch, reference=Scorer(reference), kl=kl, collision=True
+    )
     assert scores.collision.tolist() == pytest.approx(expected, rel=1e-9)
     assert not scores.collision.requires_grad and scores.logps.requires_grad
-    assert max(expected) < -0.01 and min(expected) < -1  # neither sure nor uniform, or this would say little
+    assert (
+        max(expected) < -0.01 and min(expected) < -1
+    )  # neither sure nor uniform, or this would say little
     gradient = lambda collision: torch.autograd.grad(
-        score_responses(Scorer(model), batch, reference=Scorer(reference), kl=kl, collision=collision).logps.sum(), model.lm_head.weight
-    )[0]  # fmt: skip
+        score_responses(
+            Scorer(model), batch, reference=Scorer(reference), kl=kl, collision=collision
+        ).logps.sum(),
+        model.lm_head.weight,
+    )[0]
     assert torch.equal(gradient(True), gradient(False))
 
 
 def test_collision_does_not_underflow_where_a_distribution_is_wide():
     hidden, weight = torch.zeros(1, 1), torch.zeros(100_000, 1)
-    found = logprobs.LinearLogProbs.apply(hidden, weight, None, torch.tensor([1]), None, None, None, None, False, True, True)[4]
+    found = logprobs.LinearLogProbs.apply(
+        hidden, weight, None, torch.tensor([1]), None, None, None, None, False, True, True
+    )[4]
     assert found.item() == pytest.approx(-math.log(100_000), rel=1e-5)
 
 
-# ------------------------------------------------------------------------------------------ docs/losses.md
+# ----------------------------------------------------------------------------------- docs/losses.md
 
 DOCS = ROOT / "docs" / "losses.md"
 
@@ -669,8 +902,14 @@ def test_the_documentation_has_every_loss_with_its_settings_and_what_it_reads(na
     told = section(name)
     for key, default in defaults(name).items():
         if key != "name":
-            shown = {True: "true", False: "false", None: "null"}.get(default, default) if isinstance(default, (bool, type(None))) else default
-            assert f"`{key}` ({shown})" in told, f"{key} ({shown}) is missing from the section of {name}"
+            shown = (
+                {True: "true", False: "false", None: "null"}.get(default, default)
+                if isinstance(default, (bool, type(None)))
+                else default
+            )
+            assert f"`{key}` ({shown})" in told, (
+                f"{key} ({shown}) is missing from the section of {name}"
+            )
     reads = ", ".join(sorted(bind(name).reads)) or "nothing beside the policy"
     assert f"Reads: {reads}" in told
     assert ("batch" in told) or not LOSSES[name].couples_batch
@@ -686,13 +925,17 @@ def test_the_picture_of_the_losses_is_drawn_from_the_functions(tmp_path, monkeyp
     assert not re.search(r"\b(nca|simpo|sppo|cal-dpo)\b", told)  # these depend on more than the gap
 
 
-# ------------------------------------------------------------------------------------------ bad settings
+# ------------------------------------------------------------------------------------- bad settings
 
 
 @pytest.mark.parametrize(
     "name, settings, told",
     [
-        ("dpo", {"alpha": 1.0}, "no setting alpha; accepted: beta, label_smoothing, reference_free"),
+        (
+            "dpo",
+            {"alpha": 1.0},
+            "no setting alpha; accepted: beta, label_smoothing, reference_free",
+        ),
         ("dpo", {"beta": None}, "needs loss.beta"),
         ("dpo", {"beta": 0.0}, "greater than 0"),
         ("dpo", {"beta": "high"}, "finite number"),
@@ -725,7 +968,10 @@ def test_bad_settings_are_refused(name, settings, told):
         bind(name, **settings)
 
 
-@pytest.mark.parametrize("offset, scores", [("log", (1.0, 1.0)), ("log", (0.5, 1.0)), ("ratio", (1.0, 0.0)), ("ratio", (1.0, -2.0))])
+@pytest.mark.parametrize(
+    "offset, scores",
+    [("log", (1.0, 1.0)), ("log", (0.5, 1.0)), ("ratio", (1.0, 0.0)), ("ratio", (1.0, -2.0))],
+)
 def test_odpo_names_the_example_with_unusable_scores(offset, scores):
     data = pair(chosen_scores=scores[0], rejected_scores=scores[1])
     data.names = ["imdb.jsonl:12"]
@@ -734,7 +980,9 @@ def test_odpo_names_the_example_with_unusable_scores(offset, scores):
 
 
 def test_odpo_tells_the_offsets_of_the_data():
-    line = bind("odpo", alpha=1.0).inspect_scores(torch.tensor([2.0, 1.5, 4.0]), torch.tensor([1.0, 1.0, 1.0]), [])
+    line = bind("odpo", alpha=1.0).inspect_scores(
+        torch.tensor([2.0, 1.5, 4.0]), torch.tensor([1.0, 1.0, 1.0]), []
+    )
     assert "median 0" in line and "33% are negative" in line
 
 

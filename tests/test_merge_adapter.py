@@ -1,4 +1,5 @@
-"""scripts/merge_adapter.py: a folded adapter computes what base and adapter compute together, and what does not fit is refused."""
+"""scripts/merge_adapter.py: a folded adapter computes what base and adapter compute together, and
+what does not fit is refused."""
 
 import json
 import shutil
@@ -30,15 +31,22 @@ sys.path.insert(0, str(ROOT / "scripts"))
 
 from merge_adapter import main, merge  # noqa: E402
 
-KINDS = {"CAUSAL_LM": (AutoModelForCausalLM, {}), "SEQ_CLS": (AutoModelForSequenceClassification, {"num_labels": 1})}
+KINDS = {
+    "CAUSAL_LM": (AutoModelForCausalLM, {}),
+    "SEQ_CLS": (AutoModelForSequenceClassification, {"num_labels": 1}),
+}
 TEXT = torch.randint(256, (3, 12), generator=torch.Generator().manual_seed(0))
 
 
 def train_adapter(base: Path, folder: Path, task: str = "CAUSAL_LM", **more) -> Path:
-    """An adapter on all linear layers whose every tensor, the head of a classifier included, is drawn at random."""
+    """An adapter on all linear layers whose every tensor, the head of a classifier included, is
+    drawn at random."""
     kind, options = KINDS[task]
     torch.manual_seed(1)
-    model = get_peft_model(kind.from_pretrained(base, **options), LoraConfig(r=4, target_modules="all-linear", task_type=task, **more))
+    model = get_peft_model(
+        kind.from_pretrained(base, **options),
+        LoraConfig(r=4, target_modules="all-linear", task_type=task, **more),
+    )
     with torch.no_grad():
         for parameter in (p for p in model.parameters() if p.requires_grad):
             parameter.normal_(std=0.1)
@@ -64,19 +72,44 @@ def test_merged_computes_what_base_and_adapter_do(llama_folder, tmp_path, task):
     torch.testing.assert_close(logits(merged), both, rtol=0, atol=1e-5)
     assert (both - logits(kind.from_pretrained(llama_folder, **options))).abs().max() > 0.1
     if task == "SEQ_CLS":  # the head that was trained, not a new one
-        assert torch.equal(merged.score.weight, load_file(adapter / "adapter_model.safetensors")["base_model.model.score.weight"])
-    assert AutoTokenizer.from_pretrained(tmp_path / "merged")("abc")["input_ids"] == make_tokenizer()("abc")["input_ids"]
+        assert torch.equal(
+            merged.score.weight,
+            load_file(adapter / "adapter_model.safetensors")["base_model.model.score.weight"],
+        )
+    assert (
+        AutoTokenizer.from_pretrained(tmp_path / "merged")("abc")["input_ids"]
+        == make_tokenizer()("abc")["input_ids"]
+    )
 
 
 @pytest.mark.parametrize("loss", ["dpo", "bradley_terry"])
-def test_the_adapter_of_a_checkpoint_merges_into_what_the_checkpoint_has(llama_folder, imdb_dir, tmp_path, loss, monkeypatch, capsys):
-    more = ("model.lora.r=4", f"loss={loss}", "n_examples=16", "sample_during_eval=false", "lr=1e-2")
+def test_the_adapter_of_a_checkpoint_merges_into_what_the_checkpoint_has(
+    llama_folder, imdb_dir, tmp_path, loss, monkeypatch, capsys
+):
+    more = (
+        "model.lora.r=4",
+        f"loss={loss}",
+        "n_examples=16",
+        "sample_during_eval=false",
+        "lr=1e-2",
+    )
     run_here(*small_run(llama_folder, imdb_dir, tmp_path / "run", *more))
-    places = {"--adapter_model_name": tmp_path / "run" / "LATEST" / "adapter", "--base_model_name": llama_folder, "--output_name": tmp_path / "merged"}
-    monkeypatch.setattr(sys, "argv", ["merge_adapter.py", *(str(word) for pair in places.items() for word in pair)])
+    places = {
+        "--adapter_model_name": tmp_path / "run" / "LATEST" / "adapter",
+        "--base_model_name": llama_folder,
+        "--output_name": tmp_path / "merged",
+    }
+    monkeypatch.setattr(
+        sys, "argv", ["merge_adapter.py", *(str(word) for pair in places.items() for word in pair)]
+    )
     main()
-    assert capsys.readouterr().out.endswith(f"{llama_folder} with {places['--adapter_model_name']} folded in\n")
-    ours, theirs = (load_file(folder / "model.safetensors") for folder in (tmp_path / "merged", tmp_path / "run" / "LATEST" / "hf"))
+    assert capsys.readouterr().out.endswith(
+        f"{llama_folder} with {places['--adapter_model_name']} folded in\n"
+    )
+    ours, theirs = (
+        load_file(folder / "model.safetensors")
+        for folder in (tmp_path / "merged", tmp_path / "run" / "LATEST" / "hf")
+    )
     assert ours.keys() == theirs.keys()
     for name in ours:
         torch.testing.assert_close(ours[name], theirs[name], rtol=0, atol=1e-6)
@@ -118,12 +151,21 @@ def fewer_layers(adapter, base):
 
 def more_layers(adapter, base):
     weights = load_file(adapter / "adapter_model.safetensors")
-    save_file({name: value for name, value in weights.items() if ".layers.1." not in name}, adapter / "adapter_model.safetensors")
+    save_file(
+        {name: value for name, value in weights.items() if ".layers.1." not in name},
+        adapter / "adapter_model.safetensors",
+    )
 
 
 def another_width(adapter, base):
     weights = load_file(adapter / "adapter_model.safetensors")
-    save_file({name: value[:, :-1].contiguous() if "lora_A" in name else value for name, value in weights.items()}, adapter / "adapter_model.safetensors")
+    save_file(
+        {
+            name: value[:, :-1].contiguous() if "lora_A" in name else value
+            for name, value in weights.items()
+        },
+        adapter / "adapter_model.safetensors",
+    )
 
 
 def no_base(adapter, base):
@@ -158,7 +200,10 @@ def test_what_does_not_fit_is_refused_and_nothing_is_written(llama_folder, tmp_p
 def test_a_head_that_nobody_trained_is_refused(llama_folder, tmp_path):
     adapter = train_adapter(llama_folder, tmp_path / "adapter", "SEQ_CLS")
     weights = load_file(adapter / "adapter_model.safetensors")
-    save_file({name: value for name, value in weights.items() if "score" not in name}, adapter / "adapter_model.safetensors")
+    save_file(
+        {name: value for name, value in weights.items() if "score" not in name},
+        adapter / "adapter_model.safetensors",
+    )
     with pytest.raises(ConfigError, match="has no score.weight, and neither has the adapter"):
         merge(adapter, str(llama_folder), tmp_path / "merged")
 
@@ -166,10 +211,27 @@ def test_a_head_that_nobody_trained_is_refused(llama_folder, tmp_path):
 def test_an_output_that_exists_stays(llama_folder, tmp_path):
     (tmp_path / "merged").mkdir()
     with pytest.raises(ConfigError, match="exists; take another name"):
-        merge(train_adapter(llama_folder, tmp_path / "adapter"), str(llama_folder), tmp_path / "merged")
+        merge(
+            train_adapter(llama_folder, tmp_path / "adapter"),
+            str(llama_folder),
+            tmp_path / "merged",
+        )
     assert not list((tmp_path / "merged").iterdir())
 
 
 def test_the_command_says_it_in_one_line(tmp_path):
-    result = run_command("scripts/merge_adapter.py", "--adapter_model_name", tmp_path, "--base_model_name", "x", "--output_name", tmp_path / "merged", check=False)
-    assert result.returncode == 2 and result.stderr.startswith("error: ") and result.stderr.count("\n") == 1
+    result = run_command(
+        "scripts/merge_adapter.py",
+        "--adapter_model_name",
+        tmp_path,
+        "--base_model_name",
+        "x",
+        "--output_name",
+        tmp_path / "merged",
+        check=False,
+    )
+    assert (
+        result.returncode == 2
+        and result.stderr.startswith("error: ")
+        and result.stderr.count("\n") == 1
+    )

@@ -36,20 +36,29 @@ def model_config(path, **more):
 
 
 def policy_pt(path, model, **extra_state):
-    torch.save({"step_idx": 7, "state": model.state_dict() | extra_state, "metrics": {"loss/eval": 0.5}}, path)
+    torch.save(
+        {"step_idx": 7, "state": model.state_dict() | extra_state, "metrics": {"loss/eval": 0.5}},
+        path,
+    )
     return path
 
 
 @pytest.mark.parametrize("architecture", sorted(ARCHITECTURES))
 def test_archives_of_every_form_load(tmp_path, architecture):
-    trained, wanted = make_model(architecture, seed=5), make_model(architecture, seed=5).state_dict()
+    trained, wanted = (
+        make_model(architecture, seed=5),
+        make_model(architecture, seed=5).state_dict(),
+    )
     forms = {"policy.pt": policy_pt(tmp_path / "policy.pt", trained)}
     torch.save(trained.state_dict(), tmp_path / "plain.pt")
     trained.save_pretrained(tmp_path / "folder")
     (tmp_path / "run" / "LATEST").mkdir(parents=True)
     policy_pt(tmp_path / "run" / "LATEST" / "policy.pt", trained)
     save_file({key: w.clone() for key, w in wanted.items()}, tmp_path / "weights.safetensors")
-    forms |= {name: tmp_path / name for name in ("plain.pt", "folder", "run", "run/LATEST", "weights.safetensors")}
+    forms |= {
+        name: tmp_path / name
+        for name in ("plain.pt", "folder", "run", "run/LATEST", "weights.safetensors")
+    }
     for name, path in forms.items():
         model = make_model(architecture, seed=6)
         assert not same_weights(model.state_dict(), wanted)
@@ -58,21 +67,38 @@ def test_archives_of_every_form_load(tmp_path, architecture):
 
 
 def test_a_saved_archive_uses_the_names_of_published_checkpoints():
-    """GPT-NeoX calls its head embed_out there, and so do the original family's archives of Pythia models."""
+    """GPT-NeoX calls its head embed_out there, and so do the original family's archives of Pythia
+    models."""
     model = make_model("gpt_neox")
-    assert torch.equal(archive_state(model)["embed_out.weight"], model.get_output_embeddings().weight)
+    assert torch.equal(
+        archive_state(model)["embed_out.weight"], model.get_output_embeddings().weight
+    )
 
 
 def test_archives_of_old_transformers_versions_load(tmp_path):
     """They hold causal masks and rotary tables that are no weights."""
     model = make_model("gpt2", seed=5)
-    path = policy_pt(tmp_path / "policy.pt", model, **{"transformer.h.0.attn.bias": torch.ones(1, 1, 8, 8), "transformer.h.0.attn.masked_bias": torch.tensor(-1e4)})
+    path = policy_pt(
+        tmp_path / "policy.pt",
+        model,
+        **{
+            "transformer.h.0.attn.bias": torch.ones(1, 1, 8, 8),
+            "transformer.h.0.attn.masked_bias": torch.tensor(-1e4),
+        },
+    )
     other = make_model("gpt2", seed=6)
     load_archive(other, path)
     assert same_weights(other.state_dict(), model.state_dict())
     neox = make_model("gpt_neox", seed=5)
     old = {key.replace("lm_head.", "embed_out."): w for key, w in neox.state_dict().items()}
-    torch.save({"step_idx": 1, "state": old | {"gpt_neox.layers.0.attention.rotary_emb.inv_freq": torch.ones(2)}, "metrics": {}}, path)
+    torch.save(
+        {
+            "step_idx": 1,
+            "state": old | {"gpt_neox.layers.0.attention.rotary_emb.inv_freq": torch.ones(2)},
+            "metrics": {},
+        },
+        path,
+    )
     other = make_model("gpt_neox", seed=6)
     load_archive(other, path)
     assert same_weights(other.state_dict(), neox.state_dict())
@@ -80,16 +106,27 @@ def test_archives_of_old_transformers_versions_load(tmp_path):
 
 def test_an_archive_of_another_shape_or_architecture_is_refused_by_tensor_name(tmp_path):
     path = policy_pt(tmp_path / "policy.pt", make_model("gpt2"))
-    with pytest.raises(ConfigError, match=r"does not fit LlamaForCausalLM .*unknown to the model: transformer.*missing from the archive"):
+    with pytest.raises(
+        ConfigError,
+        match=(
+            r"does not fit LlamaForCausalLM .*unknown to the model: transformer.*missing from the"
+            r" archive"
+        ),
+    ):
         load_archive(make_model("llama"), path)
     state = make_model("gpt2").state_dict()
     state["transformer.h.1.mlp.c_fc.weight"] = torch.zeros(3, 3)
     torch.save(state, path)
-    with pytest.raises(ConfigError, match=r"1 of another shape: transformer.h.1.mlp.c_fc.weight \(3, 3\) against \(32, 128\)"):
+    with pytest.raises(
+        ConfigError,
+        match=r"1 of another shape: transformer.h.1.mlp.c_fc.weight \(3, 3\) against \(32, 128\)",
+    ):
         load_archive(make_model("gpt2"), path)
     del state["transformer.h.1.mlp.c_fc.weight"]
     torch.save(state, path)
-    with pytest.raises(ConfigError, match="1 missing from the archive: transformer.h.1.mlp.c_fc.weight"):
+    with pytest.raises(
+        ConfigError, match="1 missing from the archive: transformer.h.1.mlp.c_fc.weight"
+    ):
         load_archive(make_model("gpt2"), path)
 
 
@@ -118,18 +155,33 @@ def test_what_the_archive_means(tmp_path, llama_folder, function, reference_move
     policy = build_policy(config)
     reference = build_reference(config, policy, training=function == "train")
     assert same_weights(policy.model.state_dict(), trained.state_dict())
-    assert same_weights(reference.model.state_dict(), (trained if reference_moves else start).state_dict())
+    assert same_weights(
+        reference.model.state_dict(), (trained if reference_moves else start).state_dict()
+    )
     assert not any(p.requires_grad for p in reference.model.parameters())
     config.reference_archive = str(policy_pt(tmp_path / "other.pt", make_model("llama", seed=8)))
     reference = build_reference(config, policy, training=function == "train")
     assert same_weights(reference.model.state_dict(), make_model("llama", seed=8).state_dict())
 
 
-def test_training_from_an_archive_starts_at_policy_equals_reference(tmp_path, llama_folder, imdb_dir):
+def test_training_from_an_archive_starts_at_policy_equals_reference(
+    tmp_path, llama_folder, imdb_dir
+):
     archive = policy_pt(tmp_path / "policy.pt", make_model("llama", seed=5))
-    run_here(*small_run(llama_folder, imdb_dir, tmp_path / "run", f"model.archive={archive}", "n_examples=8"))
-    run_here(*small_run(llama_folder, imdb_dir, tmp_path / "eval", f"model.archive={archive}", "function=eval"))
-    first, evaluated = read_rows(tmp_path / "run" / "metrics.jsonl")[0], read_rows(tmp_path / "eval" / "metrics.jsonl")[0]
+    run_here(
+        *small_run(
+            llama_folder, imdb_dir, tmp_path / "run", f"model.archive={archive}", "n_examples=8"
+        )
+    )
+    run_here(
+        *small_run(
+            llama_folder, imdb_dir, tmp_path / "eval", f"model.archive={archive}", "function=eval"
+        )
+    )
+    first, evaluated = (
+        read_rows(tmp_path / "run" / "metrics.jsonl")[0],
+        read_rows(tmp_path / "eval" / "metrics.jsonl")[0],
+    )
     assert first["samples_eval/kl"] == 0
     assert evaluated["samples_eval/kl"] > 1
 
@@ -156,14 +208,18 @@ def test_dtypes(llama_folder):
     config = model_config(llama_folder, policy_dtype="bfloat16", reference_dtype="float64")
     policy = build_policy(config)
     assert {p.dtype for p in policy.model.parameters()} == {torch.bfloat16}
-    assert {p.dtype for p in build_reference(config, policy, training=True).model.parameters()} == {torch.float64}
+    assert {p.dtype for p in build_reference(config, policy, training=True).model.parameters()} == {
+        torch.float64
+    }
 
 
 def test_from_scratch_is_random_and_follows_the_seed(llama_folder):
     models = []
     for seed in (0, 0, 1):
         torch.manual_seed(seed)
-        models.append(build_policy(model_config(llama_folder, from_scratch=True)).model.state_dict())
+        models.append(
+            build_policy(model_config(llama_folder, from_scratch=True)).model.state_dict()
+        )
     assert same_weights(models[0], models[1]) and not same_weights(models[0], models[2])
     assert not same_weights(models[0], make_model("llama").state_dict())
 
@@ -174,7 +230,9 @@ def test_a_reward_model_starts_from_a_language_models_archive(tmp_path, llama_fo
     model = build_policy(config, scalar_head=True).model
     assert isinstance(model, AutoModelForSequenceClassification._model_mapping[type(model.config)])
     body = {key: w for key, w in model.state_dict().items() if not key.startswith("score.")}
-    assert same_weights(body, {key: w for key, w in trained.state_dict().items() if not key.startswith("lm_head.")})
+    assert same_weights(
+        body, {key: w for key, w in trained.state_dict().items() if not key.startswith("lm_head.")}
+    )
 
 
 def test_a_tokenizer_without_eos_is_refused_and_a_missing_pad_is_not(tmp_path):
@@ -188,4 +246,9 @@ def test_a_tokenizer_without_eos_is_refused_and_a_missing_pad_is_not(tmp_path):
     with pytest.raises(ConfigError, match="no EOS token"):
         load_tokenizer(model_config(tmp_path / "endless"))
     save_model(tmp_path / "other", "gpt2")
-    assert load_tokenizer(model_config(tmp_path / "padless", tokenizer_name_or_path=str(tmp_path / "other"))).pad_token == "<|pad|>"
+    assert (
+        load_tokenizer(
+            model_config(tmp_path / "padless", tokenizer_name_or_path=str(tmp_path / "other"))
+        ).pad_token
+        == "<|pad|>"
+    )

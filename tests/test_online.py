@@ -1,4 +1,5 @@
-"""Online learning: who labels what, what it costs, and that a run that was stopped anywhere goes on as if it had not been."""
+"""Online learning: who labels what, what it costs, and that a run that was stopped anywhere goes on
+as if it had not been."""
 
 import json
 import math
@@ -27,8 +28,9 @@ from rewards import RewardError
 from trainers import Stopped
 from utils import ConfigError, DataError, in_use
 
-# A gold of the user's own: letters a to m in a response; it notes what it was asked, and fails when told to.
-GOLD = '''
+# A gold of the user's own: letters a to m in a response; it notes what it was asked, and fails when
+# told to.
+GOLD = """
 import json
 from pathlib import Path
 from rewards import register_reward
@@ -47,7 +49,7 @@ def letters(*, log: str):
                 f.write(json.dumps([p, r]) + "\\n")
         return [float(sum(c in "abcdefghijklm" for c in r.lower())) for r in responses]
     return score
-'''
+"""
 
 
 @pytest.fixture(scope="module")
@@ -64,12 +66,35 @@ def go(imdb_dir, small_folder, tmp_path):
     def go(name: str, *overrides: str):
         folder = tmp_path / name
         settings = {
-            "function": "online", "+reward.log": folder.with_suffix(".asked"), "reward.module": module, "online.rounds": 6, "online.prompts_per_round": 8, "online.eval_every": 3,
-            "online.save_every": 2, "batch_size": 4, "optimizer": "AdamW", "lr": 1e-3, "sample_during_eval": "false", "online.measure_gold": "false", "online.relabel_every": 32,
-            "online.relabels": 4, "warmup_steps": 0, "reward": "length", "~reward.unit": "words", "reward.name": "letters",
-        }  # fmt: skip
+            "function": "online",
+            "+reward.log": folder.with_suffix(".asked"),
+            "reward.module": module,
+            "online.rounds": 6,
+            "online.prompts_per_round": 8,
+            "online.eval_every": 3,
+            "online.save_every": 2,
+            "batch_size": 4,
+            "optimizer": "AdamW",
+            "lr": 1e-3,
+            "sample_during_eval": "false",
+            "online.measure_gold": "false",
+            "online.relabel_every": 32,
+            "online.relabels": 4,
+            "warmup_steps": 0,
+            "reward": "length",
+            "~reward.unit": "words",
+            "reward.name": "letters",
+        }
         given = {o.split("=")[0] for o in overrides}
-        run_here(*small_run(small_folder, imdb_dir, folder, *(f"{key}={value}" for key, value in settings.items() if key not in given), *overrides))
+        run_here(
+            *small_run(
+                small_folder,
+                imdb_dir,
+                folder,
+                *(f"{key}={value}" for key, value in settings.items() if key not in given),
+                *overrides,
+            )
+        )
         return folder
 
     return go
@@ -95,13 +120,21 @@ def same(a: dict, b: dict) -> bool:
 def told(folder) -> list[dict]:
     """metrics.jsonl without what depends on the clock."""
     clock = ("seconds", "per_second")
-    return [{key: value for key, value in row.items() if not any(word in key for word in clock)} for row in read_rows(folder / "metrics.jsonl")]
+    return [
+        {key: value for key, value in row.items() if not any(word in key for word in clock)}
+        for row in read_rows(folder / "metrics.jsonl")
+    ]
 
 
-D2PO = ("online.discriminator=bradley_terry", "online.discriminator_lr=1e-3", "online.discriminator_epochs=2", "online.replay=1")
+D2PO = (
+    "online.discriminator=bradley_terry",
+    "online.discriminator_lr=1e-3",
+    "online.discriminator_epochs=2",
+    "online.replay=1",
+)
 
 
-# ------------------------------------------------------------------------------------------------------- small parts
+# -------------------------------------------------------------------------------------- small parts
 
 
 def test_a_store_in_memory_is_what_the_batches_see():
@@ -111,8 +144,12 @@ def test_a_store_in_memory_is_what_the_batches_see():
     batch = collate(data, np.arange(2), Layout("padded"))
     assert batch.examples == [0, 1] and len(data) == 2
     pieces = [batch.targets[batch.owners == r].tolist() for r in range(len(batch.lengths))]
-    assert [pieces[i] for i in batch.chosen] == [[5], [10]] and [pieces[i] for i in batch.rejected] == [[3, 4], [11, 12]]
-    assert batch.scores[batch.chosen].tolist() == [1.0, 3.0] and batch.scores[batch.rejected].tolist() == [0.0, 1.0]
+    assert [pieces[i] for i in batch.chosen] == [[5], [10]] and [
+        pieces[i] for i in batch.rejected
+    ] == [[3, 4], [11, 12]]
+    assert batch.scores[batch.chosen].tolist() == [1.0, 3.0] and batch.scores[
+        batch.rejected
+    ].tolist() == [0.0, 1.0]
     targets = PreferenceData([store], "targets", "x")
     assert [targets.responses_of(i)[1] for i in range(2)] == [[1], [2]]
     assert len(store_of("none", trees, [[0.0] * 2, [0.0] * 2, [0.0] * 3], [None] * 3).prompts) == 0
@@ -130,12 +167,24 @@ def test_conf_takes_the_closest_of_the_whole_pool_and_rand_any():
     drawn = [tuple(select(pool, 3, "rand", [0, n])) for n in range(200)]
     assert select(pool, 3, "rand", [0, 7]) == list(drawn[7])
     share = np.bincount([i for draw in drawn for i in draw], minlength=6) / 200
-    assert abs(share - 0.5).max() < 0.15  # each of six is among three drawn half of the time: 4 standard errors
+    assert (
+        abs(share - 0.5).max() < 0.15
+    )  # each of six is among three drawn half of the time: 4 standard errors
     assert select(pool, 10, "conf", [0]) == [3, 1, 5, 2, 0, 4]
 
 
 def wanted(n: int, number: int = 1, k: int = 2) -> list[dict]:
-    return [{"round": number, "key": i, "prompt": f"p{i}", "prompt_tokens": [1], "responses": ["x" * (i + j) for j in range(k)], "tokens": [[1]] * k} for i in range(n)]
+    return [
+        {
+            "round": number,
+            "key": i,
+            "prompt": f"p{i}",
+            "prompt_tokens": [1],
+            "responses": ["x" * (i + j) for j in range(k)],
+            "tokens": [[1]] * k,
+        }
+        for i in range(n)
+    ]
 
 
 def by_length(prompts, responses):
@@ -144,9 +193,17 @@ def by_length(prompts, responses):
 
 def test_the_ledger_counts_what_was_paid_and_cannot_overspend(tmp_path):
     ledger = Ledger(tmp_path / "labels.jsonl", 5)
-    assert [row["scores"] for row in ledger.buy(wanted(3), by_length)] == [[0.0, 1.0], [1.0, 2.0], [2.0, 3.0]]
-    assert ledger.bought == 3 and ledger.affords(1) == 2 and ledger.affords(2) == 1  # the best and worst of three cost two
-    with pytest.raises(RewardError, match="3 labels were to be bought and the budget has room for 2"):
+    assert [row["scores"] for row in ledger.buy(wanted(3), by_length)] == [
+        [0.0, 1.0],
+        [1.0, 2.0],
+        [2.0, 3.0],
+    ]
+    assert (
+        ledger.bought == 3 and ledger.affords(1) == 2 and ledger.affords(2) == 1
+    )  # the best and worst of three cost two
+    with pytest.raises(
+        RewardError, match="3 labels were to be bought and the budget has room for 2"
+    ):
         ledger.buy(wanted(3), by_length)
     assert ledger.buy(wanted(1, 2, k=3), by_length)[0]["cost"] == 2
     assert ledger.affords(1) == 0 and ledger.bought_until(1) == 3 and ledger.bought_until(2) == 5
@@ -195,7 +252,15 @@ class Longest:
 class Settings:
     """As in config.yaml."""
 
-    relabel_every, relabels, select, stop_labels, replay, discriminator_epochs, initial_epochs = 8, 2, "conf", None, 1, 1, 3
+    relabel_every, relabels, select, stop_labels, replay, discriminator_epochs, initial_epochs = (
+        8,
+        2,
+        "conf",
+        None,
+        1,
+        1,
+        3,
+    )
 
     def __init__(self, **more):
         vars(self).update(more)
@@ -203,7 +268,14 @@ class Settings:
 
 def rollouts(number: int, texts: list[list[str]]) -> Rollouts:
     n = len(texts)
-    return Rollouts(number, list(range(n)), [f"p{i}" for i in range(n)], [[1]] * n, texts, [[[1]] * len(t) for t in texts])
+    return Rollouts(
+        number,
+        list(range(n)),
+        [f"p{i}" for i in range(n)],
+        [[1]] * n,
+        texts,
+        [[[1]] * len(t) for t in texts],
+    )
 
 
 def shortest(prompts, responses):
@@ -212,32 +284,67 @@ def shortest(prompts, responses):
 
 def test_bought_labels_overrule_the_discriminator_and_are_what_it_learns(tmp_path):
     discriminator = Longest()
-    labeller = DiscriminatorLabels(shortest, Ledger(tmp_path / "l", None), discriminator, Settings(), 0)
+    labeller = DiscriminatorLabels(
+        shortest, Ledger(tmp_path / "l", None), discriminator, Settings(), 0
+    )
     first = labeller.label(rollouts(1, [["aaaa", "a"], ["bb", "bbb"]]))
-    assert first.pairs == [(0, 1), (1, 0)] and labeller.ledger.bought == 0 and labeller.gathered == 4
+    assert (
+        first.pairs == [(0, 1), (1, 0)] and labeller.ledger.bought == 0 and labeller.gathered == 4
+    )
     labels = labeller.label(rollouts(2, [["c", "cc"], ["dddd", "d"]]))
     # The closest two of the whole pool: bb/bbb of the round before, and c/cc of this one.
     assert [row["responses"] for row in labeller.ledger.rows] == [["bbb", "bb"], ["cc", "c"]]
     assert discriminator.learnt == [[("p1", "bbb"[:2], "bbb"), ("p0", "c", "cc")]]
-    assert labels.guesses.pairs == [(1, 0), (0, 1)] and labels.guesses.scores == [[1.0, 2.0], [4.0, 1.0]]  # what it would have said
-    assert labels.pairs == [(0, 1), (0, 1)] and labels.scores == [[2.0, 1.0], [4.0, 1.0]]  # of the bought pair gold says which; the scores change sides
+    assert labels.guesses.pairs == [(1, 0), (0, 1)] and labels.guesses.scores == [
+        [1.0, 2.0],
+        [4.0, 1.0],
+    ]  # what it would have said
+    assert labels.pairs == [(0, 1), (0, 1)] and labels.scores == [
+        [2.0, 1.0],
+        [4.0, 1.0],
+    ]  # of the bought pair gold says which; the scores change sides
     assert labeller.pool == [] and labeller.gathered == 0
     labeller.label(rollouts(3, [["e", "ee"], ["f", "ffff"], ["g", "g"], ["h", "hhh"]]))
-    assert [len(batch) for batch in discriminator.learnt] == [2, 4]  # with the batch before, replayed; g/g are the same text, nobody is asked
+    assert [len(batch) for batch in discriminator.learnt] == [
+        2,
+        4,
+    ]  # with the batch before, replayed; g/g are the same text, nobody is asked
     assert all(row["responses"] != ["g", "g"] for row in labeller.ledger.rows)
 
 
 def test_equal_gold_scores_cost_and_teach_nothing_and_form_no_pair(tmp_path):
     discriminator = Longest()
-    labeller = DiscriminatorLabels(lambda p, r: [1.0] * len(r), Ledger(tmp_path / "l", None), discriminator, Settings(relabel_every=4), 0)
+    labeller = DiscriminatorLabels(
+        lambda p, r: [1.0] * len(r),
+        Ledger(tmp_path / "l", None),
+        discriminator,
+        Settings(relabel_every=4),
+        0,
+    )
     labels = labeller.label(rollouts(1, [["a", "aa"], ["b", "bbb"]]))
-    assert labeller.ledger.bought == 2 and discriminator.learnt == [] and labels.pairs == [None, None]
+    assert (
+        labeller.ledger.bought == 2 and discriminator.learnt == [] and labels.pairs == [None, None]
+    )
 
 
-@pytest.mark.parametrize("limits, bought", [(dict(budget=3), 3), (dict(stop_labels=5), 5), (dict(budget=4, stop_labels=9), 4), (dict(), 8)])
+@pytest.mark.parametrize(
+    "limits, bought",
+    [
+        (dict(budget=3), 3),
+        (dict(stop_labels=5), 5),
+        (dict(budget=4, stop_labels=9), 4),
+        (dict(), 8),
+    ],
+)
 def test_limits_are_kept_to_the_label(tmp_path, limits, bought):
     settings = Settings(relabel_every=4, relabels=2, stop_labels=limits.get("stop_labels"))
-    labeller = DiscriminatorLabels(shortest, Ledger(tmp_path / "l", limits.get("budget")), discriminator := Longest(), settings, 0)
+    labeller = DiscriminatorLabels(
+        shortest,
+        Ledger(tmp_path / "l", limits.get("budget")),
+        discriminator := Longest(),
+        settings,
+        0,
+    )
     for number in range(1, 5):
         labels = labeller.label(rollouts(number, [["a", "aa"], ["b", "bbb"]]))
     assert labeller.ledger.bought == bought == sum(row["cost"] for row in read_rows(tmp_path / "l"))
@@ -248,10 +355,15 @@ def test_gold_labels_of_best_and_worst(tmp_path):
     labeller = GoldLabels(by_length, Ledger(tmp_path / "l", 5), 3)
     assert labeller.room(1) == 2
     labels = labeller.label(rollouts(1, [["a", "aaa", "aa"], ["b", "b", "b"]]))
-    assert labels.pairs == [(1, 0), None] and labeller.bought_until(1) == 4 and labeller.spent(2) and not labeller.spent(1)
+    assert (
+        labels.pairs == [(1, 0), None]
+        and labeller.bought_until(1) == 4
+        and labeller.spent(2)
+        and not labeller.spent(1)
+    )
 
 
-# -------------------------------------------------------------------------------------------------------------- runs
+# --------------------------------------------------------------------------------------------- runs
 
 
 def test_opo_with_gold_buys_a_label_a_pair_until_the_budget_is_spent(go):
@@ -259,14 +371,22 @@ def test_opo_with_gold_buys_a_label_a_pair_until_the_budget_is_spent(go):
     assert [len(row["responses"]) for row in read_rows(folder / "labels.jsonl")] == [2] * 29
     assert len(asked(folder)) == 58  # nothing else was asked
     rows = rounds_of(folder)
-    assert [row["online/labels_bought"] for row in rows] == [8, 16, 24, 29] and rows[-1]["online/pairs"] + rows[-1]["online/ties"] == 5
+    assert [row["online/labels_bought"] for row in rows] == [8, 16, 24, 29] and rows[-1][
+        "online/pairs"
+    ] + rows[-1]["online/ties"] == 5
     summary = json.loads((folder / "summary.json").read_text())
-    assert summary["labels_bought"] == 29 and summary["ended"] == "the budget of 29 labels is spent" and summary["rounds"] == 4
+    assert (
+        summary["labels_bought"] == 29
+        and summary["ended"] == "the budget of 29 labels is spent"
+        and summary["rounds"] == 4
+    )
     assert summary["seconds_sampling"] > 0 and (folder / "LATEST" / "policy.pt").exists()
     kept = read_rows(folder / "rollouts.jsonl")
     for row in kept:
         better, worse = row["pair"] or (0, 0)
-        assert row["rewards"]["letters"] == row["scores"] and (row["pair"] is None) == (row["scores"][0] == row["scores"][1])
+        assert row["rewards"]["letters"] == row["scores"] and (row["pair"] is None) == (
+            row["scores"][0] == row["scores"][1]
+        )
         assert row["pair"] is None or row["scores"][better] > row["scores"][worse]
 
 
@@ -275,16 +395,27 @@ def test_only_bought_labels_reach_the_learner(go):
     rows = rounds_of(folder)
     assert [row["online/labels_bought"] for row in rows] == [0, 4, 4, 8, 8, 12]
     assert len(asked(folder)) == 24  # two texts a label, and none for anything else
-    assert not same(weights(folder, "discriminator"), torch.load(folder / "step-4" / "discriminator" / "policy.pt", weights_only=True)["state"])
+    assert not same(
+        weights(folder, "discriminator"),
+        torch.load(folder / "step-4" / "discriminator" / "policy.pt", weights_only=True)["state"],
+    )
 
 
 def test_measured_gold_is_shown_to_the_log_and_to_nobody_else(go):
     without, with_gold = go("without", *D2PO), go("with", *D2PO, "online.measure_gold=true")
-    assert same(weights(without), weights(with_gold)) and same(weights(without, "discriminator"), weights(with_gold, "discriminator"))
+    assert same(weights(without), weights(with_gold)) and same(
+        weights(without, "discriminator"), weights(with_gold, "discriminator")
+    )
     row, rollout = rounds_of(with_gold)[-1], read_rows(with_gold / "rollouts.jsonl")[-8:]
-    assert row["online/gold_reward"] == pytest.approx(np.mean([g for r in rollout for g in r["rewards"]["letters"]]))
+    assert row["online/gold_reward"] == pytest.approx(
+        np.mean([g for r in rollout for g in r["rewards"]["letters"]])
+    )
     guessed = [best_and_worst(r["scores"]) for r in rollout]  # before bought labels overruled them
-    right = [r["rewards"]["letters"][pair[0]] - r["rewards"]["letters"][pair[1]] for r, pair in zip(rollout, guessed) if pair]
+    right = [
+        r["rewards"]["letters"][pair[0]] - r["rewards"]["letters"][pair[1]]
+        for r, pair in zip(rollout, guessed)
+        if pair
+    ]
     assert row["online/label_accuracy"] == pytest.approx(np.mean([gap > 0 for gap in right if gap]))
     assert row["online/kl"] > 0 and "online/gold_reward" not in rounds_of(without)[-1]
     assert read_rows(without / "labels.jsonl") == read_rows(with_gold / "labels.jsonl")
@@ -300,27 +431,46 @@ def test_initial_labels_are_bought_of_the_first_policy_and_learnt_first(go):
     assert steps[-1] == 8 * (11 - ties)  # initial_epochs, and frozen from then on
 
 
-@pytest.mark.parametrize("setting, measured", [("auto", [False, True]), (True, [True, True]), (False, [False, False])])
+@pytest.mark.parametrize(
+    "setting, measured", [("auto", [False, True]), (True, [True, True]), (False, [False, False])]
+)
 def test_a_gold_that_costs_money_is_not_asked_for_the_log(setting, measured):
     run = object.__new__(online.Online)
-    run.config = OmegaConf.create({"reward": {"name": "ultrafeedbackgold"}, "more_rewards": ["length"], "online": {"measure_gold": setting}})
+    run.config = OmegaConf.create(
+        {
+            "reward": {"name": "ultrafeedbackgold"},
+            "more_rewards": ["length"],
+            "online": {"measure_gold": setting},
+        }
+    )
     assert [run._measures(name) for name in ("ultrafeedbackgold", "length")] == measured
 
 
 DPO_D2PO = (*D2PO, "online.discriminator=dpo", "online.select=rand")
-PARTS = {"opo": (), "d2po": D2PO, "dpo as discriminator": DPO_D2PO, "adapters, dpo as discriminator": (*DPO_D2PO, "model.lora.r=2")}
+PARTS = {
+    "opo": (),
+    "d2po": D2PO,
+    "dpo as discriminator": DPO_D2PO,
+    "adapters, dpo as discriminator": (*DPO_D2PO, "model.lora.r=2"),
+}
 
 
 @pytest.mark.parametrize("settings", PARTS.values(), ids=PARTS)
 def test_a_run_in_two_parts_is_the_run_in_one(go, settings):
     whole = go("whole", *settings)
-    go("parts", *settings, "online.rounds=3")  # between two checkpoints of the other, the pool half full
+    go(
+        "parts", *settings, "online.rounds=3"
+    )  # between two checkpoints of the other, the pool half full
     parts = go("parts", *settings)
     assert same(weights(whole), weights(parts))
     if settings:
         assert same(weights(whole, "discriminator"), weights(parts, "discriminator"))
-    assert [row for row in told(whole) if row["split"] == "online"] == [row for row in told(parts) if row["split"] == "online"]
-    assert read_rows(whole / "labels.jsonl") == read_rows(parts / "labels.jsonl") and asked(whole) == asked(parts)
+    assert [row for row in told(whole) if row["split"] == "online"] == [
+        row for row in told(parts) if row["split"] == "online"
+    ]
+    assert read_rows(whole / "labels.jsonl") == read_rows(parts / "labels.jsonl") and asked(
+        whole
+    ) == asked(parts)
     assert read_rows(whole / "rollouts.jsonl") == read_rows(parts / "rollouts.jsonl")
 
 
@@ -330,7 +480,9 @@ def test_a_discriminator_of_another_architecture(go, llama_folder):
     go("parts", *settings, "online.rounds=3")
     parts = go("parts", *settings)
     theirs = weights(whole, "discriminator")
-    assert any(".self_attn." in key for key in theirs) and not any(".self_attn." in key for key in weights(whole))
+    assert any(".self_attn." in key for key in theirs) and not any(
+        ".self_attn." in key for key in weights(whole)
+    )
     assert same(theirs, weights(parts, "discriminator")) and same(weights(whole), weights(parts))
 
 
@@ -338,15 +490,21 @@ def test_a_discriminator_of_another_architecture(go, llama_folder):
 def test_layers_split_over_devices_learn_what_one_process_learns(go, settings):
     one = go("one", *settings)
     split = go("split", *settings, "trainer=TensorParallelTrainer", "world_size=2")
-    text = lambda folder: [(row["prompt"], row["responses"]) for row in read_rows(folder / "rollouts.jsonl")]  # noqa: E731
+    text = lambda folder: [
+        (row["prompt"], row["responses"]) for row in read_rows(folder / "rollouts.jsonl")
+    ]  # noqa: E731
     assert text(one) == text(split) and asked(one) == asked(split)
     for inside in ("", "discriminator") if settings else ("",):
         ours, theirs = weights(one, inside), weights(split, inside)
-        assert ours.keys() == theirs.keys() and all(torch.allclose(ours[key], theirs[key], atol=5e-5) for key in ours)
+        assert ours.keys() == theirs.keys() and all(
+            torch.allclose(ours[key], theirs[key], atol=5e-5) for key in ours
+        )
 
 
 @pytest.mark.parametrize("settings", [(), D2PO], ids=["opo", "d2po"])
-def test_killed_between_buying_and_learning_nothing_is_bought_twice_or_lost(go, settings, monkeypatch):
+def test_killed_between_buying_and_learning_nothing_is_bought_twice_or_lost(
+    go, settings, monkeypatch
+):
     whole = go("whole", *settings)
     target, name = (online.Discriminator, "learn") if settings else (online.Online, "_learn")
     learn, calls = getattr(target, name), []
@@ -363,14 +521,31 @@ def test_killed_between_buying_and_learning_nothing_is_bought_twice_or_lost(go, 
     bought = read_rows(whole.parent / "killed" / "labels.jsonl")
     assert max(row["round"] for row in bought) == 4
     killed_folder = go("killed", *settings)
-    assert asked(killed_folder) == asked(whole) and read_rows(killed_folder / "labels.jsonl") == read_rows(whole / "labels.jsonl")
+    assert asked(killed_folder) == asked(whole) and read_rows(
+        killed_folder / "labels.jsonl"
+    ) == read_rows(whole / "labels.jsonl")
     assert same(weights(whole), weights(killed_folder))
-    assert [row for row in told(whole) if row["split"] == "online"] == [row for row in told(killed_folder) if row["split"] == "online"]
+    assert [row for row in told(whole) if row["split"] == "online"] == [
+        row for row in told(killed_folder) if row["split"] == "online"
+    ]
 
 
-@pytest.mark.parametrize("kind, message", [("raise", "RuntimeError: the oracle is asleep"), ("nan", "returned nan"), ("few", "scores for")])
-@pytest.mark.parametrize("settings", [(), D2PO, (*D2PO, "online.measure_gold=true")], ids=["opo", "d2po", "d2po measured"])
-def test_a_gold_that_fails_stops_the_run_with_a_checkpoint_and_it_goes_on(go, tmp_path, settings, kind, message):
+@pytest.mark.parametrize(
+    "kind, message",
+    [
+        ("raise", "RuntimeError: the oracle is asleep"),
+        ("nan", "returned nan"),
+        ("few", "scores for"),
+    ],
+)
+@pytest.mark.parametrize(
+    "settings",
+    [(), D2PO, (*D2PO, "online.measure_gold=true")],
+    ids=["opo", "d2po", "d2po measured"],
+)
+def test_a_gold_that_fails_stops_the_run_with_a_checkpoint_and_it_goes_on(
+    go, tmp_path, settings, kind, message
+):
     go("failing", *settings, "online.rounds=3", "online.save_every=100")
     trouble = tmp_path / "failing.asked.trouble"
     trouble.write_text(kind)
@@ -381,10 +556,14 @@ def test_a_gold_that_fails_stops_the_run_with_a_checkpoint_and_it_goes_on(go, tm
     trouble.unlink()
     folder = go("failing", *settings, "online.save_every=100")
     whole = go("whole", *settings, "online.save_every=100")
-    assert same(weights(folder), weights(whole)) and read_rows(folder / "labels.jsonl") == read_rows(whole / "labels.jsonl")
+    assert same(weights(folder), weights(whole)) and read_rows(
+        folder / "labels.jsonl"
+    ) == read_rows(whole / "labels.jsonl")
 
 
-def test_a_ledger_torn_in_the_middle_of_a_round_is_filled_up_to_the_same_run(go, monkeypatch, tmp_path):
+def test_a_ledger_torn_in_the_middle_of_a_round_is_filled_up_to_the_same_run(
+    go, monkeypatch, tmp_path
+):
     whole, learn = go("whole"), online.Online._learn
 
     def killed(self, rollouts, labels, bar):
@@ -400,8 +579,12 @@ def test_a_ledger_torn_in_the_middle_of_a_round_is_filled_up_to_the_same_run(go,
     lines = ledger.read_bytes().splitlines(keepends=True)
     ledger.write_bytes(b"".join(lines[:-5]) + lines[-5][:30])
     torn = go("torn")
-    assert same(weights(whole), weights(torn)) and read_rows(torn / "rollouts.jsonl") == read_rows(whole / "rollouts.jsonl")
-    assert sorted(map(json.dumps, read_rows(ledger))) == sorted(map(json.dumps, read_rows(whole / "labels.jsonl")))
+    assert same(weights(whole), weights(torn)) and read_rows(torn / "rollouts.jsonl") == read_rows(
+        whole / "rollouts.jsonl"
+    )
+    assert sorted(map(json.dumps, read_rows(ledger))) == sorted(
+        map(json.dumps, read_rows(whole / "labels.jsonl"))
+    )
 
 
 def test_a_ledger_that_lacks_what_was_paid_for_is_not_gone_on_with(go, tmp_path):
@@ -412,7 +595,10 @@ def test_a_ledger_that_lacks_what_was_paid_for_is_not_gone_on_with(go, tmp_path)
 
 
 def test_two_runs_do_not_buy_into_one_ledger(go, tmp_path):
-    with in_use(tmp_path / "run" / "labels.lock"), pytest.raises(ConfigError, match="in use by another process"):
+    with (
+        in_use(tmp_path / "run" / "labels.lock"),
+        pytest.raises(ConfigError, match="in use by another process"),
+    ):
         go("run")
     assert not (tmp_path / "run" / "labels.jsonl").exists()
     go("run", "online.rounds=1")
@@ -429,10 +615,19 @@ def test_an_evaluation_that_fails_leaves_a_checkpoint(go, tmp_path, monkeypatch)
     monkeypatch.setattr(online.BasicTrainer, "evaluate", fails)
     with pytest.raises(RewardError, match="asleep"):
         go("run", "online.save_every=100")
-    assert torch.load(tmp_path / "run" / "LATEST" / "training_state.pt", weights_only=True)["online"]["round"] == 3
+    assert (
+        torch.load(tmp_path / "run" / "LATEST" / "training_state.pt", weights_only=True)["online"][
+            "round"
+        ]
+        == 3
+    )
     monkeypatch.undo()
-    folder = go("run", "online.save_every=100", "online.rounds=3")  # whose only missing part is that evaluation
-    assert [row["round"] for row in read_rows(folder / "metrics.jsonl") if row["split"] == "eval"][-1] == 3
+    folder = go(
+        "run", "online.save_every=100", "online.rounds=3"
+    )  # whose only missing part is that evaluation
+    assert [row["round"] for row in read_rows(folder / "metrics.jsonl") if row["split"] == "eval"][
+        -1
+    ] == 3
 
 
 def test_a_stop_in_the_first_evaluation_buys_nothing_before_it_is_obeyed(go, tmp_path, monkeypatch):
@@ -454,7 +649,9 @@ def test_a_stop_in_the_first_evaluation_buys_nothing_before_it_is_obeyed(go, tmp
 
 def test_a_policy_is_no_discriminator_that_is_never_taught(go):
     policy = go("policy", "online.rounds=1")
-    with pytest.raises(ConfigError, match="is no reward model, and with online.budget=0 it would stay untaught"):
+    with pytest.raises(
+        ConfigError, match="is no reward model, and with online.budget=0 it would stay untaught"
+    ):
         go("run", *D2PO, f"online.discriminator_path={policy}", "online.budget=0")
 
 
@@ -465,7 +662,12 @@ def test_a_round_without_a_step_is_saved_too(go):
 
 
 def test_how_a_reward_is_reached_may_change_and_what_it_is_may_not():
-    saved, now = (OmegaConf.create({"function": "online", "reward": {"name": "http", "url": url, "timeout": t}}) for url, t in (("a", 1), ("b", 60)))
+    saved, now = (
+        OmegaConf.create(
+            {"function": "online", "reward": {"name": "http", "url": url, "timeout": t}}
+        )
+        for url, t in (("a", 1), ("b", 60))
+    )
     must_match(saved, now)
     now.reward.name = "lexicon"
     with pytest.raises(ConfigError, match="reward.name was http and is now lexicon"):
@@ -474,14 +676,35 @@ def test_how_a_reward_is_reached_may_change_and_what_it_is_may_not():
 
 def test_a_reference_that_writes_is_that_of_the_archive_whatever_the_loss_reads(go):
     a = go("a", "lr=1e-2", "online.rounds=2")
-    by_name, by_archive = go("name", "online.sampler=reference", f"model.reference_archive={a}", "loss=simpo", "online.rounds=1"), go("archive", f"online.sampler={a}", "online.rounds=1")
-    texts = [[row["responses"] for row in read_rows(folder / "rollouts.jsonl")] for folder in (by_name, by_archive, go("policy", "online.rounds=1"))]
+    by_name, by_archive = (
+        go(
+            "name",
+            "online.sampler=reference",
+            f"model.reference_archive={a}",
+            "loss=simpo",
+            "online.rounds=1",
+        ),
+        go("archive", f"online.sampler={a}", "online.rounds=1"),
+    )
+    texts = [
+        [row["responses"] for row in read_rows(folder / "rollouts.jsonl")]
+        for folder in (by_name, by_archive, go("policy", "online.rounds=1"))
+    ]
     assert texts[0] == texts[1] != texts[2]
 
 
 def test_a_loss_of_scores_learns_nothing_from_a_pair_without_a_gap(go):
-    folder = go("run", "loss=odpo", *D2PO, "online.discriminator=dpo", "online.relabel_every=16", "online.rounds=2")  # its first scores are all zero
-    assert [row["online/pairs"] for row in rounds_of(folder)][0] == 0 and len(read_rows(folder / "labels.jsonl")) == 8
+    folder = go(
+        "run",
+        "loss=odpo",
+        *D2PO,
+        "online.discriminator=dpo",
+        "online.relabel_every=16",
+        "online.rounds=2",
+    )  # its first scores are all zero
+    assert [row["online/pairs"] for row in rounds_of(folder)][0] == 0 and len(
+        read_rows(folder / "labels.jsonl")
+    ) == 8
 
 
 def test_responses_that_cannot_be_told_apart_end_the_run_clearly(go, monkeypatch, tmp_path):
@@ -492,19 +715,27 @@ def test_responses_that_cannot_be_told_apart_end_the_run_clearly(go, monkeypatch
 
 
 def test_a_sampler_that_stays_as_it_is_writes_the_same_whatever_the_policy_learns(go):
-    a, b = (go(name, "online.sampler=reference", f"lr={lr}") for name, lr in (("a", 1e-3), ("b", 1e-2)))
-    responses = [[row["responses"] for row in read_rows(folder / "rollouts.jsonl")] for folder in (a, b)]
+    a, b = (
+        go(name, "online.sampler=reference", f"lr={lr}") for name, lr in (("a", 1e-3), ("b", 1e-2))
+    )
+    responses = [
+        [row["responses"] for row in read_rows(folder / "rollouts.jsonl")] for folder in (a, b)
+    ]
     assert responses[0] == responses[1] and not same(weights(a), weights(b))
     c = go("c", f"online.sampler={a}", "online.rounds=1")
     d = go("d", f"model.archive={a}", "online.rounds=1")
-    assert [row["responses"] for row in read_rows(c / "rollouts.jsonl")] == [row["responses"] for row in read_rows(d / "rollouts.jsonl")]
+    assert [row["responses"] for row in read_rows(c / "rollouts.jsonl")] == [
+        row["responses"] for row in read_rows(d / "rollouts.jsonl")
+    ]
 
 
 @pytest.mark.parametrize("name", sorted(LOSSES))
 def test_every_loss_learns_online_or_says_why_not(go, name):
     options = (f"loss={name}", "online.rounds=2", "online.responses_per_prompt=3")
     if name in ("bradley_terry", "kto_unpaired"):
-        with pytest.raises(ConfigError, match="samples nothing" if name == "bradley_terry" else "rounds give pairs"):
+        with pytest.raises(
+            ConfigError, match="samples nothing" if name == "bradley_terry" else "rounds give pairs"
+        ):
             go(name, *options)
         return
     folder = go(name, *options)
@@ -516,7 +747,10 @@ def test_every_loss_learns_online_or_says_why_not(go, name):
     "settings, message",
     [
         (("online.budget=0",), "online.budget=0 buys no label"),
-        (("online.budget=0", "online.discriminator=bradley_terry"), "knows nothing and may learn nothing"),
+        (
+            ("online.budget=0", "online.discriminator=bradley_terry"),
+            "knows nothing and may learn nothing",
+        ),
         (("online.discriminator=odpo",), "which of two responses is better and no more"),
         (("online.discriminator=bradley_tery",), "did you mean bradley_terry"),
         (("online.discriminator_path=/x",), "name its loss"),
@@ -542,25 +776,66 @@ def test_another_gold_or_temperature_is_another_run(go):
 
 
 def test_prompts_alone_are_enough_online_and_refused_offline(go, tmp_path, small_folder, imdb_dir):
-    prompts = write_jsonl(tmp_path / "prompts.jsonl", [{"prompt": f"number {i}"} for i in range(40)])
+    prompts = write_jsonl(
+        tmp_path / "prompts.jsonl", [{"prompt": f"number {i}"} for i in range(40)]
+    )
     folder = go("prompts", f"datasets=[{prompts}]", "online.rounds=2")
-    assert {row["prompt"] for row in read_rows(folder / "rollouts.jsonl")} <= {f"number {i}" for i in range(40)}
-    with pytest.raises(ConfigError, match="prompts and no responses: good for function=online and eval"):
-        run_here(*small_run(small_folder, imdb_dir, tmp_path / "offline", f"datasets=[{prompts}]", "loss=sft"))
-    run_here(*small_run(small_folder, imdb_dir, tmp_path / "eval", f"datasets=[{prompts}]", "function=eval", f"model.archive={folder}", "n_eval_examples=2"))
+    assert {row["prompt"] for row in read_rows(folder / "rollouts.jsonl")} <= {
+        f"number {i}" for i in range(40)
+    }
+    with pytest.raises(
+        ConfigError, match="prompts and no responses: good for function=online and eval"
+    ):
+        run_here(
+            *small_run(
+                small_folder, imdb_dir, tmp_path / "offline", f"datasets=[{prompts}]", "loss=sft"
+            )
+        )
+    run_here(
+        *small_run(
+            small_folder,
+            imdb_dir,
+            tmp_path / "eval",
+            f"datasets=[{prompts}]",
+            "function=eval",
+            f"model.archive={folder}",
+            "n_eval_examples=2",
+        )
+    )
     [row] = read_rows(tmp_path / "eval" / "eval.jsonl")
     assert row["samples_eval/kl"] > 0 and "loss/eval" not in row
 
 
 def test_long_prompts_are_cut_like_those_of_evaluations(go, tmp_path):
-    long = write_jsonl(tmp_path / "long.jsonl", [{"prompt": f"{i} " + "word " * 40 + f"end {i}"} for i in range(20)])
-    folder = go("long", f"datasets=[{long}]", "online.rounds=1", "online.discriminator=bradley_terry")
-    assert all(len(row["prompt"]) <= 31 and "end" in row["prompt"] for row in read_rows(folder / "rollouts.jsonl"))  # bytes are tokens, and one is BOS
+    long = write_jsonl(
+        tmp_path / "long.jsonl",
+        [{"prompt": f"{i} " + "word " * 40 + f"end {i}"} for i in range(20)],
+    )
+    folder = go(
+        "long", f"datasets=[{long}]", "online.rounds=1", "online.discriminator=bradley_terry"
+    )
+    assert all(
+        len(row["prompt"]) <= 31 and "end" in row["prompt"]
+        for row in read_rows(folder / "rollouts.jsonl")
+    )  # bytes are tokens, and one is BOS
 
 
-def test_gold_reward_over_steps_by_an_evaluation_of_all_checkpoints(go, tmp_path, small_folder, imdb_dir):
+def test_gold_reward_over_steps_by_an_evaluation_of_all_checkpoints(
+    go, tmp_path, small_folder, imdb_dir
+):
     folder = go("run", "keep_checkpoints=null", "online.rounds=4")
-    run_here(*small_run(small_folder, imdb_dir, tmp_path / "eval", "function=eval", f"model.archive='{folder}/step-*'", "reward=length"))
+    run_here(
+        *small_run(
+            small_folder,
+            imdb_dir,
+            tmp_path / "eval",
+            "function=eval",
+            f"model.archive='{folder}/step-*'",
+            "reward=length",
+        )
+    )
     rows = read_rows(tmp_path / "eval" / "eval.jsonl")
-    assert [row["step"] for row in rows] == sorted(int(path.name[5:]) for path in folder.glob("step-*")) and len(rows) == 2
+    assert [row["step"] for row in rows] == sorted(
+        int(path.name[5:]) for path in folder.glob("step-*")
+    ) and len(rows) == 2
     assert all(row["samples_eval/policy_reward"] > 0 and row["samples_eval/kl"] > 0 for row in rows)

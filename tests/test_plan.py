@@ -43,33 +43,60 @@ def planned(overrides) -> plan.Plan:
     ],
 )
 def test_state_steps_and_tokens_of_a_real_run(imdb_dir, llama_folder, tmp_path, more):
-    overrides = small_run(llama_folder, imdb_dir, tmp_path / "run", "n_epochs=2", "do_first_eval=false", "n_examples=40", *more)
+    overrides = small_run(
+        llama_folder,
+        imdb_dir,
+        tmp_path / "run",
+        "n_epochs=2",
+        "do_first_eval=false",
+        "n_examples=40",
+        *more,
+    )
     told = planned(overrides)
     summary = run_here(*overrides)
-    assert summary["rank_bytes"] == {kind: told.memory[kind] for kind in ("weights", "gradients", "optimizer")}
+    assert summary["rank_bytes"] == {
+        kind: told.memory[kind] for kind in ("weights", "gradients", "optimizer")
+    }
     assert (told.steps, told.examples) == (summary["steps"], summary["examples"])
-    assert told.memory.get("reference", 0) == (0 if {"loss=sft", "loss=bradley_terry", "model.lora.r=4"} & set(more) else told.memory["reference"])
+    assert told.memory.get("reference", 0) == (
+        0
+        if {"loss=sft", "loss=bradley_terry", "model.lora.r=4"} & set(more)
+        else told.memory["reference"]
+    )
 
 
 def test_two_real_ranks(imdb_dir, llama_folder, tmp_path):
-    overrides = small_run(llama_folder, imdb_dir, tmp_path / "run", "trainer=FSDPTrainer", "world_size=2", "optimizer=AdamW", "do_first_eval=false")
+    overrides = small_run(
+        llama_folder,
+        imdb_dir,
+        tmp_path / "run",
+        "trainer=FSDPTrainer",
+        "world_size=2",
+        "optimizer=AdamW",
+        "do_first_eval=false",
+    )
     told, alone = planned(overrides), planned([o for o in overrides if "world_size" not in o])
     run_command("train.py", *overrides)
     summary = json.loads((tmp_path / "run" / "summary.json").read_text())
-    assert summary["rank_bytes"] == {kind: told.memory[kind] for kind in ("weights", "gradients", "optimizer")}
+    assert summary["rank_bytes"] == {
+        kind: told.memory[kind] for kind in ("weights", "gradients", "optimizer")
+    }
     for kind in ("weights", "gradients", "optimizer"):
         assert 0.5 <= told.memory[kind] / alone.memory[kind] < 0.51
 
 
 def test_activations_are_those_that_autograd_keeps(imdb_dir, llama_folder, tmp_path):
-    """Against a real forward pass with the model's own attention, and half as many for half the rows."""
+    """Against a real forward pass with the model's own attention, and half as many for half the
+    rows."""
     from transformers import AutoModelForCausalLM
 
     overrides = small_run(llama_folder, imdb_dir, tmp_path / "run")
     told, half = planned(overrides), planned([*overrides, "gradient_accumulation_steps=2"])
     (rows, width), (_, narrower) = told.largest_microbatch, half.largest_microbatch
     assert rows == 1 and 0.4 < narrower / width < 0.7
-    assert half.memory["activations"] / narrower == pytest.approx(told.memory["activations"] / width, rel=0.02)
+    assert half.memory["activations"] / narrower == pytest.approx(
+        told.memory["activations"] / width, rel=0.02
+    )
     model = AutoModelForCausalLM.from_pretrained(llama_folder)
     weights, kept = {p.data_ptr() for p in model.parameters()}, {}
 
@@ -87,15 +114,36 @@ def test_activations_are_those_that_autograd_keeps(imdb_dir, llama_folder, tmp_p
 
 def test_a_model_of_seven_billion_parameters_on_eight_ranks_without_its_weights(imdb_dir, tmp_path):
     AutoConfig.for_model(
-        "gpt_neox", hidden_size=4096, num_hidden_layers=32, num_attention_heads=32, intermediate_size=16384, vocab_size=50432, max_position_embeddings=2048
-    ).save_pretrained(tmp_path / "config")  # fmt: skip
+        "gpt_neox",
+        hidden_size=4096,
+        num_hidden_layers=32,
+        num_attention_heads=32,
+        intermediate_size=16384,
+        vocab_size=50432,
+        max_position_embeddings=2048,
+    ).save_pretrained(tmp_path / "config")
     make_tokenizer().save_pretrained(tmp_path / "config")
-    arguments = ["function=plan", "model=pythia69", f"model.name_or_path={tmp_path / 'config'}", "trainer=FSDPTrainer", "world_size=8", "model.fsdp_policy_mp=bfloat16"]
-    arguments += ["datasets=[imdb]", f"data_dir={imdb_dir}", f"cache_dir={tmp_path}", f"local_run_dir={tmp_path / 'run'}", "plan.gpu_gib=80"]
+    arguments = [
+        "function=plan",
+        "model=pythia69",
+        f"model.name_or_path={tmp_path / 'config'}",
+        "trainer=FSDPTrainer",
+        "world_size=8",
+        "model.fsdp_policy_mp=bfloat16",
+    ]
+    arguments += [
+        "datasets=[imdb]",
+        f"data_dir={imdb_dir}",
+        f"cache_dir={tmp_path}",
+        f"local_run_dir={tmp_path / 'run'}",
+        "plan.gpu_gib=80",
+    ]
     output = run_command("train.py", *arguments).stdout
     lines = dict(line.rsplit(maxsplit=1) for line in output.splitlines() if len(line.split()) > 1)
     assert lines["parameters"] == "6,857,302,016"  # what the architecture is known to have
-    assert float(lines["  weights"].replace(",", "")) == pytest.approx(6_857_302_016 * 4 / 8 / 2**20, rel=1e-3)
+    assert float(lines["  weights"].replace(",", "")) == pytest.approx(
+        6_857_302_016 * 4 / 8 / 2**20, rel=1e-3
+    )
     assert "plan.gpu_gib=80: fits" in output
     assert "does not fit" in run_command("train.py", *arguments[:-1], "plan.gpu_gib=10").stdout
     assert not (tmp_path / "run").exists() and "function=plan" not in (ROOT / "runs").name
@@ -106,10 +154,21 @@ def test_a_split_model(imdb_dir, tmp_path):
     overrides = small_run(folder, imdb_dir, tmp_path / "run", "trainer=FSDPTrainer", "world_size=4")
     shards, split = planned(overrides), planned([*overrides, "tensor_parallel_size=2"])
     assert split.ranks == shards.ranks == 4
-    # Linear layers are split by two and then sharded by two; embeddings, norms and the bias of a sum only sharded.
+    # Linear layers are split by two and then sharded by two; embeddings, norms and the bias of a
+    # sum only sharded.
     sizes = {name: p.numel() for name, p in make_model("gpt_neox").named_parameters()}
-    whole = sum(n for name, n in sizes.items() if "norm" in name or "embed_in" in name or name.endswith(("attention.dense.bias", "4h_to_h.bias")))
+    whole = sum(
+        n
+        for name, n in sizes.items()
+        if "norm" in name
+        or "embed_in" in name
+        or name.endswith(("attention.dense.bias", "4h_to_h.bias"))
+    )
     halved = 4 * (whole // 2 + (sum(sizes.values()) - whole) // 4)
-    assert split.memory["weights"] == halved + 4 * 32 // 2  # the 258 rows of the head are 129 each, and 65 of them on rank 0
-    assert shards.memory["weights"] == sum(sizes.values()) + 2 * 16 * 4  # a quarter of 258 rows is 65 on rank 0, in both embeddings
+    assert (
+        split.memory["weights"] == halved + 4 * 32 // 2
+    )  # the 258 rows of the head are 129 each, and 65 of them on rank 0
+    assert (
+        shards.memory["weights"] == sum(sizes.values()) + 2 * 16 * 4
+    )  # a quarter of 258 rows is 65 on rank 0, in both embeddings
     assert split.memory["gathered weights"] < shards.memory["gathered weights"]

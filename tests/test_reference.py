@@ -1,4 +1,5 @@
-"""The reference's log-probs on disk: computed once, the same numbers, never for other weights or tokens."""
+"""The reference's log-probs on disk: computed once, the same numbers, never for other weights or
+tokens."""
 
 import subprocess
 import sys
@@ -26,7 +27,8 @@ EXACT = ("model.policy_dtype=float64", "model.reference_dtype=float64", "sample_
 
 @pytest.fixture
 def counted(monkeypatch):
-    """How many responses the reference was run on for the cache, and how many references were built."""
+    """How many responses the reference was run on for the cache, and how many references were
+    built."""
     counts = {"responses": 0, "built": 0}
     fill, build = reference._fill, trainers.build_reference
 
@@ -47,13 +49,19 @@ def folders(tmp_path):
     return sorted(p for p in (tmp_path / "cache" / "reference").iterdir() if p.is_dir())
 
 
-@pytest.mark.parametrize("more", [(), ("model.lora.r=4",), ("gradient_accumulation_steps=4", "layout=padded")])
+@pytest.mark.parametrize(
+    "more", [(), ("model.lora.r=4",), ("gradient_accumulation_steps=4", "layout=padded")]
+)
 def test_a_cached_reference_trains_the_same_policy(run, more):
     kept, ran = run("kept", *EXACT, *more), run("ran", *EXACT, *more, "reference.cache=false")
     a, b = final_weights(kept), final_weights(ran)
     assert max((a[key] - b[key]).abs().max().item() for key in a) < 1e-9
-    for ours, theirs in zip(read_rows(kept / "metrics.jsonl"), read_rows(ran / "metrics.jsonl"), strict=True):
-        assert ours[f"loss/{ours['split']}"] == pytest.approx(theirs[f"loss/{theirs['split']}"], rel=1e-9)
+    for ours, theirs in zip(
+        read_rows(kept / "metrics.jsonl"), read_rows(ran / "metrics.jsonl"), strict=True
+    ):
+        assert ours[f"loss/{ours['split']}"] == pytest.approx(
+            theirs[f"loss/{theirs['split']}"], rel=1e-9
+        )
 
 
 def test_it_is_computed_once_for_all_runs_and_the_reference_is_never_built(run, counted, tmp_path):
@@ -64,7 +72,9 @@ def test_it_is_computed_once_for_all_runs_and_the_reference_is_never_built(run, 
     again = run("again", "sample_during_eval=false")
     assert counted == {"responses": 0, "built": 0}
     assert same_weights(final_weights(first), final_weights(again))
-    assert untimed(read_rows(first / "metrics.jsonl")) == untimed(read_rows(again / "metrics.jsonl"))
+    assert untimed(read_rows(first / "metrics.jsonl")) == untimed(
+        read_rows(again / "metrics.jsonl")
+    )
     assert len(folders(tmp_path)) == 2  # train and test
 
 
@@ -76,7 +86,9 @@ def test_only_what_a_run_needs_is_computed(run, counted):
     assert counted["responses"] > short
 
 
-def test_other_weights_dtypes_and_tokens_get_folders_of_their_own(run, counted, llama_folder, imdb_dir, tmp_path):
+def test_other_weights_dtypes_and_tokens_get_folders_of_their_own(
+    run, counted, llama_folder, imdb_dir, tmp_path
+):
     base = ("sample_during_eval=false", "n_examples=8")
     start = run("start", *base)
     n = len(folders(tmp_path))
@@ -87,7 +99,10 @@ def test_other_weights_dtypes_and_tokens_get_folders_of_their_own(run, counted, 
         "reference": (f"model.reference_archive={third}",),
         "dtype": ("model.reference_dtype=float64",),
         "half": ("model.fsdp_policy_mp=bfloat16",),
-        "adapted": ("model.lora.r=4", "model.policy_dtype=bfloat16"),  # whose reference has the policy's weights
+        "adapted": (
+            "model.lora.r=4",
+            "model.policy_dtype=bfloat16",
+        ),  # whose reference has the policy's weights
         "length": ("max_length=60",),
     }.items():
         before = counted["responses"]
@@ -96,12 +111,16 @@ def test_other_weights_dtypes_and_tokens_get_folders_of_their_own(run, counted, 
         assert len(folders(tmp_path)) == n + 2, name
         n += 2
     before = counted["responses"]
-    run("same", *base, f"model.reference_archive={start / 'LATEST'}")  # the weights of "archive" under another name
+    run(
+        "same", *base, f"model.reference_archive={start / 'LATEST'}"
+    )  # the weights of "archive" under another name
     assert counted["responses"] == before
     write_jsonl(imdb_dir / "imdb-sft-train.jsonl", scored_rows(23))
     before = counted["responses"]
     run("tokens", *base)
-    assert counted["responses"] > before and len(folders(tmp_path)) == n + 1  # the test split is the old one
+    assert (
+        counted["responses"] > before and len(folders(tmp_path)) == n + 1
+    )  # the test split is the old one
 
 
 def test_damage_is_found_when_it_is_loaded(run, tmp_path):
@@ -118,12 +137,17 @@ def test_a_resumed_run_finds_it_too(run, counted):
     run("run", "sample_during_eval=false", "n_examples=16")
     before = dict(counted)
     run("run", "sample_during_eval=false", "n_examples=24")
-    assert counted["built"] == before["built"] + 1  # to check: the policy is no longer what the reference is
+    assert (
+        counted["built"] == before["built"] + 1
+    )  # to check: the policy is no longer what the reference is
     whole = run("whole", "sample_during_eval=false", "n_examples=24")
     assert same_weights(final_weights(whole), final_weights(whole.parent / "run"))
 
 
-@pytest.mark.parametrize("more, why", [(("loss=tdpo2",), "whole distribution"), (("model.from_scratch=true",), "drawn anew|draws")])
+@pytest.mark.parametrize(
+    "more, why",
+    [(("loss=tdpo2",), "whole distribution"), (("model.from_scratch=true",), "drawn anew|draws")],
+)
 def test_what_cannot_be_kept_runs_and_says_so(run, capsys, more, why):
     run("auto", "n_examples=8", *more)
     assert "runs in every step" in capsys.readouterr().out
@@ -152,7 +176,9 @@ def test_a_killed_run_leaves_nothing_half_known(run, counted, monkeypatch, tmp_p
         patch.setattr(reference.ReferenceLogps, "write", killed)
         with pytest.raises(KeyboardInterrupt):
             run("killed", *tiny)
-    known = sum(int(np.fromfile(folder / "known", dtype=np.uint8).sum()) for folder in folders(tmp_path))
+    known = sum(
+        int(np.fromfile(folder / "known", dtype=np.uint8).sum()) for folder in folders(tmp_path)
+    )
     all_of_them, counted["responses"] = counted["responses"], 0
     after = run("after", *tiny)
     assert 0 < known and counted["responses"] == all_of_them - known
@@ -161,9 +187,18 @@ def test_a_killed_run_leaves_nothing_half_known(run, counted, monkeypatch, tmp_p
 
 
 def test_runs_that_start_together_wait_for_the_one_that_computes(imdb_dir, llama_folder, tmp_path):
-    commands = [small_run(llama_folder, imdb_dir, tmp_path / name, "sample_during_eval=false") for name in ("a", "b")]
+    commands = [
+        small_run(llama_folder, imdb_dir, tmp_path / name, "sample_during_eval=false")
+        for name in ("a", "b")
+    ]
     started = [
-        subprocess.Popen([sys.executable, str(ROOT / "train.py"), *map(str, command)], cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+        subprocess.Popen(
+            [sys.executable, str(ROOT / "train.py"), *map(str, command)],
+            cwd=ROOT,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
         for command in commands
     ]
     told = []

@@ -21,27 +21,80 @@ from runs import Run, bootstrap, envelope, find_runs, paired_difference
 from utils import ConfigError, DataError, mean_and_error
 
 SUMMARY = {
-    "finished": True, "loss": "dpo", "reward": "lexicon", "policy_reward": 1.31, "policy_reward_se": 0.02, "reference_reward": 1.0, "reference_reward_se": 0.03,
-    "reward_gain": 0.31, "reward_gain_se": 0.04, "kl": 2.125, "kl_se": 0.1, "eval_accuracy": 0.71, "eval_loss": 0.5, "pairs_per_second": 123.4, "examples": 128,
-}  # fmt: skip
+    "finished": True,
+    "loss": "dpo",
+    "reward": "lexicon",
+    "policy_reward": 1.31,
+    "policy_reward_se": 0.02,
+    "reference_reward": 1.0,
+    "reference_reward_se": 0.03,
+    "reward_gain": 0.31,
+    "reward_gain_se": 0.04,
+    "kl": 2.125,
+    "kl_se": 0.1,
+    "eval_accuracy": 0.71,
+    "eval_loss": 0.5,
+    "pairs_per_second": 123.4,
+    "examples": 128,
+}
 
 
 def make_run(folder, *, loss="dpo", seed=0, beta=0.1, summary=SUMMARY, sampled=True, pairs=True):
     folder.mkdir(parents=True)
-    config = {"exp_name": "exp", "seed": seed, "loss": {"name": loss, "beta": beta}, "reward": {"name": "lexicon"}, "local_run_dir": str(folder)}
+    config = {
+        "exp_name": "exp",
+        "seed": seed,
+        "loss": {"name": loss, "beta": beta},
+        "reward": {"name": "lexicon"},
+        "local_run_dir": str(folder),
+    }
     (folder / "config.yaml").write_text(OmegaConf.to_yaml(OmegaConf.create(config)))
     rows = []
     for step in range(5):
         row = {"examples": 32 * step, "step": step, "split": "eval", "loss/eval": 0.7 - step / 10}
         if pairs:
-            row |= {"rewards_eval/accuracies": 0.5 + step / 10, "rewards_eval/chosen": step / 10, "rewards_eval/rejected": -step / 10}
+            row |= {
+                "rewards_eval/accuracies": 0.5 + step / 10,
+                "rewards_eval/chosen": step / 10,
+                "rewards_eval/rejected": -step / 10,
+            }
         if sampled:
-            row |= {"samples_eval/kl": step / 2, "samples_eval/policy_reward": 1 + step / 10, "samples_eval/policy_reward_se": 0.02, "samples_eval/reference_reward": 1.0}
-        rows += [row, {"examples": 32 * step + 32, "step": step + 1, "split": "train", "loss/train": 0.7 - step / 10, "grad_norm": 1.0, "unknown": None}]
+            row |= {
+                "samples_eval/kl": step / 2,
+                "samples_eval/policy_reward": 1 + step / 10,
+                "samples_eval/policy_reward_se": 0.02,
+                "samples_eval/reference_reward": 1.0,
+            }
+        rows += [
+            row,
+            {
+                "examples": 32 * step + 32,
+                "step": step + 1,
+                "split": "train",
+                "loss/train": 0.7 - step / 10,
+                "grad_norm": 1.0,
+                "unknown": None,
+            },
+        ]
     write_jsonl(folder / "metrics.jsonl", rows)
     if sampled:
-        sample = {"prompt": "p<script>alert(1)</script>", "policy": "good", "reference": "bad", "chosen": None, "policy_reward": {"lexicon": 1.5}, "reference_reward": {"lexicon": 0.5}, "kl": 1.25}
-        write_jsonl(folder / "samples.jsonl", [sample | {"examples": 0, "policy": "an early one"}, sample | {"examples": 128, "policy_tokens": 3}, sample | {"examples": 128, "policy_tokens": 5}])
+        sample = {
+            "prompt": "p<script>alert(1)</script>",
+            "policy": "good",
+            "reference": "bad",
+            "chosen": None,
+            "policy_reward": {"lexicon": 1.5},
+            "reference_reward": {"lexicon": 0.5},
+            "kl": 1.25,
+        }
+        write_jsonl(
+            folder / "samples.jsonl",
+            [
+                sample | {"examples": 0, "policy": "an early one"},
+                sample | {"examples": 128, "policy_tokens": 3},
+                sample | {"examples": 128, "policy_tokens": 5},
+            ],
+        )
     if summary:
         (folder / "summary.json").write_text(json.dumps(summary | {"loss": loss}))
     return folder
@@ -56,14 +109,29 @@ def pixels(path):
 def test_a_run_gets_its_table_page_and_pictures(tmp_path):
     folder = make_run(tmp_path / "run")
     histogram = {"edges": [0, 1, 2], "counts": [3, 1]}
-    split = {"datasets": [{"name": "imdb", "split": "train", "rows": 1234, "prompts": 9, "skipped": {"odd rows": 7}}], "histograms": {"prompt_tokens": histogram}}
+    split = {
+        "datasets": [
+            {
+                "name": "imdb",
+                "split": "train",
+                "rows": 1234,
+                "prompts": 9,
+                "skipped": {"odd rows": 7},
+            }
+        ],
+        "histograms": {"prompt_tokens": histogram},
+    }
     (folder / "data.json").write_text(json.dumps({"train": split}))
     table = write_report(folder)
     for wanted in ("1.310 ± 0.020", "1.000 ± 0.030", "2.12 ± 0.10", "0.710", "123.4", "128"):
         assert wanted in table
     page = (folder / "report.html").read_text()
     assert "<script>alert" not in page and "p&lt;script&gt;alert(1)" in page
-    assert "src=\"http" not in page and "href=\"http" not in page and page.count("data:image/png;base64,") == 3
+    assert (
+        'src="http' not in page
+        and 'href="http' not in page
+        and page.count("data:image/png;base64,") == 3
+    )
     assert (folder / "curves.svg").read_text().startswith("<?xml")
     assert "good" in page and "an early one" not in page  # samples of the last evaluation only
     assert "1,234" in page and "skipped 7, odd rows" in page
@@ -72,7 +140,9 @@ def test_a_run_gets_its_table_page_and_pictures(tmp_path):
         assert image.shape[0] > 200 and image.std() > 0.02
 
 
-@pytest.mark.parametrize("options", [{"sampled": False}, {"summary": None}, {"pairs": False, "sampled": False}])
+@pytest.mark.parametrize(
+    "options", [{"sampled": False}, {"summary": None}, {"pairs": False, "sampled": False}]
+)
 def test_runs_with_less_in_them(tmp_path, options):
     folder = make_run(tmp_path / "run", **options)
     table = write_report(folder)
@@ -121,11 +191,22 @@ def test_a_sweep_is_compared_with_seeds_aggregated(tmp_path):
         rows = list(csv.DictReader(f))
     assert [row["loss.name"] for row in rows] == ["dpo", "odpo"]
     error = math.sqrt(2 * 0.1**2 / 1 / 2)
-    assert float(rows[0]["policy_reward"]) == pytest.approx(1.3) and float(rows[0]["policy_reward_se"]) == pytest.approx(error)
+    assert float(rows[0]["policy_reward"]) == pytest.approx(1.3) and float(
+        rows[0]["policy_reward_se"]
+    ) == pytest.approx(error)
     assert rows[0]["seeds"] == "2" and rows[0]["state"] == "finished"
-    assert float(rows[0]["policy_reward_low"]) == pytest.approx(1.2) and float(rows[0]["policy_reward_high"]) == pytest.approx(1.4)
-    assert rows[1]["state"] == "0 of 1 finished, unknown" and float(rows[1]["policy_reward"]) == pytest.approx(1.4) and rows[1]["policy_reward_se"] == ""
-    assert f"1.300 ± {error:.3f}" in table and r"1.300 $\pm$ 0.100" in (tmp_path / "comparison.tex").read_text()
+    assert float(rows[0]["policy_reward_low"]) == pytest.approx(1.2) and float(
+        rows[0]["policy_reward_high"]
+    ) == pytest.approx(1.4)
+    assert (
+        rows[1]["state"] == "0 of 1 finished, unknown"
+        and float(rows[1]["policy_reward"]) == pytest.approx(1.4)
+        and rows[1]["policy_reward_se"] == ""
+    )
+    assert (
+        f"1.300 ± {error:.3f}" in table
+        and r"1.300 $\pm$ 0.100" in (tmp_path / "comparison.tex").read_text()
+    )
     assert "loss.name" in table and "loss.beta" not in table
     assert pixels(tmp_path / "frontier.png").std() > 0.02
     assert "| loss.name |" in (tmp_path / "comparison.md").read_text()
@@ -139,10 +220,29 @@ def test_several_runs_of_a_seed_count_once_with_their_mean(tmp_path):
 
 
 def test_online_runs_are_drawn_and_told(tmp_path):
-    summary = SUMMARY | {"labels_bought": 60, "rounds": 20, "seconds_sampling": 6.0, "seconds_learning": 2.0}
+    summary = SUMMARY | {
+        "labels_bought": 60,
+        "rounds": 20,
+        "seconds_sampling": 6.0,
+        "seconds_learning": 2.0,
+    }
     folder = make_run(tmp_path / "run", summary=summary)
-    rounds = [{"examples": r, "split": "online", "round": r, "online/gold_reward": r / 20, "online/kl": r / 5, "online/labels_bought": 3 * r, "online/label_accuracy": None} for r in range(1, 21)]
-    write_jsonl(folder / "metrics.jsonl", [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()] + rounds)
+    rounds = [
+        {
+            "examples": r,
+            "split": "online",
+            "round": r,
+            "online/gold_reward": r / 20,
+            "online/kl": r / 5,
+            "online/labels_bought": 3 * r,
+            "online/label_accuracy": None,
+        }
+        for r in range(1, 21)
+    ]
+    write_jsonl(
+        folder / "metrics.jsonl",
+        [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()] + rounds,
+    )
     table = write_report(folder)
     for told in ("rounds", "gold labels bought", "time sampling", "75%", "25%"):
         assert told in table
@@ -164,16 +264,32 @@ def test_settings_that_differ_make_rows_of_their_own(tmp_path):
 
 def test_the_command_needs_no_torch_and_says_what_it_looked_for(tmp_path):
     make_run(tmp_path / "run")
-    code = f"import sys; sys.argv = ['report.py', {str(tmp_path / 'run')!r}]; import report; report.main(); assert 'torch' not in sys.modules"
-    assert "1.310" in subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True).stdout
+    code = (
+        f"import sys; sys.argv = ['report.py', {str(tmp_path / 'run')!r}]; import report;"
+        " report.main(); assert 'torch' not in sys.modules"
+    )
+    assert (
+        "1.310"
+        in subprocess.run(
+            [sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True
+        ).stdout
+    )
     (tmp_path / "empty").mkdir()
-    refused = subprocess.run([sys.executable, ROOT / "report.py", tmp_path / "empty"], capture_output=True, text=True)
-    assert refused.returncode == 2 and "looked for folders with a config.yaml and a metrics.jsonl" in refused.stderr
+    refused = subprocess.run(
+        [sys.executable, ROOT / "report.py", tmp_path / "empty"], capture_output=True, text=True
+    )
+    assert (
+        refused.returncode == 2
+        and "looked for folders with a config.yaml and a metrics.jsonl" in refused.stderr
+    )
 
 
 def test_long_runs_are_thinned(tmp_path):
     folder = make_run(tmp_path / "run")
-    write_jsonl(folder / "metrics.jsonl", [{"examples": i, "split": "train", "loss/train": 1.0} for i in range(50_000)])
+    write_jsonl(
+        folder / "metrics.jsonl",
+        [{"examples": i, "split": "train", "loss/train": 1.0} for i in range(50_000)],
+    )
     x, y = Run(folder).series("train", "loss/train")
     assert 1000 < len(x) == len(y) <= 3 * runs_module.MAX_POINTS
 
@@ -181,16 +297,24 @@ def test_long_runs_are_thinned(tmp_path):
 def test_mean_error_and_bootstrap_against_numpy():
     values = [0.3, 0.9, 0.1, 0.5]
     mean, error = mean_and_error(values)
-    assert mean == pytest.approx(np.mean(values)) and error == pytest.approx(np.std(values, ddof=1) / 2)
+    assert mean == pytest.approx(np.mean(values)) and error == pytest.approx(
+        np.std(values, ddof=1) / 2
+    )
     assert mean_and_error([]) == (None, None) and mean_and_error([2.0]) == (2.0, None)
     low, high = bootstrap(np.random.default_rng(0).normal(size=400))
-    assert high - low == pytest.approx(2 * 1.96 / 20, rel=0.1)  # of the mean of 400 standard normals
+    assert high - low == pytest.approx(
+        2 * 1.96 / 20, rel=0.1
+    )  # of the mean of 400 standard normals
     assert bootstrap([1.0]) == (None, None)
 
 
 def test_differences_are_paired_by_seed():
     found = paired_difference({"0": 1.0, "1": 5.0, "2": 9.0}, {"0": 0.5, "1": 4.0, "3": 0.0})
-    assert found["mean"] == pytest.approx(0.75) and found["se"] == pytest.approx(0.25) and found["seeds"] == 2
+    assert (
+        found["mean"] == pytest.approx(0.75)
+        and found["se"] == pytest.approx(0.25)
+        and found["seeds"] == 2
+    )
     assert paired_difference({"0": 1.0}, {"1": 1.0}) is None
 
 
@@ -203,7 +327,12 @@ def test_the_envelope_is_the_running_maximum_and_ends_with_the_data():
 def test_a_sweep_reports_differences_and_frontiers_by_seed(tmp_path):
     for seed, shift in ((0, 0.0), (1, 0.2), (2, 0.1)):
         make_run(tmp_path / f"a{seed}", seed=seed, summary=SUMMARY | {"policy_reward": 1.0 + shift})
-        make_run(tmp_path / f"b{seed}", loss="odpo", seed=seed, summary=SUMMARY | {"policy_reward": 1.3 + shift})
+        make_run(
+            tmp_path / f"b{seed}",
+            loss="odpo",
+            seed=seed,
+            summary=SUMMARY | {"policy_reward": 1.3 + shift},
+        )
     runs = find_runs(tmp_path)[0]
     assert "+0.300 ± 0.000 [+0.300, +0.300]" in write_comparison(tmp_path, runs)
     assert "-0.300 ± 0.000" in write_comparison(tmp_path, runs, {"loss.name": "odpo"})
@@ -211,26 +340,43 @@ def test_a_sweep_reports_differences_and_frontiers_by_seed(tmp_path):
         write_comparison(tmp_path, runs, {"loss.beta": "0.1"})
     with open(tmp_path / "frontier.csv") as f:
         rows = list(csv.DictReader(f))
-    assert [(row["loss"], row["seed"]) for row in rows] == [(loss, seed) for loss in ("dpo", "odpo") for seed in "012"]
+    assert [(row["loss"], row["seed"]) for row in rows] == [
+        (loss, seed) for loss in ("dpo", "odpo") for seed in "012"
+    ]
     assert {row["kl=1.0"] for row in rows} == {"1.2"} and {row["kl=3.0"] for row in rows} == {""}
     page = (tmp_path / "report.html").read_text()
     for name in ("frontier", "bands", "lengths"):
-        assert pixels(tmp_path / f"{name}.png").std() > 0.02 and (tmp_path / f"{name}.svg").stat().st_size > 1000
-    assert page.count("data:image/png;base64,") == 3 and "<td>odpo" in page and "http://" not in page.replace("http://www.w3.org", "")
+        assert (
+            pixels(tmp_path / f"{name}.png").std() > 0.02
+            and (tmp_path / f"{name}.svg").stat().st_size > 1000
+        )
+    assert (
+        page.count("data:image/png;base64,") == 3
+        and "<td>odpo" in page
+        and "http://" not in page.replace("http://www.w3.org", "")
+    )
 
 
 def test_finished_running_killed_and_failed_runs_are_told_apart(tmp_path):
     here = {"host": socket.gethostname(), "time": 0.0}
     states = {
-        "running": {"state": "running", "pid": os.getpid(), **here}, "killed": {"state": "running", "pid": 2**22 + 1, **here},
-        "elsewhere": {"state": "running", "pid": 2**22 + 1, "host": "another machine"}, "failed": {"state": "failed", "error": "RuntimeError: no memory", **here},
-    }  # fmt: skip
+        "running": {"state": "running", "pid": os.getpid(), **here},
+        "killed": {"state": "running", "pid": 2**22 + 1, **here},
+        "elsewhere": {"state": "running", "pid": 2**22 + 1, "host": "another machine"},
+        "failed": {"state": "failed", "error": "RuntimeError: no memory", **here},
+    }
     for name, status in states.items():
         folder = make_run(tmp_path / name, loss=name, summary=None)
         (folder / "status.json").write_text(json.dumps(status))
     make_run(tmp_path / "finished", loss="finished")
     told = {run.loss: run.state for run in find_runs(tmp_path)[0]}
-    assert told == {"running": "running", "killed": "killed", "elsewhere": "running", "failed": "failed: RuntimeError: no memory", "finished": "finished"}
+    assert told == {
+        "running": "running",
+        "killed": "killed",
+        "elsewhere": "running",
+        "failed": "failed: RuntimeError: no memory",
+        "finished": "finished",
+    }
     table = write_comparison(tmp_path, find_runs(tmp_path)[0])
     assert "no memory" in table and "0 of 1 finished, killed" in table
 
@@ -243,22 +389,34 @@ def test_broken_runs_are_named_and_the_rest_is_reported(tmp_path):
     (tmp_path / "odd" / "config.yaml").write_text("- a list")
     no_numbers = make_run(tmp_path / "nan", loss="ipo")
     with open(no_numbers / "metrics.jsonl", "a") as f:
-        f.write('{"examples": 160, "split": "eval", "samples_eval/kl": NaN, "samples_eval/policy_reward": 1.0}\n{"examples": 16')
+        f.write(
+            '{"examples": 160, "split": "eval", "samples_eval/kl": NaN,'
+            ' "samples_eval/policy_reward": 1.0}\n{"examples": 16'
+        )
     runs, problems = find_runs(tmp_path)
     assert sorted(run.loss for run in runs) == ["dpo", "ipo"] and len(problems) == 2
     table = write_comparison(tmp_path, runs, problems=problems)
-    assert "unreadable/metrics.jsonl:1" in table and "odd/config.yaml" in table and "missing or no numbers" in table and "1.310" in table
+    assert (
+        "unreadable/metrics.jsonl:1" in table
+        and "odd/config.yaml" in table
+        and "missing or no numbers" in table
+        and "1.310" in table
+    )
     assert "unreadable/metrics.jsonl:1" in (tmp_path / "report.html").read_text()
 
 
 def test_what_does_not_compare_is_said(tmp_path):
     for name in ("hh", "shp"):
-        folder = make_run(tmp_path / name, sampled=False, summary={"finished": True, "eval_loss": 0.5})
+        folder = make_run(
+            tmp_path / name, sampled=False, summary={"finished": True, "eval_loss": 0.5}
+        )
         config = OmegaConf.load(folder / "config.yaml")
         config.datasets = [name]
         OmegaConf.save(config, folder / "config.yaml")
     table = write_comparison(tmp_path, find_runs(tmp_path)[0])
-    assert "on different data (['hh'], ['shp'])" in table and "there is no reward to compare" in table
+    assert (
+        "on different data (['hh'], ['shp'])" in table and "there is no reward to compare" in table
+    )
     assert not (tmp_path / "frontier.png").exists()
 
 
@@ -273,28 +431,82 @@ def make_evaluation(folder, rewards):
     config.function = "eval"
     OmegaConf.save(config, folder / "config.yaml")
     rows = [
-        {"checkpoint": name, "name": name, "step": i, "training": {"loss": {"name": "dpo", "beta": 0.1}}, "temperature": t, "samples_eval/policy_reward": reward, "samples_eval/policy_reward_se": 0.01, "samples_eval/kl": 1.0 + i}
+        {
+            "checkpoint": name,
+            "name": name,
+            "step": i,
+            "training": {"loss": {"name": "dpo", "beta": 0.1}},
+            "temperature": t,
+            "samples_eval/policy_reward": reward,
+            "samples_eval/policy_reward_se": 0.01,
+            "samples_eval/kl": 1.0 + i,
+        }
         for i, ((name, t), reward) in enumerate(rewards.items())
-    ]  # fmt: skip
+    ]
     write_jsonl(folder / "eval.jsonl", rows)
-    write_jsonl(folder / "samples.jsonl", [{"checkpoint": name, "temperature": t, "prompt": "p", "policy": f"{name} at {t}", "reference": "r", "chosen": "c", "policy_reward": {"lexicon": 1.0}} for name, t in rewards])
+    write_jsonl(
+        folder / "samples.jsonl",
+        [
+            {
+                "checkpoint": name,
+                "temperature": t,
+                "prompt": "p",
+                "policy": f"{name} at {t}",
+                "reference": "r",
+                "chosen": "c",
+                "policy_reward": {"lexicon": 1.0},
+            }
+            for name, t in rewards
+        ],
+    )
     return folder
 
 
 def test_an_evaluation_of_checkpoints_is_a_table_and_pictures(tmp_path):
-    folder = make_evaluation(tmp_path / "eval", {("a", 0): 1.25, ("a", 1.0): 1.5, ("b", 0): 1.75, ("b", 1.0): 1.0})
-    (folder / "winrates.json").write_text(json.dumps([{"checkpoint": "a", "temperature": t, "against": "reference", "by": "reward lexicon", "win_rate": 0.5 + t / 4, "low": 0.4, "high": 0.9, "pairs": 9, "wins": 5, "ties": 0, "losses": 4, "unjudged": 0} for t in (0, 1.0)]))
+    folder = make_evaluation(
+        tmp_path / "eval", {("a", 0): 1.25, ("a", 1.0): 1.5, ("b", 0): 1.75, ("b", 1.0): 1.0}
+    )
+    (folder / "winrates.json").write_text(
+        json.dumps(
+            [
+                {
+                    "checkpoint": "a",
+                    "temperature": t,
+                    "against": "reference",
+                    "by": "reward lexicon",
+                    "win_rate": 0.5 + t / 4,
+                    "low": 0.4,
+                    "high": 0.9,
+                    "pairs": 9,
+                    "wins": 5,
+                    "ties": 0,
+                    "losses": 4,
+                    "unjudged": 0,
+                }
+                for t in (0, 1.0)
+            ]
+        )
+    )
     table = write_report(folder)
     assert all(f"{reward:.3f} ± 0.010" in table for reward in (1.25, 1.5, 1.75, 1.0))
     page = (folder / "report.html").read_text()
-    assert "0.750 [0.400, 0.900]" in page and page.index("a at 0") < page.index("b at 0") and "a at 1.0" in page
+    assert (
+        "0.750 [0.400, 0.900]" in page
+        and page.index("a at 0") < page.index("b at 0")
+        and "a at 1.0" in page
+    )
     for name in ("checkpoints", "temperature"):
         assert pixels(folder / f"{name}.png").std() > 0.02
 
 
 def test_watch_ends_when_nothing_runs(tmp_path):
     folder = make_run(tmp_path / "run")
-    done = subprocess.run([sys.executable, ROOT / "report.py", folder, "--watch", "0.1"], capture_output=True, text=True, timeout=60)
+    done = subprocess.run(
+        [sys.executable, ROOT / "report.py", folder, "--watch", "0.1"],
+        capture_output=True,
+        text=True,
+        timeout=60,
+    )
     assert done.returncode == 0 and done.stdout.count("report.html") == 1
 
 
@@ -302,7 +514,13 @@ def test_texts_may_hold_what_looks_like_the_end_of_a_line(tmp_path):
     folder = make_run(tmp_path / "run")
     odd = "a\u2028b\u0085c"
     with open(folder / "samples.jsonl", "w") as f:
-        f.write(json.dumps({"examples": 128, "prompt": odd, "policy": odd, "policy_reward": {"lexicon": 1.0}}, ensure_ascii=False) + "\n")
+        f.write(
+            json.dumps(
+                {"examples": 128, "prompt": odd, "policy": odd, "policy_reward": {"lexicon": 1.0}},
+                ensure_ascii=False,
+            )
+            + "\n"
+        )
     assert Run(folder).samples()[0]["policy"] == odd
     assert "1.310" in write_report(folder)
 

@@ -34,7 +34,9 @@ def command(imdb_dir, llama_folder, tmp_path):
     """Overrides of the same run of nine steps in a folder of the given name."""
 
     def command(name: str, *more: str) -> list[str]:
-        return small_run(llama_folder, imdb_dir, tmp_path / name, "n_epochs=3", "keep_checkpoints=null", *more)
+        return small_run(
+            llama_folder, imdb_dir, tmp_path / name, "n_epochs=3", "keep_checkpoints=null", *more
+        )
 
     return command
 
@@ -45,7 +47,17 @@ def assert_same_run(a, b):
     assert read_rows(a / "samples.jsonl") == read_rows(b / "samples.jsonl")
 
 
-@pytest.mark.parametrize("more", [(), ("loss=tdpo2", "optimizer=AdamW"), ("model.lora.r=4",), ("loss=bradley_terry",), ("loss=bco",), ("loss=beta-dpo",)])
+@pytest.mark.parametrize(
+    "more",
+    [
+        (),
+        ("loss=tdpo2", "optimizer=AdamW"),
+        ("model.lora.r=4",),
+        ("loss=bradley_terry",),
+        ("loss=bco",),
+        ("loss=beta-dpo",),
+    ],
+)
 @pytest.mark.parametrize("stop", [1, 4, 8])
 def test_an_exception_at_any_step(command, tmp_path, monkeypatch, stop, more):
     run_here(*command("whole", *more))
@@ -78,11 +90,16 @@ def test_the_optimizer_state_is_what_makes_it_exact(command, tmp_path, monkeypat
 
 @pytest.mark.parametrize("signum", [signal.SIGTERM, signal.SIGKILL, signal.SIGINT])
 def test_a_signal_to_a_running_process(command, tmp_path, signum):
-    """A child process is signalled at some moment after its first checkpoint, then the same command is run again."""
+    """A child process is signalled at some moment after its first checkpoint, then the same command
+    is run again."""
     run_here(*command("whole", "n_epochs=20"))
     broken = tmp_path / "broken"
     child = subprocess.Popen(
-        [sys.executable, str(ROOT / "train.py"), *map(str, command("broken", "n_epochs=20"))], cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+        [sys.executable, str(ROOT / "train.py"), *map(str, command("broken", "n_epochs=20"))],
+        cwd=ROOT,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
     )
     while not list(broken.glob("step-*")) and child.poll() is None:
         time.sleep(0.01)
@@ -125,7 +142,9 @@ def test_resume_takes_the_config_of_the_run(command, tmp_path):
     assert refused.returncode == 2 and "no config.yaml" in refused.stderr
 
 
-def test_a_finished_run_is_left_alone_and_a_longer_one_goes_on(command, tmp_path, capsys, monkeypatch):
+def test_a_finished_run_is_left_alone_and_a_longer_one_goes_on(
+    command, tmp_path, capsys, monkeypatch
+):
     first = run_here(*command("run"))
     with monkeypatch.context() as patch:
         patch.setattr(trainers, "build_policy", lambda *a, **k: pytest.fail("a model was loaded"))
@@ -143,7 +162,7 @@ def test_another_run_in_the_same_folder_is_refused(command):
         run_here(*command("run", "loss.beta=0.7"))
 
 
-# ------------------------------------------------------------------------------------------------- the files
+# ---------------------------------------------------------------------------------------- the files
 
 
 def write(content):
@@ -173,7 +192,10 @@ def test_what_a_killed_save_left_is_cleared_and_never_taken_for_a_checkpoint(tmp
     assert not (tmp_path / ".step-2.abc").exists()
 
 
-@pytest.mark.parametrize("keep, left", [(1, ["step-30"]), (2, ["step-10", "step-30"]), (None, ["step-10", "step-2", "step-30"])])
+@pytest.mark.parametrize(
+    "keep, left",
+    [(1, ["step-30"]), (2, ["step-10", "step-30"]), (None, ["step-10", "step-2", "step-30"])],
+)
 def test_the_newest_checkpoints_are_kept(tmp_path, keep, left):
     for step in (2, 10, 30):
         save_checkpoint(tmp_path, step, write(str(step)), keep=keep)

@@ -33,7 +33,9 @@ def files():
 def model_folder(tmp_path_factory):
     """A model folder made by the commands of the two scripts."""
     folder = tmp_path_factory.mktemp("tiny")
-    run("make_tiny_model.py", "--corpus", corpus_of(folder / "corpus"), "--output", folder / "model")
+    run(
+        "make_tiny_model.py", "--corpus", corpus_of(folder / "corpus"), "--output", folder / "model"
+    )
     return folder / "model"
 
 
@@ -43,7 +45,11 @@ def corpus_of(folder: Path, seed: int = 0) -> Path:
 
 
 def run(script: str, *arguments) -> None:
-    subprocess.run([sys.executable, ROOT / "scripts" / script, *map(str, arguments)], check=True, capture_output=True)
+    subprocess.run(
+        [sys.executable, ROOT / "scripts" / script, *map(str, arguments)],
+        check=True,
+        capture_output=True,
+    )
 
 
 def signs(text: str) -> set[str]:
@@ -56,7 +62,9 @@ def entries(table) -> list[str]:
     if isinstance(table, str):
         return [table]
     if isinstance(table, dict):
-        return [text for key, value in table.items() if key not in ("+", "-") for text in entries(value)]
+        return [
+            text for key, value in table.items() if key not in ("+", "-") for text in entries(value)
+        ]
     return [text for value in table for text in entries(value)]
 
 
@@ -74,7 +82,11 @@ def test_lexicon_is_lower_case_disjoint_and_without_repeats():
     assert not SENTIMENT["+"] & SENTIMENT["-"]
 
 
-@pytest.mark.parametrize("tables", [corpus.ADJECTIVES, corpus.COMMON, corpus.DOMAINS], ids=["adjectives", "common", "domains"])
+@pytest.mark.parametrize(
+    "tables",
+    [corpus.ADJECTIVES, corpus.COMMON, corpus.DOMAINS],
+    ids=["adjectives", "common", "domains"],
+)
 def test_the_lexicon_agrees_with_the_grammar(tables):
     marked = polarised(tables)
     assert marked
@@ -91,13 +103,19 @@ def test_hints_hold_no_sentiment_and_keep_their_promise():
     for seed in range(200):
         writer = corpus.Writer(random.Random(seed), "hotel")
         text = writer.fill("{lead} {aspect} {was} {adj}")
-        assert signs(text) == {sign for sign, hints in corpus.HINTS["lead"].items() if text.startswith(tuple(hints))}
+        assert signs(text) == {
+            sign for sign, hints in corpus.HINTS["lead"].items() if text.startswith(tuple(hints))
+        }
 
 
 def test_links_tell_agreement_from_contrast():
     seen = set()
     for seed in range(200):
-        first, link, second = corpus.Writer(random.Random(seed), "film").fill("{adj_story} {link} {adj_story}").split()
+        first, link, second = (
+            corpus.Writer(random.Random(seed), "film")
+            .fill("{adj_story} {link} {adj_story}")
+            .split()
+        )
         assert (link == "and") == (signs(first) == signs(second))
         seen.add(link)
     assert seen == {"and", "but"}
@@ -110,11 +128,17 @@ def test_equal_seeds_make_equal_corpora(files):
 
 def test_equal_commands_write_equal_bytes(tmp_path, model_folder, monkeypatch):
     names = ["train.jsonl", "test.jsonl", "prompts.jsonl"]
-    first, second, other = corpus_of(tmp_path / "a"), corpus_of(tmp_path / "b"), corpus_of(tmp_path / "c", seed=1)
+    first, second, other = (
+        corpus_of(tmp_path / "a"),
+        corpus_of(tmp_path / "b"),
+        corpus_of(tmp_path / "c", seed=1),
+    )
     assert filecmp.cmpfiles(first, second, names, shallow=False)[0] == names
     assert filecmp.cmpfiles(first, other, names, shallow=False)[1] == names
     # In this process: the folder it is compared with came from another, with another hash seed.
-    monkeypatch.setattr(sys, "argv", ["", "--corpus", str(first), "--output", str(tmp_path / "model")])
+    monkeypatch.setattr(
+        sys, "argv", ["", "--corpus", str(first), "--output", str(tmp_path / "model")]
+    )
     tiny.main()
     names = sorted(path.name for path in model_folder.iterdir())
     assert {"config.json", "model.safetensors", "tokenizer.json"} < set(names)
@@ -126,7 +150,11 @@ def test_equal_commands_write_equal_bytes(tmp_path, model_folder, monkeypatch):
 def test_no_prompt_is_in_two_files(files):
     train, test, prompts = ([row["prompt"] for row in rows] for rows in files)
     assert (len(train), len(test), len(prompts), len(set(prompts))) == (3000, 150, 200, 200)
-    assert not set(train) & set(test) and not set(train) & set(prompts) and not set(test) & set(prompts)
+    assert (
+        not set(train) & set(test)
+        and not set(train) & set(prompts)
+        and not set(test) & set(prompts)
+    )
     # The space of prompts is far larger than what is drawn from it.
     assert len(set(train)) > 2400
 
@@ -137,9 +165,14 @@ def test_texts_are_short_and_end_as_sentences(files):
         assert 4 <= len(row["prompt"].split()) <= 14
         assert len(row["chosen"].split()) in corpus.WORDS
         assert re.fullmatch(r" [A-Za-z ,.'-]+\.", row["chosen"])
-        assert not re.search(r"[{}_]|  |\b[Aa] [aeiou]|\b[Aa]n [^aeiou]", row["prompt"] + row["chosen"])
-        # A response starts a sentence just where the prompt has ended one; "I" is a capital anywhere.
-        assert row["chosen"].startswith(" I ") or row["chosen"][1].isupper() == row["prompt"].endswith(".")
+        assert not re.search(
+            r"[{}_]|  |\b[Aa] [aeiou]|\b[Aa]n [^aeiou]", row["prompt"] + row["chosen"]
+        )
+        # A response starts a sentence just where the prompt has ended one; "I" is a capital
+        # anywhere.
+        assert row["chosen"].startswith(" I ") or row["chosen"][1].isupper() == row[
+            "prompt"
+        ].endswith(".")
     assert len({row["chosen"] for row in train}) > 2800
 
 
@@ -160,7 +193,9 @@ def test_a_prompt_does_not_decide_the_sentiment(files):
 
 
 def test_more_prompts_than_there_are_is_refused(monkeypatch):
-    monkeypatch.setattr(corpus, "write_prompt", lambda rng: corpus.Prompt("We stayed here and", "hotel", "and"))
+    monkeypatch.setattr(
+        corpus, "write_prompt", lambda rng: corpus.Prompt("We stayed here and", "hotel", "and")
+    )
     with pytest.raises(ConfigError, match="lower them"):
         corpus.make_corpus(0, 2, seed=0)
 
@@ -168,8 +203,15 @@ def test_more_prompts_than_there_are_is_refused(monkeypatch):
 @pytest.mark.parametrize(
     "text",
     [
-        " the soup was bland, but we loved the evening.", "I'm here , and it's 3 . 50 !", "  two  spaces\tand a tab ",
-        "line one\nline two\r\n\n", "naïve café, Größe", "漢字 и кириллица", "👍🏽 family 👨‍👩‍👧", "\u200b\ufeff\x00", "",
+        " the soup was bland, but we loved the evening.",
+        "I'm here , and it's 3 . 50 !",
+        "  two  spaces\tand a tab ",
+        "line one\nline two\r\n\n",
+        "naïve café, Größe",
+        "漢字 и кириллица",
+        "👍🏽 family 👨‍👩‍👧",
+        "\u200b\ufeff\x00",
+        "",
     ],
 )
 def test_any_text_survives_the_tokenizer(model_folder, text):
@@ -191,12 +233,20 @@ def test_words_of_the_corpus_are_short_in_tokens(model_folder, files):
 
 
 def test_the_model_fits_the_tokenizer_and_its_size(model_folder):
-    model, tokenizer = AutoModelForCausalLM.from_pretrained(model_folder), AutoTokenizer.from_pretrained(model_folder)
+    model, tokenizer = (
+        AutoModelForCausalLM.from_pretrained(model_folder),
+        AutoTokenizer.from_pretrained(model_folder),
+    )
     assert 1_000_000 < model.num_parameters() < 2_000_000
     assert model.config.vocab_size == len(tokenizer)
     assert model.lm_head.weight is model.model.embed_tokens.weight
-    assert {p.dtype for p in model.parameters()} == {model.lm_head.weight.dtype} and model.dtype.itemsize == 4
-    ids = {name: getattr(model.config, name) for name in ("bos_token_id", "eos_token_id", "pad_token_id")}
+    assert {p.dtype for p in model.parameters()} == {
+        model.lm_head.weight.dtype
+    } and model.dtype.itemsize == 4
+    ids = {
+        name: getattr(model.config, name)
+        for name in ("bos_token_id", "eos_token_id", "pad_token_id")
+    }
     assert ids == {name: getattr(tokenizer, name) for name in ids}
 
 

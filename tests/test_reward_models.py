@@ -1,4 +1,5 @@
-"""Reward models: how they are trained, which checkpoint is kept, and that others read what they are."""
+"""Reward models: how they are trained, which checkpoint is kept, and that others read what they
+are."""
 
 import json
 
@@ -11,22 +12,49 @@ from rewards import build_reward
 
 
 def accuracies(folder) -> dict[int, float]:
-    return {row["step"]: row["rewards_eval/accuracies"] for row in read_rows(folder / "metrics.jsonl") if row["split"] == "eval"}
+    return {
+        row["step"]: row["rewards_eval/accuracies"]
+        for row in read_rows(folder / "metrics.jsonl")
+        if row["split"] == "eval"
+    }
 
 
 def test_best_is_the_checkpoint_with_the_highest_accuracy_and_stays(run):
-    folder = run("run", "loss=bradley_terry", "lr=3e-3", "n_epochs=6", "keep_checkpoints=1", "pairing=best_worst")
+    folder = run(
+        "run",
+        "loss=bradley_terry",
+        "lr=3e-3",
+        "n_epochs=6",
+        "keep_checkpoints=1",
+        "pairing=best_worst",
+    )
     found = accuracies(folder)
     assert 0 in found and len(found) > 3  # before the first step too
     saved = {step: accuracy for step, accuracy in found.items() if step}
-    best = next(step for step, accuracy in saved.items() if accuracy == max(saved.values()))  # the first of equals
+    best = next(
+        step for step, accuracy in saved.items() if accuracy == max(saved.values())
+    )  # the first of equals
     assert (folder / "BEST").resolve().name == f"step-{best}"
-    assert best != max(saved), "the last one is the best here: this run would not tell BEST from LATEST"
-    assert sorted(path.name for path in folder.glob("step-*")) == sorted({f"step-{best}", f"step-{max(saved)}"})
-    assert torch.load(folder / "BEST" / "policy.pt", weights_only=True)["metrics"]["rewards_eval/accuracies"] == saved[best]
-    by_run, by_folder = (build_reward({"name": "reward_model", "path": str(path)}) for path in (folder, folder / "BEST" / "hf"))
+    assert best != max(saved), (
+        "the last one is the best here: this run would not tell BEST from LATEST"
+    )
+    assert sorted(path.name for path in folder.glob("step-*")) == sorted(
+        {f"step-{best}", f"step-{max(saved)}"}
+    )
+    assert (
+        torch.load(folder / "BEST" / "policy.pt", weights_only=True)["metrics"][
+            "rewards_eval/accuracies"
+        ]
+        == saved[best]
+    )
+    by_run, by_folder = (
+        build_reward({"name": "reward_model", "path": str(path)})
+        for path in (folder, folder / "BEST" / "hf")
+    )
     assert by_run(["prompt number 1"], [" answer"]) == by_folder(["prompt number 1"], [" answer"])
-    assert by_run(["prompt number 1"], [" answer"]) != build_reward({"name": "reward_model", "path": str(folder / "LATEST" / "hf")})(["prompt number 1"], [" answer"])
+    assert by_run(["prompt number 1"], [" answer"]) != build_reward(
+        {"name": "reward_model", "path": str(folder / "LATEST" / "hf")}
+    )(["prompt number 1"], [" answer"])
 
 
 def test_a_policy_has_no_best(run):
@@ -36,11 +64,21 @@ def test_a_policy_has_no_best(run):
 def test_a_scalar_head_is_kept_unless_a_new_one_is_asked_for(run):
     first = run("first", "loss=bradley_terry", "n_examples=16")
     archive = f"model.archive={first}"
-    kept, new = (run(name, "loss=bradley_terry", "n_examples=8", archive, *more) for name, more in (("kept", ()), ("new", ("model.reinit_head=true",))))
+    kept, new = (
+        run(name, "loss=bradley_terry", "n_examples=8", archive, *more)
+        for name, more in (("kept", ()), ("new", ("model.reinit_head=true",)))
+    )
     trained = accuracies(first)[max(accuracies(first))]
-    losses = {name: next(row for row in read_rows(folder / "metrics.jsonl") if row["split"] == "eval")["loss/eval"] for name, folder in (("kept", kept), ("new", new))}
+    losses = {
+        name: next(row for row in read_rows(folder / "metrics.jsonl") if row["split"] == "eval")[
+            "loss/eval"
+        ]
+        for name, folder in (("kept", kept), ("new", new))
+    }
     last = [row for row in read_rows(first / "metrics.jsonl") if row["split"] == "eval"][-1]
-    assert losses["kept"] == pytest.approx(last["loss/eval"], abs=1e-6) and losses["new"] != pytest.approx(last["loss/eval"], abs=1e-4)
+    assert losses["kept"] == pytest.approx(last["loss/eval"], abs=1e-6) and losses[
+        "new"
+    ] != pytest.approx(last["loss/eval"], abs=1e-4)
     assert accuracies(kept)[0] == trained
 
 
@@ -53,31 +91,61 @@ def test_the_adapter_folder_is_what_peft_reads_and_equals_the_folded_model(run, 
     )
 
     folder = run("run", f"loss={loss}", "model.lora.r=4", "n_examples=32", "lr=1e-2") / "LATEST"
-    kind, more = (AutoModelForCausalLM, {}) if loss == "dpo" else (AutoModelForSequenceClassification, {"num_labels": 1})
+    kind, more = (
+        (AutoModelForCausalLM, {})
+        if loss == "dpo"
+        else (AutoModelForSequenceClassification, {"num_labels": 1})
+    )
     ids = torch.arange(1, 9)[None]
     folded = kind.from_pretrained(folder / "hf")(ids).logits
     base = kind.from_pretrained(llama_folder, **more)
     adapted = PeftModel.from_pretrained(base, folder / "adapter").eval()(ids).logits
     assert torch.allclose(adapted, folded, atol=1e-5)
-    assert not torch.allclose(kind.from_pretrained(llama_folder, **more)(ids).logits, folded, atol=1e-3)
+    assert not torch.allclose(
+        kind.from_pretrained(llama_folder, **more)(ids).logits, folded, atol=1e-3
+    )
 
 
 def test_a_magnitude_is_the_margin(tmp_path, imdb_dir, llama_folder):
-    rows = [{"question": f"q{i}", "response_j": f"good {i}", "response_k": f"bad {i}", "magnitude": float(i % 3)} for i in range(20)]
+    rows = [
+        {
+            "question": f"q{i}",
+            "response_j": f"good {i}",
+            "response_k": f"bad {i}",
+            "magnitude": float(i % 3),
+        }
+        for i in range(20)
+    ]
     path = write_jsonl(tmp_path / "pairs.jsonl", rows)
-    options = (f"datasets=[{path}]", "loss=bradley_terry", "n_examples=8", "test_fraction=0.3", "batch_size=8")
+    options = (
+        f"datasets=[{path}]",
+        "loss=bradley_terry",
+        "n_examples=8",
+        "test_fraction=0.3",
+        "batch_size=8",
+    )
     losses = []
     for margin in ("null", "magnitude"):
         folder = tmp_path / margin
         run_here(*small_run(llama_folder, imdb_dir, folder, *options, f"loss.margin={margin}"))
-        losses.append(next(row for row in read_rows(folder / "metrics.jsonl") if row["split"] == "eval")["loss/eval"])
+        losses.append(
+            next(row for row in read_rows(folder / "metrics.jsonl") if row["split"] == "eval")[
+                "loss/eval"
+            ]
+        )
     assert losses[1] > losses[0] + 0.2  # a margin of 1 on average asks for more
     assert json.loads((folder / "summary.json").read_text())["eval_accuracy"] is not None
 
 
 def test_a_reward_model_from_a_language_model_has_its_body(run):
     sft = run("sft", "loss=sft", "n_examples=16")
-    reward_model = run("rm", "loss=bradley_terry", f"model.archive={sft}", "n_examples=8", "lr=1e-30")
+    reward_model = run(
+        "rm", "loss=bradley_terry", f"model.archive={sft}", "n_examples=8", "lr=1e-30"
+    )
     theirs, ours = (read_archive(folder) for folder in (sft, reward_model))
     shared = theirs.keys() & ours.keys()
-    assert len(shared) > 10 and all(torch.equal(theirs[name], ours[name]) for name in shared) and "score.weight" in ours
+    assert (
+        len(shared) > 10
+        and all(torch.equal(theirs[name], ours[name]) for name in shared)
+        and "score.weight" in ours
+    )

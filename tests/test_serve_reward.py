@@ -1,4 +1,5 @@
-"""The scoring service: what it answers, what it refuses, and that killing it loses and repeats nothing."""
+"""The scoring service: what it answers, what it refuses, and that killing it loses and repeats
+nothing."""
 
 import json
 import os
@@ -29,13 +30,27 @@ def small_folder(tmp_path_factory):
 
 
 LEARNS = [
-    "online.discriminator=bradley_terry", "online.discriminator_lr=1e-3", "online.discriminator_epochs=2", "online.relabel_every=16", "online.relabels=3", "online.replay=1",
-]  # fmt: skip
+    "online.discriminator=bradley_terry",
+    "online.discriminator_lr=1e-3",
+    "online.discriminator_epochs=2",
+    "online.relabel_every=16",
+    "online.relabels=3",
+    "online.replay=1",
+]
 
 
 def service_options(small_folder, imdb_dir, *more: str) -> list[str]:
     """What a service shares with the run that it labels for."""
-    return [f"model.name_or_path={small_folder}", "model=blank_model", "reward=length", "reward.unit=characters", "max_length=64", "max_prompt_length=32", "eval_batch_size=8", *more]
+    return [
+        f"model.name_or_path={small_folder}",
+        "model=blank_model",
+        "reward=length",
+        "reward.unit=characters",
+        "max_length=64",
+        "max_prompt_length=32",
+        "eval_batch_size=8",
+        *more,
+    ]
 
 
 def config_of(*overrides: str):
@@ -58,12 +73,19 @@ def client(small_folder, imdb_dir, tmp_path):
 
 
 def request(number: int, n: int = 4) -> dict:
-    return {"id": f"r{number}", "round": number, "prompts": [f"p{i}" for i in range(n)], "responses": [["x" * (i + number), "y" * (2 * i + 1)] for i in range(n)]}
+    return {
+        "id": f"r{number}",
+        "round": number,
+        "prompts": [f"p{i}" for i in range(n)],
+        "responses": [["x" * (i + number), "y" * (2 * i + 1)] for i in range(n)],
+    }
 
 
 def test_predict_scores_by_the_reward(client):
     http, _ = client()
-    assert http.post("/predict", json={"prompts": ["a", "b"], "responses": ["four", ""]}).json() == {"scores": [4.0, 0.0]}
+    assert http.post(
+        "/predict", json={"prompts": ["a", "b"], "responses": ["four", ""]}
+    ).json() == {"scores": [4.0, 0.0]}
     assert http.get("/health").json() == {"ok": True, "reward": "length", "discriminator": False}
     assert config_of().host == "127.0.0.1"  # this machine alone, unless told
 
@@ -72,16 +94,32 @@ def test_train_without_a_discriminator_is_opo_with_gold(client):
     http, service = client("online.budget=6")
     answer = http.post("/train", json=request(1)).json()
     assert answer["scores"] == [[1.0, 1.0], [2.0, 3.0], [3.0, 5.0], [4.0, 7.0]]
-    assert answer["pairs"] == [None, [1, 0], [1, 0], [1, 0]] and (answer["labels_bought"], answer["room"]) == (4, 2)
+    assert answer["pairs"] == [None, [1, 0], [1, 0], [1, 0]] and (
+        answer["labels_bought"],
+        answer["room"],
+    ) == (4, 2)
     refused = http.post("/train", json=request(2))
-    assert refused.status_code == 422 and "4 pairs are to be labelled, and the budget of 6 labels has room for 2" in refused.json()["error"]
-    assert http.get("/state").json() | {"pool": 0} == {"requests": 1, "labels_bought": 4, "budget": 6, "pool": 0, "discriminator_steps": 0}
+    assert (
+        refused.status_code == 422
+        and "4 pairs are to be labelled, and the budget of 6 labels has room for 2"
+        in refused.json()["error"]
+    )
+    assert http.get("/state").json() | {"pool": 0} == {
+        "requests": 1,
+        "labels_bought": 4,
+        "budget": 6,
+        "pool": 0,
+        "discriminator_steps": 0,
+    }
 
 
 def test_a_service_of_pairs_refuses_three_before_it_asks_its_gold(client, tmp_path):
     http, _ = client()
     answer = http.post("/train", json=request(1) | {"responses": [["a", "b", "c"]] * 4})
-    assert answer.status_code == 422 and "start it with online.responses_per_prompt=3" in answer.json()["error"]
+    assert (
+        answer.status_code == 422
+        and "start it with online.responses_per_prompt=3" in answer.json()["error"]
+    )
     assert not (tmp_path / "state" / "labels.jsonl").exists()
 
 
@@ -95,7 +133,10 @@ def test_train_learns_and_says_the_same_to_the_same_id(client):
     after = http.post("/predict", json={"prompts": ["p"], "responses": ["xyz"]}).json()
     assert after != before
     steps = service.discriminator.counters.steps
-    assert http.post("/train", json=request(2)).json() == second and service.discriminator.counters.steps == steps  # asked again: nothing is bought or learnt
+    assert (
+        http.post("/train", json=request(2)).json() == second
+        and service.discriminator.counters.steps == steps
+    )  # asked again: nothing is bought or learnt
     assert http.get("/health").json()["discriminator"] == "bradley_terry"
 
 
@@ -108,11 +149,15 @@ def test_a_service_started_again_goes_on(client, tmp_path):
     again, service = client(*LEARNS, folder=tmp_path / "other")
     assert again.post("/train", json=request(3)).json() == answers[2]  # the client had not got it
     assert [again.post("/train", json=request(n)).json() for n in (4, 5)] == answers[3:]
-    assert read_rows(tmp_path / "other" / "labels.jsonl") == read_rows(tmp_path / "state" / "labels.jsonl")
+    assert read_rows(tmp_path / "other" / "labels.jsonl") == read_rows(
+        tmp_path / "state" / "labels.jsonl"
+    )
 
 
 @pytest.mark.parametrize("where", ["before the checkpoint", "after it"])
-def test_killed_between_buying_and_saving_nothing_is_bought_twice(client, tmp_path, monkeypatch, where):
+def test_killed_between_buying_and_saving_nothing_is_bought_twice(
+    client, tmp_path, monkeypatch, where
+):
     http, _ = client(*LEARNS)
     answers = [http.post("/train", json=request(n)).json() for n in range(1, 5)]
     other, service = client(*LEARNS, folder=tmp_path / "other")
@@ -121,14 +166,20 @@ def test_killed_between_buying_and_saving_nothing_is_bought_twice(client, tmp_pa
     def killed(*arguments, **more):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(serve_reward, "save_checkpoint" if where == "before the checkpoint" else "atomic_write", killed)
+    monkeypatch.setattr(
+        serve_reward,
+        "save_checkpoint" if where == "before the checkpoint" else "atomic_write",
+        killed,
+    )
     with pytest.raises(KeyboardInterrupt):
         service.train(serve_reward.Train(**request(2)))
     monkeypatch.undo()
     assert len(read_rows(tmp_path / "other" / "labels.jsonl")) == 3
     again, _ = client(*LEARNS, folder=tmp_path / "other")
     assert [again.post("/train", json=request(n)).json() for n in (2, 3, 4)] == answers[1:]
-    assert read_rows(tmp_path / "other" / "labels.jsonl") == read_rows(tmp_path / "state" / "labels.jsonl")
+    assert read_rows(tmp_path / "other" / "labels.jsonl") == read_rows(
+        tmp_path / "state" / "labels.jsonl"
+    )
 
 
 @pytest.mark.parametrize(
@@ -138,9 +189,29 @@ def test_killed_between_buying_and_saving_nothing_is_bought_twice(client, tmp_pa
         ("/predict", {"prompts": ["a"]}, 422, "responses: Field required"),
         ("/predict", {"prompts": ["a"], "responses": [3]}, 422, "valid string"),
         ("/predict", {"prompts": ["a"] * 5000, "responses": ["b"] * 5000}, 422, "at most 4096"),
-        ("/predict", {"prompts": ["a"], "responses": ["b" * 300_000]}, 422, "a text has 300,000 characters"),
-        ("/train", {"id": "1", "round": 1, "prompts": ["a"], "responses": [["b"]]}, 422, "two or more responses"),
-        ("/train", {"id": "1", "round": 1, "prompts": ["a", "b"], "responses": [["b", "c"], ["b", "c", "d"]]}, 422, "equally many"),
+        (
+            "/predict",
+            {"prompts": ["a"], "responses": ["b" * 300_000]},
+            422,
+            "a text has 300,000 characters",
+        ),
+        (
+            "/train",
+            {"id": "1", "round": 1, "prompts": ["a"], "responses": [["b"]]},
+            422,
+            "two or more responses",
+        ),
+        (
+            "/train",
+            {
+                "id": "1",
+                "round": 1,
+                "prompts": ["a", "b"],
+                "responses": [["b", "c"], ["b", "c", "d"]],
+            },
+            422,
+            "equally many",
+        ),
         ("/train", {"id": "1", "round": 1, "prompts": [], "responses": []}, 422, "two or more"),
         ("/nothing", {}, 404, "POST /predict"),
     ],
@@ -159,12 +230,17 @@ def test_what_is_not_json_or_too_large_or_of_the_wrong_method(client, monkeypatc
     monkeypatch.setattr(serve_reward, "MOST_BYTES", 100)
     large = http.post("/predict", json={"prompts": ["a" * 200], "responses": ["b"]})
     assert large.status_code == 413 and "at most 100 bytes" in large.json()["error"]
-    assert http.post("/predict", content=iter([b"{}"])).status_code == 413  # does not say how long it is
+    assert (
+        http.post("/predict", content=iter([b"{}"])).status_code == 413
+    )  # does not say how long it is
 
 
 def test_a_token_is_asked_for_where_there_is_one(client):
     http, _ = client(token="secret")
-    assert http.get("/health").status_code == 401 and http.get("/health", headers={"Authorization": "Bearer wrong"}).status_code == 401
+    assert (
+        http.get("/health").status_code == 401
+        and http.get("/health", headers={"Authorization": "Bearer wrong"}).status_code == 401
+    )
     assert http.get("/health", headers={"Authorization": "Bearer secret"}).status_code == 200
 
 
@@ -191,14 +267,18 @@ def test_more_requests_than_can_wait_are_sent_away(client, monkeypatch):
 
 @pytest.mark.parametrize(
     "overrides, message",
-    [(["reward=http", "reward.url=http://x"], "asks another one"), (["port=70000"], "at most 65535"), (["online.initial_labels=4", *LEARNS], "discriminator_path")],
+    [
+        (["reward=http", "reward.url=http://x"], "asks another one"),
+        (["port=70000"], "at most 65535"),
+        (["online.initial_labels=4", *LEARNS], "discriminator_path"),
+    ],
 )
 def test_a_service_that_cannot_work_is_refused(overrides, message):
     with pytest.raises(ConfigError, match=message):
         config_of(*overrides)
 
 
-# --------------------------------------------------------------------------------------------- a run and its service
+# ---------------------------------------------------------------------------- a run and its service
 
 
 def free_port() -> int:
@@ -212,12 +292,24 @@ class Server:
 
     def __init__(self, options: list[str]):
         self.port = free_port()
-        self.command = [sys.executable, str(ROOT / "serve_reward.py"), *options, f"port={self.port}"]
+        self.command = [
+            sys.executable,
+            str(ROOT / "serve_reward.py"),
+            *options,
+            f"port={self.port}",
+        ]
         self.url = f"http://127.0.0.1:{self.port}"
         self.start()
 
     def start(self) -> None:
-        self.process = subprocess.Popen(self.command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=os.environ)
+        self.process = subprocess.Popen(
+            self.command,
+            cwd=ROOT,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+            env=os.environ,
+        )
 
     def wait(self) -> None:
         for _ in range(600):
@@ -233,11 +325,28 @@ class Server:
         self.process.wait()
 
 
-def test_a_run_whose_service_is_killed_ends_as_one_that_labels_itself(small_folder, imdb_dir, tmp_path, monkeypatch):
-    run = ["function=online", "online.rounds=6", "online.prompts_per_round=4", "online.eval_every=6", "batch_size=4", "sample_during_eval=false", "optimizer=AdamW", "warmup_steps=0"]
+def test_a_run_whose_service_is_killed_ends_as_one_that_labels_itself(
+    small_folder, imdb_dir, tmp_path, monkeypatch
+):
+    run = [
+        "function=online",
+        "online.rounds=6",
+        "online.prompts_per_round=4",
+        "online.eval_every=6",
+        "batch_size=4",
+        "sample_during_eval=false",
+        "optimizer=AdamW",
+        "warmup_steps=0",
+    ]
     alone = tmp_path / "alone"
-    run_here(*small_run(small_folder, imdb_dir, alone, *run, "reward=length", "reward.unit=characters", *LEARNS))
-    server = Server(service_options(small_folder, imdb_dir, *LEARNS, f"local_run_dir={tmp_path / 'state'}"))
+    run_here(
+        *small_run(
+            small_folder, imdb_dir, alone, *run, "reward=length", "reward.unit=characters", *LEARNS
+        )
+    )
+    server = Server(
+        service_options(small_folder, imdb_dir, *LEARNS, f"local_run_dir={tmp_path / 'state'}")
+    )
     learn = online.Online._learn
 
     def and_kill(self, rollouts, labels, bar):
@@ -250,13 +359,32 @@ def test_a_run_whose_service_is_killed_ends_as_one_that_labels_itself(small_fold
     try:
         server.wait()
         served = tmp_path / "served"
-        run_here(*small_run(small_folder, imdb_dir, served, *run, "reward=http", f"reward.url={server.url}", "reward.retries=12", "reward.backoff=0.05"))
+        run_here(
+            *small_run(
+                small_folder,
+                imdb_dir,
+                served,
+                *run,
+                "reward=http",
+                f"reward.url={server.url}",
+                "reward.retries=12",
+                "reward.backoff=0.05",
+            )
+        )
     finally:
         server.kill()
-    ours, theirs = (torch.load(folder / "LATEST" / "policy.pt", weights_only=True)["state"] for folder in (served, alone))
+    ours, theirs = (
+        torch.load(folder / "LATEST" / "policy.pt", weights_only=True)["state"]
+        for folder in (served, alone)
+    )
     assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
-    paid = [[(row["responses"], row["scores"]) for row in read_rows(folder / "labels.jsonl")] for folder in (tmp_path / "state", alone)]
+    paid = [
+        [(row["responses"], row["scores"]) for row in read_rows(folder / "labels.jsonl")]
+        for folder in (tmp_path / "state", alone)
+    ]
     assert paid[0] == paid[1] and len(paid[0]) == 9
     assert json.loads((served / "summary.json").read_text())["labels_bought"] == 9
     with pytest.raises(RewardError, match="gave no scores in 2 attempts"):
-        build_reward({"name": "http", "url": server.url, "retries": 1, "backoff": 0.01}).learn("run", 7, ["p"], [["a", "b"]])
+        build_reward({"name": "http", "url": server.url, "retries": 1, "backoff": 0.01}).learn(
+            "run", 7, ["p"], [["a", "b"]]
+        )

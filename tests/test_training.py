@@ -25,13 +25,30 @@ from losses import LOSSES
 from utils import ConfigError, DataError
 
 LOSS_NAMES = sorted(path.stem for path in (CONFIG_DIR / "loss").glob("*.yaml"))
-# What every loss is at policy = reference when all score gaps are 0.5 (scored_rows with two responses a prompt).
+# What every loss is at policy = reference when all score gaps are 0.5 (scored_rows with two
+# responses a prompt).
 AT_START = {
-    "dpo": math.log(2), "tdpo": math.log(2), "tdpo1": math.log(2), "tdpo2": math.log(2), "soft-label": math.log(2), "ipo": 25.0, "cal-dpo": math.log(2) + 50,
-    "robust": math.log(2), "dpop": math.log(2), "sigmoid_norm": math.log(2), "aot": math.log(2), "beta-dpo": math.log(2), "hinge": 1.0, "sppo": 50.0, "nca": 2 * math.log(2),
-    "bco": 2 * math.log(2), "apo_zero": 1.0, "apo_down": 1.0, "kto": 0.5,
+    "dpo": math.log(2),
+    "tdpo": math.log(2),
+    "tdpo1": math.log(2),
+    "tdpo2": math.log(2),
+    "soft-label": math.log(2),
+    "ipo": 25.0,
+    "cal-dpo": math.log(2) + 50,
+    "robust": math.log(2),
+    "dpop": math.log(2),
+    "sigmoid_norm": math.log(2),
+    "aot": math.log(2),
+    "beta-dpo": math.log(2),
+    "hinge": 1.0,
+    "sppo": 50.0,
+    "nca": 2 * math.log(2),
+    "bco": 2 * math.log(2),
+    "apo_zero": 1.0,
+    "apo_down": 1.0,
+    "kto": 0.5,
     "odpo": math.log(1 + math.exp(math.log(0.5))),
-}  # fmt: skip
+}
 
 
 def weights_close(a, b, tolerance):
@@ -60,21 +77,39 @@ def test_every_loss_trains_and_starts_where_it_must(run, imdb_dir, name):
 
 
 def test_steps_are_profiled_and_stay_what_they_are(run):
-    plain, profiled = run("plain", "n_examples=40"), run("profiled", "n_examples=40", "profile_steps=2")
+    plain, profiled = (
+        run("plain", "n_examples=40"),
+        run("profiled", "n_examples=40", "profile_steps=2"),
+    )
     events = json.loads((profiled / "profile.json").read_text())["traceEvents"]
-    assert sum(event["name"] == "ProfilerStep#2" for event in events) >= 1 and any("backward" in event["name"].lower() for event in events)
-    assert "aten::" in (profiled / "profile.txt").read_text() and not (plain / "profile.json").exists()
+    assert sum(event["name"] == "ProfilerStep#2" for event in events) >= 1 and any(
+        "backward" in event["name"].lower() for event in events
+    )
+    assert (
+        "aten::" in (profiled / "profile.txt").read_text() and not (plain / "profile.json").exists()
+    )
     assert weights_close(final_weights(plain), final_weights(profiled), 0)
 
 
-@pytest.mark.parametrize("settings", [("loss=dpo",), ("loss=tdpo2",), ("loss=sft",), ("loss=dpo", "model.lora.r=4")])
+@pytest.mark.parametrize(
+    "settings", [("loss=dpo",), ("loss=tdpo2",), ("loss=sft",), ("loss=dpo", "model.lora.r=4")]
+)
 def test_accumulation_gives_the_gradient_of_one_big_batch(run, settings):
-    """24 pairs (or prompts) by 10, so that the last batch of 4 splits unevenly; float64, so that nothing hides."""
-    exact = ("batch_size=10", "model.policy_dtype=float64", "model.reference_dtype=float64", "sample_during_eval=false", *settings)
+    """24 pairs (or prompts) by 10, so that the last batch of 4 splits unevenly; float64, so that
+    nothing hides."""
+    exact = (
+        "batch_size=10",
+        "model.policy_dtype=float64",
+        "model.reference_dtype=float64",
+        "sample_during_eval=false",
+        *settings,
+    )
     one = run("one", *exact)
     five = run("five", *exact, "gradient_accumulation_steps=5")
     assert weights_close(final_weights(one), final_weights(five), 1e-9)
-    for a, b in zip(read_rows(one / "metrics.jsonl"), read_rows(five / "metrics.jsonl"), strict=True):
+    for a, b in zip(
+        read_rows(one / "metrics.jsonl"), read_rows(five / "metrics.jsonl"), strict=True
+    ):
         assert a[f"loss/{a['split']}"] == pytest.approx(b[f"loss/{b['split']}"], rel=1e-9)
         assert a.get("grad_norm", 0) == pytest.approx(b.get("grad_norm", 0), rel=1e-9)
     # The control: a mean over microbatches of unequal size would be another gradient.
@@ -86,46 +121,96 @@ def test_seed_changes_the_data_order_and_the_same_seed_repeats_the_run(run):
     a, b, c = run("a", "seed=0"), run("b", "seed=0"), run("c", "seed=1")
     assert same_weights(final_weights(a), final_weights(b))
     assert not same_weights(final_weights(a), final_weights(c))
-    first = [next(row["logps_train/chosen"] for row in read_rows(f / "metrics.jsonl") if row["split"] == "train") for f in (a, b, c)]
+    first = [
+        next(
+            row["logps_train/chosen"]
+            for row in read_rows(f / "metrics.jsonl")
+            if row["split"] == "train"
+        )
+        for f in (a, b, c)
+    ]
     assert first[0] == first[1] != first[2]
 
 
 def test_evaluation_sees_the_same_examples_whatever_the_seed(run):
-    at_start = [read_rows(run(f"seed{s}", f"seed={s}", "n_eval_examples=5") / "metrics.jsonl")[0] for s in (0, 1)]
+    at_start = [
+        read_rows(run(f"seed{s}", f"seed={s}", "n_eval_examples=5") / "metrics.jsonl")[0]
+        for s in (0, 1)
+    ]
     assert at_start[0]["logps_eval/chosen"] == at_start[1]["logps_eval/chosen"]
 
 
 def test_evaluation_schedule_and_last_partial_batch(run):
-    rows = read_rows(run("run", "pairing=all", "batch_size=50", "eval_every=60", "sample_during_eval=false") / "metrics.jsonl")
-    assert [row["examples"] for row in rows if row["split"] == "train"] == [50, 100, 144]  # 24 prompts of 6 pairs
+    rows = read_rows(
+        run("run", "pairing=all", "batch_size=50", "eval_every=60", "sample_during_eval=false")
+        / "metrics.jsonl"
+    )
+    assert [row["examples"] for row in rows if row["split"] == "train"] == [
+        50,
+        100,
+        144,
+    ]  # 24 prompts of 6 pairs
     assert [row["examples"] for row in rows if row["split"] == "eval"] == [0, 100, 144]
     rows = read_rows(run("unasked", "n_examples=20", "do_first_eval=false") / "metrics.jsonl")
     assert [row["examples"] for row in rows if row["split"] == "eval"] == [16, 20]
 
 
 def test_learning_rate_warms_up_then_stays(run):
-    rows = read_rows(run("run", "warmup_steps=4", "pairing=all", "lr=1e-3", "n_examples=64") / "metrics.jsonl")
+    rows = read_rows(
+        run("run", "warmup_steps=4", "pairing=all", "lr=1e-3", "n_examples=64") / "metrics.jsonl"
+    )
     rates = [row["lr"] for row in rows if row["split"] == "train"]
     assert rates == pytest.approx([2e-4, 4e-4, 6e-4, 8e-4, 1e-3, 1e-3, 1e-3, 1e-3])
 
 
 def test_gradient_is_clipped(run):
-    tight = read_rows(run("tight", "max_grad_norm=1e-3", "optimizer=SGD", "lr=1.0") / "metrics.jsonl")
+    tight = read_rows(
+        run("tight", "max_grad_norm=1e-3", "optimizer=SGD", "lr=1.0") / "metrics.jsonl"
+    )
     norms = [row["grad_norm"] for row in tight if row["split"] == "train"]
-    start, end = (run(name, "optimizer=SGD", f"lr={lr}", "warmup_steps=0", "n_examples=8", "max_grad_norm=1e-3") for name, lr in (("x", 1e-30), ("y", 1.0)))
-    moved = math.sqrt(sum((final_weights(end)[k] - w).double().pow(2).sum().item() for k, w in final_weights(start).items() if k != "lm_head.weight"))
+    start, end = (
+        run(
+            name,
+            "optimizer=SGD",
+            f"lr={lr}",
+            "warmup_steps=0",
+            "n_examples=8",
+            "max_grad_norm=1e-3",
+        )
+        for name, lr in (("x", 1e-30), ("y", 1.0))
+    )
+    moved = math.sqrt(
+        sum(
+            (final_weights(end)[k] - w).double().pow(2).sum().item()
+            for k, w in final_weights(start).items()
+            if k != "lm_head.weight"
+        )
+    )
     assert min(norms) > 1e-3  # logged before clipping
     assert moved <= 1.001e-3
 
 
 def test_activation_checkpointing_does_not_change_what_is_computed(run):
     exact = ("model.policy_dtype=float64", "model.reference_dtype=float64")
-    assert weights_close(final_weights(run("plain", *exact)), final_weights(run("other", *exact, "activation_checkpointing=true")), 1e-8)
+    assert weights_close(
+        final_weights(run("plain", *exact)),
+        final_weights(run("other", *exact, "activation_checkpointing=true")),
+        1e-8,
+    )
 
 
 def test_compiling_does_not_change_what_is_computed(run):
-    settings = ("optimizer=SGD", "lr=0.1", "sample_during_eval=false", "n_examples=16", "layout=padded")
-    plain, compiled = (final_weights(run(f"{compile}", *settings, f"compile={compile}")) for compile in (False, True))
+    settings = (
+        "optimizer=SGD",
+        "lr=0.1",
+        "sample_during_eval=false",
+        "n_examples=16",
+        "layout=padded",
+    )
+    plain, compiled = (
+        final_weights(run(f"{compile}", *settings, f"compile={compile}"))
+        for compile in (False, True)
+    )
     assert not same_weights(plain, compiled)  # other kernels
     assert weights_close(plain, compiled, 1e-5)
 
@@ -134,7 +219,9 @@ def test_mixed_precision_keeps_full_precision_weights(run):
     folder = run("run", "model.fsdp_policy_mp=bfloat16")
     assert {w.dtype for w in final_weights(folder).values()} == {torch.float32}
     row = read_rows(folder / "metrics.jsonl")[0]
-    assert row["loss/eval"] == pytest.approx(math.log(2), rel=1e-9)  # policy and reference compute alike
+    assert row["loss/eval"] == pytest.approx(
+        math.log(2), rel=1e-9
+    )  # policy and reference compute alike
     assert not same_weights(final_weights(folder), final_weights(run("full")))
 
 
@@ -157,9 +244,14 @@ def test_lora_trains_the_adapter_alone_and_saves_a_plain_model(run, llama_folder
     start = AutoModelForCausalLM.from_pretrained(llama_folder).state_dict()
     moved = {key for key, w in final_weights(folder).items() if not torch.equal(w, start[key])}
     assert moved and all("proj" in key for key in moved)
-    # The saved model is the policy: evaluated as a plain archive it gives the run's own last numbers.
-    again = run("eval", "function=eval", f"model.archive={folder}/LATEST/policy.pt", "n_eval_examples=8")
-    assert read_rows(again / "metrics.jsonl")[0]["loss/eval"] == pytest.approx(rows[-1]["loss/eval"], rel=1e-4)
+    # The saved model is the policy: evaluated as a plain archive it gives the run's own last
+    # numbers.
+    again = run(
+        "eval", "function=eval", f"model.archive={folder}/LATEST/policy.pt", "n_eval_examples=8"
+    )
+    assert read_rows(again / "metrics.jsonl")[0]["loss/eval"] == pytest.approx(
+        rows[-1]["loss/eval"], rel=1e-4
+    )
 
 
 def test_saved_folder_loads_and_generates(run):
@@ -190,19 +282,34 @@ def test_a_loss_that_is_no_number_stops_with_the_examples_and_the_last_good_weig
         f"    bad = torch.tensor([e == {bad} for e in examples] or [False])\n"
         "    return LossOutput(losses + torch.where(bad, float('nan'), 0.0))\n"
     )
-    told = rf"loss of step 3 is not finite, from .*imdb-sft-train.jsonl:\d+ \(example {bad}\);.*LATEST"
+    told = (
+        rf"loss of step 3 is not finite, from .*imdb-sft-train.jsonl:\d+ \(example {bad}\);.*LATEST"
+    )
     try:
         with pytest.raises(trainers.NonFiniteLoss, match=told):
-            run("run", "loss.name=explodes", f"loss.module={tmp_path / 'explodes.py'}", "do_first_eval=false", "eval_every=1000")
+            run(
+                "run",
+                "loss.name=explodes",
+                f"loss.module={tmp_path / 'explodes.py'}",
+                "do_first_eval=false",
+                "eval_every=1000",
+            )
     finally:
         LOSSES.pop("explodes", None)
     assert [row["step"] for row in read_rows(tmp_path / "run" / "metrics.jsonl")] == [1, 2]
     archive = torch.load(tmp_path / "run" / "LATEST" / "policy.pt", weights_only=True)
-    assert archive["step_idx"] == 2 and all(torch.isfinite(w).all() for w in archive["state"].values())
+    assert archive["step_idx"] == 2 and all(
+        torch.isfinite(w).all() for w in archive["state"].values()
+    )
     good = run("good", "n_examples=16", "do_first_eval=false", "loss.beta=0.1")
-    assert not same_weights(archive["state"], final_weights(good))  # another loss: the weights were really trained
+    assert not same_weights(
+        archive["state"], final_weights(good)
+    )  # another loss: the weights were really trained
     state = torch.load(tmp_path / "run" / "LATEST" / "training_state.pt", weights_only=True)
-    assert state["loader"] == {"epoch": 0, "cursor": 16}  # a resumed run meets the same examples again
+    assert state["loader"] == {
+        "epoch": 0,
+        "cursor": 16,
+    }  # a resumed run meets the same examples again
 
 
 def test_debug_writes_no_checkpoint(run):
@@ -214,7 +321,10 @@ def test_debug_writes_no_checkpoint(run):
 @pytest.mark.parametrize(
     "overrides, told",
     [
-        (("batch_size=9", "gradient_accumulation_steps=2"), "divisible by gradient_accumulation_steps.world_size=2; try 8 or 10"),
+        (
+            ("batch_size=9", "gradient_accumulation_steps=2"),
+            "divisible by gradient_accumulation_steps.world_size=2; try 8 or 10",
+        ),
         (("max_prompt_length=64",), "must be smaller than max_length=64"),
         (("max_new_tokens=40",), "exceed max_length=64"),
         (("max_length=500",), "exceeds the 128 positions"),
@@ -244,17 +354,26 @@ def test_bad_settings_are_refused_with_what_to_change(run, overrides, told):
 
 def test_scores_are_asked_for_before_a_model_loads(run, tmp_path, monkeypatch):
     monkeypatch.setattr(trainers, "build_policy", lambda *a, **k: pytest.fail("a model was loaded"))
-    pairs = write_jsonl(tmp_path / "pairs.jsonl", [{"prompt": f"p{i}", "chosen": " a", "rejected": " b"} for i in range(9)])
+    pairs = write_jsonl(
+        tmp_path / "pairs.jsonl",
+        [{"prompt": f"p{i}", "chosen": " a", "rejected": " b"} for i in range(9)],
+    )
     with pytest.raises(ConfigError, match="loss=odpo needs scores"):
         run("run", "loss=odpo", f"datasets=[{pairs}]")
     rows = scored_rows(24)
-    write_jsonl(tmp_path / "data" / "imdb-sft-train.jsonl", [row | {"reward": row["reward"] - 1} for row in rows])
+    write_jsonl(
+        tmp_path / "data" / "imdb-sft-train.jsonl",
+        [row | {"reward": row["reward"] - 1} for row in rows],
+    )
     with pytest.raises(DataError, match="imdb-sft-train.jsonl:.*mend the data"):
         run("run", "loss=odpo", "loss.ratio=true")
 
 
 def test_several_datasets_are_mixed(run, tmp_path):
-    pairs = write_jsonl(tmp_path / "pairs.jsonl", [{"prompt": f"p{i}", "chosen": " a", "rejected": " b"} for i in range(40)])
+    pairs = write_jsonl(
+        tmp_path / "pairs.jsonl",
+        [{"prompt": f"p{i}", "chosen": " a", "rejected": " b"} for i in range(40)],
+    )
     folder = run("run", f"datasets=[imdb,{pairs}]", "test_fraction=0.25")
     rows = [row for row in read_rows(folder / "metrics.jsonl") if row["split"] == "train"]
     assert 24 < rows[-1]["examples"] < 64
@@ -263,7 +382,9 @@ def test_several_datasets_are_mixed(run, tmp_path):
 @pytest.mark.parametrize("architecture", ["gpt2", "gpt_neox", "opt", "gptj", "gpt_neo", "phi"])
 def test_other_architectures_train_sample_and_save(imdb_dir, tmp_path, architecture):
     folder = save_model(tmp_path / "model", architecture, scale=1.0)
-    summary = run_here(*small_run(folder, imdb_dir, tmp_path / "run", "loss=tdpo2", "n_examples=16"))
+    summary = run_here(
+        *small_run(folder, imdb_dir, tmp_path / "run", "loss=tdpo2", "n_examples=16")
+    )
     rows = read_rows(tmp_path / "run" / "metrics.jsonl")
     assert rows[0]["loss/eval"] == pytest.approx(math.log(2), rel=1e-9)
     assert summary["kl"] >= 0 and summary["examples"] == 16
