@@ -14,11 +14,12 @@ import hydra
 from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig
 
-from archives import expand_archives, temperatures
-from batching import prompts_to_sample
-from configuration import check_config, check_overrides, fail
-from models import build_policy, check_model, load_tokenizer
-from sampling import sample
+from preflab.batching.examples import prompts_to_sample
+from preflab.checks import check_config
+from preflab.evaluation.worklist import expand_archives, temperatures
+from preflab.modeling.generation import sample
+from preflab.modeling.loading import build_policy, check_model, load_tokenizer
+from preflab.settings.overrides import check_overrides, fail
 from train import load_data
 from trainers import TRAINERS
 from utils import ConfigError, PrefLabError, atomic_write

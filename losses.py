@@ -8,383 +8,16 @@ a response's length. Sums run over response tokens, EOS included. All tensors ar
 log-probability near -400 carries 3e-5 of rounding in float32.
 """
 
-import inspect
 import math
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Mapping
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from utils import ConfigError, DataError, load_module, nearest
-
-NEEDS = {
-    "reference",  # log-probs under the frozen reference: reference_*_logps, *_logratio
-    "scores",  # numbers that came with the data: *_scores
-    "token_kl",  # full-vocabulary KL(reference || policy) summed over response positions: *_kl
-    "token_logps",  # log-prob of each response token under the policy: *_token_logps
-    "lengths",  # response lengths in tokens: *_lengths
-    "collision",  # log sum_v pi(v)^2 summed over response positions, without gradient: *_collision
-    "scalar_head",  # a model with one output instead of a vocabulary: *_values
-}
-
-
-@dataclass
-class Pair:
-    """A batch of pairs as a loss sees it; what the loss did not ask for in `reads` is None.
-
-    Every field is (pairs,) unless said otherwise. Log-probs are sums over response tokens, in nats.
-    """
-
-    policy_chosen_logps: Tensor | None = None
-    policy_rejected_logps: Tensor | None = None
-    reference_chosen_logps: Tensor | None = None
-    reference_rejected_logps: Tensor | None = None
-    chosen_lengths: Tensor | None = None
-    rejected_lengths: Tensor | None = None
-    chosen_scores: Tensor | None = None
-    rejected_scores: Tensor | None = None
-    chosen_kl: Tensor | None = None
-    rejected_kl: Tensor | None = None
-    chosen_token_logps: Tensor | None = (
-        None  # (pairs, longest response), zero behind each response's length
-    )
-    rejected_token_logps: Tensor | None = None
-    chosen_collision: Tensor | None = None
-    rejected_collision: Tensor | None = None
-    chosen_values: Tensor | None = None  # output of the scalar head
-    rejected_values: Tensor | None = None
-    columns: Mapping[str, Tensor] = field(
-        default_factory=dict
-    )  # further numbers of the data, by column name
-    names: list[str] = field(default_factory=list)  # which example each is, for error messages
-    running: Mapping[str, Tensor] = field(
-        default_factory=dict
-    )  # means over the steps so far, of a loss that keeps some
-
-    @property
-    def chosen_logratio(self) -> Tensor:
-        return self.policy_chosen_logps - self.reference_chosen_logps
-
-    @property
-    def rejected_logratio(self) -> Tensor:
-        return self.policy_rejected_logps - self.reference_rejected_logps
-
-
-@dataclass
-class Target:
-    """A batch of single responses, to imitate or with scores; fields are (examples,), None as in
-    `Pair`."""
-
-    policy_logps: Tensor
-    lengths: Tensor | None = None
-    reference_logps: Tensor | None = None
-    scores: Tensor | None = None
-
-
-@dataclass
-class LossOutput:
-    """Per-example losses (with gradient) and what is logged beside them (taken without gradient).
-
-    losses: (examples,). chosen_rewards, rejected_rewards: (pairs,), beta times the log-ratios, so
-    that losses can be compared whatever they optimise; without a reference what the paper takes for
-    the reward. metrics: further (examples,) tensors by name, logged as `<name>` with `{split}`
-    filled in, e.g. `kl_{split}/chosen`. running: what `Pair.running` is for the next step, by name.
-    """
-
-    losses: Tensor
-    chosen_rewards: Tensor | None = None
-    rejected_rewards: Tensor | None = None
-    metrics: dict[str, Tensor] = field(default_factory=dict)
-    running: dict[str, Tensor] = field(default_factory=dict)
-
-
-@dataclass(frozen=True)
-class LossSpec:
-    """What the decorator declares. `reads` and `columns` are functions of the settings."""
-
-    name: str
-    function: Callable
-    reads: Callable[[dict], frozenset]
-    columns: Callable[[dict], frozenset]
-    examples: str
-    couples_batch: bool
-    inspect_scores: Callable | None
-
-    @property
-    def settings(self) -> dict[str, inspect.Parameter]:
-        parameters = inspect.signature(self.function).parameters.values()
-        return {p.name: p for p in parameters if p.kind is inspect.Parameter.KEYWORD_ONLY}
-
-
-LOSSES: dict[str, LossSpec] = {}
-EXAMPLES = ("pairs", "targets", "responses")
-
-# Keys of the `loss` group that belong to every loss and are handled here, not by the function.
-COMMON_KEYS = {"name", "module", "sft_weight"}
-SFT_WEIGHT = inspect.Parameter(
-    "sft_weight", inspect.Parameter.KEYWORD_ONLY, default=0.0, annotation=float
-)
-
-# What a number must satisfy, by the name of its setting. Those that end in _weight are like alpha.
-RANGES = {
-    "beta": (lambda value: value > 0, "be greater than 0; docs/losses.md has usual values"),
-    "label_smoothing": (lambda value: 0 <= value < 0.5, "lie in [0, 0.5)"),
-    "momentum": (lambda value: 0 <= value < 1, "lie in [0, 1)"),
-    **dict.fromkeys(
-        ("alpha", "gamma", "delta", "margin"), (lambda value: value >= 0, "not be negative")
-    ),
-}
-
-
-def register_loss(
-    name: str,
-    *,
-    reads=frozenset(),
-    columns=frozenset(),
-    examples="pairs",
-    couples_batch=False,
-    inspect_scores=None,
-):
-    """Register a loss function under `loss=name`.
-
-    reads: subset of `NEEDS`, or a function from the settings (a dict) to one, when it depends on
-    them. columns: numeric data columns read through `pair.columns`, likewise a set or a function of
-    the settings. examples: "pairs" (the function gets a `Pair`), "targets" (it gets a `Target` with
-    the responses to imitate) or
-        "responses" (it gets a `Target` with any of the data's responses).
-    couples_batch: the loss of an example depends on the others of the batch, so a batch must not be
-    split; in
-        evaluation it is computed over batches of `eval_batch_size`, and is not comparable with
-        other sizes.
-    inspect_scores: `f(chosen_scores, rejected_scores, names, **settings) -> str`, called once with
-    the scores of all
-        training pairs before a model loads; it raises on data the loss cannot use and returns a
-        line to print.
-    """
-    if examples not in EXAMPLES:
-        raise ValueError(
-            f"register_loss({name!r}): examples={examples!r}; accepted: {', '.join(EXAMPLES)}"
-        )
-
-    def as_function(declared):
-        return declared if callable(declared) else lambda settings: frozenset(declared)
-
-    def decorate(function):
-        spec = LossSpec(
-            name,
-            function,
-            as_function(reads),
-            as_function(columns),
-            examples,
-            couples_batch,
-            inspect_scores,
-        )
-        known = LOSSES.get(name)
-        if known is not None and _source(known.function) != _source(function):
-            raise ConfigError(
-                f"a loss named {name!r} is already registered in {known.function.__module__}; pick"
-                " another name"
-            )
-        LOSSES[name] = spec
-        return function
-
-    return decorate
-
-
-def _source(function: Callable) -> tuple[str, str]:
-    return function.__code__.co_filename, function.__qualname__
-
-
-class BoundLoss:
-    """A loss with its settings, ready to call: `BoundLoss(pair) -> LossOutput`.
-
-    Calling it changes nothing. A loss with means over the steps has them in `running`, which moves
-    by `keep` alone.
-    """
-
-    def __init__(self, spec: LossSpec, settings: dict, sft_weight: float = 0.0):
-        self.name = spec.name
-        self.examples = spec.examples
-        self.couples_batch = spec.couples_batch
-        self.settings = settings
-        self.sft_weight = sft_weight
-        self.reads = frozenset(spec.reads(settings)) | ({"lengths"} if sft_weight else frozenset())
-        self.columns = frozenset(spec.columns(settings))
-        unknown = self.reads - NEEDS
-        if unknown:
-            raise ConfigError(
-                f"loss {spec.name!r} reads {sorted(unknown)}; accepted: {sorted(NEEDS)}"
-            )
-        self._spec = spec
-        self.running: dict[str, Tensor] = {}
-
-    def inspect_scores(self, chosen_scores: Tensor, rejected_scores: Tensor, names) -> str | None:
-        """What the loss has to say of the training scores, (pairs,) each, before a model loads; see
-        `register_loss`."""
-        if self._spec.inspect_scores is None or "scores" not in self.reads:
-            return None
-        return self._spec.inspect_scores(chosen_scores, rejected_scores, names, **self.settings)
-
-    def __call__(self, data: Pair | Target) -> LossOutput:
-        if isinstance(data, Pair):
-            data.running = self.running
-        output = self._spec.function(data, **self.settings)
-        if self.sft_weight:
-            output.losses = (
-                output.losses - self.sft_weight * data.policy_chosen_logps / data.chosen_lengths
-            )
-        return output
-
-    def keep(self, output: LossOutput) -> None:
-        """Take over the running means that a training batch led to, once its step was taken."""
-        self.running = {name: value.detach().double() for name, value in output.running.items()}
-
-    def state_dict(self) -> dict:
-        """Numbers by name; nothing for a loss without running means."""
-        return {name: value.item() for name, value in self.running.items()}
-
-    def load_state_dict(self, state: Mapping[str, float]) -> None:
-        self.running = {
-            name: torch.tensor(value, dtype=torch.float64) for name, value in state.items()
-        }
-
-
-def bind_loss(config: Mapping) -> BoundLoss:
-    """Match the yaml of a loss (`config`: name, module, sft_weight and the settings) with its
-    function's signature.
-
-    Raises ConfigError for an unknown loss, an unknown or missing setting, or a setting out of its
-    range.
-    """
-    config = dict(config)
-    if config.get("module"):
-        load_module(config["module"], "loss.module")
-    name = config.get("name")
-    if name not in LOSSES:
-        raise ConfigError(
-            f"loss.name={name!r} is not a registered loss; {nearest(str(name), LOSSES)}"
-        )
-    spec = LOSSES[name]
-    settings = {key: value for key, value in config.items() if key not in COMMON_KEYS}
-    accepted = spec.settings
-    unknown = [key for key in settings if key not in accepted]
-    if unknown:
-        raise ConfigError(
-            f"loss={name} has no setting {', '.join(unknown)}; accepted:"
-            f" {', '.join(accepted) or 'none'}"
-        )
-    missing = [
-        key for key, p in accepted.items() if p.default is p.empty and settings.get(key) is None
-    ]
-    if missing:
-        raise ConfigError(
-            f"loss={name} needs {', '.join('loss.' + key for key in missing)}; accepted:"
-            f" {', '.join(accepted)}"
-        )
-    sft_weight = config.get("sft_weight") or 0.0
-    for key, parameter in (spec.settings | {"sft_weight": SFT_WEIGHT}).items():
-        _check_setting(
-            name,
-            parameter,
-            sft_weight if key == "sft_weight" else settings.get(key, parameter.default),
-        )
-    if sft_weight and (spec.examples != "pairs" or "scalar_head" in spec.reads(settings)):
-        raise ConfigError(
-            f"loss.sft_weight={sft_weight} mixes in a likelihood, which loss={name} does not have;"
-            " set it to 0"
-        )
-    loss = BoundLoss(spec, settings, sft_weight)
-    _try_out(loss)
-    return loss
-
-
-def made_up_batch(loss: BoundLoss, n: int = 3, seed: int = 0) -> Pair | Target:
-    """Random numbers for exactly what the loss declares to read, as `n` examples; the rest is
-    None."""
-    generator = torch.Generator().manual_seed(seed)
-
-    def normal(*shape):
-        return torch.randn(*shape, generator=generator, dtype=torch.float64)
-
-    lengths = torch.tensor([float(2 + i % 3) for i in range(n)], dtype=torch.float64)
-    if loss.examples != "pairs":
-        return Target(
-            policy_logps=normal(n) - 4,
-            lengths=lengths,
-            reference_logps=normal(n) - 4,
-            scores=torch.arange(n).remainder(2).double(),
-        )
-    filled = {
-        "reference": {
-            "reference_chosen_logps": normal(n) - 4,
-            "reference_rejected_logps": normal(n) - 4,
-        },
-        "scores": {
-            "chosen_scores": normal(n).abs() + 2,
-            "rejected_scores": normal(n).abs().clamp(max=1) + 0.5,
-        },
-        "token_kl": {"chosen_kl": normal(n).abs(), "rejected_kl": normal(n).abs()},
-        "token_logps": {
-            "chosen_token_logps": -normal(n, 4).abs(),
-            "rejected_token_logps": -normal(n, 4).abs(),
-        },
-        "lengths": {"chosen_lengths": lengths, "rejected_lengths": lengths + 1},
-        "collision": {"chosen_collision": -2 * lengths, "rejected_collision": -2 * lengths},
-        "scalar_head": {"chosen_values": normal(n), "rejected_values": normal(n)},
-    }
-    fields = {key: value for need in sorted(loss.reads) for key, value in filled[need].items()}
-    if "scalar_head" not in loss.reads:
-        fields |= {"policy_chosen_logps": normal(n) - 4, "policy_rejected_logps": normal(n) - 4}
-    return Pair(**fields, columns={name: normal(n) for name in sorted(loss.columns)})
-
-
-def _try_out(loss: BoundLoss) -> None:
-    """Call the loss once on a made-up batch: a slip in a loss or its yaml shows now, not after the
-    models are loaded."""
-    try:
-        output = loss(made_up_batch(loss))
-    except (TypeError, AttributeError, KeyError) as error:
-        raise ConfigError(
-            f"loss={loss.name} failed on a made-up batch that holds what it declares to read"
-            f" ({', '.join(sorted(loss.reads)) or 'nothing'}): {error}; mend the function, its"
-            " yaml, or `reads`"
-        ) from error
-    if output.losses.shape != (3,) or not bool(torch.isfinite(output.losses).all()):
-        raise ConfigError(
-            f"loss={loss.name} must return one finite loss an example, shape (3,), not"
-            f" {output.losses}"
-        )
-    if output.running and not loss.couples_batch:
-        raise ConfigError(
-            f"loss={loss.name} keeps running means of whole batches; register it with"
-            " couples_batch=True"
-        )
-
-
-def _check_setting(name: str, parameter: inspect.Parameter, value) -> None:
-    """A setting is of the kind that the function's signature says, and in the range that goes with
-    its name."""
-    key = parameter.name
-    holds, told = (
-        RANGES["alpha" if key.endswith("_weight") else key]
-        if key in RANGES or key.endswith("_weight")
-        else (lambda value: True, "")
-    )
-    if parameter.annotation in (bool, "bool") and not isinstance(value, bool):
-        raise ConfigError(f"loss.{key}={value!r} of loss={name} must be true or false")
-    if parameter.annotation not in (float, "float") and not (
-        parameter.annotation is parameter.empty and told
-    ):
-        return
-    if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value):
-        raise ConfigError(f"loss.{key}={value!r} of loss={name} must be a finite number")
-    if not holds(value):
-        raise ConfigError(f"loss.{key}={value} of loss={name} must {told}")
-
-
-# --------------------------------------------------------------------------------------------------
+from preflab.objective.registry import register_loss
+from preflab.objective.types import LossOutput, Pair, Target
+from utils import ConfigError, DataError
 
 
 @register_loss("sft", reads={"lengths"}, examples="targets")
@@ -626,4 +259,422 @@ def bradley_terry(pair: Pair, *, margin: str | None = None) -> LossOutput:
     return LossOutput(-F.logsigmoid(gap), pair.chosen_values, pair.rejected_values)
 
 
-import more_losses  # noqa: E402, F401  the further losses, which need the registry above
+def _output(
+    pair: Pair,
+    losses: Tensor,
+    beta: float,
+    metrics: dict | None = None,
+    running: dict | None = None,
+) -> LossOutput:
+    """With the logged rewards of every loss that has a reference: beta times the log-ratios of
+    sums."""
+    return LossOutput(
+        losses,
+        beta * pair.chosen_logratio,
+        beta * pair.rejected_logratio,
+        metrics or {},
+        running or {},
+    )
+
+
+def _scaled_gap(pair: Pair, beta: float) -> Tensor:
+    """beta h, (pairs,)."""
+    return beta * (pair.chosen_logratio - pair.rejected_logratio)
+
+
+@register_loss("robust", reads={"reference"})
+def robust(pair: Pair, *, beta: float, label_smoothing: float = 0.1) -> LossOutput:
+    """(-(1-e) log S(beta h) + e log S(-beta h)) / (1 - 2e): DPO's loss without the bias that
+    flipped labels give it (rDPO, arXiv:2403.00409).
+
+    If a share e of the labels is flipped at random, its expectation is DPO's loss on the true ones.
+    Sums over tokens. For data with a known noise rate; conservative DPO (`dpo` with
+    label_smoothing) hedges instead. It falls without end as h grows: the slope tends to -beta e /
+    (1-2e). beta > 0, 0.01 to 0.5; label_smoothing e in [0, 0.5); 0 is DPO.
+    """
+    gap = _scaled_gap(pair, beta)
+    losses = (-(1 - label_smoothing) * F.logsigmoid(gap) + label_smoothing * F.logsigmoid(-gap)) / (
+        1 - 2 * label_smoothing
+    )
+    return _output(pair, losses, beta)
+
+
+@register_loss("hinge", reads={"reference"})
+def hinge(pair: Pair, *, beta: float, margin: float = 1.0) -> LossOutput:
+    """max(0, margin - beta h) (the hinge of SLiC, arXiv:2305.10425, on log-ratios as in RSO,
+    arXiv:2309.06657).
+
+    Sums over tokens. A pair that has its margin gives no gradient at all, all others the same. beta
+    > 0, 0.01 to 0.5; margin >= 0, in units of beta h. SLiC itself, without a reference, is `slic`.
+    """
+    return _output(pair, F.relu(margin - _scaled_gap(pair, beta)), beta)
+
+
+@register_loss("exo", reads={"reference"})
+def exo(pair: Pair, *, beta: float, label_smoothing: float = 1e-3) -> LossOutput:
+    """q log(q / (1-e)) + (1-q) log((1-q) / e), q = S(beta h) (EXO-pref, arXiv:2402.00856 eq. 16).
+
+    KL(policy's preference || label), the reverse of DPO's direction: it seeks the mode instead of
+    covering both. Sums over tokens. Its gradient is small where beta h is far below 0. beta > 0,
+    0.01 to 0.5; label_smoothing e in (0, 0.5): the label is (1-e, e), and e = 0 would make the loss
+    infinite.
+    """
+    if not label_smoothing > 0:
+        raise ConfigError(
+            f"loss.label_smoothing={label_smoothing} of loss=exo must lie in (0, 0.5): its"
+            " logarithm enters"
+        )
+    gap = _scaled_gap(pair, beta)
+    chosen = torch.sigmoid(gap) * (F.logsigmoid(gap) - math.log1p(-label_smoothing))
+    rejected = torch.sigmoid(-gap) * (F.logsigmoid(-gap) - math.log(label_smoothing))
+    return _output(pair, chosen + rejected, beta)
+
+
+@register_loss("discopop", reads={"reference"})
+def discopop(pair: Pair, *, beta: float, tau: float = 0.05) -> LossOutput:
+    """(1-m) (-log S(x)) + m exp(-x), x = beta h, m = S(x / tau) (log-ratio modulated loss,
+    DiscoPOP, arXiv:2406.08414 eq. 5).
+
+    Found by a search in which a language model wrote the losses: logistic for pairs in the wrong
+    order, exponential for those in the right one, and not convex between. Sums over tokens. beta >
+    0, 0.01 to 0.5; tau in (0, 1]: how sharp the change-over is.
+    """
+    if not 0 < tau <= 1:
+        raise ConfigError(
+            f"loss.tau={tau} of loss=discopop must lie in (0, 1]: above 1, exp(-x) outgrows its"
+            " weight S(x / tau)"
+        )
+    x = _scaled_gap(pair, beta)
+    exponential = torch.exp(
+        F.logsigmoid(x / tau) - x
+    )  # m exp(-x), neither of which need be finite alone
+    return _output(pair, torch.sigmoid(-x / tau) * -F.logsigmoid(x) + exponential, beta)
+
+
+@register_loss("sppo", reads={"reference"})
+def sppo(pair: Pair, *, beta: float) -> LossOutput:
+    """(d_w - 1/(2 beta))^2 + (d_l + 1/(2 beta))^2 (SPPO, arXiv:2405.00675 eq. 4.7, with win rates 1
+    and 0; 1/beta is its eta).
+
+    Each log-ratio has its own target, so unlike with DPO the chosen response cannot lose
+    probability for good. Sums over tokens. Meant for rounds of the policy's own samples; the paper
+    estimates win rates, here labels are hard. beta > 0: 0.1 aims at log-ratios of +-5 nats; the
+    paper's eta = 1000 is beta=0.001.
+    """
+    target = 1 / (2 * beta)
+    return _output(
+        pair, (pair.chosen_logratio - target) ** 2 + (pair.rejected_logratio + target) ** 2, beta
+    )
+
+
+@register_loss("nca", reads={"reference"})
+def nca(pair: Pair, *, beta: float) -> LossOutput:
+    """-log S(beta d_w) - (log S(-beta d_w) + log S(-beta d_l))/2 (NCA for pairs, arXiv:2402.05369).
+
+    Noise-contrastive: it learns the absolute reward, so the chosen response does not lose
+    probability with the rejected one. Sums over tokens. The chosen log-ratio is pulled to beta d_w
+    = log 2. beta > 0, 0.01 to 0.1.
+    """
+    chosen, rejected = beta * pair.chosen_logratio, beta * pair.rejected_logratio
+    return _output(
+        pair, -F.logsigmoid(chosen) - (F.logsigmoid(-chosen) + F.logsigmoid(-rejected)) / 2, beta
+    )
+
+
+@register_loss("apo_zero", reads={"reference"})
+def apo_zero(pair: Pair, *, beta: float) -> LossOutput:
+    """1 - S(beta d_w) + S(beta d_l) (APO-zero, arXiv:2408.06266 eq. 7).
+
+    Up with the chosen response, down with the rejected one: for a policy that is worse than the
+    chosen responses. Sums over tokens; between 0 and 2. beta > 0, 0.01 to 0.5.
+    """
+    return _output(
+        pair,
+        torch.sigmoid(-beta * pair.chosen_logratio) + torch.sigmoid(beta * pair.rejected_logratio),
+        beta,
+    )
+
+
+@register_loss("apo_down", reads={"reference"})
+def apo_down(pair: Pair, *, beta: float) -> LossOutput:
+    """S(beta d_w) + 1 - S(beta h) (APO-down, arXiv:2408.06266 eq. 8).
+
+    Down with both, with the rejected response further: for a policy that is better than the chosen
+    responses. Sums over tokens; between 0 and 2. beta > 0, 0.01 to 0.5.
+    """
+    return _output(
+        pair,
+        torch.sigmoid(beta * pair.chosen_logratio) + torch.sigmoid(-_scaled_gap(pair, beta)),
+        beta,
+    )
+
+
+@register_loss("rdpo", reads={"reference", "lengths"})
+def rdpo(pair: Pair, *, beta: float, alpha: float = 0.01) -> LossOutput:
+    """-log S(beta h + alpha (n_w - n_l)) (length-regularised DPO, arXiv:2403.19159).
+
+    DPO for the reward minus alpha nats a token: where the chosen response is the longer one, its
+    length explains a part of the preference and less is left to learn. Sums over tokens. beta > 0,
+    0.01 to 0.5; alpha >= 0: 0.01 counts a hundred tokens as one nat; 0 is DPO.
+    """
+    return _output(
+        pair,
+        -F.logsigmoid(
+            _scaled_gap(pair, beta) + alpha * (pair.chosen_lengths - pair.rejected_lengths)
+        ),
+        beta,
+    )
+
+
+@register_loss("sigmoid_norm", reads={"reference", "lengths"})
+def sigmoid_norm(pair: Pair, *, beta: float) -> LossOutput:
+    """-log S(beta (d_w/n_w - d_l/n_l)) (length-normalised DPO, Tulu 3, arXiv:2411.15124).
+
+    Means over tokens in the loss, so a long response weighs no more than a short one; the logged
+    rewards stay beta times the sums, as with every loss. beta > 0, larger than DPO's by about a
+    response's length: 2 to 10 (Tulu 3: 5).
+    """
+    return _output(
+        pair,
+        -F.logsigmoid(
+            beta
+            * (
+                pair.chosen_logratio / pair.chosen_lengths
+                - pair.rejected_logratio / pair.rejected_lengths
+            )
+        ),
+        beta,
+    )
+
+
+@register_loss("dpop", reads={"reference"})
+def dpop(pair: Pair, *, beta: float, penalty_weight: float = 50.0) -> LossOutput:
+    """-log S(beta (h - lambda max(0, ref_w - pi_w))) (DPO-Positive, Smaug, arXiv:2402.13228).
+
+    The penalty acts where the policy gives the chosen response less than the reference does. Sums
+    over tokens. For pairs that differ in few tokens, where DPO lowers both. beta > 0, 0.01 to 0.5;
+    penalty_weight lambda >= 0, 1 to 50; 0 is DPO.
+    """
+    penalty = F.relu(-pair.chosen_logratio)
+    losses = -F.logsigmoid(_scaled_gap(pair, beta) - beta * penalty_weight * penalty)
+    return _output(pair, losses, beta, {"penalty_{split}/mean": penalty})
+
+
+@register_loss("wpo", reads={"reference", "lengths", "collision"})
+def wpo(pair: Pair, *, beta: float) -> LossOutput:
+    """-w log S(beta h), w = min(1, w_w w_l), w_y = exp(mean over tokens of (log pi(y_t) - log sum_v
+    pi(v)^2)) (WPO, arXiv:2406.11827 eq. 2).
+
+    DPO that counts a pair by how likely the policy is to write it now, against what a draw from the
+    policy expects at each position. Sums over tokens in the loss, means in the weight, through
+    which no gradient goes. For data that another model wrote. beta > 0, 0.01 to 0.5. The weight is
+    small at first for such data, and so is the loss.
+    """
+    with torch.no_grad():
+        chosen = (pair.policy_chosen_logps - pair.chosen_collision) / pair.chosen_lengths
+        rejected = (pair.policy_rejected_logps - pair.rejected_collision) / pair.rejected_lengths
+        weight = torch.exp((chosen + rejected).clamp(max=0))
+    return _output(
+        pair, -weight * F.logsigmoid(_scaled_gap(pair, beta)), beta, {"weight_{split}/mean": weight}
+    )
+
+
+@register_loss("simpo", reads={"lengths"})
+def simpo(pair: Pair, *, beta: float, gamma: float = 1.0) -> LossOutput:
+    """-log S(beta (pi_w/n_w - pi_l/n_l) - gamma) (SimPO, arXiv:2405.14734).
+
+    Means over tokens. The reward, also the logged one, is beta times the mean log-prob, which is
+    what greedy decoding climbs. Needs no reference, and nothing holds the policy near one: keep the
+    learning rate small. beta > 0, 2 to 10; gamma >= 0, the margin of the rewards, 0.3 to 0.8 of
+    beta.
+    """
+    chosen, rejected = (
+        beta * pair.policy_chosen_logps / pair.chosen_lengths,
+        beta * pair.policy_rejected_logps / pair.rejected_lengths,
+    )
+    return LossOutput(-F.logsigmoid(chosen - rejected - gamma), chosen, rejected)
+
+
+SURE = -torch.finfo(
+    torch.float32
+).eps  # a mean log-prob above this is one that float32 cannot tell from 0
+
+
+@register_loss("orpo", reads={"lengths"})
+def orpo(pair: Pair, *, or_weight: float = 0.1) -> LossOutput:
+    """-p_w - lambda log S(o_w - o_l), o = p - log(1 - exp p), p = pi/n (ORPO, arXiv:2403.07691).
+
+    Means over tokens: SFT on the chosen response with a penalty on the odds of the rejected one,
+    instead of SFT and DPO one after the other. The paper has no reward; logged are the log-odds o,
+    whose gap its sigmoid sees. or_weight lambda >= 0, 0.05 to 1. Where float32 cannot tell p from 0
+    the odds are those of its precision.
+    """
+    p_w, p_l = (
+        pair.policy_chosen_logps / pair.chosen_lengths,
+        pair.policy_rejected_logps / pair.rejected_lengths,
+    )
+    o_w, o_l = (p - torch.log(-torch.expm1(p)) for p in (p_w.clamp(max=SURE), p_l.clamp(max=SURE)))
+    return LossOutput(-p_w - or_weight * F.logsigmoid(o_w - o_l), o_w, o_l)
+
+
+@register_loss("cpo")
+def cpo(pair: Pair, *, beta: float, nll_weight: float = 1.0) -> LossOutput:
+    """-log S(beta (pi_w - pi_l)) - lambda pi_w (CPO, arXiv:2401.08417 eq. 3 for the first term).
+
+    DPO with a uniform reference, and SFT on the chosen response in its place. Sums over tokens; for
+    a mean in the second term use nll_weight=0 sft_weight=1. The reward, also the logged one, is
+    beta pi. beta > 0, 0.01 to 0.5; nll_weight lambda >= 0.
+    """
+    chosen, rejected = beta * pair.policy_chosen_logps, beta * pair.policy_rejected_logps
+    return LossOutput(
+        -F.logsigmoid(chosen - rejected) - nll_weight * pair.policy_chosen_logps, chosen, rejected
+    )
+
+
+@register_loss("slic", reads={"lengths"})
+def slic(pair: Pair, *, delta: float = 1.0, nll_weight: float = 0.1) -> LossOutput:
+    """max(0, delta - pi_w + pi_l) - lambda pi_w/n_w (SLiC-HF, arXiv:2305.10425).
+
+    Sums over tokens in the hinge, a mean in the second term, which is on the chosen response; the
+    paper's is on the SFT target. The logged reward is the log-prob pi, which the hinge compares.
+    delta >= 0: margin in nats, 1 to 10; nll_weight lambda >= 0, 0.01 to 1.
+    """
+    chosen, rejected = pair.policy_chosen_logps, pair.policy_rejected_logps
+    return LossOutput(
+        F.relu(delta - chosen + rejected) - nll_weight * chosen / pair.chosen_lengths,
+        chosen,
+        rejected,
+    )
+
+
+def _running_mean(pair: Pair, name: str, now: Tensor, momentum: float) -> Tensor:
+    """The running mean `name` with the mean `now` of this batch taken in; the first batch starts
+    it."""
+    return momentum * pair.running[name] + (1 - momentum) * now if name in pair.running else now
+
+
+@register_loss("bco", reads={"reference"}, couples_batch=True)
+def bco(pair: Pair, *, beta: float, momentum: float = 0.9) -> LossOutput:
+    """-log S(beta d_w - delta) - log S(-(beta d_l - delta)) (BCO, arXiv:2404.04656), delta a
+    running mean of the rewards beta d.
+
+    A binary classifier of good and bad responses, whose logit is the reward; the shift delta
+    tightens its bound on DPO's loss. Sums over tokens, no gradient through delta: momentum times
+    its value after the last step, the rest from both sides of this batch. beta > 0, 0.01 to 0.5;
+    momentum in [0, 1): 0 takes the batch's own mean. In evaluation the mean is that of training
+    with the evaluation's batch taken in, and stays there.
+    """
+    chosen, rejected = beta * pair.chosen_logratio, beta * pair.rejected_logratio
+    delta = _running_mean(pair, "delta", torch.cat([chosen, rejected]).mean().detach(), momentum)
+    losses = -F.logsigmoid(chosen - delta) - F.logsigmoid(delta - rejected)
+    return _output(
+        pair, losses, beta, {"shift_{split}/mean": delta.expand_as(losses)}, {"delta": delta}
+    )
+
+
+@register_loss("beta-dpo", reads={"reference"}, couples_batch=True)
+def beta_dpo(
+    pair: Pair, *, beta: float, alpha: float = 0.6, momentum: float = 0.9, smallest: float = 1e-3
+) -> LossOutput:
+    """-log S(b h), b = max(smallest, beta (1 + alpha (mean(h) - M))) (beta-DPO, arXiv:2407.08639),
+    M a running mean of mean(h).
+
+    A batch whose pairs are further apart than usual gets a larger beta. Sums over tokens, no
+    gradient through b. beta > 0, 0.01 to 0.5; alpha >= 0, for each nat of mean(h) above M, 0.2 to
+    1; 0 is DPO; momentum in [0, 1): M has taken in this batch, so 0 is DPO too; smallest > 0. The
+    paper's filter, which drops pairs of unusual h, is not here. The logged rewards are beta times
+    the log-ratios, not b times. In evaluation M is that of training with the evaluation's batch
+    taken in, and stays there.
+    """
+    if not smallest > 0:
+        raise ConfigError(
+            f"loss.smallest={smallest} of loss=beta-dpo must be greater than 0: a beta of 0 learns"
+            " nothing"
+        )
+    gap = pair.chosen_logratio - pair.rejected_logratio
+    mean = gap.mean().detach()
+    usual = _running_mean(pair, "gap", mean, momentum)
+    b = (beta * (1 + alpha * (mean - usual))).clamp(min=smallest)
+    losses = -F.logsigmoid(b * gap)
+    return _output(pair, losses, beta, {"beta_{split}/mean": b.expand_as(losses)}, {"gap": usual})
+
+
+@register_loss("aot", reads={"reference"}, couples_batch=True)
+def aot(pair: Pair, *, beta: float) -> LossOutput:
+    """-log S(beta (sort(pi_w - pi_l) - sort(ref_w - ref_l))), sorted over the batch (paired AOT,
+    arXiv:2406.05882).
+
+    The policy's margins are to dominate the reference's as a distribution (first order), not pair
+    by pair: the k-th smallest is compared with the k-th smallest. A pair's loss is that of its own
+    margin. Sums over tokens. beta > 0, 0.01 to 0.5. The larger the batch the better the quantiles;
+    with one pair it is DPO.
+    """
+    margins = pair.policy_chosen_logps - pair.policy_rejected_logps
+    reference = (pair.reference_chosen_logps - pair.reference_rejected_logps).sort().values
+    ranks = margins.detach().argsort(stable=True).argsort()
+    return _output(pair, -F.logsigmoid(beta * (margins - reference[ranks])), beta)
+
+
+def _reference_point(logratios: Tensor) -> Tensor:
+    """KTO's z: the mean log-ratio of all responses of the batch, at least 0, without gradient."""
+    return logratios.mean().clamp(min=0).detach()
+
+
+@register_loss("kto", reads={"reference"}, couples_batch=True)
+def kto(
+    pair: Pair, *, beta: float, desirable_weight: float = 1.0, undesirable_weight: float = 1.0
+) -> LossOutput:
+    """(lambda_D (1 - S(beta (d_w - z))) + lambda_U (1 - S(beta (z - d_l)))) / 2 (KTO,
+    arXiv:2402.01306), chosen desirable, rejected not.
+
+    Each response for itself, against z, an estimate of KL(pi || ref): here max(0, mean of d over
+    the responses of the batch), whose log-probs are there; the paper takes it over responses to
+    other prompts of the batch, which costs another forward pass of both models. Sums over tokens;
+    the mean over both responses of a pair, so that pairs and the same responses one by one
+    (`kto_unpaired`) give the same. Between 0 and lambda. beta > 0, 0.01 to 0.5; weights >= 0: with
+    n_D and n_U responses, lambda_D n_D / (lambda_U n_U) from 1 to 1.5.
+    """
+    chosen, rejected = pair.chosen_logratio, pair.rejected_logratio
+    z = _reference_point(torch.cat([chosen, rejected]))
+    losses = (
+        desirable_weight * torch.sigmoid(beta * (z - chosen))
+        + undesirable_weight * torch.sigmoid(beta * (rejected - z))
+    ) / 2
+    return _output(pair, losses, beta, {"kl_{split}/estimate": z.expand_as(losses)})
+
+
+@register_loss(
+    "kto_unpaired", reads={"reference", "scores"}, examples="responses", couples_batch=True
+)
+def kto_unpaired(
+    target: Target,
+    *,
+    beta: float,
+    desirable_weight: float = 1.0,
+    undesirable_weight: float = 1.0,
+    threshold: float = 0.5,
+) -> LossOutput:
+    """lambda_D (1 - S(beta (d - z))) of a desirable response, lambda_U (1 - S(beta (z - d))) of
+    another (KTO, arXiv:2402.01306).
+
+    `kto` for responses that need not come in pairs: every response of the data is an example,
+    desirable where its score is above `threshold`; labels are scores of 1 (true) and 0 (false). z,
+    sums and settings as there. Logged are beta d as rewards_{split}/all and, as accuracy, how often
+    the side of z on which d lies is the label's.
+    """
+    logratio = target.policy_logps - target.reference_logps
+    z = _reference_point(logratio)
+    desirable = target.scores > threshold
+    above = beta * (logratio - z)
+    losses = torch.where(
+        desirable,
+        desirable_weight * torch.sigmoid(-above),
+        undesirable_weight * torch.sigmoid(above),
+    )
+    right = torch.where(above == 0, 0.5, ((above > 0) == desirable).double())
+    metrics = {
+        "rewards_{split}/all": beta * logratio,
+        "rewards_{split}/accuracies": right,
+        "kl_{split}/estimate": z.expand_as(losses),
+    }
+    return LossOutput(losses, metrics=metrics | {"desirable_{split}/share": desirable.double()})

@@ -1,85 +1,17 @@
 """One reader per named dataset: raw rows to records. A new dataset is one class with a
 decorator."""
 
-import copy
-from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 
-from data_files import (
-    FILE_TYPES,
-    Rows,
-    as_object,
-    decode,
-    file_rows,
-    items,
-    kind_of,
-    number,
-    parse_json,
-    readable,
-    text,
-)
-from data_folders import hub_rows
-from records import (
-    PAIRINGS,
-    Options,
-    Reader,
-    Record,
-    Responses,
-    Skip,
-    Source,
-    pairs_record,
-    scored_record,
-)
-from user_pairs import UserPairs, check_pair, response_of
-from utils import ConfigError, DataError, content_hash, nearest
-
-DATASETS: dict[str, Reader] = {}
-
-
-def register_dataset(name: str) -> Callable:
-    """Register a `Reader` under `datasets=[name]`."""
-
-    def decorate(reader):
-        DATASETS[name] = reader()
-        return reader
-
-    return decorate
-
-
-def open_dataset(name: str, split: str, **options) -> "Source":
-    """A dataset split by registered name, path or hub id; raises at once if there is nothing to
-    read.
-
-    split: "train" or "test". options: see `Options`.
-    """
-    if split not in ("train", "test"):
-        raise ConfigError(f"split={split!r}; accepted: train, test")
-    if not isinstance(name, str):
-        raise ConfigError(
-            f"datasets=[{name}] is {kind_of(name)}, expected a name, a path or a hub id; write it"
-            f" as a path: ./{name}"
-        )
-    settings = Options(**options)
-    if settings.pairing is not None and settings.pairing not in PAIRINGS:
-        raise ConfigError(f"pairing={settings.pairing!r}; {nearest(settings.pairing, PAIRINGS)}")
-    reader = copy.copy(
-        DATASETS.get(name)
-    )  # what a reader learns of one file must not reach the next
-    with readable(f"datasets=[{name}]"):
-        if reader is None:
-            if (
-                "/" not in name
-                and not name.lower().endswith(FILE_TYPES)
-                and not Path(name).exists()
-            ):
-                told = nearest(name, DATASETS)
-                raise ConfigError(
-                    f"datasets=[{name}]: no dataset of this name, and no path or hub id; {told}"
-                )
-            reader = UserPairs(name)
-        return Source(name, split, reader, settings)
+from preflab.readers.columns import check_pair, response_of
+from preflab.readers.fields import items, kind_of, number, text
+from preflab.readers.files import Rows, as_object, decode, file_rows, parse_json
+from preflab.readers.hub import hub_rows
+from preflab.readers.records import Reader, Record, Responses, Skip, pairs_record, scored_record
+from preflab.readers.registry import register_dataset
+from utils import DataError, content_hash
 
 
 class ScoredLines(Reader):

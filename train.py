@@ -1,7 +1,6 @@
 """Entry point: `python train.py loss=odpo loss.alpha=0.5`. See config/config.yaml for every key."""
 
 import contextlib
-import itertools
 import json
 import os
 import socket
@@ -14,26 +13,32 @@ import hydra
 from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig, OmegaConf
 
-from archives import pending
-from batching import PreferenceData, TokenStore, counts_line, describe_data, prepare
-from configuration import (
-    CONFIG_DIR,
-    check_config,
-    check_overrides,
-    fail,
-    finished_like,
-    must_match,
+import losses  # noqa: F401  registers the losses
+import preference_datasets  # noqa: F401  registers the datasets
+from preflab.batching.examples import PreferenceData
+from preflab.batching.summary import counts_line, describe_data
+from preflab.batching.token_store import TokenStore, prepare
+from preflab.checks import check_config
+from preflab.distributed.launch import WorkerDied, launch, sheltered
+from preflab.distributed.process_group import leave, ranks_given, world
+from preflab.distributed.signals import Stopped, StopSignals
+from preflab.evaluation.worklist import finished_like, pending
+from preflab.modeling.loading import check_model, load_tokenizer
+from preflab.modeling.parallelism import data_ranks, local_workers
+from preflab.online.rounds import online_trainer
+from preflab.reports.run import write_report
+from preflab.settings.keys import CONFIG_DIR
+from preflab.settings.overrides import check_overrides, fail
+from preflab.settings.run_folder import (
+    finished_summary,
     register_resolvers,
-    same_settings,
+    remove_if_empty,
+    run_dir_for,
+    saved_config,
 )
-from distributed import data_ranks, leave, local_workers, ranks_given, world
-from launch import StopSignals, WorkerDied, launch, sheltered
-from metrics import start_wandb
-from models import check_model, load_tokenizer
-from online import online_trainer
-from plan import describe, make_plan
-from report import write_report
-from trainers import TRAINERS, Stopped
+from preflab.training.memory_plan import describe, make_plan
+from preflab.training.trackers import start_wandb
+from trainers import TRAINERS
 from utils import DataError, PrefLabError, atomic_write
 
 # here and not in main(): hydra's launchers import this module in processes of their own
@@ -61,12 +66,12 @@ def run(config: DictConfig) -> None:
     stop.listen()
     run_dir = Path(HydraConfig.get().runtime.output_dir)
     try:
-        config = _saved_config(config, run_dir) if config.resume else config
+        config = saved_config(config, run_dir) if config.resume else config
         execute(config, run_dir, stop)
         leave()
     except PrefLabError as error:
         if world().rank == 0:
-            _remove_if_empty(run_dir)
+            remove_if_empty(run_dir)
         if world().rank > 0 and error.everywhere:
             raise SystemExit(2) from None
         fail(error)
@@ -111,16 +116,16 @@ def execute(config: DictConfig, run_dir: Path, stop: StopSignals | None = None) 
             f" (skip_finished={config.skip_finished})"
         )
         if ranks.rank == 0:
-            _remove_if_empty(run_dir)
+            remove_if_empty(run_dir)
         return json.loads((before / "summary.json").read_text(encoding="utf-8"))
-    run_dir = ranks.agree(lambda: _run_dir_for(config, run_dir))
-    if summary := ranks.agree(lambda: _finished(config, run_dir)):
+    run_dir = ranks.agree(lambda: run_dir_for(config, run_dir))
+    if summary := ranks.agree(lambda: finished_summary(config, run_dir)):
         print(f"{run_dir} is already finished")
         return _report(run_dir, summary)
     tokenizer, stores, data = ranks.first(lambda: _load(config, sources, loss))
     if config.function == "plan":
         print(describe(make_plan(config, loss, data["train"]), config.plan.gpu_gib))
-        _remove_if_empty(run_dir)
+        remove_if_empty(run_dir)
         return {}
     resolved = OmegaConf.to_container(config, resolve=True)
     if ranks.rank == 0:
@@ -272,71 +277,7 @@ def _report(run_dir: Path, summary: dict) -> dict:
     return summary
 
 
-# -------------------------------------------------------------------------------------- run folders
-
-
-def _saved_config(config: DictConfig, run_dir: Path) -> DictConfig:
-    """The config a run was started with, with the plain overrides of this command line on top."""
-    path = run_dir / "config.yaml"
-    if not path.is_file():
-        raise PrefLabError(f"resume={run_dir}: no config.yaml there; give the run folder itself")
-    saved = OmegaConf.load(path)
-    for override in HydraConfig.get().overrides.task:
-        key = override.split("=")[0].lstrip("+")
-        if key in ("model", "loss", "reward", "experiment"):
-            raise PrefLabError(
-                f"resume={run_dir} keeps the {key} it was started with; leave {override} out"
-            )
-        OmegaConf.update(saved, key, OmegaConf.select(config, key))
-    return saved
-
-
-def _run_dir_for(config: DictConfig, run_dir: Path) -> Path:
-    """`run_dir`, or for an evaluation a folder inside it when another run lives there; one that was
-    cut short goes on."""
-    if config.function == "eval":
-        folders = itertools.chain([run_dir], (run_dir / f"eval-{n}" for n in itertools.count(1)))
-        return next(
-            folder
-            for folder in folders
-            if not (folder / "config.yaml").exists() or _cut_short(folder, config)
-        )
-    path = run_dir / "config.yaml"
-    if config.function in ("train", "online") and path.is_file():
-        must_match(OmegaConf.load(path), config)
-    return run_dir
-
-
-def _cut_short(folder: Path, config: DictConfig) -> bool:
-    return not (folder / "summary.json").exists() and same_settings(
-        OmegaConf.load(folder / "config.yaml"), config
-    )
-
-
-def _finished(config: DictConfig, run_dir: Path) -> dict | None:
-    """The summary of a run that already did all that this command asks for."""
-    summary, saved = run_dir / "summary.json", run_dir / "config.yaml"
-    if config.function not in ("train", "online") or not (summary.is_file() and saved.is_file()):
-        return None
-    before = OmegaConf.load(saved)
-    if any(
-        OmegaConf.select(before, key) != OmegaConf.select(config, key)
-        for key in ("n_epochs", "n_examples", "online.rounds", "online.budget")
-    ):
-        return None
-    return json.loads(summary.read_text(encoding="utf-8"))
-
-
-def _remove_if_empty(folder: Path) -> None:
-    """A refused command leaves no empty run folder behind."""
-    if folder.is_dir() and not os.listdir(folder):
-        folder.rmdir()
-
-
 if __name__ == "__main__":
-    from train import (
-        # so that functions belong to the module `train`, which launchers of jobs import by name
-        main,
-    )
+    from train import main
 
     main()

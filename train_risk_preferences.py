@@ -15,7 +15,7 @@ import sys
 from pathlib import Path
 
 import train
-from configuration import model_overrides, quoted
+from preflab.settings.overrides import model_overrides, quoted
 
 # What a flag is called in train.py; values go there as they were typed, and are checked there.
 KEYS = {

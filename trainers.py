@@ -2,10 +2,8 @@
 models live."""
 
 import gc
-import inspect
 import json
 import math
-import signal
 import sys
 import tempfile
 import time
@@ -14,102 +12,58 @@ from pathlib import Path
 
 import torch
 from omegaconf import OmegaConf
-from torch.distributed.tensor import DTensor
 from tqdm import tqdm
 
-from archives import Checkpoint, finish_evaluation, temperatures
-from batching import (
-    Loader,
-    PreferenceData,
-    collate,
-    evaluation_order,
-    microbatch_tokens,
-    split_step,
-)
-from checkpoints import (
-    Counters,
-    HostMemory,
-    Saving,
-    latest_checkpoint,
-    load_optimizer,
-    peak_memory,
-    random_state,
-    save_checkpoint,
-    save_optimizer,
-    set_random_state,
-)
-from distributed import ALONE, World
-from evaluation import Sampling, evaluate_loss, sample_and_measure
-from launch import StopSignals
-from layouts import Batch
-from logprobs import Scorer
-from losses import BoundLoss
-from metrics import MetricLog, Profiler, Sums, rewind
-from models import (
-    archive_state,
-    build_policy,
-    build_reference,
-    choose_layout,
-    skeleton,
-)
-from objective import compute_loss
-from placement import (
-    bytes_here,
-    clip_grad_norm,
-    devices_for,
-    find_blocks,
-    full_weights,
-    reshard,
-    shard,
-    split,
-)
-from reference import (
+from preflab.batching.collate import collate
+from preflab.batching.examples import PreferenceData
+from preflab.batching.loader import Loader, evaluation_order
+from preflab.batching.microbatches import microbatch_tokens, split_step
+from preflab.batching.packing import Batch
+from preflab.distributed.process_group import ALONE, World
+from preflab.distributed.signals import Stopped, StopSignals
+from preflab.evaluation.held_out import evaluate_loss
+from preflab.evaluation.samples import Sampling, sample_and_measure
+from preflab.evaluation.worklist import Checkpoint, finish_evaluation, temperatures
+from preflab.modeling.blocks import find_blocks
+from preflab.modeling.fsdp import reshard, shard
+from preflab.modeling.layout_choice import choose_layout
+from preflab.modeling.loading import build_policy, build_reference, skeleton
+from preflab.modeling.logprobs import Scorer
+from preflab.modeling.placed_weights import bytes_here, clip_grad_norm, full_weights
+from preflab.modeling.reference_cache import (
     attach_reference,
     is_built,
     samples,
     wants_cache,
     why_not_cached,
 )
-from rewards import build_rewards
-from utils import PrefLabError, append_rows, atomic_write, seed_everything
+from preflab.modeling.tensor_parallel import devices_for, split
+from preflab.modeling.weights_io import archive_state
+from preflab.objective.registry import BoundLoss
+from preflab.rewards.registry import build_rewards
+from preflab.training.checkpoints import (
+    Counters,
+    Saving,
+    latest_checkpoint,
+    load_optimizer,
+    random_state,
+    save_checkpoint,
+    save_optimizer,
+    set_random_state,
+)
+from preflab.training.compute_loss import compute_loss
+from preflab.training.learner import NonFiniteLoss, make_optimizer
+from preflab.training.metrics import MetricLog, Sums, rewind
+from preflab.training.profiling import HostMemory, Profiler, peak_memory
+from utils import append_rows, atomic_write, seed_everything
 
 MEASURED = [
     f"samples_eval/{name}"
     for name in ("policy_length", "reference_length", "policy_ended", "entropy", "repetition")
 ]  # also in summary.json
+
+
 SHARD = "2GB"  # of the hf folder: a shard is in memory while it is written
-
-
-class NonFiniteLoss(PrefLabError):
-    """The loss or its gradient is no number; the weights of the last good step are saved."""
-
-    everywhere = True
-
-
-class Stopped(Exception):
-    """A signal asked the run to stop; its state is saved and the same command continues it."""
-
-    def __init__(self, signum: int):
-        super().__init__(signal.Signals(signum).name)
-        self.signum = signum
-
-
-def make_optimizer(config, parameters: list[torch.nn.Parameter]) -> torch.optim.Optimizer:
-    """An optimizer of torch.optim by its name there, in its fused form where it has one: one kernel
-    instead of a dozen."""
-    kind = getattr(torch.optim, config.optimizer)
-    has_one = "fused" in inspect.signature(kind).parameters
-    sharded = any(isinstance(p, DTensor) for p in parameters)  # of which only Adam's kernels know
-    on_gpu = any(
-        p.device.type == "cuda" for p in parameters
-    )  # where torch before 2.13 has none for Adagrad
-    adam = config.optimizer in ("Adam", "AdamW")
-    fused = (
-        {"fused": True}
-        if has_one and (adam or not sharded) and not (on_gpu and config.optimizer == "Adagrad")
-        else {}
-    )
-    return kind(parameters, lr=config.lr, **fused)
 
 
 class BasicTrainer:

@@ -22,8 +22,8 @@ sys.path.insert(0, str(ROOT))
 
 from benchmarks.placement import machine  # noqa: E402
 from benchmarks.step import MODELS, VOCABULARY  # noqa: E402
-from logprobs import Scorer  # noqa: E402
-from sampling import sample  # noqa: E402
+from preflab.modeling.generation import sample  # noqa: E402
+from preflab.modeling.logprobs import Scorer  # noqa: E402
 
 BATCH, PROMPT, NEW = 32, 32, 64
 

@@ -280,7 +280,7 @@ def floor(job: dict) -> float:
 
 
 def reads(loss: str) -> set:
-    from losses import LOSSES
+    from preflab.objective.registry import LOSSES
 
     return set(LOSSES[loss].reads({}))
 
@@ -448,7 +448,8 @@ class Ours:
         from tqdm import tqdm
 
         import train
-        from configuration import CONFIG_DIR, check_config
+        from preflab.checks import check_config
+        from preflab.settings.keys import CONFIG_DIR
         from trainers import TRAINERS
 
         layout, cache = OURS.get(job["variant"]) or (job["variant"].split(",")[0], "auto")

@@ -1,7 +1,7 @@
 """A gold function of the experiments: score gaps of two very different sizes."""
 
 from experiments.words import NEUTRAL
-from rewards import register_reward
+from preflab.rewards.registry import register_reward
 
 HALF = frozenset(NEUTRAL[::2])
 

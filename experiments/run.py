@@ -22,16 +22,10 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
-import pictures  # noqa: E402
-from judge import pair_up, win_rate  # noqa: E402
-from runs import (  # noqa: E402
-    Run,
-    differing_settings,
-    envelope,
-    find_runs,
-    group_runs,
-    paired_difference,
-)
+from preflab.evaluation.win_rates import pair_up, win_rate  # noqa: E402
+from preflab.reports import plot_style, plots, sweep_plots
+from preflab.reports.runs import Run, differing_settings, find_runs, group_runs  # noqa: E402
+from preflab.reports.statistics import envelope, paired_difference  # noqa: E402
 from utils import atomic_write, mean_and_error  # noqa: E402
 
 RESULTS = ROOT / "experiments" / "results"
@@ -139,7 +133,7 @@ def keep(name: str, result: dict, figures: dict) -> None:
     for picture, figure in figures.items():
         if figure is not None:
             with atomic_write(RESULTS / f"{picture}.png", "wb") as f:
-                f.write(pictures.png(figure))
+                f.write(plot_style.png(figure))
     page = ROOT / "experiments" / "README.md"
     claim, criterion = CLAIMS[name]
     verdict = "**It holds here.**" if result["holds"] else "**It does not hold here.**"
@@ -474,8 +468,8 @@ def frontier(place: Place) -> tuple[dict, dict]:
         "envelopes": frontiers(runs),
     }
     return result, {
-        "frontier": of_groups(runs, pictures.frontier_picture),
-        "frontier-training": of_groups(runs, pictures.bands_picture),
+        "frontier": of_groups(runs, sweep_plots.frontier_picture),
+        "frontier-training": of_groups(runs, sweep_plots.bands_picture),
     }
 
 
@@ -532,9 +526,9 @@ def offset(place: Place) -> tuple[dict, dict]:
     }
     everything = [run for r in runs.values() for run in r]
     return result, {
-        "offset": of_groups(everything, pictures.frontier_picture),
+        "offset": of_groups(everything, sweep_plots.frontier_picture),
         "offset-control": of_groups(
-            [run for r in control.values() for run in r], pictures.frontier_picture
+            [run for r in control.values() for run in r], sweep_plots.frontier_picture
         ),
     }
 
@@ -588,8 +582,8 @@ def sequential_kl(place: Place) -> tuple[dict, dict]:
         + "."
     )
     return {"holds": bool(holds), "found": text, "kl": found}, {
-        "sequential_kl": of_groups(runs, pictures.bands_picture),
-        "sequential_kl-frontier": of_groups(runs, pictures.frontier_picture),
+        "sequential_kl": of_groups(runs, sweep_plots.bands_picture),
+        "sequential_kl-frontier": of_groups(runs, sweep_plots.frontier_picture),
     }
 
 
@@ -682,7 +676,7 @@ def calibration(place: Place) -> tuple[dict, dict]:
         + "."
     )
     return {"holds": bool(holds), "found": found, "chosen_logratio": numbers, "cost": cost}, {
-        f"calibration-{i}": of_groups(of_data, pictures.bands_picture)
+        f"calibration-{i}": of_groups(of_data, sweep_plots.bands_picture)
         for i, of_data in enumerate(runs.values())
     }
 
@@ -767,13 +761,13 @@ def temperature(place: Place) -> tuple[dict, dict]:
         "found": found,
         "winrates": rates,
         "against_data": against_data,
-    }, {"temperature": pictures.temperature_picture(rows, rates + against_data)}
+    }, {"temperature": sweep_plots.temperature_picture(rows, rates + against_data)}
 
 
 def rates_against_data(place: Place, rows: list[dict], samples: list[dict]) -> list[dict]:
     """Win rates, by the gold, of the SFT model and of each policy against the data's chosen
     responses."""
-    from rewards import build_reward
+    from preflab.rewards.registry import build_reward
 
     score = build_reward(
         {
@@ -844,7 +838,7 @@ def d2po(place: Place) -> tuple[dict, dict]:
                 f"d2po/{budget}-gold-4", 20, *gold, "online.updates_per_round=4"
             ),
         }
-        figures[f"d2po-{budget}"] = pictures.online_picture(arms[budget])
+        figures[f"d2po-{budget}"] = plots.online_picture(arms[budget])
         rewards[budget] = {
             arm: {
                 run.seed: run.summary["policy_reward"]

@@ -18,10 +18,12 @@ from hydra import compose, initialize_config_dir
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from configuration import CONFIG_DIR, check_overrides, fail, register_resolvers  # noqa: E402
-from models import build_policy, load_tokenizer  # noqa: E402
-from rewards import build_reward  # noqa: E402
-from sampling import sample  # noqa: E402
+from preflab.modeling.generation import sample  # noqa: E402
+from preflab.modeling.loading import build_policy, load_tokenizer  # noqa: E402
+from preflab.rewards.registry import build_reward  # noqa: E402
+from preflab.settings.keys import CONFIG_DIR  # noqa: E402
+from preflab.settings.overrides import check_overrides, fail  # noqa: E402
+from preflab.settings.run_folder import register_resolvers  # noqa: E402
 from utils import DataError, PrefLabError, atomic_write  # noqa: E402
 
 

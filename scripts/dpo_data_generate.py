@@ -20,17 +20,8 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from data_files import (
-    FILE_TYPES,
-    as_object,
-    check_file,
-    decode,
-    file_rows,
-    kind_of,
-    parse_json,
-    present,
-    text,
-)  # noqa: E402
+from preflab.readers.fields import kind_of, present, text
+from preflab.readers.files import FILE_TYPES, as_object, check_file, decode, file_rows, parse_json
 from utils import ConfigError, DataError, PrefLabError, atomic_write  # noqa: E402
 
 ANSWERS = ("exact", "variants", "both")

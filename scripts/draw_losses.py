@@ -17,9 +17,12 @@ from omegaconf import OmegaConf
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from configuration import CONFIG_DIR  # noqa: E402
-from losses import BoundLoss, Pair, bind_loss  # noqa: E402
-from pictures import png, style  # noqa: E402
+import losses  # noqa: F401  registers the losses
+import preference_datasets  # noqa: F401  registers the datasets
+from preflab.objective.registry import BoundLoss, bind_loss  # noqa: E402
+from preflab.objective.types import Pair  # noqa: E402
+from preflab.reports.plot_style import png, style  # noqa: E402
+from preflab.settings.keys import CONFIG_DIR  # noqa: E402
 from utils import atomic_write  # noqa: E402
 
 GAPS = torch.linspace(-40, 40, 801, dtype=torch.float64)
@@ -32,10 +35,10 @@ def main() -> None:
     )
     parser.add_argument("output", type=Path, help="where the PNG goes")
     path = parser.parse_args().output
-    losses = {name: loss for name, loss in bound_losses().items() if of_the_gap_alone(loss)}
+    bound = {name: loss for name, loss in bound_losses().items() if of_the_gap_alone(loss)}
     with atomic_write(path, "wb") as f:
-        f.write(png(draw(losses)))
-    print(f"{path}: {'; '.join(losses)}")
+        f.write(png(draw(bound)))
+    print(f"{path}: {'; '.join(bound)}")
 
 
 def bound_losses() -> dict[str, BoundLoss]:
@@ -59,10 +62,10 @@ def values(loss: BoundLoss, share: float, gaps: torch.Tensor = GAPS) -> torch.Te
     return loss(Pair(share * gaps, (share - 1) * gaps, zero, zero)).losses
 
 
-def draw(losses: dict[str, BoundLoss]) -> Figure:
+def draw(bound: dict[str, BoundLoss]) -> Figure:
     figure = Figure(figsize=(10, 4), layout="constrained")
     left, right = figure.subplots(1, 2)
-    for i, (name, loss) in enumerate(losses.items()):
+    for i, (name, loss) in enumerate(bound.items()):
         gaps = GAPS.clone().requires_grad_()
         value = values(loss, 1.0, gaps)
         weight = -torch.autograd.grad(value.sum(), gaps)[0]

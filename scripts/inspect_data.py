@@ -29,18 +29,17 @@ from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from batching import CHUNK, histogram, render_prompt, tokenise, truncate  # noqa: E402
-from configuration import (
-    CONFIG_DIR,
-    check_config,
-    check_overrides,
-    fail,
-    model_overrides,
-    register_resolvers,
-)  # noqa: E402
-from judge import wilson  # noqa: E402
-from models import check_model, load_tokenizer  # noqa: E402
-from records import Source  # noqa: E402
+import losses  # noqa: F401  registers the losses
+import preference_datasets  # noqa: F401  registers the datasets
+from preflab.batching.summary import histogram  # noqa: E402
+from preflab.batching.token_store import CHUNK, render_prompt, tokenise, truncate  # noqa: E402
+from preflab.checks import check_config
+from preflab.evaluation.win_rates import wilson  # noqa: E402
+from preflab.modeling.loading import check_model, load_tokenizer  # noqa: E402
+from preflab.readers.records import Source  # noqa: E402
+from preflab.settings.keys import CONFIG_DIR
+from preflab.settings.overrides import check_overrides, fail, model_overrides
+from preflab.settings.run_folder import register_resolvers
 from trainers import TRAINERS  # noqa: E402
 from utils import ConfigError, PrefLabError, atomic_write  # noqa: E402
 

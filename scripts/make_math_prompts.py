@@ -11,7 +11,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from gold_functions import math_prompts  # noqa: E402
+from preflab.rewards.arithmetic import math_prompts  # noqa: E402
 from utils import atomic_write  # noqa: E402
 
 

@@ -23,7 +23,7 @@ from transformers import (  # noqa: E402
 )
 from transformers.utils import logging  # noqa: E402
 
-from configuration import fail  # noqa: E402
+from preflab.settings.overrides import fail  # noqa: E402
 from utils import (  # noqa: E402
     ConfigError,
     PrefLabError,

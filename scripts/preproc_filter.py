@@ -18,7 +18,7 @@ sys.path[:0] = [str(ROOT), str(ROOT / "scripts")]
 
 from preproc_pref import post_prompt, response, run  # noqa: E402
 
-from data_files import text  # noqa: E402
+from preflab.readers.fields import text  # noqa: E402
 
 
 def main() -> None:

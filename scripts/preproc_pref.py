@@ -23,8 +23,9 @@ from tqdm import tqdm
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-from data_files import as_object, items, number, present, streamed_rows, text  # noqa: E402
-from records import Skip  # noqa: E402
+from preflab.readers.fields import items, number, present, text  # noqa: E402
+from preflab.readers.files import as_object, streamed_rows  # noqa: E402
+from preflab.readers.records import Skip  # noqa: E402
 from utils import DataError, PrefLabError, atomic_write  # noqa: E402
 
 SPLITS = ("train", "test")

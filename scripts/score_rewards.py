@@ -20,8 +20,10 @@ from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from configuration import CONFIG_DIR, check_overrides, fail, register_resolvers  # noqa: E402
-from rewards import build_reward  # noqa: E402
+from preflab.rewards.registry import build_reward  # noqa: E402
+from preflab.settings.keys import CONFIG_DIR  # noqa: E402
+from preflab.settings.overrides import check_overrides, fail  # noqa: E402
+from preflab.settings.run_folder import register_resolvers  # noqa: E402
 from utils import DataError, PrefLabError, atomic_write, mean_and_error  # noqa: E402
 
 ROWS_AT_A_TIME = 256

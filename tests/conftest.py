@@ -33,6 +33,9 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 sys.path.insert(0, str(ROOT / "tests"))
 
+import losses  # noqa: E402, F401  registers the losses
+import preference_datasets  # noqa: E402, F401  registers the datasets
+
 # Small enough to run in milliseconds, and every architecture of the published recipes is there.
 ARCHITECTURES = {
     "gpt2": dict(n_embd=32, n_layer=2, n_head=2, n_positions=128),
@@ -279,15 +282,15 @@ def run_here(*overrides: str) -> dict:
     import hydra
     from omegaconf import OmegaConf
 
-    import report
     import train
-    from configuration import CONFIG_DIR
+    from preflab.reports import run
+    from preflab.settings.keys import CONFIG_DIR
 
     OmegaConf.clear_resolvers()
     train.register_resolvers()
     with hydra.initialize_config_dir(str(CONFIG_DIR), version_base="1.3"):
         config = hydra.compose("config", overrides=list(overrides))
-    with mock.patch.object(report, "_save_pictures", lambda folder, figures: []):
+    with mock.patch.object(run, "save_pictures", lambda folder, figures: []):
         return train.execute(config, Path(config.local_run_dir))
 
 

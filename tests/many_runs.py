@@ -14,10 +14,10 @@ sys.path.insert(0, str(Path(__file__).resolve().parent))
 
 from conftest import run_here  # noqa: E402
 
-import distributed  # noqa: E402
+from preflab.distributed import process_group
 
 if __name__ == "__main__":
-    distributed.world()
+    process_group.world()
     for overrides in json.loads(Path(sys.argv[1]).read_text()):
         run_here(*overrides)
-    distributed.leave()
+    process_group.leave()

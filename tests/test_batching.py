@@ -8,20 +8,14 @@ import pytest
 import torch
 from conftest import make_tokenizer
 
-from batching import (
-    Loader,
-    PreferenceData,
-    collate,
-    describe_data,
-    epoch_order,
-    prepare,
-    prompts_to_sample,
-    render_prompt,
-    split_step,
-    truncate,
-)
-from layouts import LAYOUTS, Layout
-from preference_datasets import Record
+from preflab.batching.collate import collate
+from preflab.batching.examples import PreferenceData, prompts_to_sample
+from preflab.batching.loader import Loader, epoch_order
+from preflab.batching.microbatches import split_step
+from preflab.batching.packing import LAYOUTS, Layout
+from preflab.batching.summary import describe_data
+from preflab.batching.token_store import prepare, render_prompt, truncate
+from preflab.readers.records import Record
 from utils import DataError
 
 EOS = BOS = 256

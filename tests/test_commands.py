@@ -23,8 +23,7 @@ from conftest import (
     write_jsonl,
 )
 
-import train
-from configuration import check_overrides
+from preflab.settings.overrides import check_overrides
 
 QUICK = [
     "n_examples=64",
@@ -326,6 +325,7 @@ def test_a_broken_wandb_does_not_stop_a_run(imdb_dir, llama_folder, tmp_path, mo
 
 def test_a_second_start_does_not_tokenise_again(imdb_dir, llama_folder, tmp_path, monkeypatch):
     run_here(*small_run(llama_folder, imdb_dir, tmp_path / "one", "n_examples=8"))
-    monkeypatch.setattr("batching._write_store", lambda *a: pytest.fail("tokenised again"))
+    monkeypatch.setattr(
+        "preflab.batching.token_store._write_store", lambda *a: pytest.fail("tokenised again")
+    )
     run_here(*small_run(llama_folder, imdb_dir, tmp_path / "two", "n_examples=8", "loss=odpo"))
-    assert train  # the module whose command this is

@@ -9,18 +9,12 @@ import pytest
 from conftest import ROOT, run_command
 from omegaconf import OmegaConf
 
-from configuration import (
-    CONFIG_DIR,
-    check_overrides,
-    choose_run_dir,
-    flat_keys,
-    must_match,
-    name_of_run,
-    options,
-    register_resolvers,
-)
-from losses import bind_loss
-from rewards import REWARDS, check_reward
+from preflab.objective.registry import bind_loss
+from preflab.rewards.registry import REWARDS, check_reward
+from preflab.settings.identity import must_match
+from preflab.settings.keys import CONFIG_DIR, flat_keys, options
+from preflab.settings.overrides import check_overrides
+from preflab.settings.run_folder import choose_run_dir, name_of_run, register_resolvers
 from utils import ConfigError
 
 CONTRACT = """seed function exp_name batch_size temperature topp eval_batch_size debug fsdp_port datasets wandb.enabled wandb.entity
@@ -53,9 +47,7 @@ def test_every_model_composes(name):
 def test_options_are_the_files_of_the_groups():
     assert options("model") == set(MODELS)
     assert options("reward") == {
-        name
-        for name, reward in REWARDS.items()
-        if reward.__module__ in ("rewards", "gold_functions")
+        name for name, reward in REWARDS.items() if reward.__module__.startswith("preflab.rewards.")
     }  # not those of a user's file
 
 

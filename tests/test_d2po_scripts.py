@@ -13,7 +13,10 @@ from conftest import ROOT, read_rows, run_here
 from omegaconf import OmegaConf
 from safetensors.torch import load_file
 
-from configuration import CONFIG_DIR, check_config, check_overrides, register_resolvers
+from preflab.checks import check_config
+from preflab.settings.keys import CONFIG_DIR
+from preflab.settings.overrides import check_overrides
+from preflab.settings.run_folder import register_resolvers
 from trainers import TRAINERS
 
 FOLDER = ROOT / "scripts" / "d2po"

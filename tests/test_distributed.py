@@ -28,10 +28,12 @@ from conftest import (
 )
 from omegaconf import OmegaConf
 
-import launch
-from distributed import World, data_ranks
-from logprobs import Scorer
-from placement import find_blocks, layer_plan, shard
+from preflab.distributed import launch, signals
+from preflab.distributed.process_group import World
+from preflab.modeling.blocks import find_blocks
+from preflab.modeling.fsdp import layer_plan, shard
+from preflab.modeling.logprobs import Scorer
+from preflab.modeling.parallelism import data_ranks
 from utils import ConfigError, DataError, PrefLabError
 
 # 17 pairs in batches of 8: the last batch of an epoch holds one, which two ranks cannot share. 4
@@ -476,7 +478,7 @@ def test_a_port_in_use(setting):
         taken.listen()
         port = taken.getsockname()[1]
         with pytest.raises(ConfigError, match=f"fsdp_port={port} cannot be used"):
-            launch.launch(print, 2, port, (), launch.StopSignals())
+            launch.launch(print, 2, port, (), signals.StopSignals())
 
 
 @pytest.mark.parametrize(
@@ -567,8 +569,8 @@ def test_a_block_is_found_in_every_architecture():
 def test_a_rank_never_holds_the_model_its_files_hold(tmp_path):
     """Loading maps the files: what is the process's own grows by what is sharded to it, one block
     at a time."""
-    from checkpoints import HostMemory
-    from models import load_model
+    from preflab.modeling.loading import load_model
+    from preflab.training.profiling import HostMemory
 
     ARCHITECTURES["llama"], small = (
         ARCHITECTURES["llama"] | dict(hidden_size=512, intermediate_size=2048, num_hidden_layers=6),
@@ -598,7 +600,7 @@ def test_a_rank_never_holds_the_model_its_files_hold(tmp_path):
 
 
 def test_gradients_of_a_sharded_model_equal_those_of_a_whole_one():
-    from layouts import Layout, lay_out
+    from preflab.batching.packing import Layout, lay_out
 
     batch = lay_out([([1, 2, 3], [[4, 5, 6, 256]]), ([7], [[8, 9]])], Layout("padded", 257))
     config = OmegaConf.create(
@@ -609,7 +611,7 @@ def test_gradients_of_a_sharded_model_equal_those_of_a_whole_one():
             "fsdp_cpu_offload": False,
         }
     )
-    from logprobs import score_responses
+    from preflab.modeling.logprobs import score_responses
 
     for architecture in ("llama", "gpt2", "opt"):
         gradients = []
@@ -634,10 +636,11 @@ def test_saved_weights_of_split_layers_are_those_after_the_last_step(
     architecture, optimizer, tmp_path
 ):
     """Whatever the optimizer: the fused ones do not count their steps as changes of a tensor."""
-    from layouts import Layout, lay_out
-    from logprobs import score_responses
-    from placement import full_weights, split
-    from trainers import make_optimizer
+    from preflab.batching.packing import Layout, lay_out
+    from preflab.modeling.logprobs import score_responses
+    from preflab.modeling.placed_weights import full_weights
+    from preflab.modeling.tensor_parallel import split
+    from preflab.training.learner import make_optimizer
 
     batch = lay_out([([1, 2, 3], [[4, 5, 6, 256]]), ([7], [[8, 9]])], Layout("padded", 257))
     saved = []
@@ -669,7 +672,8 @@ def test_saved_weights_of_split_layers_are_those_after_the_last_step(
 
 
 def test_a_rank_that_aborts_after_it_said_what_is_wrong(tmp_path):
-    from launch import StopSignals, _tell_why
+    from preflab.distributed.launch import _tell_why
+    from preflab.distributed.signals import StopSignals
 
     (tmp_path / "1.json").write_text(
         json.dumps({"message": "no such loss", "known": True, "traceback": "", "time": 1.0})
@@ -698,11 +702,11 @@ def test_there_is_a_gpu_for_each_worker(monkeypatch):
     with pytest.raises(
         ConfigError, match="world_size=4: each worker needs a GPU of its own, and there are 2"
     ):
-        launch.launch(print, 4, None, (), launch.StopSignals())
+        launch.launch(print, 4, None, (), signals.StopSignals())
 
 
 def test_kernels_of_an_optimizer_are_those_of_the_machine_it_goes_on_with(tmp_path):
-    from checkpoints import load_optimizer, save_optimizer
+    from preflab.training.checkpoints import load_optimizer, save_optimizer
 
     weights = [torch.nn.Parameter(torch.ones(3))]
     fused, plain = (
@@ -718,7 +722,7 @@ def test_kernels_of_an_optimizer_are_those_of_the_machine_it_goes_on_with(tmp_pa
 
 
 def test_torchrun_and_srun_are_recognised(monkeypatch):
-    from distributed import ranks_given
+    from preflab.distributed.process_group import ranks_given
 
     for key in (
         "RANK",

@@ -23,10 +23,10 @@ from test_configuration import compose
 
 import preference_datasets
 import train_risk_preferences
-from configuration import check_overrides
-from losses import LOSSES, NEEDS, bind_loss
-from preference_datasets import DATASETS, open_dataset
-from rewards import REWARDS, all_rewards, check_reward
+from preflab.objective.registry import LOSSES, NEEDS, bind_loss
+from preflab.readers.registry import DATASETS, open_dataset
+from preflab.rewards.registry import REWARDS, all_rewards, check_reward
+from preflab.settings.overrides import check_overrides
 from utils import DataError
 
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]

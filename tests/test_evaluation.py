@@ -20,15 +20,16 @@ from conftest import (
 )
 from transformers import AutoConfig, AutoModelForSequenceClassification
 
-import evaluation
-import sampling
 import trainers
-from archives import expand_archives
-from evaluation import distinct, measure_samples, repetition
-from layouts import Layout
-from logprobs import Scorer
-from rewards import REWARDS, RewardError, build_reward, register_reward
-from sampling import InverseCDF, sample
+from preflab.batching.packing import Layout
+from preflab.distributed import signals
+from preflab.evaluation import samples
+from preflab.evaluation.samples import distinct, measure_samples, repetition
+from preflab.evaluation.worklist import expand_archives
+from preflab.modeling import generation
+from preflab.modeling.generation import InverseCDF, sample
+from preflab.modeling.logprobs import Scorer
+from preflab.rewards.registry import REWARDS, RewardError, build_reward, register_reward
 from utils import ConfigError, mean_and_error
 
 PROMPTS = [[256, *b"hello"], [256], [256, *b"a much longer prompt than these"], [256, *b"mid one"]]
@@ -69,9 +70,9 @@ def test_greedy_tokens_are_those_of_plain_generate(architecture):
 
 def test_packed_weights_are_there_for_sampling_only(monkeypatch):
     model, packed = make_model("gpt2"), []
-    product = sampling._packed_linear
+    product = generation._packed_linear
     monkeypatch.setattr(
-        sampling, "_packed_linear", lambda *operands: packed.append(1) or product(*operands)
+        generation, "_packed_linear", lambda *operands: packed.append(1) or product(*operands)
     )
     before = model(torch.tensor([[1, 2, 3]])).logits
     draw(model)
@@ -529,7 +530,7 @@ def test_many_checkpoints_and_temperatures_are_rows(two_runs, llama_folder, monk
     write_jsonl(folder / "samples.jsonl", samples[:54])
     drawn = []
     monkeypatch.setattr(
-        evaluation, "sample", lambda *args, **options: drawn.append(1) or sample(*args, **options)
+        samples, "sample", lambda *args, **options: drawn.append(1) or sample(*args, **options)
     )
     again, again_samples = evaluate(two_runs, llama_folder, "many", *many)
     assert (
@@ -697,7 +698,7 @@ def test_generate_writes_prompt_and_response_lines(imdb_dir, tmp_path):
 def test_a_run_samples_its_reference_once_and_its_policy_at_every_evaluation(run, monkeypatch):
     drawn = []
     monkeypatch.setattr(
-        evaluation,
+        samples,
         "sample",
         lambda *args, **options: drawn.append(options["description"]) or sample(*args, **options),
     )
@@ -723,7 +724,7 @@ def test_an_evaluation_stops_when_asked_and_the_same_command_goes_on(
     command = [f"model.archive=[{two_runs}/sweep/a,{two_runs}/sweep/b]", "sample_during_eval=false"]
     with monkeypatch.context() as patch:
         patch.setattr(trainers.BasicTrainer, "_asked_to_stop", lambda self: 15)
-        with pytest.raises(trainers.Stopped):
+        with pytest.raises(signals.Stopped):
             evaluate(two_runs, llama_folder, "stopped", *command)
     folder = two_runs / "stopped"
     assert (

@@ -10,7 +10,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from experiments import run as experiments
 from experiments import words
 from experiments.gold import HALF
-from rewards import build_reward
+from preflab.rewards.registry import build_reward
 
 
 @pytest.fixture(scope="module")

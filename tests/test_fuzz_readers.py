@@ -18,10 +18,10 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 import preference_datasets
-from batching import prepare, tokenise, truncate
-from data_files import Rows
-from preference_datasets import DATASETS, open_dataset
-from user_pairs import FORMS
+from preflab.batching.token_store import prepare, tokenise, truncate
+from preflab.readers.columns import FORMS
+from preflab.readers.files import Rows
+from preflab.readers.registry import DATASETS, open_dataset
 from utils import PrefLabError
 
 TOKENIZER = make_tokenizer()

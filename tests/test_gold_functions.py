@@ -28,25 +28,24 @@ from safetensors.torch import save_file
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
-import endpoint
-from configuration import register_resolvers
-from gold_functions import (
-    COLLECTED,
-    find_nouns,
-    levenshtein,
-    math_prompts,
-    parse_expression,
-    read_ratings,
-    solution,
-    syllables,
-    tokens,
-    tree_depth,
+from preflab.rewards import llm_client
+from preflab.rewards.arithmetic import levenshtein, math_prompts, parse_expression, solution
+from preflab.rewards.d2po import find_nouns, tree_depth
+from preflab.rewards.llm_rater import read_ratings
+from preflab.rewards.registry import (
+    REWARDS,
+    RewardError,
+    build_reward,
+    check_reward,
+    reward_settings,
 )
-from rewards import REWARDS, RewardError, build_reward, check_reward, reward_settings
+from preflab.rewards.text import COLLECTED, syllables, tokens
+from preflab.settings.run_folder import register_resolvers
 from scripts import score_rewards
 from utils import ConfigError, DataError
 
-GOLD = sorted(name for name, function in REWARDS.items() if function.__module__ == "gold_functions")
+BASIC = {"lexicon", "length", "classifier", "reward_model", "http"}  # rewards that are not D2PO's
+GOLD = sorted(REWARDS.keys() - BASIC)
 PURE = ["bagofwords", "math", "nouns", "readinggrade", "reversebow", "tokdense", "unique_nns"]
 
 
@@ -659,9 +658,9 @@ def test_a_failure_is_tried_again_and_the_cap_is_hard(rated, http_server):
 
 
 def test_the_key_comes_from_the_environment(rated, http_server, monkeypatch):
-    seen, client = [], endpoint.httpx.Client
+    seen, client = [], llm_client.httpx.Client
     monkeypatch.setattr(
-        endpoint.httpx,
+        llm_client.httpx,
         "Client",
         lambda **options: seen.append(options["headers"]) or client(**options),
     )

@@ -15,9 +15,9 @@ from conftest import (
     small_run,
 )
 
-from attention import SHARING, enable, flex_problem, window_of
-from logprobs import Scorer
-from models import sharing_problem
+from preflab.batching.packed_attention import SHARING, enable, flex_problem, window_of
+from preflab.modeling.layout_choice import sharing_problem
+from preflab.modeling.logprobs import Scorer
 
 pytestmark = [
     pytest.mark.gpu,

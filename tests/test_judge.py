@@ -9,10 +9,10 @@ import time
 import pytest
 from conftest import ROOT, write_jsonl
 
-import judge
-from endpoint import Endpoint, EndpointError
-from judge import both_orders, fill, pair_up, read_verdict, wilson, win_rate
-from runs import read_json, read_jsonl
+from preflab.evaluation import win_rates
+from preflab.evaluation.win_rates import both_orders, fill, pair_up, read_verdict, wilson, win_rate
+from preflab.reports.runs import read_json, read_jsonl
+from preflab.rewards.llm_client import Endpoint, EndpointError
 from utils import DataError
 
 
@@ -215,7 +215,7 @@ def test_another_folder_is_matched_by_prompt_temperature_and_sample(folder, tmp_
         sample(3, "second", sample=1),
     ]
     write_jsonl(tmp_path / "other" / "samples.jsonl", theirs)
-    pairs = pair_up(judge.latest_samples(folder), str(tmp_path / "other"))
+    pairs = pair_up(win_rates.latest_samples(folder), str(tmp_path / "other"))
     assert [(pair["policy"], pair["opponent"]) for pair in pairs] == [
         ("longer one", "theirs"),
         ("tiny", "their answer"),

@@ -7,10 +7,12 @@ import numpy as np
 import pytest
 from conftest import make_tokenizer, read_rows, write_jsonl
 
-from batching import PreferenceData, collate, prepare, prompts_to_sample
-from layouts import LAYOUTS, Layout
-from losses import bind_loss
-from preference_datasets import open_dataset
+from preflab.batching.collate import collate
+from preflab.batching.examples import PreferenceData, prompts_to_sample
+from preflab.batching.packing import LAYOUTS, Layout
+from preflab.batching.token_store import prepare
+from preflab.objective.registry import bind_loss
+from preflab.readers.registry import open_dataset
 from utils import ConfigError, DataError
 
 ROWS = [

@@ -16,25 +16,31 @@ from transformers import AttentionInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
 
-import attention
-import logprobs
-import models
-from attention import allowed_pairs, block_mask, block_table, describe_tokens
-from distributed import ALONE
-from layouts import LAYOUTS, Layout, lay_out
-from logprobs import Scorer, score_responses
-from models import (
+from preflab.batching import packed_attention
+from preflab.batching.packed_attention import (
+    allowed_pairs,
+    block_mask,
+    block_table,
+    describe_tokens,
+)
+from preflab.batching.packing import LAYOUTS, Layout, lay_out
+from preflab.distributed.process_group import ALONE
+from preflab.modeling import fused_head, layout_choice
+from preflab.modeling.layout_choice import (
     choose_layout,
-    fuse_activations,
     known_layouts,
     sharing_problem,
     why_not_flex,
 )
+from preflab.modeling.loading import fuse_activations
+from preflab.modeling.logprobs import Scorer, score_responses
 from utils import ConfigError
 
 PACKED = [name for name in LAYOUTS if name != "padded"]
-SHARING = sorted(attention.SHARING)
-WINDOWLESS = [name for name in SHARING if attention.window_of(make_model(name).config) is None]
+SHARING = sorted(packed_attention.SHARING)
+WINDOWLESS = [
+    name for name in SHARING if packed_attention.window_of(make_model(name).config) is None
+]
 # Lengths of prompts and of their responses: prompts of one token, responses of one (nothing to
 # feed), several, one alone. The longest go beyond the attention windows of the models that have
 # one.
@@ -65,7 +71,7 @@ def naive(model, trees):
 
 
 def ready(model):
-    attention.enable(model)
+    packed_attention.enable(model)
     fuse_activations(model)
     return model
 
@@ -90,7 +96,7 @@ def largest_difference(ours, theirs):
 @pytest.mark.parametrize("architecture", SHARING)
 def test_values_and_gradients_match_each_response_alone(architecture, layout, monkeypatch):
     monkeypatch.setattr(
-        logprobs, "CHUNK_ELEMENTS", 9 * 258
+        fused_head, "CHUNK_ELEMENTS", 9 * 258
     )  # several chunks of the head and a left-over one
     plain = make_model(architecture, dtype=torch.float64)
     model = ready(copy.deepcopy(plain))
@@ -137,7 +143,7 @@ LEARNED_POSITIONS = {
 def test_segments_equal_the_dense_mask(architecture):
     """The same row with the dense mask written out, through transformers' own attention."""
     plain = make_model(architecture, dtype=torch.float64)
-    if attention.window_of(plain.config) is not None:
+    if packed_attention.window_of(plain.config) is not None:
         pytest.skip("a dense mask replaces the window of some layers only")
     batch = lay_out(draw(), Layout("prefix_shared"))
     segments = score_responses(Scorer(ready(copy.deepcopy(plain))), batch).token_logps
@@ -169,7 +175,7 @@ def test_windows_are_counted_in_positions_not_in_places(architecture):
     """The last response of a tree is further than a window away from its prompt in the row, but not
     in its own text."""
     plain = make_model(architecture, dtype=torch.float64)
-    assert attention.window_of(plain.config) == 16
+    assert packed_attention.window_of(plain.config) == 16
     for lengths in ([(6, (9, 9, 9))], [(14, (12, 3, 20))]):
         trees = draw(lengths)
         ours = score_responses(
@@ -189,7 +195,7 @@ def test_flex_attention_gets_the_same_mask(name):
 
 
 def test_rows_without_further_responses_need_no_mask(monkeypatch):
-    monkeypatch.setattr(attention, "_mask", None)
+    monkeypatch.setattr(packed_attention, "_mask", None)
     model, trees = ready(make_model("llama")), draw([(12, (9,)), (5, (4,))])
     for layout in PACKED:
         assert torch.isfinite(
@@ -245,7 +251,7 @@ def stand_in(module, query, key, value, mask, scaling=None, **options):
 @pytest.mark.filterwarnings("ignore:flex_attention called without torch.compile")
 @pytest.mark.parametrize("architecture", WINDOWLESS)
 def test_rows_with_a_block_mask_match_each_response_alone(architecture, monkeypatch):
-    monkeypatch.setattr(attention, "flex_attention_forward", stand_in)
+    monkeypatch.setattr(packed_attention, "flex_attention_forward", stand_in)
     plain = make_model(architecture, dtype=torch.float64)
     model = ready(copy.deepcopy(plain))
     expected = naive(plain, draw())
@@ -268,7 +274,7 @@ def test_rows_with_a_block_mask_match_each_response_alone(architecture, monkeypa
 def test_rows_with_a_block_mask_in_bf16(architecture, monkeypatch):
     """Where autocast leaves queries, keys and values in different dtypes, which FlexAttention does
     not take in torch 2.11."""
-    monkeypatch.setattr(attention, "flex_attention_forward", stand_in)
+    monkeypatch.setattr(packed_attention, "flex_attention_forward", stand_in)
     model = ready(make_model(architecture, scale=1.0))
     with torch.no_grad():
         flex, segments, full = (
@@ -291,7 +297,7 @@ def test_compiled_flex_attention_gives_what_attention_by_segments_gives():
     )
     with torch.no_grad():
         segments, flex = (
-            attention.segment_attention(module, query, key, value, mask, scaling=0.25)[0]
+            packed_attention.segment_attention(module, query, key, value, mask, scaling=0.25)[0]
             for mask in (
                 batch.segments,
                 block_mask(block_table(batch.segments, n), torch.device("cpu")),
@@ -303,27 +309,29 @@ def test_compiled_flex_attention_gives_what_attention_by_segments_gives():
 @pytest.mark.filterwarnings("ignore:flex_attention called without torch.compile")
 def test_flex_attention_is_tried_before_it_is_used(monkeypatch):
     shapes = 4, 2, 16, torch.float32, torch.device("cpu")
-    monkeypatch.setattr(attention, "flex_attention_forward", stand_in)
-    assert attention.flex_problem(*shapes) is None
+    monkeypatch.setattr(packed_attention, "flex_attention_forward", stand_in)
+    assert packed_attention.flex_problem(*shapes) is None
     # noqa: E731
     too_sharp = lambda *inputs, scaling, **more: stand_in(*inputs, scaling=1.02 * scaling, **more)
-    monkeypatch.setattr(attention, "flex_attention_forward", too_sharp)
-    assert "off by" in attention.flex_problem(*shapes)
+    monkeypatch.setattr(packed_attention, "flex_attention_forward", too_sharp)
+    assert "off by" in packed_attention.flex_problem(*shapes)
     detached = lambda module, query, key, *more, **options: stand_in(
         module, query, key.detach(), *more, **options
     )  # noqa: E731
-    monkeypatch.setattr(attention, "flex_attention_forward", detached)
-    assert "fails here (RuntimeError" in attention.flex_problem(*shapes)  # a key without a gradient
+    monkeypatch.setattr(packed_attention, "flex_attention_forward", detached)
+    assert "fails here (RuntimeError" in packed_attention.flex_problem(
+        *shapes
+    )  # a key without a gradient
 
     def no_gradient(module, query, key, value, *more, **options):
         key = key.clone()
         key.register_hook(lambda gradient: gradient * float("nan"))
         return stand_in(module, query, key, value, *more, **options)
 
-    monkeypatch.setattr(attention, "flex_attention_forward", no_gradient)
-    assert "off by nan" in attention.flex_problem(*shapes)
-    monkeypatch.setattr(attention, "flex_attention_forward", lambda *inputs, **more: 1 / 0)
-    assert "fails here (ZeroDivisionError" in attention.flex_problem(*shapes)
+    monkeypatch.setattr(packed_attention, "flex_attention_forward", no_gradient)
+    assert "off by nan" in packed_attention.flex_problem(*shapes)
+    monkeypatch.setattr(packed_attention, "flex_attention_forward", lambda *inputs, **more: 1 / 0)
+    assert "fails here (ZeroDivisionError" in packed_attention.flex_problem(*shapes)
 
 
 @pytest.mark.filterwarnings("ignore:flex_attention called without torch.compile")
@@ -334,7 +342,7 @@ def test_without_flex_attention_a_gpu_attends_segment_by_segment(monkeypatch):
         causal_lm=model, model=model, device=torch.device("cuda"), mixed=None
     )  # noqa: E731
     llama, windowed = make_model("llama"), make_model("mistral")
-    monkeypatch.setattr(models, "flex_problem", lambda *shapes: None)
+    monkeypatch.setattr(layout_choice, "flex_problem", lambda *shapes: None)
     assert why_not_flex(settings_of(), on_gpu(llama), ALONE) is None
     assert "windows of 16 tokens, texts of up to max_length=64" in why_not_flex(
         settings_of(), on_gpu(windowed), ALONE
@@ -342,20 +350,20 @@ def test_without_flex_attention_a_gpu_attends_segment_by_segment(monkeypatch):
     assert why_not_flex(settings_of(max_length=16), on_gpu(windowed), ALONE) is None
     elsewhere = SimpleNamespace(max=lambda values: [1.0])
     assert "another rank" in why_not_flex(settings_of(), on_gpu(llama), elsewhere)
-    monkeypatch.setattr(models, "flex_problem", lambda *shapes: "no compiler")
+    monkeypatch.setattr(layout_choice, "flex_problem", lambda *shapes: "no compiler")
     assert (
         why_not_flex(settings_of(), on_gpu(llama), ALONE)
         == "attention segment by segment, slower: no compiler"
     )
     assert why_not_flex(settings_of(), Scorer(llama), ALONE) == ""
-    attention.enable(llama)
-    monkeypatch.setattr(models, "why_not_flex", lambda *_: "slower: no compiler")
+    packed_attention.enable(llama)
+    monkeypatch.setattr(layout_choice, "why_not_flex", lambda *_: "slower: no compiler")
     assert choose_layout(settings_of(), Scorer(llama)) == (
         Layout("prefix_shared"),
         "slower: no compiler",
     )
-    monkeypatch.setattr(attention, "flex_attention_forward", stand_in)
-    monkeypatch.setattr(models, "why_not_flex", lambda *_: None)
+    monkeypatch.setattr(packed_attention, "flex_attention_forward", stand_in)
+    monkeypatch.setattr(layout_choice, "why_not_flex", lambda *_: None)
     assert choose_layout(settings_of(), Scorer(llama), pad_id=3) == (
         Layout("prefix_shared", pad_id=3, flex=True),
         "",
@@ -363,7 +371,7 @@ def test_without_flex_attention_a_gpu_attends_segment_by_segment(monkeypatch):
     blind = lambda module, query, key, value, mask, scaling=None, **more: sdpa_attention_forward(
         module, query, key, value, None, scaling=scaling, is_causal=True
     )  # noqa: E731
-    monkeypatch.setattr(attention, "flex_attention_forward", blind)
+    monkeypatch.setattr(packed_attention, "flex_attention_forward", blind)
     layout, why = choose_layout(settings_of(), Scorer(llama))
     assert (
         layout == Layout("prefix_shared")
@@ -431,7 +439,7 @@ def test_a_shared_prompt_is_fed_once():
 @pytest.mark.parametrize("architecture", ["gpt2", "llama"])
 def test_the_check_at_the_start_finds_a_model_that_ignores_its_mask(architecture):
     model = make_model(architecture)
-    attention.enable(model)
+    packed_attention.enable(model)
     assert sharing_problem(Scorer(model)) is None
     ignore_masks(model)
     assert "off by" in sharing_problem(Scorer(model))
@@ -440,8 +448,8 @@ def test_the_check_at_the_start_finds_a_model_that_ignores_its_mask(architecture
 def test_attention_that_fails_is_padded_or_told(monkeypatch):
     """A kernel that raises, as one may on a GPU of another make."""
     model = make_model("llama")
-    attention.enable(model)
-    monkeypatch.setattr(attention, "_trees", lambda segments: 1 / 0)
+    packed_attention.enable(model)
+    monkeypatch.setattr(packed_attention, "_trees", lambda segments: 1 / 0)
     layout, why = choose_layout(settings_of(), Scorer(model))
     assert layout.name == "padded" and "fails here (ZeroDivisionError" in why
     placed = Scorer(model)
@@ -466,7 +474,7 @@ def settings_of(**more):
 
 def test_the_fastest_supported_layout_is_taken_and_others_refused_by_name():
     model = make_model("llama")
-    attention.enable(model)
+    packed_attention.enable(model)
     assert choose_layout(settings_of(), Scorer(model)) == (Layout("prefix_shared"), "")
     assert choose_layout(settings_of(layout="packed"), Scorer(model)) == (Layout("packed"), "")
     layout, why = choose_layout(settings_of(), Scorer(make_model("gemma2")))
@@ -503,7 +511,7 @@ def supported(architecture: str) -> str:
     model = make_model(architecture)
     names, _ = known_layouts(settings_of(), model.config)
     if names != ("padded",):
-        attention.enable(model)
+        packed_attention.enable(model)
         assert sharing_problem(Scorer(model)) is None
     return ", ".join(names)
 
@@ -515,7 +523,7 @@ def table() -> str:
     ]
     for architecture in sorted(ARCHITECTURES):
         window, names = (
-            attention.window_of(make_model(architecture).config),
+            packed_attention.window_of(make_model(architecture).config),
             supported(architecture),
         )
         how = (
@@ -534,7 +542,7 @@ def table() -> str:
 def test_the_table_in_the_docs_is_what_the_code_does():
     text = (ROOT / "docs" / "details.md").read_text(encoding="utf-8")
     assert text.split(MARKS[0])[1].split(MARKS[1])[0] == table()
-    assert attention.SHARING < set(
+    assert packed_attention.SHARING < set(
         ARCHITECTURES
     )  # all of them are tested here, and one that cannot share
 

@@ -7,10 +7,11 @@ import pytest
 import torch
 from conftest import ARCHITECTURES, make_model
 
-import logprobs
-from layouts import Layout, lay_out
-from logprobs import LinearLogProbs, Scorer, pad_by_owner, score_responses, sum_by_owner
-from models import disable_dropout
+from preflab.batching.packing import Layout, lay_out
+from preflab.modeling import fused_head
+from preflab.modeling.fused_head import LinearLogProbs
+from preflab.modeling.loading import disable_dropout
+from preflab.modeling.logprobs import Scorer, pad_by_owner, score_responses, sum_by_owner
 from utils import ConfigError
 
 PADDED = Layout("padded", 257)
@@ -60,7 +61,7 @@ def grads(model):
 @pytest.mark.parametrize("architecture", sorted(ARCHITECTURES))
 @pytest.mark.parametrize("kl", [None, "reference||policy"])
 def test_values_and_gradients_match_naive_float64(architecture, kl, monkeypatch):
-    monkeypatch.setattr(logprobs, "CHUNK_ELEMENTS", 5 * 258)  # several chunks and a left-over one
+    monkeypatch.setattr(fused_head, "CHUNK_ELEMENTS", 5 * 258)  # several chunks and a left-over one
     policy, reference = (make_model(architecture, seed=s, dtype=torch.float64) for s in (0, 1))
     batch = lay_out(trees(), PADDED)
     scorer = Scorer(policy)
@@ -123,11 +124,11 @@ def test_a_wrong_mask_does_not_match():
 
 
 def test_never_more_logits_than_a_chunk(monkeypatch):
-    monkeypatch.setattr(logprobs, "CHUNK_ELEMENTS", 4 * 258)
-    monkeypatch.setattr(logprobs, "KEPT_ELEMENTS", 0)
-    model, seen, linear = make_model("llama"), [], logprobs._linear
+    monkeypatch.setattr(fused_head, "CHUNK_ELEMENTS", 4 * 258)
+    monkeypatch.setattr(fused_head, "KEPT_ELEMENTS", 0)
+    model, seen, linear = make_model("llama"), [], fused_head._linear
     monkeypatch.setattr(
-        logprobs,
+        fused_head,
         "_linear",
         lambda hidden, *head: seen.append(hidden.shape) or linear(hidden, *head),
     )
@@ -166,9 +167,9 @@ def plainly(ours, targets, theirs, kl):
 @pytest.mark.parametrize("rows", [1, 4, 50])  # of a chunk
 @pytest.mark.parametrize("kept", [True, False])  # or computed again in the backward pass
 def test_the_fused_head_is_the_plain_one(kl, bias, rows, kept, monkeypatch):
-    monkeypatch.setattr(logprobs, "KEPT_ELEMENTS", 10**9 if kept else 0)
+    monkeypatch.setattr(fused_head, "KEPT_ELEMENTS", 10**9 if kept else 0)
     monkeypatch.setattr(
-        logprobs, "CHUNK_ELEMENTS", rows * HEAD["vocabulary"] * (1 if kl is None else 4)
+        fused_head, "CHUNK_ELEMENTS", rows * HEAD["vocabulary"] * (1 if kl is None else 4)
     )
     ours, targets, theirs = head_inputs(bias)
     found = LinearLogProbs.apply(*ours, targets, *(theirs if kl else (None,) * 3), kl, True)
@@ -200,7 +201,7 @@ def test_chunks_in_bf16_add_up_as_one_would(monkeypatch):
     half = [t.detach().bfloat16().requires_grad_() for t in ours]
     errors = []
     for rows in (2000, 4):
-        monkeypatch.setattr(logprobs, "CHUNK_ELEMENTS", rows * HEAD["vocabulary"])
+        monkeypatch.setattr(fused_head, "CHUNK_ELEMENTS", rows * HEAD["vocabulary"])
         found = torch.autograd.grad(
             LinearLogProbs.apply(*half, targets, None, None, None, None, False)[0].sum(), half[1:]
         )

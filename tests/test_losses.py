@@ -15,13 +15,15 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from omegaconf import OmegaConf
 
-import attention
-import logprobs
-import losses
-from configuration import CONFIG_DIR, register_resolvers
-from layouts import LAYOUTS, Layout, lay_out
-from logprobs import Scorer, score_responses
-from losses import LOSSES, Pair, Target, bind_loss, made_up_batch
+from preflab.batching import packed_attention
+from preflab.batching.packing import LAYOUTS, Layout, lay_out
+from preflab.modeling import fused_head
+from preflab.modeling.logprobs import Scorer, score_responses
+from preflab.objective import registry, types
+from preflab.objective.registry import LOSSES, bind_loss, made_up_batch
+from preflab.objective.types import Pair, Target
+from preflab.settings.keys import CONFIG_DIR
+from preflab.settings.run_folder import register_resolvers
 from utils import ConfigError, DataError
 
 YAMLS = sorted(path.stem for path in (CONFIG_DIR / "loss").glob("*.yaml"))
@@ -445,11 +447,9 @@ def test_a_loss_without_running_means_has_no_state():
 
 
 def test_running_means_over_parts_of_a_batch_are_refused():
-    @losses.register_loss("drifting", reads={"reference"})
+    @registry.register_loss("drifting", reads={"reference"})
     def drifting(pair, *, beta: float):
-        return losses.LossOutput(
-            pair.chosen_logratio, running={"mean": pair.chosen_logratio.mean()}
-        )
+        return types.LossOutput(pair.chosen_logratio, running={"mean": pair.chosen_logratio.mean()})
 
     try:
         with pytest.raises(ConfigError, match="couples_batch=True"):
@@ -718,7 +718,7 @@ def test_every_registered_loss_has_a_yaml_of_its_name_and_every_yaml_a_loss():
     own = {
         name
         for name, spec in LOSSES.items()
-        if spec.function.__module__ in ("losses", "more_losses")
+        if spec.function.__module__ == "losses"
     }
     assert own == set(YAMLS)
 
@@ -843,7 +843,7 @@ TREES = [([5, 6], [[7, 8, 9, 200, 3], [1]]), ([11] * 9, [[250, 1, 2], [3, 4, 5, 
 def test_collision_is_that_of_a_naive_float64_softmax_in_every_layout(
     layout, head, kl, monkeypatch
 ):
-    monkeypatch.setattr(logprobs, "CHUNK_ELEMENTS", 5 * 258)  # several chunks and a left-over one
+    monkeypatch.setattr(fused_head, "CHUNK_ELEMENTS", 5 * 258)  # several chunks and a left-over one
     model, reference = (make_model("llama", seed=seed, dtype=torch.float64) for seed in (0, 1))
     expected = []
     for prompt, of_prompt in TREES:
@@ -855,7 +855,7 @@ def test_collision_is_that_of_a_naive_float64_softmax_in_every_layout(
             )
             expected.append((p**2).sum(-1).log().sum().item())
     for m in (model, reference):
-        attention.enable(m)
+        packed_attention.enable(m)
     if head != "plain":
         model.lm_head.base_layer = None
     batch = lay_out(TREES, Layout(layout, 257))
@@ -878,7 +878,7 @@ def test_collision_is_that_of_a_naive_float64_softmax_in_every_layout(
 
 def test_collision_does_not_underflow_where_a_distribution_is_wide():
     hidden, weight = torch.zeros(1, 1), torch.zeros(100_000, 1)
-    found = logprobs.LinearLogProbs.apply(
+    found = fused_head.LinearLogProbs.apply(
         hidden, weight, None, torch.tensor([1]), None, None, None, None, False, True, True
     )[4]
     assert found.item() == pytest.approx(-math.log(100_000), rel=1e-5)
@@ -987,9 +987,9 @@ def test_odpo_tells_the_offsets_of_the_data():
 
 
 def test_a_loss_that_reads_more_than_it_declares_is_refused_before_it_trains():
-    @losses.register_loss("careless", reads={"reference"})
+    @registry.register_loss("careless", reads={"reference"})
     def careless(pair, *, beta: float):
-        return losses.LossOutput(pair.chosen_logratio * pair.chosen_scores)
+        return types.LossOutput(pair.chosen_logratio * pair.chosen_scores)
 
     try:
         with pytest.raises(ConfigError, match="declares to read .reference."):

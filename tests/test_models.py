@@ -18,15 +18,9 @@ from omegaconf import OmegaConf
 from safetensors.torch import save_file
 from transformers import AutoModelForSequenceClassification
 
-from configuration import CONFIG_DIR
-from models import (
-    archive_state,
-    build_policy,
-    build_reference,
-    load_archive,
-    load_tokenizer,
-    read_archive,
-)
+from preflab.modeling.loading import build_policy, build_reference, load_tokenizer
+from preflab.modeling.weights_io import archive_state, load_archive, read_archive
+from preflab.settings.keys import CONFIG_DIR
 from utils import ConfigError
 
 

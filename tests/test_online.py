@@ -11,21 +11,19 @@ import torch
 from conftest import read_rows, run_here, save_model, small_run, write_jsonl
 from omegaconf import OmegaConf
 
-import online
-from batching import PreferenceData, collate, store_of
-from configuration import must_match
-from labels import (
-    DiscriminatorLabels,
-    GoldLabels,
-    Ledger,
-    Rollouts,
-    best_and_worst,
-    select,
-)
-from layouts import Layout
-from losses import LOSSES
-from rewards import RewardError
-from trainers import Stopped
+import trainers
+from preflab.batching.collate import collate
+from preflab.batching.examples import PreferenceData
+from preflab.batching.packing import Layout
+from preflab.batching.token_store import store_of
+from preflab.distributed.signals import Stopped
+from preflab.objective.registry import LOSSES
+from preflab.online import discriminator, rounds
+from preflab.online.labelers import DiscriminatorLabels, GoldLabels, select
+from preflab.online.ledger import Ledger
+from preflab.online.rollouts import Rollouts, best_and_worst
+from preflab.rewards.registry import RewardError
+from preflab.settings.identity import must_match
 from utils import ConfigError, DataError, in_use
 
 # A gold of the user's own: letters a to m in a response; it notes what it was asked, and fails when
@@ -435,7 +433,7 @@ def test_initial_labels_are_bought_of_the_first_policy_and_learnt_first(go):
     "setting, measured", [("auto", [False, True]), (True, [True, True]), (False, [False, False])]
 )
 def test_a_gold_that_costs_money_is_not_asked_for_the_log(setting, measured):
-    run = object.__new__(online.Online)
+    run = object.__new__(rounds.Online)
     run.config = OmegaConf.create(
         {
             "reward": {"name": "ultrafeedbackgold"},
@@ -506,7 +504,7 @@ def test_killed_between_buying_and_learning_nothing_is_bought_twice_or_lost(
     go, settings, monkeypatch
 ):
     whole = go("whole", *settings)
-    target, name = (online.Discriminator, "learn") if settings else (online.Online, "_learn")
+    target, name = (discriminator.Discriminator, "learn") if settings else (rounds.Online, "_learn")
     learn, calls = getattr(target, name), []
 
     def killed(self, *arguments, **more):
@@ -564,14 +562,14 @@ def test_a_gold_that_fails_stops_the_run_with_a_checkpoint_and_it_goes_on(
 def test_a_ledger_torn_in_the_middle_of_a_round_is_filled_up_to_the_same_run(
     go, monkeypatch, tmp_path
 ):
-    whole, learn = go("whole"), online.Online._learn
+    whole, learn = go("whole"), rounds.Online._learn
 
     def killed(self, rollouts, labels, bar):
         if rollouts.round == 4:  # its checkpoint is that of round 2
             raise KeyboardInterrupt
         return learn(self, rollouts, labels, bar)
 
-    monkeypatch.setattr(online.Online, "_learn", killed)
+    monkeypatch.setattr(rounds.Online, "_learn", killed)
     with pytest.raises(KeyboardInterrupt):
         go("torn")
     monkeypatch.undo()
@@ -605,14 +603,14 @@ def test_two_runs_do_not_buy_into_one_ledger(go, tmp_path):
 
 
 def test_an_evaluation_that_fails_leaves_a_checkpoint(go, tmp_path, monkeypatch):
-    sample = online.BasicTrainer.evaluate
+    sample = trainers.BasicTrainer.evaluate
 
     def fails(self):
         if self.round == 3:
             raise RewardError("asleep")
         return sample(self)
 
-    monkeypatch.setattr(online.BasicTrainer, "evaluate", fails)
+    monkeypatch.setattr(trainers.BasicTrainer, "evaluate", fails)
     with pytest.raises(RewardError, match="asleep"):
         go("run", "online.save_every=100")
     assert (
@@ -632,17 +630,17 @@ def test_an_evaluation_that_fails_leaves_a_checkpoint(go, tmp_path, monkeypatch)
 
 def test_a_stop_in_the_first_evaluation_buys_nothing_before_it_is_obeyed(go, tmp_path, monkeypatch):
     whole = go("whole")
-    evaluate = online.BasicTrainer.evaluate
+    evaluate = trainers.BasicTrainer.evaluate
 
     def interrupted(self):
         evaluate(self)
         self.stop.received = signal.SIGTERM
 
-    monkeypatch.setattr(online.BasicTrainer, "evaluate", interrupted)
+    monkeypatch.setattr(trainers.BasicTrainer, "evaluate", interrupted)
     with pytest.raises(Stopped, match="SIGTERM"):
         go("run")
     assert asked(tmp_path / "run") == []
-    monkeypatch.setattr(online.BasicTrainer, "evaluate", evaluate)
+    monkeypatch.setattr(trainers.BasicTrainer, "evaluate", evaluate)
     folder = go("run")
     assert same(weights(whole), weights(folder)) and told(whole) == told(folder)
 
@@ -708,8 +706,8 @@ def test_a_loss_of_scores_learns_nothing_from_a_pair_without_a_gap(go):
 
 
 def test_responses_that_cannot_be_told_apart_end_the_run_clearly(go, monkeypatch, tmp_path):
-    monkeypatch.setattr(online, "PATIENCE", 3)
-    with pytest.raises(online.NothingToLearn, match="in the last 3 rounds no two responses"):
+    monkeypatch.setattr(rounds, "PATIENCE", 3)
+    with pytest.raises(rounds.NothingToLearn, match="in the last 3 rounds no two responses"):
         go("ties", "temperature=0")  # both responses of a prompt are the same
     assert (tmp_path / "ties" / "LATEST" / "policy.pt").exists()
 

@@ -16,18 +16,19 @@ from conftest import (
 from hydra import compose, initialize_config_dir
 from transformers import AutoConfig
 
-import plan
 import train
-from configuration import CONFIG_DIR, check_config
+from preflab.checks import check_config
+from preflab.settings.keys import CONFIG_DIR
+from preflab.training import memory_plan
 from trainers import TRAINERS
 
 
-def planned(overrides) -> plan.Plan:
+def planned(overrides) -> memory_plan.Plan:
     train.register_resolvers()
     with initialize_config_dir(str(CONFIG_DIR), version_base="1.3"):
         config = compose("config", overrides=[*overrides, "function=plan"])
     loss, sources = check_config(config, TRAINERS)
-    return plan.make_plan(config, loss, train._load(config, sources, loss)[2]["train"])
+    return memory_plan.make_plan(config, loss, train._load(config, sources, loss)[2]["train"])
 
 
 @pytest.mark.parametrize(
@@ -108,7 +109,7 @@ def test_activations_are_those_that_autograd_keeps(imdb_dir, llama_folder, tmp_p
     with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
         model.model(input_ids=torch.zeros(rows, width, dtype=torch.long), use_cache=False)
     measured = sum(storage.nbytes() for storage in kept.values())
-    head = 12 * min(plan.CHUNK_ELEMENTS, rows * width * 258)
+    head = 12 * min(memory_plan.CHUNK_ELEMENTS, rows * width * 258)
     assert told.memory["activations"] - head == pytest.approx(measured, rel=0.15)
 
 

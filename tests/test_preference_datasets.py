@@ -14,7 +14,7 @@ from conftest import write_jsonl
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from preference_datasets import DATASETS, open_dataset
+from preflab.readers.registry import DATASETS, open_dataset
 from utils import ConfigError, DataError
 
 

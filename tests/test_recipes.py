@@ -16,7 +16,9 @@ from conftest import (
 from omegaconf import OmegaConf
 from transformers import AutoModelForSequenceClassification
 
-from configuration import CONFIG_DIR, check_overrides, options, register_resolvers
+from preflab.settings.keys import CONFIG_DIR, options
+from preflab.settings.overrides import check_overrides
+from preflab.settings.run_folder import register_resolvers
 from utils import ConfigError
 
 RECIPES = sorted(options("experiment"))

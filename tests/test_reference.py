@@ -18,8 +18,8 @@ from conftest import (
     write_jsonl,
 )
 
-import reference
 import trainers
+from preflab.modeling import reference_cache
 from utils import ConfigError, DataError
 
 EXACT = ("model.policy_dtype=float64", "model.reference_dtype=float64", "sample_during_eval=false")
@@ -30,7 +30,7 @@ def counted(monkeypatch):
     """How many responses the reference was run on for the cache, and how many references were
     built."""
     counts = {"responses": 0, "built": 0}
-    fill, build = reference._fill, trainers.build_reference
+    fill, build = reference_cache._fill, trainers.build_reference
 
     def counting(stores, missing, *more):
         counts["responses"] += sum(map(len, missing.values()))
@@ -40,7 +40,7 @@ def counted(monkeypatch):
         counts["built"] += 1
         return build(*arguments, **options)
 
-    monkeypatch.setattr(reference, "_fill", counting)
+    monkeypatch.setattr(reference_cache, "_fill", counting)
     monkeypatch.setattr(trainers, "build_reference", building)
     return counts
 
@@ -161,7 +161,7 @@ def test_a_loss_that_reads_no_reference_keeps_nothing(run, tmp_path):
 
 
 def test_a_killed_run_leaves_nothing_half_known(run, counted, monkeypatch, tmp_path):
-    write, calls = reference.ReferenceLogps.write, []
+    write, calls = reference_cache.ReferenceLogps.write, []
 
     def killed(self, logps):
         calls.append(1)
@@ -173,7 +173,7 @@ def test_a_killed_run_leaves_nothing_half_known(run, counted, monkeypatch, tmp_p
 
     tiny = ("sample_during_eval=false", "microbatch_tokens=64")
     with monkeypatch.context() as patch:
-        patch.setattr(reference.ReferenceLogps, "write", killed)
+        patch.setattr(reference_cache.ReferenceLogps, "write", killed)
         with pytest.raises(KeyboardInterrupt):
             run("killed", *tiny)
     known = sum(

@@ -13,11 +13,13 @@ import pytest
 from conftest import ROOT, write_jsonl
 from omegaconf import OmegaConf
 
-import pictures
-import runs as runs_module
-from pictures import smooth
-from report import latex, summary_table, verdict, write_comparison, write_report
-from runs import Run, bootstrap, envelope, find_runs, paired_difference
+from preflab.reports import plots, runs
+from preflab.reports.plot_style import smooth
+from preflab.reports.run import write_report
+from preflab.reports.runs import Run, find_runs
+from preflab.reports.statistics import bootstrap, envelope, paired_difference
+from preflab.reports.sweep import write_comparison
+from preflab.reports.tables import latex, summary_table, verdict
 from utils import ConfigError, DataError, mean_and_error
 
 SUMMARY = {
@@ -215,7 +217,7 @@ def test_a_sweep_is_compared_with_seeds_aggregated(tmp_path):
 def test_several_runs_of_a_seed_count_once_with_their_mean(tmp_path):
     for name, seed, reward in (("a", 0, 1.0), ("again", 0, 2.0), ("b", 1, 1.7)):
         make_run(tmp_path / name, seed=seed, summary=SUMMARY | {"policy_reward": reward})
-    [group] = runs_module.group_runs(find_runs(tmp_path)[0], ["loss.name"])
+    [group] = runs.group_runs(find_runs(tmp_path)[0], ["loss.name"])
     assert group.by_seed("policy_reward") == {"0": pytest.approx(1.5), "1": 1.7}
 
 
@@ -247,7 +249,7 @@ def test_online_runs_are_drawn_and_told(tmp_path):
     for told in ("rounds", "gold labels bought", "time sampling", "75%", "25%"):
         assert told in table
     assert pixels(folder / "online.png").std() > 0.02
-    figure = pictures.online_picture({"a": [Run(folder)]})
+    figure = plots.online_picture({"a": [Run(folder)]})
     shown = [ax for ax in figure.axes if ax.get_visible()]
     assert len(shown) == 3  # nothing says how often labels were right
     last = [ax.lines[0].get_xdata()[-1] for ax in shown]
@@ -291,7 +293,7 @@ def test_long_runs_are_thinned(tmp_path):
         [{"examples": i, "split": "train", "loss/train": 1.0} for i in range(50_000)],
     )
     x, y = Run(folder).series("train", "loss/train")
-    assert 1000 < len(x) == len(y) <= 3 * runs_module.MAX_POINTS
+    assert 1000 < len(x) == len(y) <= 3 * runs.MAX_POINTS
 
 
 def test_mean_error_and_bootstrap_against_numpy():

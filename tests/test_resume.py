@@ -19,9 +19,8 @@ from conftest import (
     untimed,
 )
 
-import checkpoints
 import trainers
-from checkpoints import latest_checkpoint, save_checkpoint
+from preflab.training.checkpoints import latest_checkpoint, save_checkpoint
 from utils import ConfigError
 
 
@@ -206,7 +205,7 @@ def test_the_newest_checkpoints_are_kept(tmp_path, keep, left):
 def test_killed_between_the_checkpoint_and_latest(tmp_path, monkeypatch):
     save_checkpoint(tmp_path, 1, write("one"), keep=1)
     with monkeypatch.context() as patch:
-        patch.setattr(checkpoints.os, "replace", lambda *a: (_ for _ in ()).throw(Crash()))
+        patch.setattr(os, "replace", lambda *a: (_ for _ in ()).throw(Crash()))
         with pytest.raises(Crash):
             save_checkpoint(tmp_path, 2, write("two"), keep=1)
     assert (tmp_path / "LATEST" / "policy.pt").read_text() == "one"

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from rewards import lexicon
+from preflab.rewards.text import lexicon
 from scripts import make_review_corpus as corpus
 from scripts import make_tiny_model as tiny
 from utils import ConfigError, DataError

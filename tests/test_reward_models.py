@@ -7,8 +7,8 @@ import pytest
 import torch
 from conftest import read_rows, run_here, small_run, write_jsonl
 
-from models import read_archive
-from rewards import build_reward
+from preflab.modeling.weights_io import read_archive
+from preflab.rewards.registry import build_reward
 
 
 def accuracies(folder) -> dict[int, float]:

@@ -9,15 +9,23 @@ import tracemalloc
 from pathlib import Path
 
 import pytest
-from conftest import make_tokenizer, run_command, run_here, save_model, scored_rows, write_jsonl
+from conftest import (
+    ROOT,
+    make_tokenizer,
+    run_command,
+    run_here,
+    save_model,
+    scored_rows,
+    write_jsonl,
+)
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-import data_files
 import train
 import train_risk_preferences
-from batching import prepare
-from configuration import model_overrides, quoted
-from preference_datasets import open_dataset
+from preflab.batching.token_store import prepare
+from preflab.readers import files
+from preflab.readers.registry import open_dataset
+from preflab.settings.overrides import model_overrides, quoted
 from scripts import dpo_data_generate, inspect_data, preproc_filter, preproc_pref
 from utils import DataError
 
@@ -85,7 +93,7 @@ def raw(folder: Path, form: str, train: list[dict], test: list[dict]) -> Path:
 @pytest.mark.parametrize("form", FORMS)
 def test_comparisons_become_the_tldr_dataset(tmp_path, monkeypatch, capsys, form, chunk):
     monkeypatch.setattr(
-        data_files, "CHUNK", chunk
+        files, "CHUNK", chunk
     )  # letters of several bytes, and rows, fall on the borders
     folder = raw(
         tmp_path / "raw",
@@ -176,7 +184,7 @@ def test_a_bad_row_is_named_and_nothing_is_written(tmp_path, monkeypatch, capsys
     (folder / f"test.{form.split('.')[1]}").write_bytes(
         frame[0] + between.join([good, bad, good]) + frame[1]
     )
-    monkeypatch.setattr(data_files, "CHUNK", 50)
+    monkeypatch.setattr(files, "CHUNK", 50)
     code = call(monkeypatch, preproc_pref, folder, "--output", tmp_path / "out")
     if told is None and form == "lines.jsonl":  # an empty line
         assert code == 0
@@ -219,9 +227,9 @@ def test_a_byte_that_is_no_text_is_found_after_the_rows_before_it_wherever_chunk
     path = tmp_path / "list.json"
     path.write_bytes('[{"a": "éé"},\n{"b": "é€'.encode() + b'\xff"}, {"c": 1}]')
     for chunk in range(1, 40):
-        monkeypatch.setattr(data_files, "CHUNK", chunk)
+        monkeypatch.setattr(files, "CHUNK", chunk)
         with open(path, "rb") as f:
-            rows = data_files.streamed_rows(f, path)
+            rows = files.streamed_rows(f, path)
             assert next(rows) == ({"a": "éé"}, f"{path}: row 1")
             with pytest.raises(DataError, match="row 2: byte 0xff is not UTF-8"):
                 next(rows)
@@ -239,7 +247,7 @@ def test_missing_files_are_named_with_what_is_there(tmp_path, monkeypatch, capsy
 
 @pytest.mark.parametrize("form", ["lines.jsonl", "list.json"])
 def test_rows_pass_through_memory_one_at_a_time(tmp_path, monkeypatch, form):
-    monkeypatch.setattr(data_files, "CHUNK", 1 << 14)
+    monkeypatch.setattr(files, "CHUNK", 1 << 14)
     folder = raw(
         tmp_path / "raw", form, [compared(i, first="a" * 4000) for i in range(1000)], [compared(1)]
     )
@@ -539,7 +547,7 @@ def test_the_flags_are_the_documented_command():
     [
         ("microsoft/phi-2", ["model=phi2"]),
         ("gptj", ["model=gptj"]),
-        (Path(train.__file__).parent / "data" / "tiny", ["model=tiny"]),
+        (ROOT / "data" / "tiny", ["model=tiny"]),
         ("Qwen/Qwen3-8B", ["model=blank_model", "model.name_or_path=Qwen/Qwen3-8B"]),
     ],
 )
@@ -571,7 +579,7 @@ def test_values_reach_hydra_as_they_are(value):
 
 def test_risk_preferences_train_a_model_that_loads_and_speaks(tmp_path, monkeypatch, capsys):
     generate(monkeypatch, tmp_path, [situation(i) for i in range(12)])
-    tiny, run_dir = Path(train.__file__).parent / "data" / "tiny", tmp_path / "my run"
+    tiny, run_dir = ROOT / "data" / "tiny", tmp_path / "my run"
     flags = [
         "--model_name",
         tiny,
@@ -885,7 +893,7 @@ def test_boundaries_where_the_tokenizer_would_join(look, tmp_path):
         found["splits"]["train"]["merged_boundaries"] >= 1
         and "such as 'we saw ' and 'the film'" in told
     )
-    joined = AutoTokenizer.from_pretrained(Path(train.__file__).parent / "data" / "tiny")
+    joined = AutoTokenizer.from_pretrained(ROOT / "data" / "tiny")
     apart = [
         len(joined(a)["input_ids"]) + len(joined(b)["input_ids"])
         for a, b in (("we saw ", "the film"), ("we saw", " the film"))

@@ -16,11 +16,13 @@ from conftest import ROOT, read_rows, run_here, save_model, small_run
 from fastapi.testclient import TestClient
 from hydra import compose, initialize_config_dir
 
-import online
-import serve_reward
-from configuration import CONFIG_DIR, check_service, register_resolvers
-from rewards import RewardError, build_reward
-from serve_reward import Service, make_app
+from preflab.checks import check_service
+from preflab.online import rounds, service
+from preflab.online import service as service_module
+from preflab.online.service import Service, make_app
+from preflab.rewards.registry import RewardError, build_reward
+from preflab.settings.keys import CONFIG_DIR
+from preflab.settings.run_folder import register_resolvers
 from utils import ConfigError
 
 
@@ -167,12 +169,12 @@ def test_killed_between_buying_and_saving_nothing_is_bought_twice(
         raise KeyboardInterrupt
 
     monkeypatch.setattr(
-        serve_reward,
+        service_module,
         "save_checkpoint" if where == "before the checkpoint" else "atomic_write",
         killed,
     )
     with pytest.raises(KeyboardInterrupt):
-        service.train(serve_reward.Train(**request(2)))
+        service.train(service.Train(**request(2)))
     monkeypatch.undo()
     assert len(read_rows(tmp_path / "other" / "labels.jsonl")) == 3
     again, _ = client(*LEARNS, folder=tmp_path / "other")
@@ -227,7 +229,7 @@ def test_what_is_not_json_or_too_large_or_of_the_wrong_method(client, monkeypatc
     assert http.post("/predict", content=b"\xff{").status_code == 422
     assert "error" in http.post("/predict", content=b"[").json()
     assert http.get("/predict").status_code == 405
-    monkeypatch.setattr(serve_reward, "MOST_BYTES", 100)
+    monkeypatch.setattr(service, "MOST_BYTES", 100)
     large = http.post("/predict", json={"prompts": ["a" * 200], "responses": ["b"]})
     assert large.status_code == 413 and "at most 100 bytes" in large.json()["error"]
     assert (
@@ -259,7 +261,7 @@ def test_a_gold_that_fails_is_told_with_its_cause_and_changes_nothing(client):
 
 
 def test_more_requests_than_can_wait_are_sent_away(client, monkeypatch):
-    monkeypatch.setattr(serve_reward, "MOST_WAITING", 0)
+    monkeypatch.setattr(service, "MOST_WAITING", 0)
     http, _ = client()
     answer = http.post("/predict", json={"prompts": ["a"], "responses": ["b"]})
     assert answer.status_code == 503 and "try again later" in answer.json()["error"]
@@ -347,7 +349,7 @@ def test_a_run_whose_service_is_killed_ends_as_one_that_labels_itself(
     server = Server(
         service_options(small_folder, imdb_dir, *LEARNS, f"local_run_dir={tmp_path / 'state'}")
     )
-    learn = online.Online._learn
+    learn = rounds.Online._learn
 
     def and_kill(self, rollouts, labels, bar):
         if rollouts.round == 3:  # after one that bought, and before it buys again
@@ -355,7 +357,7 @@ def test_a_run_whose_service_is_killed_ends_as_one_that_labels_itself(
             server.start()  # takes seconds, in which the run asks in vain
         return learn(self, rollouts, labels, bar)
 
-    monkeypatch.setattr(online.Online, "_learn", and_kill)
+    monkeypatch.setattr(rounds.Online, "_learn", and_kill)
     try:
         server.wait()
         served = tmp_path / "served"

@@ -19,9 +19,10 @@ from conftest import (
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import trainers
-from batching import epoch_order
-from configuration import CONFIG_DIR
-from losses import LOSSES
+from preflab.batching.loader import epoch_order
+from preflab.objective.registry import LOSSES
+from preflab.settings.keys import CONFIG_DIR
+from preflab.training import learner
 from utils import ConfigError, DataError
 
 LOSS_NAMES = sorted(path.stem for path in (CONFIG_DIR / "loss").glob("*.yaml"))
@@ -286,7 +287,7 @@ def test_a_loss_that_is_no_number_stops_with_the_examples_and_the_last_good_weig
         rf"loss of step 3 is not finite, from .*imdb-sft-train.jsonl:\d+ \(example {bad}\);.*LATEST"
     )
     try:
-        with pytest.raises(trainers.NonFiniteLoss, match=told):
+        with pytest.raises(learner.NonFiniteLoss, match=told):
             run(
                 "run",
                 "loss.name=explodes",

@@ -1,0 +1,1 @@
+"""Preference optimisation of language models: the package behind train.py."""

@@ -1,0 +1,286 @@
+"""Checks that span several settings, all of them before a model loads."""
+
+from collections.abc import Iterable
+from pathlib import Path
+
+import torch
+from omegaconf import DictConfig, OmegaConf
+
+from preflab.batching.loader import ORDERS
+from preflab.batching.packing import LAYOUTS
+from preflab.distributed.process_group import world
+from preflab.evaluation.worklist import expand_archives, temperatures
+from preflab.modeling.parallelism import data_ranks
+from preflab.modeling.reference_cache import wants_cache
+from preflab.objective.registry import BoundLoss, bind_loss
+from preflab.online.checks import check_labels, check_online
+from preflab.readers.columns import accepted_columns
+from preflab.readers.records import Source
+from preflab.readers.registry import DATASETS, open_dataset
+from preflab.rewards.registry import all_rewards, check_reward
+from preflab.settings.overrides import check_keys
+from preflab.settings.values import check_choice, check_whole, exists
+from utils import ConfigError, nearest
+
+
+def check_config(
+    config: DictConfig, trainers: Iterable[str]
+) -> tuple[BoundLoss, dict[str, list[Source]]]:
+    """All checks within and across fields; returns the loss and the opened datasets by split.
+
+    Raises ConfigError or DataError that says what came, what is accepted and what to change.
+    """
+    check_keys(config)
+    check_choice("function", config.function, ("train", "eval", "online", "plan"))
+    check_choice("trainer", config.trainer, trainers)
+    if config.function == "plan" and world().size > 1:
+        raise ConfigError(
+            f"function=plan needs no ranks, and {world().size} were started; run it as one process"
+            f" and say world_size={world().size}"
+        )
+    check_choice("layout", config.layout, ("auto", *LAYOUTS))
+    check_choice("order", config.order, ORDERS)
+    _check_numbers(config)
+    _check_lengths(config)
+    _check_optimizer(config.optimizer)
+    for key in ("policy_dtype", "reference_dtype", "fsdp_policy_mp"):
+        if config.model[key] is not None or key != "fsdp_policy_mp":
+            check_choice(
+                f"model.{key}", config.model[key], ("float32", "bfloat16", "float16", "float64")
+            )
+    if not config.model.name_or_path:
+        raise ConfigError(
+            "model.name_or_path is not set; give a folder or a hub name, or choose model=tiny"
+        )
+    _check_archives(config)
+    for settings in all_rewards(config).values():
+        check_reward(settings)
+    check_choice("reference.cache", config.reference.cache, ("auto", True, False))
+    loss = bind_loss(OmegaConf.to_container(config.loss, resolve=True))
+    if loss.couples_batch and (
+        config.gradient_accumulation_steps > 1 or data_ranks(config, world()) > 1
+    ):
+        raise ConfigError(
+            f"loss={loss.name} couples the pairs of a batch, so the batch must not be split; set"
+            " gradient_accumulation_steps=1, and train on one rank or with tensor_parallel_size"
+            " equal to the ranks"
+        )
+    wants_cache(config, loss)
+    if config.function == "online":
+        check_online(config, loss)
+    return loss, _open_datasets(config, loss)
+
+
+def check_service(config: DictConfig) -> None:
+    """What serve_reward.py needs of a config."""
+    check_keys(config)
+    _check_numbers(config)
+    check_whole(config, {"port": 1}, ())
+    if config.port > 65535:
+        raise ConfigError(f"port={config.port} must be at most 65535")
+    check_reward(config.reward)
+    if config.reward.name == "http":
+        raise ConfigError("reward=http: a service that asks another one; give the reward itself")
+    check_labels(config)
+    if config.online.initial_labels:
+        raise ConfigError(
+            "online.initial_labels are of samples of the policy, which a service does not have;"
+            " give it a discriminator_path"
+        )
+
+
+def _check_archives(config: DictConfig) -> None:
+    archive, reference = config.model.archive, config.model.reference_archive
+    if config.function == "eval":
+        expand_archives(archive)
+    elif not isinstance(archive, (str, type(None))):
+        raise ConfigError(
+            f"model.archive={archive}: training starts from one archive; function=eval compares"
+            " several"
+        )
+    for key, path in (
+        ("archive", archive if config.function != "eval" else None),
+        ("reference_archive", reference),
+    ):
+        if path and not exists(path):
+            raise ConfigError(f"model.{key}={path}: no such file or folder")
+    if config.skip_finished and not Path(config.skip_finished).is_dir():
+        raise ConfigError(
+            f"skip_finished={config.skip_finished}: no such folder; give one that holds run"
+            " folders, or leave it out"
+        )
+
+
+def _check_numbers(config: DictConfig) -> None:
+    whole = {
+        "seed": 0,
+        "batch_size": 1,
+        "eval_batch_size": 1,
+        "gradient_accumulation_steps": 1,
+        "warmup_steps": 0,
+        "samples_per_prompt": 1,
+        "max_length": 2,
+        "max_prompt_length": 2,
+        "n_eval_examples": 1,
+        "n_eval_model_samples": 1,
+        "eval_every": 1,
+        "model.lora.r": 0,
+        "tensor_parallel_size": 1,
+    }
+    optional = {
+        "n_epochs": 1,
+        "n_examples": 1,
+        "max_new_tokens": 1,
+        "save_every": 1,
+        "keep_checkpoints": 1,
+        "world_size": 1,
+        "fsdp_shard_size": 1,
+        "microbatch_tokens": 1,
+        "profile_steps": 1,
+    }
+    check_whole(config, whole | optional, optional)
+    numbers = [
+        (key, config[key])
+        for key in (
+            "lr",
+            "max_grad_norm",
+            "topp",
+            "min_gap",
+            "minimum_log_interval_secs",
+            "test_fraction",
+        )
+    ]
+    if OmegaConf.is_list(config.temperature) and not config.temperature:
+        raise ConfigError(
+            "temperature=[] names no temperature; give one, or several for function=eval"
+        )
+    several = config.function == "eval" and OmegaConf.is_list(config.temperature)
+    for key, value in numbers + [
+        ("temperature", t) for t in (temperatures(config) if several else [config.temperature])
+    ]:
+        if (
+            isinstance(value, bool)
+            or not isinstance(value, (int, float))
+            or not 0 <= value < float("inf")
+        ):
+            raise ConfigError(f"{key}={value} must be a number of at least 0")
+    if config.plan.gpu_gib is not None and not (
+        isinstance(config.plan.gpu_gib, (int, float)) and config.plan.gpu_gib > 0
+    ):
+        raise ConfigError(
+            f"plan.gpu_gib={config.plan.gpu_gib} must be a number of GiB above 0, or null"
+        )
+    if not 0 < config.topp <= 1:
+        raise ConfigError(
+            f"topp={config.topp} must lie in (0, 1]; 1 draws from the whole vocabulary"
+        )
+    if not 0 < config.test_fraction < 1:
+        raise ConfigError(f"test_fraction={config.test_fraction} must lie between 0 and 1")
+    for key in ("lr", "max_grad_norm"):
+        if config[key] == 0:
+            raise ConfigError(f"{key}=0 would train nothing; it must be greater than 0")
+    if config.n_epochs is None and config.n_examples is None:
+        raise ConfigError(
+            "n_epochs and n_examples are both null: the run would never end; set one of them"
+        )
+    if config.trainer == "BasicTrainer" and (config.world_size or 1) > 1:
+        raise ConfigError(
+            f"world_size={config.world_size} needs a distributed trainer; BasicTrainer is one"
+            " process"
+        )
+    if config.trainer != "FSDPTrainer":
+        for key, off in (
+            ("tensor_parallel_size", 1),
+            ("fsdp_cpu_offload", False),
+            ("fsdp_shard_size", None),
+        ):
+            if config[key] != off:
+                raise ConfigError(
+                    f"{key}={config[key]} is for trainer=FSDPTrainer, not {config.trainer}; leave"
+                    " it out, or change the trainer"
+                )
+
+
+def _check_lengths(config: DictConfig) -> None:
+    if config.max_prompt_length >= config.max_length:
+        raise ConfigError(
+            f"max_prompt_length={config.max_prompt_length} must be smaller than"
+            f" max_length={config.max_length}, or no room is left for a response; try"
+            f" max_prompt_length={config.max_length // 2}"
+        )
+    if (
+        config.max_new_tokens is not None
+        and config.max_prompt_length + config.max_new_tokens > config.max_length
+    ):
+        raise ConfigError(
+            f"max_prompt_length={config.max_prompt_length} and"
+            f" max_new_tokens={config.max_new_tokens} exceed max_length={config.max_length}; lower"
+            " one or raise max_length"
+        )
+    parts = config.gradient_accumulation_steps * data_ranks(config, world())
+    if config.batch_size % parts:
+        lower = max(parts, config.batch_size // parts * parts)
+        raise ConfigError(
+            f"batch_size={config.batch_size} must be divisible by"
+            f" gradient_accumulation_steps*world_size={parts}; try {lower} or {lower + parts}"
+        )
+
+
+def _check_optimizer(name: str) -> None:
+    usable = {
+        key
+        for key, value in vars(torch.optim).items()
+        if isinstance(value, type) and issubclass(value, torch.optim.Optimizer)
+    } - {
+        "Optimizer",
+        "LBFGS",
+        "SparseAdam",
+    }  # these need a closure, or sparse gradients
+    if name not in usable:
+        raise ConfigError(f"optimizer={name}; {nearest(str(name), usable)}")
+
+
+def _open_datasets(config: DictConfig, loss: BoundLoss) -> dict[str, list[Source]]:
+    if isinstance(config.datasets, str) or not config.datasets:
+        raise ConfigError(
+            f"datasets={config.datasets} must be a list in brackets, such as datasets=[hh,shp]"
+        )
+    settings = dict(
+        data_dir=config.data_dir,
+        pairing=config.pairing,
+        min_gap=config.min_gap,
+        test_fraction=config.test_fraction,
+        columns={ours: theirs for ours, theirs in config.dataset_columns.items() if theirs},
+    )
+    splits = {
+        "train": ("train", "test"),
+        "online": ("train", "test"),
+        "eval": ("test",),
+        "plan": ("train",),
+    }[config.function]
+    sources = {
+        split: [open_dataset(name, split, **settings) for name in config.datasets]
+        for split in splits
+    }
+    for source in (
+        source for split in sources.values() for source in split if config.function != "online"
+    ):
+        if source.only_prompts and config.function != "eval":
+            raise ConfigError(
+                f"datasets=[{source.name}] has prompts and no responses: good for function=online"
+                f" and eval, not for function={config.function}; accepted sets of columns:"
+                f" {accepted_columns()}; dataset_columns renames yours"
+            )
+        if source.only_prompts:
+            continue  # it is sampled for; there are no losses to measure
+        for need, wanted in (
+            ("pairs", loss.examples == "pairs"),
+            ("scores", "scores" in loss.reads),
+        ):
+            if wanted and need not in source.provides:
+                able = sorted(name for name, entry in DATASETS.items() if need in entry.provides)
+                raise ConfigError(
+                    f"loss={loss.name} needs {need}, and datasets=[{source.name}] has none; with"
+                    f" {need}: {', '.join(able)}"
+                )
+    return sources

@@ -1,0 +1,1 @@
+"""Who takes part in a run; nothing here knows a model."""

@@ -1,0 +1,233 @@
+"""Ranks: who takes part in a run, what they agree on, and the few numbers they share.
+
+A run in one process has a world of one and none of this costs it anything. Under torchrun, under
+srun with several tasks, or in the workers that train.py starts itself, the process group is joined
+the first time `world()` is asked for.
+"""
+
+import atexit
+import os
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from datetime import timedelta
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from utils import ConfigError
+
+# How long a rank waits for another: rank 0 may tokenise a large data set first. A rank that dies is
+# noticed at once.
+TIMEOUT = timedelta(hours=3)
+
+
+@dataclass
+class World:
+    """The ranks of a run. Ranks that hold parts of the same layers (`peers`) see the same examples.
+
+    rank, size: this process among all. local_rank, local_size: among those of this machine. peers:
+    ranks of a tensor-parallel group, next to one another.
+    """
+
+    rank: int = 0
+    size: int = 1
+    local_rank: int = 0
+    local_size: int = 1
+    peers: int = 1
+
+    @property
+    def device(self) -> torch.device:
+        """This rank's device: a GPU of its own, else the CPU."""
+        if not torch.cuda.is_available():
+            return torch.device("cpu")
+        return torch.device("cuda", self.local_rank % torch.cuda.device_count())
+
+    @property
+    def no_bar(self) -> bool | None:
+        """tqdm's `disable`: rank 0 shows a bar, on a terminal."""
+        return True if self.rank else None
+
+    @property
+    def data_ranks(self) -> int:
+        """How many ranks, or groups of peers, see examples of their own."""
+        return self.size // self.peers
+
+    def share(self, items):
+        """This rank's part of `items`, of which every rank has the same copy; sizes differ by one
+        at most."""
+        return items[self.rank // self.peers :: self.data_ranks]
+
+    def largest_share(self, n: int) -> int:
+        """How many of `n` items the rank with the most of them gets."""
+        return -(-n // self.data_ranks)
+
+    def batches(self, items, size: int) -> Iterator[tuple[Any, int]]:
+        """This rank's share of `items` in batches, and how many of each count.
+
+        Every rank gets as many batches, for a sharded model runs on all ranks or on none: a rank
+        that has nothing left gets a stand-in of which nothing counts.
+        """
+        mine = self.share(items)
+        for begin in range(0, self.largest_share(len(items)), size):
+            part = mine[begin : begin + size]
+            yield (part, len(part)) if len(part) else (items[:1], 0)
+
+    def sum(self, values: list[float]) -> list[float]:
+        """Sums over the examples of all ranks, in float64."""
+        return self._reduce(values, dist.ReduceOp.SUM, 1 / self.peers)
+
+    def max(self, values: list[float]) -> list[float]:
+        return self._reduce(values, dist.ReduceOp.MAX, 1.0)
+
+    def _reduce(self, values: list[float], operation, factor: float) -> list[float]:
+        if self.size == 1:
+            return values
+        tensor = torch.tensor(values, dtype=torch.float64)
+        dist.all_reduce(tensor, operation)
+        return (tensor * factor).tolist()
+
+    def gather(self, items: list) -> list:
+        """What all ranks have, in the order of `share`: the inverse of it."""
+        if self.size == 1:
+            return items
+        parts: list[Any] = [None] * self.size
+        dist.all_gather_object(parts, items)
+        parts = parts[:: self.peers]
+        longest = max(map(len, parts))
+        return [part[i] for i in range(longest) for part in parts if i < len(part)]
+
+    def agree(self, decide: Callable[[], Any]) -> Any:
+        """What rank 0 decides, on every rank. An error of rank 0 is told by rank 0 and ends the
+        others."""
+        decided = error = None
+        if self.rank == 0:
+            try:
+                decided = decide()
+            except Exception as raised:
+                error = raised
+        if self.size > 1:
+            box = [decided, error is not None]
+            dist.broadcast_object_list(box, src=0)
+            decided = box[0]
+            if box[1] and self.rank > 0:
+                raise SystemExit(2)
+        if error is not None:
+            raise error
+        return decided
+
+    def first(self, function: Callable[[], Any]) -> Any:
+        """`function()` on rank 0 and, if that went well, on the others: caches are filled once,
+        errors told once."""
+        if self.size == 1:
+            return function()
+        kept = []
+        self.agree(lambda: kept.append(function()))
+        return kept[0] if kept else function()
+
+    def barrier(self) -> None:
+        if self.size > 1:
+            dist.barrier(group=dist.group.WORLD)
+
+
+ALONE = World()
+
+
+_world: World | None = None
+
+
+def world() -> World:
+    """The world this process lives in; joins the process group the first time."""
+    global _world
+    if _world is None:
+        _world = _join()
+    return _world
+
+
+def ranks_given() -> tuple[int, int, int, int] | None:
+    """(rank, size, local rank, local size) as torchrun or srun gave them; None in a process on its
+    own."""
+    env = os.environ
+    if "RANK" in env and "WORLD_SIZE" in env:
+        size = int(env["WORLD_SIZE"])
+        return (
+            int(env["RANK"]),
+            size,
+            int(env.get("LOCAL_RANK", 0)),
+            int(env.get("LOCAL_WORLD_SIZE", size)),
+        )
+    if int(env.get("SLURM_STEP_NUM_TASKS", 1)) > 1 and "SLURM_PROCID" in env:
+        tasks = env.get("SLURM_STEP_TASKS_PER_NODE", env["SLURM_STEP_NUM_TASKS"])  # such as 8(x2)
+        return (
+            int(env["SLURM_PROCID"]),
+            int(env["SLURM_STEP_NUM_TASKS"]),
+            int(env["SLURM_LOCALID"]),
+            int(tasks.split("(")[0].split(",")[0]),
+        )
+    return None
+
+
+def _join() -> World:
+    given = ranks_given()
+    if given is None:
+        return World()
+    rank, size, local_rank, local_size = given
+    if "RANK" not in os.environ:  # srun says who we are, but not where to meet
+        os.environ |= {"RANK": str(rank), "WORLD_SIZE": str(size), "LOCAL_RANK": str(local_rank)}
+        os.environ.setdefault("MASTER_ADDR", _first_host())
+        job = int(os.environ.get("SLURM_JOB_ID", 0)) * 7 + int(os.environ.get("SLURM_STEP_ID", 0))
+        os.environ.setdefault("MASTER_PORT", str(_port_of_command_line() or 20_000 + job % 20_000))
+    joined = World(rank, size, local_rank, local_size)
+    if rank > 0:
+        sys.stdout = open(os.devnull, "w")  # noqa: SIM115  (rank 0 speaks for all)
+    try:
+        _init_process_group(rank=rank, world_size=size, device=joined.device)
+    except dist.DistNetworkError as error:
+        where = f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}"
+        raise ConfigError(
+            f"the ranks cannot meet at {where} ({str(error).splitlines()[0]}); set fsdp_port to a"
+            " free port"
+        ) from error
+    return joined
+
+
+def join_alone() -> None:
+    """A process group of this process alone, for what cannot do without one."""
+    if not dist.is_initialized():
+        _init_process_group(rank=0, world_size=1, device=World().device, store=dist.HashStore())
+
+
+def _init_process_group(*, device: torch.device, **options) -> None:
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+        dist.init_process_group("cpu:gloo,cuda:nccl", timeout=TIMEOUT, device_id=device, **options)
+    else:
+        dist.init_process_group("gloo", timeout=TIMEOUT, **options)
+        atexit.register(leave)  # its threads abort the process otherwise
+
+
+def leave() -> None:
+    """Close the process group at the end of a run that went well."""
+    global _world
+    _world = None
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
+def _first_host() -> str:
+    nodes = os.environ.get("SLURM_STEP_NODELIST") or os.environ.get(
+        "SLURM_JOB_NODELIST", "localhost"
+    )
+    if int(os.environ.get("SLURM_STEP_NUM_NODES", 1)) == 1:
+        return "localhost"
+    return subprocess.run(
+        ["scontrol", "show", "hostnames", nodes], capture_output=True, text=True, check=True
+    ).stdout.split()[0]
+
+
+def _port_of_command_line() -> str | None:
+    """fsdp_port of the command line: the ranks of srun meet before there is a config."""
+    given = [word.split("=", 1)[1] for word in sys.argv[1:] if word.startswith("fsdp_port=")]
+    return given[-1] if given and given[-1].isdigit() else None

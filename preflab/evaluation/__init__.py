@@ -1,0 +1,1 @@
+"""Held-out losses, samples and win rates."""

@@ -1,0 +1,1 @@
+"""Models that score and write tokens, and where they live; nothing here knows a loss."""

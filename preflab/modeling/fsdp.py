@@ -1,0 +1,139 @@
+"""Sharding over ranks with FSDP2, and splitting layers over ranks with DTensor."""
+
+import logging
+import types
+
+import torch
+from torch import nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import (
+    CPUOffloadPolicy,
+    FSDPModule,
+    MixedPrecisionPolicy,
+    OffloadPolicy,
+    fully_shard,
+    register_fsdp_forward_method,
+)
+from torch.distributed.tensor import Replicate
+from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
+
+from preflab.distributed.process_group import World, join_alone
+from preflab.modeling.blocks import cast, find_blocks
+from preflab.modeling.logprobs import Scorer
+from utils import ConfigError
+
+
+def shard(scorer: Scorer, world: World, config, dtype: torch.dtype) -> None:
+    """Shard a model over the ranks with FSDP2, block by block, in `dtype`; layers are split first
+    with tensor_parallel_size.
+
+    The weights may be mapped from files, of another dtype too: a rank converts and copies its own
+    part of a block before it touches the next, and never holds the whole model. Gradients come out
+    as means over the data ranks.
+    """
+    join_alone()
+    model = scorer.causal_lm
+    mesh = _mesh(world, config)
+    blocks = find_blocks(model, config.model.block_name)
+    if config.tensor_parallel_size > 1:
+        _split_layers(model, mesh["peers"])
+    half = config.model.fsdp_policy_mp
+    options = dict(
+        mesh=mesh["replicas", "shards"] if mesh["replicas"].size() > 1 else mesh["shards"],
+        mp_policy=MixedPrecisionPolicy(
+            param_dtype=getattr(torch, half) if half else None,
+            reduce_dtype=torch.float32 if half else None,
+        ),
+        offload_policy=(
+            CPUOffloadPolicy(pin_memory=world.device.type == "cuda")
+            if config.fsdp_cpu_offload
+            else OffloadPolicy()
+        ),
+    )
+    for block in blocks:
+        cast(block, dtype)
+        fully_shard(block, **options)
+    cast(model, dtype)
+    # The root holds embeddings, last norm and head. They stay gathered from the forward to the
+    # backward pass, in which the chunks of the head are computed again.
+    fully_shard(model, reshard_after_forward=False, **options)
+    model.enter = types.MethodType(lambda self, function: function(), model)
+    register_fsdp_forward_method(model, "enter")
+    scorer.enter, scorer.autocast, scorer.placed_on = model.enter, None, world.device
+    scorer.mixed = getattr(torch, half) if half else None
+
+
+def reshard(model: nn.Module) -> None:
+    """Drop what a forward pass without a backward pass left gathered; until then the root's
+    parameters are not the shards."""
+    for module in model.modules():
+        if isinstance(module, FSDPModule):
+            module.reshard()
+
+
+def _mesh(world: World, config):
+    shards = config.fsdp_shard_size or world.data_ranks
+    shape = (world.data_ranks // shards, shards, world.peers)
+    return init_device_mesh(
+        world.device.type, shape, mesh_dim_names=("replicas", "shards", "peers")
+    )
+
+
+STYLES = {
+    "colwise": ColwiseParallel,
+    "rowwise": RowwiseParallel,
+    "colwise_gather_output": lambda: ColwiseParallel(output_layouts=Replicate()),
+    "embedding_rowwise": None,  # left whole: it saves little, and the head is often tied to it
+}
+
+
+def layer_plan(model: nn.Module, peers: int) -> dict:
+    """How to split each linear layer over `peers` ranks, from the plan transformers has for the
+    model.
+
+    Raises ConfigError for a model without a plan, with layers or heads that `peers` does not
+    divide, or with LoRA.
+    """
+    name, config = type(model).__name__, model.config.get_text_config()
+    plan = getattr(model, "_tp_plan", None) or {}
+    unknown = sorted({style for style in plan.values() if style not in STYLES})
+    if not plan or unknown:
+        why = (
+            f"uses {', '.join(unknown)}, which is not known here"
+            if unknown
+            else "does not exist in transformers"
+        )
+        raise ConfigError(
+            f"tensor_parallel_size={peers}: the plan of {name} {why}; use tensor_parallel_size=1"
+            " (FSDP alone) or TensorParallelTrainer"
+        )
+    if hasattr(model, "peft_config") or any("lora_" in key for key, _ in model.named_parameters()):
+        raise ConfigError(
+            f"tensor_parallel_size={peers} does not split LoRA adapters; use tensor_parallel_size=1"
+            " (FSDP alone), or model.lora.r=0"
+        )
+    sizes = {
+        "attention heads": config.num_attention_heads,
+        "key and value heads": getattr(config, "num_key_value_heads", None),
+    }
+    for what, size in sizes.items():
+        if size is not None and size % peers:
+            raise ConfigError(
+                f"tensor_parallel_size={peers} does not divide the {size} {what} of {name}"
+            )
+    tied = (
+        model.get_output_embeddings() is not None
+        and model.get_output_embeddings().weight is model.get_input_embeddings().weight
+    )
+    return {
+        path: STYLES[style]()
+        for path, style in plan.items()
+        if STYLES[style] is not None and not (tied and style == "colwise_gather_output")
+    }
+
+
+def _split_layers(model: nn.Module, mesh) -> None:
+    logging.getLogger("torch.distributed.tensor._redistribute").setLevel(
+        logging.ERROR
+    )  # says that 2-D meshes take two steps
+    parallelize_module(model, mesh, layer_plan(model, mesh.size()))

@@ -1,0 +1,264 @@
+"""Tokenizer, policy and reference: from a name, a path or an archive to models ready to score."""
+
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from torch import nn
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoModelForSequenceClassification,
+    AutoTokenizer,
+)
+from transformers.activations import NewGELUActivation
+from transformers.utils import logging
+
+from preflab.batching.packed_attention import SHARING
+from preflab.batching.packed_attention import enable as enable_segments
+from preflab.modeling.blocks import find_blocks
+from preflab.modeling.fsdp import layer_plan, reshard
+from preflab.modeling.logprobs import Scorer
+from preflab.modeling.tensor_parallel import devices_for
+from preflab.modeling.weights_io import load_archive, readable
+from utils import ConfigError
+
+
+def check_model(config, *, scalar_head: bool = False) -> None:
+    """Refuse, before weights are read, lengths the model has no positions for and a placement it
+    does not fit."""
+    # saving a shard shows a bar of its own otherwise, in the middle of ours
+    logging.disable_progress_bar()
+    with readable("model.name_or_path", config.model.name_or_path):
+        model = AutoConfig.from_pretrained(
+            config.model.name_or_path, trust_remote_code=config.model.trust_remote_code
+        )
+    limit = getattr(model.get_text_config(), "max_position_embeddings", None)
+    if limit is not None and config.max_length > limit:
+        raise ConfigError(
+            f"max_length={config.max_length} exceeds the {limit} positions of"
+            f" {config.model.name_or_path}; lower it"
+        )
+    if config.trainer == "TensorParallelTrainer" and config.function != "plan":
+        devices_for(config)
+    if config.trainer == "FSDPTrainer":
+        model = skeleton(config.model, scalar_head=scalar_head)
+        find_blocks(model, config.model.block_name)
+        if config.tensor_parallel_size > 1:
+            layer_plan(model, config.tensor_parallel_size)
+
+
+def load_tokenizer(config):
+    """The tokenizer of `model.tokenizer_name_or_path`, by default that of the model.
+
+    Masks come from lengths, so a pad token that equals EOS is harmless. Raises ConfigError when
+    there is no tokenizer or it has no EOS, without which a response cannot end.
+    """
+    path = config.tokenizer_name_or_path or config.name_or_path
+    with readable("model.tokenizer_name_or_path", path):
+        tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=config.trust_remote_code)
+    if tokenizer.eos_token_id is None:
+        raise ConfigError(
+            f"the tokenizer of {path} has no EOS token, so no response could end; set its eos_token"
+        )
+    if tokenizer.pad_token_id is None:
+        tokenizer.pad_token = tokenizer.eos_token
+    return tokenizer
+
+
+Place = Callable[[Scorer, torch.dtype], None]  # puts a model where it will live; see placement.py
+
+
+def build_policy(
+    config,
+    *,
+    scalar_head: bool = False,
+    trainable: bool = True,
+    checkpoint: Path | None = None,
+    place: Place | None = None,
+) -> Scorer:
+    """The policy: weights of `name_or_path` (random with from_scratch), then of `archive`, then
+    LoRA if asked for.
+
+    checkpoint: a step folder to go on from instead of `archive`. place: where the model goes; by
+    default to the GPU if there is one, spread over the GPUs if there are several. A placed model
+    comes as files map it: on the CPU, in the dtype of its files.
+    """
+    model = load_model(
+        config, config.policy_dtype, scalar_head=scalar_head, mapped=place is not None
+    )
+    adapter = trainable and config.lora.r
+    archive = config.archive if checkpoint is None or adapter else checkpoint
+    if archive:
+        load_archive(model, archive, mapped=place is not None)
+    if scalar_head and config.reinit_head and checkpoint is None:
+        torch.nn.init.normal_(model.score.weight, std=0.02)
+    if adapter:
+        model = _add_lora(model, config.lora, scalar_head)
+        if (
+            checkpoint is not None
+        ):  # policy.pt holds the adapter folded in; training goes on from the adapter
+            model.load_state_dict(
+                torch.load(checkpoint / "adapter.pt", map_location="cpu", weights_only=True),
+                strict=False,
+            )
+    return _ready(
+        Scorer(model, autocast=_autocast(config)),
+        scalar_head,
+        place,
+        dtype_of(config.policy_dtype),
+        config,
+    )
+
+
+def build_reference(
+    config, policy: Scorer, *, training: bool, place: Place | None = None
+) -> Scorer:
+    """The frozen reference. For a LoRA policy it is the same model with the adapter off.
+
+    In training it starts where the policy starts (`archive`), unless `reference_archive` says
+    otherwise; in evaluation it is `name_or_path` or `reference_archive`.
+    """
+    archive = config.reference_archive or (config.archive if training else None)
+    if hasattr(policy.model, "peft_config") and not config.reference_archive:
+        reference = Scorer(policy.model, adapter_off=True, autocast=policy.autocast)
+        reference.enter, reference.placed_on, reference.mixed = (
+            policy.enter,
+            policy.placed_on,
+            policy.mixed,
+        )
+        return reference
+    model = load_model(config, config.reference_dtype, mapped=place is not None)
+    if archive:
+        load_archive(model, archive, mapped=place is not None)
+    model.requires_grad_(False)
+    return _ready(
+        Scorer(model, autocast=_autocast(config)),
+        False,
+        place,
+        dtype_of(config.reference_dtype),
+        config,
+    )
+
+
+def _ready(
+    scorer: Scorer, scalar_head: bool, place: Place | None, dtype: torch.dtype, config
+) -> Scorer:
+    disable_dropout(scorer.model)
+    fuse_activations(scorer.model)
+    if not config.attn_implementation and scorer.causal_lm.config.model_type in SHARING:
+        enable_segments(scorer.causal_lm)
+    scorer.model.eval()
+    if place is not None:
+        place(scorer, dtype)
+    if not scalar_head:
+        scorer.check()
+    reshard(scorer.model)
+    return scorer
+
+
+def skeleton(config, *, scalar_head: bool = False, trainable: bool = True) -> nn.Module:
+    """The policy without its weights (on torch's meta device): its names, shapes and classes."""
+    kind = AutoModelForSequenceClassification if scalar_head else AutoModelForCausalLM
+    with (
+        readable("model.name_or_path", config.name_or_path),
+        torch.device("meta"),
+        torch.random.fork_rng(),
+    ):
+        settings = AutoConfig.from_pretrained(
+            config.name_or_path, trust_remote_code=config.trust_remote_code
+        )
+        if scalar_head:
+            settings.num_labels = 1
+        model = kind.from_config(
+            settings,
+            dtype=dtype_of(config.policy_dtype),
+            trust_remote_code=config.trust_remote_code,
+        )
+        return _add_lora(model, config.lora, scalar_head) if trainable and config.lora.r else model
+
+
+def dtype_of(name: str) -> torch.dtype:
+    return getattr(torch, name)
+
+
+def _autocast(config) -> torch.dtype | None:
+    return dtype_of(config.fsdp_policy_mp) if config.fsdp_policy_mp else None
+
+
+def load_model(config, dtype: str, *, scalar_head: bool = False, mapped: bool = False) -> nn.Module:
+    """A transformers model in `dtype`, on the GPU if there is one, split over the GPUs if there are
+    several.
+
+    mapped: on the CPU and in the dtype of its files instead, so that its weights are read only when
+    they are used.
+    """
+    path, kind = (
+        config.name_or_path,
+        AutoModelForSequenceClassification if scalar_head else AutoModelForCausalLM,
+    )
+    options = {"dtype": dtype_of(dtype), "trust_remote_code": config.trust_remote_code}
+    if config.attn_implementation:
+        options["attn_implementation"] = config.attn_implementation
+    if scalar_head:
+        options["num_labels"] = 1
+    gpus = 0 if mapped else torch.cuda.device_count()
+    with readable("model.name_or_path", path):
+        if config.from_scratch:
+            labels = {"num_labels": options.pop("num_labels")} if scalar_head else {}
+            model = kind.from_config(
+                AutoConfig.from_pretrained(
+                    path, trust_remote_code=config.trust_remote_code, **labels
+                ),
+                **options,
+            )
+            return model.to("cuda") if gpus else model
+        if gpus > 1:
+            return kind.from_pretrained(path, device_map="balanced", **options)
+        model = kind.from_pretrained(path, **options | ({"dtype": "auto"} if mapped else {}))
+    return model.to("cuda") if gpus else model
+
+
+def disable_dropout(model: nn.Module) -> None:
+    """Every dropout rate to 0: log-ratios compare two models, and noise in either is noise in the
+    loss."""
+    for module in model.modules():
+        if isinstance(module, nn.modules.dropout._DropoutNd):
+            module.p = 0.0
+        for name, value in vars(module).items():
+            if "dropout" in name and isinstance(value, float):
+                setattr(module, name, 0.0)
+
+
+def fuse_activations(model: nn.Module) -> None:
+    """tanh-GELU as the one operation that torch has for it, where transformers writes it out in
+    eight."""
+    for module in model.modules():
+        for name, child in module.named_children():
+            if isinstance(child, NewGELUActivation):
+                setattr(module, name, nn.GELU(approximate="tanh"))
+
+
+def _add_lora(model: nn.Module, lora, scalar_head: bool) -> nn.Module:
+    from peft import (  # slow to import, and most runs have no LoRA
+        LoraConfig,
+        TaskType,
+        get_peft_model,
+    )
+
+    targets = (
+        lora.target_modules if isinstance(lora.target_modules, str) else list(lora.target_modules)
+    )
+    settings = LoraConfig(
+        r=lora.r,
+        lora_alpha=lora.alpha,
+        lora_dropout=0.0,
+        target_modules=targets,
+        task_type=TaskType.SEQ_CLS if scalar_head else TaskType.CAUSAL_LM,
+    )
+    try:
+        return get_peft_model(model, settings)
+    except ValueError as error:
+        raise ConfigError(
+            f"model.lora.target_modules={targets} does not fit {type(model).__name__}: {error}"
+        ) from error

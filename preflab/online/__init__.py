@@ -1,0 +1,1 @@
+"""Online learning: rounds, labelers, the ledger of bought labels, and the service."""

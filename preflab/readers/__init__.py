@@ -1,0 +1,1 @@
+"""Files and hub sets to records; nothing here knows a token or a tensor."""

@@ -1,0 +1,1 @@
+"""Run folders to tables, pictures and pages; nothing here imports torch."""

@@ -1,0 +1,100 @@
+"""Ratings of a response by an LLM behind an OpenAI-compatible endpoint."""
+
+import re
+from pathlib import Path
+
+from preflab.rewards.registry import RewardError, Score, register_reward
+
+
+@register_reward("ultrafeedbackgold", paid=True)
+def ultrafeedbackgold(
+    *,
+    base_url: str,
+    model: str,
+    cache: str,
+    key_env: str = "OPENAI_API_KEY",
+    max_requests: int = 1000,
+    concurrency: int = 8,
+    timeout: float = 60.0,
+    retries: int = 4,
+) -> Score:
+    """The mean of two ratings, 1 to 5, for instruction following and for helpfulness, by a language
+    model behind an endpoint.
+
+    After UltraFeedback (arXiv:2310.01377), where a rater sees several responses at once; here it
+    sees each alone, in one request, so that a score does not depend on what else is scored, and can
+    be kept. The prompt is read too; an empty response is rated as any other. The settings are those
+    of endpoint.Endpoint. RewardError where a response is left without both ratings.
+    """
+    from preflab.rewards.llm_client import Endpoint, EndpointError
+
+    endpoint = Endpoint(
+        base_url,
+        model,
+        cache=Path(cache),
+        key_env=key_env,
+        max_requests=max_requests,
+        concurrency=concurrency,
+        timeout=timeout,
+        retries=retries,
+    )
+
+    def score(prompts: list[str], responses: list[str]) -> list[float]:
+        questions = [
+            [{"role": "user", "content": _rating_question(*texts)}]
+            for texts in zip(prompts, responses)
+        ]
+        try:
+            asked = endpoint.ask(questions, read_ratings, "rate")
+        except EndpointError as error:
+            raise RewardError(f"reward.base_url: {error}") from error
+        if missing := asked.answers.count(None):
+            reasons = {
+                "answers without both ratings": asked.refused,
+                "left by max_requests": asked.unasked,
+                "failed": asked.failed,
+            }
+            told = [f"{what} {n}" for what, n in reasons.items() if n] + asked.errors[-1:]
+            raise RewardError(
+                f"reward.base_url={base_url}: no ratings for {missing} of {len(responses)}"
+                f" responses ({', '.join(told)}); the others are kept in {cache}"
+            )
+        return [sum(ratings) / 2 for ratings in asked.answers]
+
+    return score
+
+
+def _rating_question(prompt: str, response: str) -> str:
+    return f"""Below are an instruction and a response to it. Rate the response twice, each time from 1 to 5.
+
+Instruction following: does it do what is asked, within the limits that are set? 1: it has nothing to do with the task;
+2: it takes up a part, and poorly; 3: it meets the goal or the limits, not both; 4: it is close, with small deviations; 5: it does all of it.
+
+Helpfulness: is it correct, clear and informative, without needless length? 1: mostly wrong or made up; 2: wrong in parts that matter;
+3: correct and useful; 4: correct, with much that is useful; 5: correct, thorough and of great use.
+
+Instruction:
+{prompt}
+
+Response:
+{response}
+
+Answer with these two lines and nothing else, with a whole number in place of each N:
+Instruction following: N
+Helpfulness: N"""
+
+
+def read_ratings(answer: str) -> tuple[int, int] | None:
+    """The two whole numbers from 1 to 5 of an answer; None where one is missing, is another number,
+    or is given twice and differs."""
+    ratings = []
+    for aspect in ("instruction[ _]following", "helpfulness"):
+        found = set(
+            re.findall(
+                rf"{aspect}(?:\W|rating)*?([1-5])(?:/5)?(?![\d.,/-]*\d)", answer, re.IGNORECASE
+            )
+        )
+        if len(found) != 1:
+            return None
+        ratings.append(int(*found))
+    return tuple(ratings)

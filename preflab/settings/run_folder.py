@@ -1,0 +1,125 @@
+"""Where a run is kept."""
+
+import getpass
+import hashlib
+import itertools
+import json
+import os
+import re
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+from hydra.core.hydra_config import HydraConfig
+from omegaconf import DictConfig, OmegaConf
+
+from preflab.distributed.process_group import world
+from preflab.settings.identity import must_match, same_settings
+from preflab.settings.keys import ROOT
+from utils import ConfigError, PrefLabError
+
+
+def register_resolvers() -> None:
+    """The `${here:...}`, `${run_dir:...}` and `${run_name:...}` of config.yaml."""
+    OmegaConf.register_new_resolver("here", lambda path: str(ROOT / path), replace=True)
+    OmegaConf.register_new_resolver("run_dir", choose_run_dir, replace=True, use_cache=True)
+    OmegaConf.register_new_resolver("run_name", name_of_run, replace=True)
+
+
+def choose_run_dir(
+    local_run_dir: str | None, resume: str | None, local_dirs: Sequence[str], exp_name: str
+) -> str:
+    """`resume`, else `local_run_dir`, else a new folder `<first usable of
+    local_dirs>/<user>/<exp_name>_<timestamp>`."""
+    if resume or local_run_dir:
+        return str(resume or local_run_dir)
+    return world().agree(
+        lambda: _new_run_dir(local_dirs, exp_name)
+    )  # ranks that each read the clock would not meet
+
+
+def _new_run_dir(local_dirs: Sequence[str], exp_name: str) -> str:
+    stamp = time.strftime("%Y-%m-%d_%H-%M-%S") + f"_{time.time_ns() // 1000 % 10**6:06d}"
+    for base in local_dirs:
+        folder = Path(base) / getpass.getuser()
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            (folder / f".write-{stamp}").touch()
+            (folder / f".write-{stamp}").unlink()
+        except OSError:
+            continue
+        return str(folder / f"{exp_name}_{stamp}")
+    raise ConfigError(
+        f"local_dirs={list(local_dirs)}: none of these can be written to; give local_run_dir=DIR"
+    )
+
+
+def name_of_run(overrides: Sequence[str]) -> str:
+    """Folder of one run of a sweep: its overrides, made safe for a file name."""
+    telling = [
+        o
+        for o in overrides
+        if not o.startswith(("local_run_dir=", "local_dirs=", "exp_name=", "wandb."))
+    ]
+    name = ",".join(re.sub(r"[^\w.,=+\-\[\]]+", "_", o) for o in telling) or "default"
+    if len(name) > 150:
+        name = name[:130] + "-" + hashlib.sha256(name.encode()).hexdigest()[:12]
+    return name
+
+
+def saved_config(config: DictConfig, run_dir: Path) -> DictConfig:
+    """The config a run was started with, with the plain overrides of this command line on top."""
+    path = run_dir / "config.yaml"
+    if not path.is_file():
+        raise PrefLabError(f"resume={run_dir}: no config.yaml there; give the run folder itself")
+    saved = OmegaConf.load(path)
+    for override in HydraConfig.get().overrides.task:
+        key = override.split("=")[0].lstrip("+")
+        if key in ("model", "loss", "reward", "experiment"):
+            raise PrefLabError(
+                f"resume={run_dir} keeps the {key} it was started with; leave {override} out"
+            )
+        OmegaConf.update(saved, key, OmegaConf.select(config, key))
+    return saved
+
+
+def run_dir_for(config: DictConfig, run_dir: Path) -> Path:
+    """`run_dir`, or for an evaluation a folder inside it when another run lives there; one that was
+    cut short goes on."""
+    if config.function == "eval":
+        folders = itertools.chain([run_dir], (run_dir / f"eval-{n}" for n in itertools.count(1)))
+        return next(
+            folder
+            for folder in folders
+            if not (folder / "config.yaml").exists() or _cut_short(folder, config)
+        )
+    path = run_dir / "config.yaml"
+    if config.function in ("train", "online") and path.is_file():
+        must_match(OmegaConf.load(path), config)
+    return run_dir
+
+
+def _cut_short(folder: Path, config: DictConfig) -> bool:
+    return not (folder / "summary.json").exists() and same_settings(
+        OmegaConf.load(folder / "config.yaml"), config
+    )
+
+
+def finished_summary(config: DictConfig, run_dir: Path) -> dict | None:
+    """The summary of a run that already did all that this command asks for."""
+    summary, saved = run_dir / "summary.json", run_dir / "config.yaml"
+    if config.function not in ("train", "online") or not (summary.is_file() and saved.is_file()):
+        return None
+    before = OmegaConf.load(saved)
+    if any(
+        OmegaConf.select(before, key) != OmegaConf.select(config, key)
+        for key in ("n_epochs", "n_examples", "online.rounds", "online.budget")
+    ):
+        return None
+    return json.loads(summary.read_text(encoding="utf-8"))
+
+
+def remove_if_empty(folder: Path) -> None:
+    """A refused command leaves no empty run folder behind."""
+    if folder.is_dir() and not os.listdir(folder):
+        folder.rmdir()

@@ -1,0 +1,1 @@
+"""What a step needs: losses of a batch, checkpoints, metrics."""

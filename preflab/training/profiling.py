@@ -1,0 +1,95 @@
+"""Where time and memory of a run go."""
+
+import resource
+import threading
+from pathlib import Path
+
+import torch
+
+from utils import atomic_write
+
+
+class HostMemory:
+    """`with HostMemory() as memory: ...` measures by how much this process's own memory grew
+    meanwhile: `memory.peak` bytes.
+
+    Pages mapped from files do not count, for the system takes them back when it needs them. None
+    where /proc is missing.
+    """
+
+    def __enter__(self) -> "HostMemory":
+        self._before = self._highest = _anonymous_memory()
+        self._done = threading.Event()
+        self._thread = threading.Thread(target=self._watch, daemon=True)
+        self._thread.start()
+        return self
+
+    def __exit__(self, *exception) -> None:
+        self._done.set()
+        self._thread.join()
+        self._look()  # on a busy machine the thread may not have had a turn
+
+    @property
+    def peak(self) -> int | None:
+        return None if self._before is None else self._highest - self._before
+
+    def _watch(self) -> None:
+        while not self._done.wait(0.005):
+            self._look()
+
+    def _look(self) -> None:
+        if self._before is not None:
+            self._highest = max(self._highest, _anonymous_memory())
+
+
+def peak_memory() -> int:
+    """The most memory this process ever had, in bytes: on its GPU, else of the host, libraries and
+    mapped files included."""
+    if torch.cuda.is_available():
+        return torch.cuda.max_memory_allocated()
+    return 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+
+
+def _anonymous_memory() -> int | None:
+    """Bytes of memory of this process that no file stands behind."""
+    try:
+        status = Path("/proc/self/status").read_text(encoding="ascii")
+    except OSError:
+        return None
+    return 1024 * int(status.partition("RssAnon:")[2].split()[0])
+
+
+class Profiler:
+    """Records `steps` training steps after two of warm-up, with torch.profiler; None records
+    nothing.
+
+    Writes profile.json, a trace that Perfetto and chrome://tracing show, and profile.txt, the
+    operations that took longest.
+    """
+
+    def __init__(self, run_dir: Path, steps: int | None):
+        self.run_dir, self._profile = run_dir, None
+        if steps:
+            kinds = [torch.profiler.ProfilerActivity.CPU] + [
+                torch.profiler.ProfilerActivity.CUDA
+            ] * torch.cuda.is_available()
+            schedule = torch.profiler.schedule(wait=1, warmup=1, active=steps, repeat=1)
+            self._profile = torch.profiler.profile(
+                activities=kinds, schedule=schedule, on_trace_ready=self._write
+            )
+            self._profile.start()
+
+    def step(self) -> None:
+        """To be called after each step."""
+        if self._profile is not None:
+            self._profile.step()
+
+    def stop(self) -> None:
+        if self._profile is not None:
+            self._profile.stop()
+
+    def _write(self, profile) -> None:
+        profile.export_chrome_trace(str(self.run_dir / "profile.json"))
+        order = "self_cuda_time_total" if torch.cuda.is_available() else "self_cpu_time_total"
+        with atomic_write(self.run_dir / "profile.txt") as f:
+            f.write(profile.key_averages().table(sort_by=order, row_limit=40))
