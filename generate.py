@@ -16,12 +16,13 @@ from omegaconf import DictConfig
 
 from preflab.batching.examples import prompts_to_sample
 from preflab.checks import check_config
-from preflab.evaluation.worklist import expand_archives, temperatures
+from preflab.evaluation.worklist import expand_archives
+from preflab.execution import load_data, register_built_in
 from preflab.modeling.generation import sample
 from preflab.modeling.loading import build_policy, check_model, load_tokenizer
 from preflab.settings.overrides import check_overrides, fail
-from train import load_data
-from trainers import TRAINERS
+from preflab.settings.values import temperatures
+from preflab.training.registry import find_trainer
 from utils import ConfigError, PrefLabError, atomic_write
 
 
@@ -46,12 +47,14 @@ def run(config: DictConfig) -> None:
 
 def generate(config: DictConfig, run_dir: Path) -> Path:
     """Sample responses to `n_eval_examples` test prompts; returns the file."""
-    if config.trainer != "BasicTrainer":
+    register_built_in()
+    trainer = find_trainer(config.trainer)
+    if trainer.place is not None:
         raise ConfigError(
             f"trainer={config.trainer}: generate.py samples in one process; leave it out, or use"
             " train.py function=eval"
         )
-    loss, sources = check_config(config, TRAINERS)
+    loss, sources = check_config(config)
     for key, values in (
         ("temperature", temperatures(config)),
         ("model.archive", archives := expand_archives(config.model.archive)),
@@ -62,7 +65,7 @@ def generate(config: DictConfig, run_dir: Path) -> Path:
                 " way; use train.py function=eval"
             )
     config.temperature, config.model.archive = temperatures(config)[0], archives[0]
-    check_model(config)
+    check_model(config, trainer)
     tokenizer = load_tokenizer(config.model)
     data = load_data(config, sources, tokenizer, loss)[1]["test"]
     prompts = prompts_to_sample(data, config.n_eval_examples, config.max_prompt_length)

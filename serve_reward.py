@@ -27,6 +27,7 @@ from preflab.checks import check_service
 from preflab.online.service import Service, make_app
 from preflab.settings.overrides import check_overrides, fail
 from preflab.settings.run_folder import register_resolvers
+from trainers import BasicTrainer
 from utils import ConfigError, PrefLabError, atomic_write, in_use
 
 
@@ -48,7 +49,7 @@ def run(config: DictConfig) -> None:
         if (before := folder / "config.yaml").is_file():
             _same_service(OmegaConf.load(before), config, folder)
         with in_use(folder / "labels.lock"):
-            service = Service(config, folder)
+            service = Service(config, folder, BasicTrainer)
             with atomic_write(folder / "config.yaml") as f:
                 f.write(OmegaConf.to_yaml(config, resolve=True))
             print(

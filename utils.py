@@ -152,7 +152,7 @@ def model_folder(path: str | Path) -> Path | str:
     return next((folder for folder in found if folder.is_dir()), path)
 
 
-def load_module(module: str, key: str) -> None:
+def load_module(module: str, key: str):
     """Import `my_losses` or `path/to/my_losses.py`, whose calls add to a registry. key: the setting
     that names it."""
     path = Path(module)
@@ -162,11 +162,11 @@ def load_module(module: str, key: str) -> None:
         spec = importlib.util.spec_from_file_location(path.stem, path)
         loaded = importlib.util.module_from_spec(spec)
         spec.loader.exec_module(loaded)
-        return
+        return loaded
     if str(Path.cwd()) not in sys.path:
         sys.path.insert(0, str(Path.cwd()))
     try:
-        importlib.import_module(module)
+        return importlib.import_module(module)
     except ModuleNotFoundError as error:
         if error.name != module.split(".")[0] and error.name != module:
             raise

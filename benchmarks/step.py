@@ -447,10 +447,11 @@ class Ours:
         import hydra
         from tqdm import tqdm
 
-        import train
         from preflab.checks import check_config
+        from preflab.execution import load_inputs, register_built_in
         from preflab.settings.keys import CONFIG_DIR
-        from trainers import TRAINERS
+        from preflab.settings.run_folder import register_resolvers
+        from trainers import BasicTrainer
 
         layout, cache = OURS.get(job["variant"]) or (job["variant"].split(",")[0], "auto")
         folder = Path(job["folder"])
@@ -475,25 +476,28 @@ class Ours:
             "debug=true",
             "n_eval_examples=1",
         ]
-        train.register_resolvers()
+        register_built_in()
+        register_resolvers()
         with hydra.initialize_config_dir(str(CONFIG_DIR), version_base="1.3"):
             config = hydra.compose("config", overrides=overrides)
         config.local_run_dir = str(folder / "run")
         (folder / "run").mkdir(exist_ok=True)
-        loss, sources = check_config(config, TRAINERS)
-        tokenizer, _, data = train._load(config, sources, loss)
-        self.trainer = TRAINERS["BasicTrainer"](config, folder / "run", loss, tokenizer, data)
-        self.trainer._prepare_training()
-        self.optimizer, self.bar = self.trainer.optimizer, tqdm(disable=True)
+        loss, sources = check_config(config)
+        tokenizer, _, data = load_inputs(config, sources, loss)
+        self.run_dir = folder / "run"
+        self.trainer = BasicTrainer(config, self.run_dir, loss, tokenizer, data)
+        self.learner = self.trainer.learner
+        self.learner.prepare()
+        self.optimizer, self.bar = self.learner.optimizer, tqdm(disable=True)
 
     def gradients(self) -> dict:
-        return {name: p.grad.clone() for name, p in self.trainer.policy.model.named_parameters()}
+        return {name: p.grad.clone() for name, p in self.learner.policy.model.named_parameters()}
 
     def step(self, n: int) -> float:
         import numpy as np
 
         examples = np.arange(n)
-        rows = self.trainer.run_dir / "metrics.jsonl"
+        rows = self.run_dir / "metrics.jsonl"
         rows.unlink(missing_ok=True)
         self.trainer.train_step(examples, self.trainer._collate(examples), self.bar)
         return json.loads(rows.read_text(encoding="utf-8").splitlines()[-1])["loss/train"]

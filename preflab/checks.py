@@ -1,6 +1,5 @@
 """Checks that span several settings, all of them before a model loads."""
 
-from collections.abc import Iterable
 from pathlib import Path
 
 import torch
@@ -9,8 +8,8 @@ from omegaconf import DictConfig, OmegaConf
 from preflab.batching.loader import ORDERS
 from preflab.batching.packing import LAYOUTS
 from preflab.distributed.process_group import world
-from preflab.evaluation.worklist import expand_archives, temperatures
-from preflab.modeling.parallelism import data_ranks
+from preflab.evaluation.worklist import expand_archives
+from preflab.modeling.parallelism import check_placement_settings, data_ranks
 from preflab.modeling.reference_cache import wants_cache
 from preflab.objective.registry import BoundLoss, bind_loss
 from preflab.online.checks import check_labels, check_online
@@ -19,20 +18,20 @@ from preflab.readers.records import Source
 from preflab.readers.registry import DATASETS, open_dataset
 from preflab.rewards.registry import all_rewards, check_reward
 from preflab.settings.overrides import check_keys
-from preflab.settings.values import check_choice, check_whole, exists
+from preflab.settings.values import check_choice, check_whole, exists, temperatures
+from preflab.training.registry import find_trainer
 from utils import ConfigError, nearest
 
 
-def check_config(
-    config: DictConfig, trainers: Iterable[str]
-) -> tuple[BoundLoss, dict[str, list[Source]]]:
+def check_config(config: DictConfig) -> tuple[BoundLoss, dict[str, list[Source]]]:
     """All checks within and across fields; returns the loss and the opened datasets by split.
 
     Raises ConfigError or DataError that says what came, what is accepted and what to change.
     """
     check_keys(config)
     check_choice("function", config.function, ("train", "eval", "online", "plan"))
-    check_choice("trainer", config.trainer, trainers)
+    trainer = find_trainer(config.trainer)
+    check_placement_settings(trainer, config)
     if config.function == "plan" and world().size > 1:
         raise ConfigError(
             f"function=plan needs no ranks, and {world().size} were started; run it as one process"
@@ -41,7 +40,7 @@ def check_config(
     check_choice("layout", config.layout, ("auto", *LAYOUTS))
     check_choice("order", config.order, ORDERS)
     _check_numbers(config)
-    _check_lengths(config)
+    _check_lengths(config, data_ranks(trainer, config, world()))
     _check_optimizer(config.optimizer)
     for key in ("policy_dtype", "reference_dtype", "fsdp_policy_mp"):
         if config.model[key] is not None or key != "fsdp_policy_mp":
@@ -58,7 +57,7 @@ def check_config(
     check_choice("reference.cache", config.reference.cache, ("auto", True, False))
     loss = bind_loss(OmegaConf.to_container(config.loss, resolve=True))
     if loss.couples_batch and (
-        config.gradient_accumulation_steps > 1 or data_ranks(config, world()) > 1
+        config.gradient_accumulation_steps > 1 or data_ranks(trainer, config, world()) > 1
     ):
         raise ConfigError(
             f"loss={loss.name} couples the pairs of a batch, so the batch must not be split; set"
@@ -183,25 +182,9 @@ def _check_numbers(config: DictConfig) -> None:
         raise ConfigError(
             "n_epochs and n_examples are both null: the run would never end; set one of them"
         )
-    if config.trainer == "BasicTrainer" and (config.world_size or 1) > 1:
-        raise ConfigError(
-            f"world_size={config.world_size} needs a distributed trainer; BasicTrainer is one"
-            " process"
-        )
-    if config.trainer != "FSDPTrainer":
-        for key, off in (
-            ("tensor_parallel_size", 1),
-            ("fsdp_cpu_offload", False),
-            ("fsdp_shard_size", None),
-        ):
-            if config[key] != off:
-                raise ConfigError(
-                    f"{key}={config[key]} is for trainer=FSDPTrainer, not {config.trainer}; leave"
-                    " it out, or change the trainer"
-                )
 
 
-def _check_lengths(config: DictConfig) -> None:
+def _check_lengths(config: DictConfig, ranks: int) -> None:
     if config.max_prompt_length >= config.max_length:
         raise ConfigError(
             f"max_prompt_length={config.max_prompt_length} must be smaller than"
@@ -217,7 +200,7 @@ def _check_lengths(config: DictConfig) -> None:
             f" max_new_tokens={config.max_new_tokens} exceed max_length={config.max_length}; lower"
             " one or raise max_length"
         )
-    parts = config.gradient_accumulation_steps * data_ranks(config, world())
+    parts = config.gradient_accumulation_steps * ranks
     if config.batch_size % parts:
         lower = max(parts, config.batch_size // parts * parts)
         raise ConfigError(

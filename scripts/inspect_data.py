@@ -31,6 +31,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import losses  # noqa: F401  registers the losses
 import preference_datasets  # noqa: F401  registers the datasets
+import trainers  # noqa: F401  registers the trainers
 from preflab.batching.summary import histogram  # noqa: E402
 from preflab.batching.token_store import CHUNK, render_prompt, tokenise, truncate  # noqa: E402
 from preflab.checks import check_config
@@ -40,7 +41,7 @@ from preflab.readers.records import Source  # noqa: E402
 from preflab.settings.keys import CONFIG_DIR
 from preflab.settings.overrides import check_overrides, fail, model_overrides
 from preflab.settings.run_folder import register_resolvers
-from trainers import TRAINERS  # noqa: E402
+from preflab.training.registry import find_trainer  # noqa: E402
 from utils import ConfigError, PrefLabError, atomic_write  # noqa: E402
 
 ANY, HALF = 0.0, 0.5
@@ -173,8 +174,8 @@ def inspect(arguments, overrides: list[str]) -> tuple[dict, list, object]:
     with initialize_config_dir(str(CONFIG_DIR), version_base="1.3"):
         config = compose("config", overrides=overrides)
     config.datasets = [arguments.data]
-    sources = {split: several[0] for split, several in check_config(config, TRAINERS)[1].items()}
-    check_model(config)
+    sources = {split: several[0] for split, several in check_config(config)[1].items()}
+    check_model(config, find_trainer(config.trainer))
     tokenizer = load_tokenizer(config.model)
     looks = {
         split: Look(

@@ -35,6 +35,7 @@ sys.path.insert(0, str(ROOT / "tests"))
 
 import losses  # noqa: E402, F401  registers the losses
 import preference_datasets  # noqa: E402, F401  registers the datasets
+import trainers  # noqa: E402, F401  registers the trainers
 
 # Small enough to run in milliseconds, and every architecture of the published recipes is there.
 ARCHITECTURES = {
@@ -282,16 +283,17 @@ def run_here(*overrides: str) -> dict:
     import hydra
     from omegaconf import OmegaConf
 
-    import train
+    from preflab import execution
     from preflab.reports import run
     from preflab.settings.keys import CONFIG_DIR
+    from preflab.settings.run_folder import register_resolvers
 
     OmegaConf.clear_resolvers()
-    train.register_resolvers()
+    register_resolvers()
     with hydra.initialize_config_dir(str(CONFIG_DIR), version_base="1.3"):
         config = hydra.compose("config", overrides=list(overrides))
     with mock.patch.object(run, "save_pictures", lambda folder, figures: []):
-        return train.execute(config, Path(config.local_run_dir))
+        return execution.execute(config, Path(config.local_run_dir))
 
 
 @pytest.fixture

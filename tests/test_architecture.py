@@ -20,6 +20,7 @@ LAYERS = [
     ["trainers"],
     ["preflab.online"],
     ["preflab.checks"],
+    ["preflab.execution"],
     ["train"],
     [
         "generate", "judge", "report", "serve_reward", "train_risk_preferences", "rewards",
@@ -89,6 +90,17 @@ def test_imports_go_down_only(name):
         if room(other) != room(name) and LEVEL.get(room(other), 99) >= LEVEL[room(name)]
     }
     assert not upward, f"{name} imports {', '.join(sorted(upward))}, which is no lower layer"
+
+
+def test_the_package_imports_no_top_level_file_but_utils():
+    outside = {
+        f"{name} imports {other}"
+        for name in modules()
+        if name.startswith("preflab")
+        for other in imports(name)
+        if not other.startswith("preflab") and other != "utils"
+    }
+    assert not outside
 
 
 def test_there_is_no_cycle():

@@ -17,7 +17,6 @@ from preflab.checks import check_config
 from preflab.settings.keys import CONFIG_DIR
 from preflab.settings.overrides import check_overrides
 from preflab.settings.run_folder import register_resolvers
-from trainers import TRAINERS
 
 FOLDER = ROOT / "scripts" / "d2po"
 SCRIPTS = sorted(path.stem for path in FOLDER.glob("*.sh") if path.stem != "common")
@@ -180,7 +179,7 @@ def test_every_variable_that_is_not_refused_outright_is_tried_above():
 def test_what_d2pos_instructions_export_makes_a_run_that_passes_all_checks(script, tmp_path):
     told, overrides = dry(script, f"local_run_dir={tmp_path}", **EXPORTED[script])
     assert {line.split("=")[0] for line in told} == EXPORTED[script].keys()
-    loss, sources = check_config(composed(overrides), TRAINERS)
+    loss, sources = check_config(composed(overrides))
     assert loss.name == ("bradley_terry" if script == "train_rm" else "dpo") and sources
 
 

@@ -28,6 +28,7 @@ from conftest import (
 )
 from omegaconf import OmegaConf
 
+import trainers
 from preflab.distributed import launch, signals
 from preflab.distributed.process_group import World
 from preflab.modeling.blocks import find_blocks
@@ -325,7 +326,9 @@ def test_a_run_is_continued_on_other_ranks(runs, lora):
 def test_the_optimizer_state_is_needed_for_that(runs, monkeypatch):
     """The control: continued without it, the run ends elsewhere."""
     run_here(*overrides(runs, "forgets", "loss=dpo", "n_epochs=2"))
-    monkeypatch.setattr("trainers.load_optimizer", lambda *arguments, **options: None)
+    monkeypatch.setattr(
+        "preflab.training.learner.load_optimizer", lambda *arguments, **options: None
+    )
     run_here(*overrides(runs, "forgets", "loss=dpo", "trainer=FSDPTrainer"))
     assert largest_difference(runs / "forgets", runs / "dpo" / "one") > 100 * WEIGHTS
 
@@ -525,8 +528,10 @@ def test_a_port_in_use(setting):
     ],
 )
 def test_what_cannot_work_is_refused_before_a_worker_starts(setting, more, message, monkeypatch):
-    monkeypatch.setattr("train.launch", lambda *a: pytest.fail("workers were started"))
-    monkeypatch.setattr("trainers.build_policy", lambda *a, **k: pytest.fail("a model was loaded"))
+    monkeypatch.setattr("preflab.execution.launch", lambda *a: pytest.fail("workers were started"))
+    monkeypatch.setattr(
+        "preflab.training.learner.build_policy", lambda *a, **k: pytest.fail("a model was loaded")
+    )
     with pytest.raises((ConfigError, DataError), match=message):
         run_here(
             *overrides(
@@ -698,7 +703,7 @@ def test_there_is_a_gpu_for_each_worker(monkeypatch):
         }
     )
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
-    assert data_ranks(config, World()) == 4  # a plan of another machine
+    assert data_ranks(trainers.FSDPTrainer, config, World()) == 4  # a plan of another machine
     with pytest.raises(
         ConfigError, match="world_size=4: each worker needs a GPU of its own, and there are 2"
     ):

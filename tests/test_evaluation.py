@@ -20,9 +20,9 @@ from conftest import (
 )
 from transformers import AutoConfig, AutoModelForSequenceClassification
 
-import trainers
 from preflab.batching.packing import Layout
 from preflab.distributed import signals
+from preflab.distributed.signals import StopSignals
 from preflab.evaluation import samples
 from preflab.evaluation.samples import distinct, measure_samples, repetition
 from preflab.evaluation.worklist import expand_archives
@@ -723,7 +723,7 @@ def test_an_evaluation_stops_when_asked_and_the_same_command_goes_on(
 ):
     command = [f"model.archive=[{two_runs}/sweep/a,{two_runs}/sweep/b]", "sample_during_eval=false"]
     with monkeypatch.context() as patch:
-        patch.setattr(trainers.BasicTrainer, "_asked_to_stop", lambda self: 15)
+        patch.setattr(StopSignals, "anywhere", lambda self, world: 15)
         with pytest.raises(signals.Stopped):
             evaluate(two_runs, llama_folder, "stopped", *command)
     folder = two_runs / "stopped"
@@ -764,8 +764,7 @@ def test_a_finished_run_that_is_extended_and_dies_is_not_finished(run, monkeypat
     folder = run("run")
     with monkeypatch.context() as patch:
         patch.setattr(
-            trainers,
-            "build_rewards",
+            "trainers.build_rewards",
             lambda config: (_ for _ in ()).throw(RewardError("no reward today")),
         )
         with pytest.raises(RewardError):

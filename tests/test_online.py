@@ -11,7 +11,6 @@ import torch
 from conftest import read_rows, run_here, save_model, small_run, write_jsonl
 from omegaconf import OmegaConf
 
-import trainers
 from preflab.batching.collate import collate
 from preflab.batching.examples import PreferenceData
 from preflab.batching.packing import Layout
@@ -22,6 +21,7 @@ from preflab.online import discriminator, rounds
 from preflab.online.labelers import DiscriminatorLabels, GoldLabels, select
 from preflab.online.ledger import Ledger
 from preflab.online.rollouts import Rollouts, best_and_worst
+from preflab.online.rounds import OnlineTrainer
 from preflab.rewards.registry import RewardError
 from preflab.settings.identity import must_match
 from utils import ConfigError, DataError, in_use
@@ -603,14 +603,14 @@ def test_two_runs_do_not_buy_into_one_ledger(go, tmp_path):
 
 
 def test_an_evaluation_that_fails_leaves_a_checkpoint(go, tmp_path, monkeypatch):
-    sample = trainers.BasicTrainer.evaluate
+    sample = OnlineTrainer._evaluate
 
     def fails(self):
         if self.round == 3:
             raise RewardError("asleep")
         return sample(self)
 
-    monkeypatch.setattr(trainers.BasicTrainer, "evaluate", fails)
+    monkeypatch.setattr(OnlineTrainer, "_evaluate", fails)
     with pytest.raises(RewardError, match="asleep"):
         go("run", "online.save_every=100")
     assert (
@@ -630,17 +630,17 @@ def test_an_evaluation_that_fails_leaves_a_checkpoint(go, tmp_path, monkeypatch)
 
 def test_a_stop_in_the_first_evaluation_buys_nothing_before_it_is_obeyed(go, tmp_path, monkeypatch):
     whole = go("whole")
-    evaluate = trainers.BasicTrainer.evaluate
+    evaluate = OnlineTrainer._evaluate
 
     def interrupted(self):
         evaluate(self)
-        self.stop.received = signal.SIGTERM
+        self.session.stop.received = signal.SIGTERM
 
-    monkeypatch.setattr(trainers.BasicTrainer, "evaluate", interrupted)
+    monkeypatch.setattr(OnlineTrainer, "_evaluate", interrupted)
     with pytest.raises(Stopped, match="SIGTERM"):
         go("run")
     assert asked(tmp_path / "run") == []
-    monkeypatch.setattr(trainers.BasicTrainer, "evaluate", evaluate)
+    monkeypatch.setattr(OnlineTrainer, "_evaluate", evaluate)
     folder = go("run")
     assert same(weights(whole), weights(folder)) and told(whole) == told(folder)
 

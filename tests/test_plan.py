@@ -16,19 +16,19 @@ from conftest import (
 from hydra import compose, initialize_config_dir
 from transformers import AutoConfig
 
-import train
 from preflab.checks import check_config
+from preflab.execution import load_inputs
 from preflab.settings.keys import CONFIG_DIR
+from preflab.settings.run_folder import register_resolvers
 from preflab.training import memory_plan
-from trainers import TRAINERS
 
 
 def planned(overrides) -> memory_plan.Plan:
-    train.register_resolvers()
+    register_resolvers()
     with initialize_config_dir(str(CONFIG_DIR), version_base="1.3"):
         config = compose("config", overrides=[*overrides, "function=plan"])
-    loss, sources = check_config(config, TRAINERS)
-    return memory_plan.make_plan(config, loss, train._load(config, sources, loss)[2]["train"])
+    loss, sources = check_config(config)
+    return memory_plan.make_plan(config, loss, load_inputs(config, sources, loss)[2]["train"])
 
 
 @pytest.mark.parametrize(

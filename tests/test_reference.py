@@ -18,8 +18,8 @@ from conftest import (
     write_jsonl,
 )
 
-import trainers
 from preflab.modeling import reference_cache
+from preflab.training import learner
 from utils import ConfigError, DataError
 
 EXACT = ("model.policy_dtype=float64", "model.reference_dtype=float64", "sample_during_eval=false")
@@ -30,7 +30,7 @@ def counted(monkeypatch):
     """How many responses the reference was run on for the cache, and how many references were
     built."""
     counts = {"responses": 0, "built": 0}
-    fill, build = reference_cache._fill, trainers.build_reference
+    fill, build = reference_cache._fill, learner.build_reference
 
     def counting(stores, missing, *more):
         counts["responses"] += sum(map(len, missing.values()))
@@ -41,7 +41,7 @@ def counted(monkeypatch):
         return build(*arguments, **options)
 
     monkeypatch.setattr(reference_cache, "_fill", counting)
-    monkeypatch.setattr(trainers, "build_reference", building)
+    monkeypatch.setattr(learner, "build_reference", building)
     return counts
 
 

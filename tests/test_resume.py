@@ -20,6 +20,7 @@ from conftest import (
 )
 
 import trainers
+from preflab.training import learner
 from preflab.training.checkpoints import latest_checkpoint, save_checkpoint
 from utils import ConfigError
 
@@ -63,7 +64,7 @@ def test_an_exception_at_any_step(command, tmp_path, monkeypatch, stop, more):
     step = trainers.BasicTrainer.train_step
 
     def crash(self, *arguments):
-        if self.counters.steps == stop:
+        if self.learner.counters.steps == stop:
             raise Crash
         step(self, *arguments)
 
@@ -120,7 +121,7 @@ def test_a_run_saved_before_its_first_step_does_not_evaluate_twice(command, tmp_
 
     def stop_at_once(self, examples, microbatches, bar):
         self.loader.load_state_dict({"epoch": 0, "cursor": 0})
-        self.save()
+        self.session.save()
         raise Crash
 
     with monkeypatch.context() as patch:
@@ -146,7 +147,7 @@ def test_a_finished_run_is_left_alone_and_a_longer_one_goes_on(
 ):
     first = run_here(*command("run"))
     with monkeypatch.context() as patch:
-        patch.setattr(trainers, "build_policy", lambda *a, **k: pytest.fail("a model was loaded"))
+        patch.setattr(learner, "build_policy", lambda *a, **k: pytest.fail("a model was loaded"))
         assert run_here(*command("run")) == first
     assert "already finished" in capsys.readouterr().out
     run_here(*command("whole", "n_epochs=4"))

@@ -23,6 +23,7 @@ from preflab.online.service import Service, make_app
 from preflab.rewards.registry import RewardError, build_reward
 from preflab.settings.keys import CONFIG_DIR
 from preflab.settings.run_folder import register_resolvers
+from trainers import BasicTrainer
 from utils import ConfigError
 
 
@@ -68,7 +69,9 @@ def client(small_folder, imdb_dir, tmp_path):
     """A client of a service in this process."""
 
     def client(*more: str, token: str | None = None, folder: Path = tmp_path / "state"):
-        service = Service(config_of(*service_options(small_folder, imdb_dir, *more)), folder)
+        service = Service(
+            config_of(*service_options(small_folder, imdb_dir, *more)), folder, BasicTrainer
+        )
         return TestClient(make_app(service, token), raise_server_exceptions=False), service
 
     return client
@@ -253,10 +256,10 @@ def test_a_gold_that_fails_is_told_with_its_cause_and_changes_nothing(client):
     def broken(prompts, responses):
         raise RewardError("the oracle is asleep")
 
-    gold, service.labeller.gold = service.labeller.gold, broken
+    gold, service.labeler.gold = service.labeler.gold, broken
     answer = http.post("/train", json=request(2))
     assert answer.status_code == 502 and answer.json() == {"error": "the oracle is asleep"}
-    service.labeller.gold = gold
+    service.labeler.gold = gold
     assert http.post("/train", json=request(2)).json()["labels_bought"] == 3
 
 

@@ -18,7 +18,6 @@ from conftest import (
 )
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-import trainers
 from preflab.batching.loader import epoch_order
 from preflab.objective.registry import LOSSES
 from preflab.settings.keys import CONFIG_DIR
@@ -230,7 +229,7 @@ def test_a_loss_that_needs_no_reference_builds_none(run, monkeypatch):
     def refuse(*arguments, **options):
         raise AssertionError("a reference was built")
 
-    monkeypatch.setattr(trainers, "build_reference", refuse)
+    monkeypatch.setattr(learner, "build_reference", refuse)
     run("sft", "loss=sft")
     run("free", "loss=dpo", "loss.reference_free=true")
     with pytest.raises(AssertionError, match="was built"):
@@ -354,7 +353,7 @@ def test_bad_settings_are_refused_with_what_to_change(run, overrides, told):
 
 
 def test_scores_are_asked_for_before_a_model_loads(run, tmp_path, monkeypatch):
-    monkeypatch.setattr(trainers, "build_policy", lambda *a, **k: pytest.fail("a model was loaded"))
+    monkeypatch.setattr(learner, "build_policy", lambda *a, **k: pytest.fail("a model was loaded"))
     pairs = write_jsonl(
         tmp_path / "pairs.jsonl",
         [{"prompt": f"p{i}", "chosen": " a", "rejected": " b"} for i in range(9)],

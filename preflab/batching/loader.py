@@ -99,6 +99,10 @@ class Loader:
                 coming = thread.submit(prepare, self.peek()) if len(self.peek()) else None
                 yield indices, prepared
 
+    def step_back(self, n: int) -> None:
+        """Yield the last `n` examples again."""
+        self.epoch, self.cursor = divmod(self.examples - n, len(self.groups))
+
     def state_dict(self) -> dict:
         return {"epoch": self.epoch, "cursor": self.cursor}
 

@@ -5,6 +5,8 @@ import os
 import signal
 import threading
 
+from preflab.distributed.process_group import World
+
 # SIGTERM: preemption, or the end of an allocation; SIGUSR1: the warning before a time limit (sbatch
 # --signal=USR1@120); SIGUSR2: the same where a launcher of jobs such as submitit uses it; SIGINT:
 # Ctrl-C.
@@ -21,6 +23,10 @@ class StopSignals:
     def __init__(self):
         self.received: int | None = None
         self.handlers_before: dict[int, object] = {}
+
+    def anywhere(self, world: World) -> int:
+        """The signal that any rank received, the same on all ranks; 0 for none."""
+        return int(world.max([self.received or 0])[0])
 
     def listen(self) -> None:
         """Take the signals over, to the end of the process; only its main thread can."""

@@ -11,6 +11,7 @@ from omegaconf import DictConfig, OmegaConf
 
 from preflab.modeling.weights_io import archive_files
 from preflab.settings.identity import same_settings
+from preflab.settings.values import temperatures
 from utils import ConfigError, append_rows, atomic_write, content_hash, json_lines
 
 TOLD = (
@@ -34,15 +35,6 @@ class Checkpoint:
     about: dict = field(
         compare=False
     )  # name, step, and settings of its training run, where they are known
-
-
-def temperatures(config) -> list[float]:
-    """`temperature` as a list."""
-    return (
-        [config.temperature]
-        if isinstance(config.temperature, (int, float))
-        else list(config.temperature)
-    )
 
 
 def expand_archives(archive) -> list[str | None]:

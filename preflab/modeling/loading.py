@@ -1,6 +1,5 @@
 """Tokenizer, policy and reference: from a name, a path or an archive to models ready to score."""
 
-from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -16,17 +15,16 @@ from transformers.utils import logging
 
 from preflab.batching.packed_attention import SHARING
 from preflab.batching.packed_attention import enable as enable_segments
-from preflab.modeling.blocks import find_blocks
-from preflab.modeling.fsdp import layer_plan, reshard
+from preflab.modeling.fsdp import reshard
 from preflab.modeling.logprobs import Scorer
-from preflab.modeling.tensor_parallel import devices_for
+from preflab.modeling.parallelism import Place
 from preflab.modeling.weights_io import load_archive, readable
 from utils import ConfigError
 
 
-def check_model(config, *, scalar_head: bool = False) -> None:
+def check_model(config, trainer: type, *, scalar_head: bool = False) -> None:
     """Refuse, before weights are read, lengths the model has no positions for and a placement it
-    does not fit."""
+    does not fit. trainer: the class that declares where models live."""
     # saving a shard shows a bar of its own otherwise, in the middle of ours
     logging.disable_progress_bar()
     with readable("model.name_or_path", config.model.name_or_path):
@@ -39,13 +37,7 @@ def check_model(config, *, scalar_head: bool = False) -> None:
             f"max_length={config.max_length} exceeds the {limit} positions of"
             f" {config.model.name_or_path}; lower it"
         )
-    if config.trainer == "TensorParallelTrainer" and config.function != "plan":
-        devices_for(config)
-    if config.trainer == "FSDPTrainer":
-        model = skeleton(config.model, scalar_head=scalar_head)
-        find_blocks(model, config.model.block_name)
-        if config.tensor_parallel_size > 1:
-            layer_plan(model, config.tensor_parallel_size)
+    trainer.check(config, scalar_head=scalar_head)
 
 
 def load_tokenizer(config):
@@ -64,9 +56,6 @@ def load_tokenizer(config):
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token
     return tokenizer
-
-
-Place = Callable[[Scorer, torch.dtype], None]  # puts a model where it will live; see placement.py
 
 
 def build_policy(

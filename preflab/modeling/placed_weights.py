@@ -1,4 +1,4 @@
-"""Gradients and weights of a model, wherever they live."""
+"""Gradients and weights of a model, whole or in shards."""
 
 from collections.abc import Iterable
 from pathlib import Path
@@ -7,6 +7,7 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
+from preflab.distributed.process_group import World
 from preflab.modeling.fsdp import reshard
 from preflab.modeling.logprobs import Scorer
 from preflab.modeling.tensor_parallel import Body, whole_of_split
@@ -37,6 +38,20 @@ def clip_grad_norm(parameters: list[nn.Parameter], max_norm: float) -> float:
     for group in by_mesh.values():
         torch.nn.utils.clip_grads_with_norm_(group, max_norm, total)
     return total.item()
+
+
+@torch.no_grad()
+def sum_over_ranks(parameters: list[nn.Parameter], world: World) -> None:
+    """Sum the gradients of all ranks into each rank's `.grad`.
+
+    For placements whose backward pass leaves each rank with the gradient of its own examples.
+    """
+    if world.size == 1:
+        return
+    for p in parameters:
+        if p.grad is None:
+            p.grad = torch.zeros_like(p)
+        torch.distributed.all_reduce(p.grad)
 
 
 def bytes_here(tensors: Iterable[Tensor]) -> int:

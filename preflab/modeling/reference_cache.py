@@ -109,7 +109,7 @@ def samples(config, loss) -> bool:
     )
 
 
-def reference_key(config) -> str:
+def reference_key(config, *, own_mixed_precision: bool) -> str:
     """Changes with the content of the reference's weights, its dtypes, and the code that computes
     with them."""
     model = config.model
@@ -124,9 +124,9 @@ def reference_key(config) -> str:
     for path in files:
         with open(path, "rb") as f:
             hashes.append(hashlib.file_digest(f, "sha256").hexdigest())
-    mixed = (
-        f"{model.fsdp_policy_mp} {config.trainer == 'FSDPTrainer'}" if model.fsdp_policy_mp else ""
-    )  # autocast keeps more in float32
+    mixed = ""
+    if model.fsdp_policy_mp:  # autocast keeps more in float32
+        mixed = f"{model.fsdp_policy_mp} {own_mixed_precision}"
     return content_hash(
         f"reference {VERSION}", transformers.__version__, _weights_dtype(model), mixed, *hashes
     )
@@ -149,6 +149,8 @@ def attach_reference(
     layout: Layout,
     tokens: int,
     world: World,
+    *,
+    own_mixed_precision: bool,
 ) -> None:
     """Give the stores of `data` the reference's log-probs of the `needed` examples, computing those
     that are not on disk.
@@ -158,7 +160,7 @@ def attach_reference(
     """
     scorer = functools.cache(scorer)
     root = Path(config.cache_dir) / "reference"
-    key = world.agree(lambda: reference_key(config))
+    key = world.agree(lambda: reference_key(config, own_mixed_precision=own_mixed_precision))
     stores = {store.key: store for split in data.values() for store in split.stores}
     wanted = _responses_of(data, needed)
     folders = {name: root / content_hash(key, name) for name in stores}

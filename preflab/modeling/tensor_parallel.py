@@ -160,3 +160,13 @@ def whole_of_split(model: nn.Module, shards: nn.Module) -> dict[str, Tensor]:
         }
     # The package puts a tied weight together under its first name alone.
     return state | {name: state[tied_to] for name, tied_to in model.all_tied_weights_keys.items()}
+
+
+def on_first_device(name: str) -> bool:
+    """Whether the parameter of this name lives on the first device of its process.
+
+    Names of parts of split layers say the device; every other parameter is on the only one.
+    """
+    if "_shards." not in name:
+        return True
+    return ".module_shards.0." in name or name.endswith("flat_shards.0")

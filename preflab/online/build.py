@@ -2,25 +2,23 @@
 
 from pathlib import Path
 
-from preflab.distributed.signals import StopSignals
-from preflab.online.discriminator import make_discriminator
+from preflab.distributed.process_group import World
+from preflab.online.discriminator import build_discriminator
 from preflab.online.labelers import DiscriminatorLabels, GoldLabels, RemoteLabels, StaticLabels
 from preflab.online.ledger import Ledger
-from preflab.rewards.registry import REWARDS
-from trainers import BasicTrainer
+from preflab.rewards.registry import REWARDS, Score
 
 
-def make_labeller(
-    kind: type[BasicTrainer], config, score, run_dir: Path, world, stop: StopSignals | None = None
+def make_labeler(
+    trainer: type, settings, score: Score, run_dir: Path, world: World
 ) -> StaticLabels:
-    """Who labels in a run of this config. score: that of `reward`."""
-    settings = config.online
-    ledger = Ledger(run_dir / "labels.jsonl", settings.budget, world)
-    if settings.discriminator is not None:
-        discriminator = make_discriminator(kind, config, run_dir, world, stop)
-        return DiscriminatorLabels(score, ledger, discriminator, settings, config.seed)
+    """What labels in a run of these settings. score: that of `reward`."""
+    ledger = Ledger(run_dir / "labels.jsonl", settings.online.budget, world)
+    if settings.online.discriminator is not None:
+        discriminator = build_discriminator(trainer, settings, run_dir, world)
+        return DiscriminatorLabels(score, ledger, discriminator, settings.online, settings.seed)
     if hasattr(score, "learn"):
         return RemoteLabels(score, world, str(run_dir.resolve()))
-    if REWARDS[config.reward.name].is_gold:
-        return GoldLabels(score, ledger, settings.responses_per_prompt)
+    if REWARDS[settings.reward.name].is_gold:
+        return GoldLabels(score, ledger, settings.online.responses_per_prompt)
     return StaticLabels(score, world)

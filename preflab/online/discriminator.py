@@ -1,175 +1,193 @@
-"""A discriminator: a model that scores responses and learns from bought labels."""
+"""A discriminator: a model that scores responses and learns from bought labels (D2PO)."""
 
 import math
+from concurrent.futures import Future
 from pathlib import Path
 
 import numpy as np
 import torch
-from omegaconf import OmegaConf
-from tqdm import tqdm
 from transformers import AutoConfig
 
 from preflab.batching.examples import PreferenceData
 from preflab.batching.packing import lay_out
 from preflab.batching.token_store import store_of, truncate
-from preflab.distributed.signals import StopSignals
-from preflab.modeling.loading import build_reference, load_tokenizer
-from preflab.modeling.logprobs import Scorer
+from preflab.distributed.process_group import World
+from preflab.modeling.loading import load_tokenizer
+from preflab.objective.registry import BoundLoss
 from preflab.online.checks import discriminator_loss
+from preflab.settings.values import changed
 from preflab.training.checkpoints import latest_checkpoint
 from preflab.training.compute_loss import compute_loss
-from preflab.training.learner import NonFiniteLoss
-from trainers import BasicTrainer
-from utils import ConfigError, model_folder
+from preflab.training.learner import Learner, NonFiniteLoss, NonFiniteStep
+from preflab.training.metrics import MetricLog, rewind
+from utils import ConfigError, model_folder, seed_everything
 
 
-class Several:
-    """Futures as one."""
+def build_discriminator(trainer: type, settings, run_dir: Path, world: World) -> "Discriminator":
+    """The discriminator of `online.discriminator`, placed as `trainer` places models."""
+    loss = discriminator_loss(settings)
+    own = _own_settings(settings, loss)
+    folder = run_dir / "discriminator"
+    folder.mkdir(parents=True, exist_ok=True)
+    start = settings.online.discriminator_path or own.model.archive or own.model.name_or_path
+    print(f"discriminator: loss={loss.name}, from {start}")
+    return Discriminator(own, loss, folder, trainer, world)
 
-    def __init__(self, futures: list):
-        self.futures = futures
 
-    def result(self) -> None:
-        for future in self.futures:
-            future.result()
+def _own_settings(settings, loss: BoundLoss):
+    """The settings of the run with those that the discriminator has of its own."""
+    online = settings.online
+    return changed(
+        settings,
+        model=_own_model(settings, loss),
+        lr=online.discriminator_lr,
+        optimizer="AdamW",
+        warmup_steps=0,
+        batch_size=online.discriminator_batch_size,
+        gradient_accumulation_steps=1,
+        sample_during_eval=False,
+        profile_steps=None,
+    )
 
 
-def make_discriminator(
-    kind: type[BasicTrainer], config, run_dir: Path, world, stop: StopSignals | None = None
-):
-    """A trainer of this kind whose model scores responses, and whose examples are bought labels."""
-    loss, settings = discriminator_loss(config), config.online
-    model, start = {}, settings.discriminator_path
-    if "scalar_head" in loss.reads and start:
-        folder = str(model_folder(start))
-        if settings.budget == 0 and not any(
-            kind.endswith("ForSequenceClassification")
-            for kind in AutoConfig.from_pretrained(folder).architectures or ()
-        ):
-            raise ConfigError(
-                f"online.discriminator_path={start} is no reward model, and with online.budget=0 it"
-                f" would stay untaught; give a run of loss={loss.name}, or a budget"
-            )
-        model = {
-            "name_or_path": folder,
-            "tokenizer_name_or_path": folder,
-            "archive": None,
-            "block_name": None,
-            "from_scratch": False,
-            "reinit_head": False,
-        }
-    elif (
-        "scalar_head" not in loss.reads
-    ):  # log pi - log pi_ref; the reference is where the policy starts
-        model = {
-            "archive": start or config.model.archive,
-            "reference_archive": config.model.reference_archive or config.model.archive,
+def _own_model(settings, loss: BoundLoss) -> dict:
+    """Which model it starts from, in place of the policy's."""
+    start, model = settings.online.discriminator_path, settings.model
+    if "scalar_head" not in loss.reads:
+        # Its scores are log pi - log pi_ref, and its reference is where the policy starts.
+        return {
+            "archive": start or model.archive,
+            "reference_archive": model.reference_archive or model.archive,
             "lora": {"r": 0},
         }
-    changed = {
-        "model": model,
-        "lr": settings.discriminator_lr,
-        "optimizer": "AdamW",
-        "warmup_steps": 0,
-        "batch_size": settings.discriminator_batch_size,
-        "gradient_accumulation_steps": 1,
-        "sample_during_eval": False,
-        "profile_steps": None,
+    if not start:
+        return {}
+    folder = str(model_folder(start))
+    if settings.online.budget == 0 and not _is_reward_model(folder):
+        raise ConfigError(
+            f"online.discriminator_path={start} is no reward model, and with online.budget=0 it"
+            f" would never learn; give a run of loss={loss.name}, or a budget"
+        )
+    return {
+        "name_or_path": folder,
+        "tokenizer_name_or_path": folder,
+        "archive": None,
+        "block_name": None,
+        "from_scratch": False,
+        "reinit_head": False,
     }
-    own = OmegaConf.merge(OmegaConf.create(OmegaConf.to_container(config, resolve=True)), changed)
-    kind = type(f"Discriminator{kind.__name__}", (Discriminator, kind), {})
-    (run_dir / "discriminator").mkdir(parents=True, exist_ok=True)
-    print(
-        f"discriminator: loss={loss.name}, from"
-        f" {start or own.model.archive or own.model.name_or_path}"
-    )
-    return kind(
-        own, run_dir / "discriminator", loss, load_tokenizer(own.model), {}, world=world, stop=stop
-    )
+
+
+def _is_reward_model(folder: str) -> bool:
+    architectures = AutoConfig.from_pretrained(folder).architectures or ()
+    return any(name.endswith("ForSequenceClassification") for name in architectures)
 
 
 class Discriminator:
-    """A trainer whose model scores texts: a response's score is what the loss calls its reward, and
-    bought labels are its examples."""
+    """Scores texts: a response's score is what the loss calls its reward. Bought labels are its
+    examples.
 
-    def _make_loader(self) -> None:
-        return None
+    settings: its own. folder: for its metrics.jsonl; it is saved in the checkpoints of the run that
+    it labels for.
+    """
 
-    def _find_checkpoint(self) -> Path | None:
-        """It is saved inside the checkpoints of the run it labels for."""
-        found = latest_checkpoint(self.run_dir.parent)
-        return found / "discriminator" if found else None
-
-    def _build_reference(self) -> Scorer:
-        return build_reference(self.config.model, self.policy, training=False, place=self.place)
-
-    def _tokenise(
-        self, prompts: list[str], responses: list[list[str]]
-    ) -> list[tuple[list[int], list[list[int]]]]:
-        """As the data of reward models are: prompt and response apart, each response to its EOS."""
-        ids = iter(
-            self.tokenizer(
-                [*prompts, *(r for of_prompt in responses for r in of_prompt)],
-                add_special_tokens=False,
-                verbose=False,
-            )["input_ids"]
+    def __init__(self, settings, loss: BoundLoss, folder: Path, trainer: type, world: World):
+        seed_everything(settings.seed)
+        self.settings, self.folder, self.world = settings, folder, world
+        self.tokenizer = load_tokenizer(settings.model)
+        self.learner = Learner(
+            settings,
+            loss,
+            self.tokenizer,
+            trainer,
+            world,
+            checkpoint=world.agree(self._latest),
         )
-        heads = [next(ids) for _ in prompts]
-        limits = self.tokenizer, "keep_end", self.config.max_length, self.config.max_prompt_length
-        return [
-            truncate(head, [next(ids) for _ in of_prompt], *limits)[:2]
-            for head, of_prompt in zip(heads, responses)
-        ]
+        self.learner.build_reference(at_archive=False)
+        self.log = MetricLog(
+            folder, None, settings.minimum_log_interval_secs, writes=world.rank == 0
+        )
+
+    def _latest(self) -> Path | None:
+        checkpoint = latest_checkpoint(self.folder.parent)
+        return checkpoint / "discriminator" if checkpoint else None
+
+    def prepare(self) -> None:
+        """Make the optimizer; `load` follows where there is a checkpoint."""
+        self.learner.prepare()
+        if self.learner.checkpoint is None:
+            self._drop_rows_after(-1)
+
+    def save(self, folder: Path, state: dict, metrics: dict) -> Future | None:
+        return self.learner.save(folder, state, metrics)
+
+    def load(self, folder: Path) -> dict:
+        state = self.learner.load(folder)
+        self._drop_rows_after(self.learner.counters.examples)
+        return state
+
+    def _drop_rows_after(self, examples: int) -> None:
+        if self.world.rank == 0:
+            rewind(self.folder / "metrics.jsonl", examples)
 
     @torch.no_grad()
     def score_responses(self, prompts: list[str], responses: list[list[str]]) -> list[list[float]]:
-        """(prompts, K): the reward of each response."""
-        trees = self._tokenise(prompts, responses)
-        order = sorted(
-            range(len(trees)), key=lambda i: len(trees[i][0]) + sum(map(len, trees[i][1]))
-        )
-        mine = []
-        for rows, n_real in self.world.batches(order, self.config.eval_batch_size):
-            batch = lay_out([trees[i] for i in rows], self.layout)
-            batch.rejected = (
-                batch.chosen
-            )  # each response beside itself: what is wanted is the reward of one
+        """(prompts, K): the reward of each response. Raises NonFiniteLoss."""
+        trees = self._tokenize(prompts, responses)
+        n_tokens = [len(prompt) + sum(map(len, of_prompt)) for prompt, of_prompt in trees]
+        order = sorted(range(len(trees)), key=n_tokens.__getitem__)
+        learner, mine = self.learner, []
+        for rows, n_real in self.world.batches(order, self.settings.eval_batch_size):
+            batch = lay_out([trees[i] for i in rows], learner.layout)
+            batch.rejected = batch.chosen  # a loss reads pairs; only one side's reward is used
+            batch = batch.to(learner.policy.device)
             output, _ = compute_loss(
-                self.loss, self.policy, self.reference, batch.to(self.policy.device), None, "eval"
+                learner.loss, learner.policy, learner.reference, batch, None, "eval"
             )
             values = iter(output.chosen_rewards.tolist())
             mine += [(i, [next(values) for _ in trees[i][1]]) for i in rows][:n_real]
-        found = dict(self.world.gather(mine))
-        if not all(math.isfinite(value) for of_prompt in found.values() for value in of_prompt):
+        scores = dict(self.world.gather(mine))
+        if not all(math.isfinite(value) for of_prompt in scores.values() for value in of_prompt):
             raise NonFiniteLoss(
                 "the discriminator's scores are not finite; try a smaller online.discriminator_lr"
             )
-        return [found[i] for i in range(len(trees))]
+        return [scores[i] for i in range(len(trees))]
 
     def learn(self, pairs: list[tuple[str, str, str]], *, epochs: int, seed: list[int]) -> None:
-        """pairs: (prompt, better, worse)."""
-        trees = self._tokenise(
+        """Passes over bought labels. pairs: (prompt, better, worse). Raises NonFiniteLoss."""
+        trees = self._tokenize(
             [prompt for prompt, _, _ in pairs], [[better, worse] for _, better, worse in pairs]
         )
-        store = store_of(
-            "bought labels", trees, [[math.nan, math.nan]] * len(pairs), [(0, 1)] * len(pairs)
-        )
-        self.data["train"] = PreferenceData([store], "pairs", store.name)
-        with tqdm(disable=True) as bar:
-            for epoch in range(epochs):
-                order = np.random.default_rng([*seed, epoch]).permutation(len(pairs))
-                for begin in range(0, len(order), self.config.batch_size):
-                    examples = order[begin : begin + self.config.batch_size]
-                    self.train_step(examples, self._collate(examples), bar)
+        scores = [[math.nan, math.nan]] * len(pairs)
+        store = store_of("bought labels", trees, scores, [(0, 1)] * len(pairs))
+        data = PreferenceData([store], "pairs", store.name)
+        size = self.settings.batch_size
+        for epoch in range(epochs):
+            order = np.random.default_rng([*seed, epoch]).permutation(len(pairs))
+            for begin in range(0, len(order), size):
+                self._step(data, order[begin : begin + size])
 
-    def _stop_at_non_finite(self, examples, seen, losses) -> None:
-        raise NonFiniteLoss(
-            "the discriminator's loss, or its gradient, is not finite; try a smaller"
-            " online.discriminator_lr"
-        )
+    def _step(self, data: PreferenceData, examples: np.ndarray) -> None:
+        learner = self.learner
+        try:
+            metrics = learner.step(data, learner.microbatches(data, examples), len(examples))
+        except NonFiniteStep:
+            raise NonFiniteLoss(
+                "the discriminator's loss, or its gradient, is not finite; try a smaller"
+                " online.discriminator_lr"
+            ) from None
+        self.log.write_at(learner.counters, "train", metrics)
 
-    def progress(self) -> dict:
-        return {}
-
-    def go_on_from(self, progress: dict) -> None:
-        pass
+    def _tokenize(
+        self, prompts: list[str], responses: list[list[str]]
+    ) -> list[tuple[list[int], list[list[int]]]]:
+        """As the data of reward models is: prompt and response apart, EOS after each response."""
+        texts = [*prompts, *(text for of_prompt in responses for text in of_prompt)]
+        ids = iter(self.tokenizer(texts, add_special_tokens=False, verbose=False)["input_ids"])
+        heads = [next(ids) for _ in prompts]
+        settings = self.settings
+        limits = (self.tokenizer, "keep_end", settings.max_length, settings.max_prompt_length)
+        return [
+            truncate(head, [next(ids) for _ in of_prompt], *limits)[:2]
+            for head, of_prompt in zip(heads, responses, strict=True)
+        ]

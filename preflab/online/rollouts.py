@@ -42,6 +42,14 @@ class Labels:
     pairs: list[tuple[int, int] | None]
     guesses: "Labels | None" = None
 
+    def drop_pairs_without_a_gap(self) -> None:
+        """For losses that read scores: a bought label may order two responses that the
+        discriminator scores the other way round, or equally."""
+        self.pairs = [
+            pair if pair and scores[pair[0]] > scores[pair[1]] else None
+            for pair, scores in zip(self.pairs, self.scores, strict=True)
+        ]
+
 
 def best_and_worst(scores: list[float]) -> tuple[int, int] | None:
     """The first of the highest and the first of the lowest scores; None where all are equal."""

@@ -15,12 +15,11 @@ from pydantic import BaseModel, Field, StrictInt, StrictStr
 from starlette.exceptions import HTTPException
 
 from preflab.distributed.process_group import ALONE
-from preflab.online.build import make_labeller
+from preflab.online.build import make_labeler
 from preflab.online.rollouts import Rollouts
 from preflab.reports.runs import read_jsonl
 from preflab.rewards.registry import build_reward
 from preflab.training.checkpoints import save_checkpoint
-from trainers import BasicTrainer
 from utils import DataError, PrefLabError, atomic_write, content_hash
 
 MOST_TEXTS, MOST_CHARACTERS, MOST_BYTES = (
@@ -57,7 +56,7 @@ class Service:
     comes again.
     """
 
-    def __init__(self, config: DictConfig, folder: Path):
+    def __init__(self, config: DictConfig, folder: Path, trainer: type):
         self.config, self.folder = config, folder
         folder.mkdir(parents=True, exist_ok=True)
         self.state = {"requests": 0, "steps": 0, "labels": {}}
@@ -70,12 +69,13 @@ class Service:
             if int(later.name.removeprefix("step-")) > self.state["steps"]:
                 shutil.rmtree(later)
         self.score = build_reward(config.reward)
-        self.labeller = make_labeller(BasicTrainer, config, self.score, folder, ALONE)
+        self.labeler = make_labeler(trainer, config, self.score, folder, ALONE)
         if self.discriminator is not None:
-            self.discriminator._prepare_training()
-            self.discriminator.resume()
+            self.discriminator.prepare()
+            if checkpoint := self.discriminator.learner.checkpoint:
+                self.discriminator.load(checkpoint)
         if self.state["labels"]:
-            self.labeller.load_state_dict(self.state["labels"])
+            self.labeler.load_state_dict(self.state["labels"])
 
     def _known_answers(self) -> dict[str, dict]:
         """Those of requests that the state knows of; one that a kill left undone is forgotten."""
@@ -87,7 +87,7 @@ class Service:
 
     @property
     def discriminator(self):
-        return self.labeller.discriminator
+        return self.labeler.discriminator
 
     def predict(self, prompts: list[str], responses: list[str]) -> list[float]:
         if self.discriminator is None:
@@ -123,26 +123,26 @@ class Service:
                 f"{len(request.responses[0])} responses of each prompt, and this service labels"
                 f" {k}; start it with online.responses_per_prompt={len(request.responses[0])}"
             )
-        if (room := self.labeller.room(number)) is not None and room < len(keys):
+        if (room := self.labeler.room(number)) is not None and room < len(keys):
             raise DataError(
                 f"{len(keys)} pairs are to be labelled, and the budget of"
                 f" {self.config.online.budget} labels has room for {room}"
             )
-        labels = self.labeller.label(rollouts)
+        labels = self.labeler.label(rollouts)
         answer = {
             "scores": labels.scores,
             "pairs": labels.pairs,
-            "labels_bought": self.labeller.bought_until(number),
-            "room": self.labeller.room(number + 1),
+            "labels_bought": self.labeler.bought_until(number),
+            "room": self.labeler.room(number + 1),
         }
         self._save(number, request.id, answer)
         return answer
 
     def _save(self, number: int, name: str, answer: dict) -> None:
-        steps = self.discriminator.counters.steps if self.discriminator is not None else 0
+        steps = self.discriminator.learner.counters.steps if self.discriminator is not None else 0
         if steps != self.state["steps"]:
             save_checkpoint(self.folder, steps, self._fill, keep=2).wait()
-        self.state = {"requests": number, "steps": steps, "labels": self.labeller.state_dict()}
+        self.state = {"requests": number, "steps": steps, "labels": self.labeler.state_dict()}
         with open(self.folder / "answers.jsonl", "a", encoding="utf-8") as f:
             f.write(json.dumps({"id": name, "request": number, "answer": answer}) + "\n")
         self.answers[name] = answer
@@ -151,12 +151,12 @@ class Service:
 
     def _fill(self, folder: Path) -> None:
         (folder / "discriminator").mkdir()
-        self.discriminator._fill_checkpoint(folder / "discriminator")
+        self.discriminator.save(folder / "discriminator", {}, {})
 
     def told(self) -> dict:
         """For /state."""
         online, state = self.config.online, self.state
-        bought = self.labeller.bought_until(state["requests"])
+        bought = self.labeler.bought_until(state["requests"])
         pool = len(state["labels"].get("pool", ()))
         return {
             "requests": state["requests"],
@@ -220,7 +220,8 @@ def make_app(service: Service, token: str | None) -> FastAPI:
         return {
             "ok": True,
             "reward": service.config.reward.name,
-            "discriminator": service.discriminator is not None and service.discriminator.loss.name,
+            "discriminator": service.discriminator is not None
+            and service.discriminator.learner.loss.name,
         }
 
     @app.get("/state")

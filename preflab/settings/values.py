@@ -28,3 +28,15 @@ def check_whole(config: DictConfig, smallest: dict[str, int], optional: Iterable
             continue
         if isinstance(value, bool) or not isinstance(value, int) or value < least:
             raise ConfigError(f"{key}={value} must be a whole number of at least {least}")
+
+
+def changed(settings, **values):
+    """A copy of a group of settings with other values of some keys."""
+    return OmegaConf.merge(settings, values)
+
+
+def temperatures(settings) -> list[float]:
+    """`temperature` as a list."""
+    if isinstance(settings.temperature, (int, float)):
+        return [settings.temperature]
+    return list(settings.temperature)

@@ -25,13 +25,13 @@ from preflab.batching.loader import Loader
 from preflab.batching.microbatches import microbatch_tokens, split_step
 from preflab.batching.packing import Batch, Layout
 from preflab.distributed.process_group import ALONE, World
-from preflab.modeling.fsdp import shard
 from preflab.modeling.fused_head import CHUNK_ELEMENTS, ON_A_GPU
 from preflab.modeling.layout_choice import known_layouts
 from preflab.modeling.loading import dtype_of, skeleton
 from preflab.modeling.logprobs import Scorer
-from preflab.modeling.parallelism import data_ranks
+from preflab.modeling.parallelism import bind_place, data_ranks
 from preflab.modeling.reference_cache import is_built
+from preflab.training.registry import find_trainer
 
 GIB = 2**30
 
@@ -66,7 +66,7 @@ def make_plan(config, loss, data: PreferenceData) -> Plan:
     plan = Plan(
         sum(p.numel() for p in model.parameters()),
         sum(p.numel() for p in trained),
-        data_ranks(config, ALONE) * config.tensor_parallel_size,
+        _ranks(config),
     )
     _count_data(plan, config, loss, data)
     policy, gathered = _bytes_on_a_rank(config, scalar, config.model.policy_dtype)
@@ -154,7 +154,7 @@ def _count_data(plan: Plan, config, loss, data: PreferenceData) -> None:
             data,
             examples,
             layout,
-            ranks=data_ranks(config, ALONE),
+            ranks=data_ranks(find_trainer(config.trainer), config, ALONE),
             at_least=config.gradient_accumulation_steps,
             tokens=budget,
             grouping=config.length_grouping,
@@ -195,16 +195,14 @@ def _bytes_on_a_rank(
         model = skeleton(config.model, scalar_head=scalar, trainable=lora)
         whole = {name: p.numel() for name, p in model.named_parameters()}
         item = dtype_of(dtype).itemsize
-        if (
-            config.trainer == "TensorParallelTrainer"
-        ):  # layers are split, and what is not split is kept in pieces
-            n = config.world_size or 1
+        trainer = find_trainer(config.trainer)
+        if not trainer.placement.shards_state:
+            # Where layers are split, what is not split is kept in pieces too.
+            parts = (config.world_size or 1) if trainer.placement.splits_layers else 1
             return [
-                (math.ceil(p.numel() / n) * item, p.requires_grad) for p in model.parameters()
+                (math.ceil(p.numel() / parts) * item, p.requires_grad) for p in model.parameters()
             ], 0
-        if config.trainer != "FSDPTrainer":
-            return [(p.numel() * item, p.requires_grad) for p in model.parameters()], 0
-        shard(Scorer(model), world, config, dtype_of(dtype))
+        bind_place(trainer, config, world)(Scorer(model), dtype_of(dtype))
         local = {
             name: (p.to_local() if isinstance(p, DTensor) else p, p.requires_grad)
             for name, p in model.named_parameters()
@@ -213,7 +211,7 @@ def _bytes_on_a_rank(
         if config.fsdp_cpu_offload:
             sizes = [(0, needs) for _, needs in sizes]
         half = dtype_of(config.model.fsdp_policy_mp or dtype).itemsize
-        return sizes, _gathered(model, whole) * half // config.tensor_parallel_size
+        return sizes, _gathered(model, whole) * half // trainer.placement.peers(config)
 
 
 def _gathered(model: nn.Module, whole: dict[str, int]) -> int:
@@ -235,18 +233,23 @@ def _as_if_rank_0(config):
     ever sent."""
     from torch.testing._internal.distributed.fake_pg import FakeStore
 
-    size = (
-        data_ranks(config, ALONE) * config.tensor_parallel_size
-        if config.trainer == "FSDPTrainer"
-        else 1
-    )
+    size = _ranks(config)
     if dist.is_initialized():  # that of an earlier run in this process, alone
         dist.destroy_process_group()
     dist.init_process_group("fake", rank=0, world_size=size, store=FakeStore())
     try:
-        yield World(0, size, peers=config.tensor_parallel_size)
+        yield World(0, size, peers=_peers(config))
     finally:
         dist.destroy_process_group()
+
+
+def _peers(config) -> int:
+    return find_trainer(config.trainer).placement.peers(config)
+
+
+def _ranks(config) -> int:
+    """All ranks of the run."""
+    return data_ranks(find_trainer(config.trainer), config, ALONE) * _peers(config)
 
 
 def _optimizer_slots(config) -> float:
@@ -311,7 +314,7 @@ def _activations(config, scalar: bool, shape: tuple[int, int]) -> int:
         settings = model.config.get_text_config()
         layers = settings.num_hidden_layers
         total = total // layers + layers * rows * width * settings.hidden_size * compute.itemsize
-    peers = config.tensor_parallel_size if config.trainer == "FSDPTrainer" else 1
+    peers = _peers(config)
     vocabulary = model.config.get_text_config().vocab_size
     limit = CHUNK_ELEMENTS * (ON_A_GPU if _device(config) == "cuda" else 1)
     chunk = (

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from preflab.distributed.process_group import World
+from preflab.training.checkpoints import Counters
 from utils import atomic_write, json_lines
 
 
@@ -66,6 +67,15 @@ class MetricLog:
             self._last = now
             numbers = {key: value for key, value in row.items() if isinstance(value, (int, float))}
             self._tell_wandb(lambda run: run.log(numbers, step=row["step"]))
+
+    def write_at(self, counters: Counters, split: str, values: dict) -> None:
+        """A row that says where the run is: after how many examples and steps."""
+        where = {"examples": counters.examples, "step": counters.steps, "split": split}
+        progress = {
+            "counters/examples": counters.examples,
+            "counters/updates": counters.steps,
+        }
+        self.write(where | values | progress)
 
     def finish(self) -> None:
         self._tell_wandb(lambda run: run.finish())

@@ -1,0 +1,98 @@
+"""Who writes the rollouts of a round, and how they are drawn."""
+
+from pathlib import Path
+
+from preflab.batching.examples import PromptToSample
+from preflab.distributed.process_group import World
+from preflab.modeling.generation import sample
+from preflab.modeling.loading import build_policy
+from preflab.modeling.logprobs import Scorer
+from preflab.online.rollouts import Rollouts
+from preflab.settings.values import changed
+from preflab.training.learner import Learner
+
+
+def build_sampler(settings, learner: Learner) -> Scorer:
+    """The model of `online.sampler`: the policy as it learns, or a model that stays as it is."""
+    given = settings.online.sampler
+    if given is None:
+        return learner.policy
+    if given == "reference" and learner.reference is not None:
+        return learner.reference
+    model = settings.model
+    archive = (model.reference_archive or model.archive) if given == "reference" else given
+    return build_policy(changed(model, archive=archive), trainable=False, place=learner.place)
+
+
+class Drawing:
+    """Draws K responses to each prompt of a round.
+
+    A response depends on the seed, the prompt, the round and its number in the round alone.
+    """
+
+    def __init__(self, settings, sampler: Scorer, tokenizer, world: World):
+        self.settings, self.sampler, self.tokenizer, self.world = (
+            settings,
+            sampler,
+            tokenizer,
+            world,
+        )
+        self.k = settings.online.responses_per_prompt
+        self.max_new_tokens = (
+            settings.online.max_new_tokens
+            or settings.max_new_tokens
+            or settings.max_length - settings.max_prompt_length
+        )
+
+    def roll_out(
+        self, number: int, prompts: list[PromptToSample], recorded: list[dict]
+    ) -> Rollouts:
+        """The rollouts of round `number`.
+
+        recorded: ledger lines of this round from before a stop. Their responses are used again, for
+        their labels are paid.
+        """
+        paid = {row["key"]: row["tokens"] for row in recorded}
+        new = [
+            (prompt, i * self.k + j)
+            for i, prompt in enumerate(prompts)
+            if prompt.key not in paid
+            for j in range(self.k)
+        ]
+        drawn = iter(self._draw(number, new))
+        tokens = [paid.get(p.key) or [next(drawn) for _ in range(self.k)] for p in prompts]
+        return Rollouts(
+            number,
+            [prompt.key for prompt in prompts],
+            self._texts([prompt.tokens for prompt in prompts]),
+            [prompt.tokens for prompt in prompts],
+            [self._texts(of_prompt) for of_prompt in tokens],
+            tokens,
+        )
+
+    def _draw(self, number: int, items: list[tuple[PromptToSample, int]]) -> list[list[int]]:
+        """A response to each prompt, with the number it has among all responses of the round."""
+        if not items:
+            return []
+        settings = self.settings
+        return sample(
+            self.sampler,
+            self.tokenizer,
+            [prompt.tokens for prompt, _ in items],
+            keys=[(prompt.key, number, j) for prompt, j in items],
+            max_new_tokens=self.max_new_tokens,
+            temperature=settings.temperature,
+            top_p=settings.topp,
+            seed=settings.seed,
+            batch_size=settings.eval_batch_size,
+            world=self.world,
+            description="roll out",
+        )
+
+    def _texts(self, responses: list[list[int]]) -> list[str]:
+        return [self.tokenizer.decode(ids, skip_special_tokens=True) for ids in responses]
+
+
+def rollouts_file(run_dir: Path) -> Path:
+    """Every rollout of a run, a line for each prompt of a round."""
+    return run_dir / "rollouts.jsonl"

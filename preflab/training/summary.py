@@ -1,0 +1,73 @@
+"""summary.json: the last evaluation of a run, its speed and its size."""
+
+import json
+from pathlib import Path
+
+from preflab.distributed.process_group import World
+from preflab.training.checkpoints import Counters
+from preflab.training.profiling import peak_memory
+from utils import atomic_write
+
+REWARDS = (
+    "policy_reward",
+    "policy_reward_se",
+    "reference_reward",
+    "reference_reward_se",
+    "reward_gain",
+    "reward_gain_se",
+)
+KLS = ("kl", "kl_se", "kl_k1", "kl_k3")
+MEASURED = ("policy_length", "reference_length", "policy_ended", "entropy", "repetition")
+
+
+def write_summary(
+    run_dir: Path,
+    settings,
+    loss_name: str,
+    values: dict,
+    counters: Counters,
+    world: World,
+    *,
+    temperature: float,
+    state_bytes: dict[str, int],
+    save_peaks: list[int] = (),
+    **more,
+) -> dict:
+    """Write summary.json on rank 0 and return its content on every rank.
+
+    values: the last row of an evaluation. state_bytes: by kind, see `Learner`. save_peaks: bytes of
+    host memory of each save. more: further keys.
+    """
+    samples = {
+        key.removeprefix("samples_eval/"): value
+        for key, value in values.items()
+        if key.startswith("samples_eval/")
+    }
+    rate = counters.examples / counters.train_seconds if counters.train_seconds else None
+    summary = {
+        "finished": True,
+        "function": settings.function,
+        "loss": loss_name,
+        "reward": settings.reward.name,
+        **{name: samples.get(name) for name in REWARDS + KLS},
+        "eval_accuracy": values.get("rewards_eval/accuracies"),
+        "eval_loss": values.get("loss/eval"),
+        **{name: samples[name] for name in MEASURED if name in samples},
+        "pairs_per_second": rate,
+        "examples": counters.examples,
+        "steps": counters.steps,
+        "seconds": counters.seconds,
+        "seed": settings.seed,
+        "temperature": temperature,
+        "top_p": settings.topp,
+        "peak_memory_bytes": int(world.max([float(peak_memory())])[0]),
+        "trainer": settings.trainer,
+        "ranks": world.size,
+        "rank_bytes": state_bytes,
+        **more,
+        "save_peak_host_mib": max(save_peaks) / 2**20 if save_peaks else None,
+    }
+    if world.rank == 0:
+        with atomic_write(run_dir / "summary.json") as f:
+            json.dump(summary, f, indent=1)
+    return summary
