@@ -20,6 +20,7 @@ from preflab.objective.registry import LOSSES
 from preflab.online import discriminator, rounds
 from preflab.online.labelers import DiscriminatorLabels, GoldLabels, select
 from preflab.online.ledger import Ledger
+from preflab.online.measures import logged_rewards
 from preflab.online.rollouts import Rollouts, best_and_worst
 from preflab.online.rounds import OnlineTrainer
 from preflab.rewards.registry import RewardError
@@ -433,15 +434,16 @@ def test_initial_labels_are_bought_of_the_first_policy_and_learnt_first(go):
     "setting, measured", [("auto", [False, True]), (True, [True, True]), (False, [False, False])]
 )
 def test_a_gold_that_costs_money_is_not_asked_for_the_log(setting, measured):
-    run = object.__new__(rounds.Online)
-    run.config = OmegaConf.create(
+    settings = OmegaConf.create(
         {
             "reward": {"name": "ultrafeedbackgold"},
             "more_rewards": ["length"],
             "online": {"measure_gold": setting},
         }
     )
-    assert [run._measures(name) for name in ("ultrafeedbackgold", "length")] == measured
+    assert logged_rewards(settings) == dict(
+        zip(("ultrafeedbackgold", "length"), measured, strict=True)
+    )
 
 
 DPO_D2PO = (*D2PO, "online.discriminator=dpo", "online.select=rand")
@@ -504,7 +506,9 @@ def test_killed_between_buying_and_learning_nothing_is_bought_twice_or_lost(
     go, settings, monkeypatch
 ):
     whole = go("whole", *settings)
-    target, name = (discriminator.Discriminator, "learn") if settings else (rounds.Online, "_learn")
+    target, name = (
+        (discriminator.Discriminator, "learn") if settings else (rounds.OnlineTrainer, "_learn")
+    )
     learn, calls = getattr(target, name), []
 
     def killed(self, *arguments, **more):
@@ -562,14 +566,14 @@ def test_a_gold_that_fails_stops_the_run_with_a_checkpoint_and_it_goes_on(
 def test_a_ledger_torn_in_the_middle_of_a_round_is_filled_up_to_the_same_run(
     go, monkeypatch, tmp_path
 ):
-    whole, learn = go("whole"), rounds.Online._learn
+    whole, learn = go("whole"), rounds.OnlineTrainer._learn
 
     def killed(self, rollouts, labels, bar):
         if rollouts.round == 4:  # its checkpoint is that of round 2
             raise KeyboardInterrupt
         return learn(self, rollouts, labels, bar)
 
-    monkeypatch.setattr(rounds.Online, "_learn", killed)
+    monkeypatch.setattr(rounds.OnlineTrainer, "_learn", killed)
     with pytest.raises(KeyboardInterrupt):
         go("torn")
     monkeypatch.undo()

@@ -137,10 +137,10 @@ def test_train_learns_and_says_the_same_to_the_same_id(client):
     assert second["labels_bought"] == 3 and http.get("/state").json()["pool"] == 0
     after = http.post("/predict", json={"prompts": ["p"], "responses": ["xyz"]}).json()
     assert after != before
-    steps = service.discriminator.counters.steps
+    steps = service.discriminator.learner.counters.steps
     assert (
         http.post("/train", json=request(2)).json() == second
-        and service.discriminator.counters.steps == steps
+        and service.discriminator.learner.counters.steps == steps
     )  # asked again: nothing is bought or learnt
     assert http.get("/health").json()["discriminator"] == "bradley_terry"
 
@@ -177,7 +177,7 @@ def test_killed_between_buying_and_saving_nothing_is_bought_twice(
         killed,
     )
     with pytest.raises(KeyboardInterrupt):
-        service.train(service.Train(**request(2)))
+        service.train(service_module.Train(**request(2)))
     monkeypatch.undo()
     assert len(read_rows(tmp_path / "other" / "labels.jsonl")) == 3
     again, _ = client(*LEARNS, folder=tmp_path / "other")
@@ -352,7 +352,7 @@ def test_a_run_whose_service_is_killed_ends_as_one_that_labels_itself(
     server = Server(
         service_options(small_folder, imdb_dir, *LEARNS, f"local_run_dir={tmp_path / 'state'}")
     )
-    learn = rounds.Online._learn
+    learn = rounds.OnlineTrainer._learn
 
     def and_kill(self, rollouts, labels, bar):
         if rollouts.round == 3:  # after one that bought, and before it buys again
@@ -360,7 +360,7 @@ def test_a_run_whose_service_is_killed_ends_as_one_that_labels_itself(
             server.start()  # takes seconds, in which the run asks in vain
         return learn(self, rollouts, labels, bar)
 
-    monkeypatch.setattr(rounds.Online, "_learn", and_kill)
+    monkeypatch.setattr(rounds.OnlineTrainer, "_learn", and_kill)
     try:
         server.wait()
         served = tmp_path / "served"

@@ -124,6 +124,21 @@ class RoundMeasures:
                 f.write(json.dumps(row, ensure_ascii=False) + "\n")
 
 
+def _registered(settings) -> dict:
+    """The functions of the run's rewards, by the name that their scores have."""
+    return {name: REWARDS[entry["name"]] for name, entry in all_rewards(settings).items()}
+
+
+def logged_rewards(settings) -> dict[str, bool]:
+    """Whether each reward is asked for the log alone: `online.measure_gold`, where "auto" means
+    those whose questions cost nothing."""
+    logged = settings.online.measure_gold
+    return {
+        name: (not reward.is_paid) if logged == "auto" else logged
+        for name, reward in _registered(settings).items()
+    }
+
+
 def label_accuracy(labels: Labels, gold: list[float]) -> float | None:
     """The share of labelled pairs that gold orders the same way, without those it scores equally.
 
