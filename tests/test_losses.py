@@ -715,11 +715,7 @@ def test_cpo_and_slic_without_their_likelihood_are_reference_free_dpo_and_a_hing
 
 
 def test_every_registered_loss_has_a_yaml_of_its_name_and_every_yaml_a_loss():
-    own = {
-        name
-        for name, spec in LOSSES.items()
-        if spec.function.__module__ == "losses"
-    }
+    own = {name for name, spec in LOSSES.items() if spec.function.__module__ == "losses"}
     assert own == set(YAMLS)
 
 
