@@ -85,6 +85,14 @@ class Checkout:
         return {path.name for path in self.root.iterdir() if path.is_dir()}
 
 
+def wait_for(condition) -> None:
+    """Until `condition()` holds; fails after 30 seconds."""
+    end = time.monotonic() + 30
+    while not condition():
+        assert time.monotonic() < end, condition
+        time.sleep(0.01)
+
+
 @pytest.fixture
 def checkout(tmp_path):
     return Checkout(tmp_path)
@@ -130,8 +138,7 @@ def test_python_names_another_version_and_the_environment_keeps_it(checkout):
 
 def test_two_commands_at_once_set_up_one_environment(checkout):
     first = checkout.start("run.sh", FAKE_SECONDS="1")
-    while "venv begins" not in checkout.events():
-        time.sleep(0.01)
+    wait_for(lambda: "venv begins" in checkout.events())
     code, out, _ = checkout.run("test.sh")
     assert code == 0 and first.wait(30) == 0
     assert "waiting for another command that sets up .venv" in out and "setting up" not in out
@@ -144,8 +151,7 @@ def test_a_run_holds_no_lock_while_it_trains(checkout):
     trains = f"#!/usr/bin/env bash\ntouch '{checkout.log}.trains'\nsleep 60\n"
     checkout.venv.joinpath("bin", "python").write_text(trains)
     running = checkout.start("run.sh")
-    while not checkout.log.with_name("log.trains").exists():
-        time.sleep(0.01)
+    wait_for(checkout.log.with_name("log.trains").exists)
     try:
         with open(checkout.root / "constraints.txt", "a") as f:
             f.write("another==1.0\n")
@@ -193,8 +199,7 @@ def test_a_failed_installation_leaves_the_environment_that_was_there(checkout):
 @pytest.mark.parametrize("signum", [signal.SIGINT, signal.SIGTERM, signal.SIGKILL])
 def test_an_interrupted_installation_is_not_used(checkout, signum):
     process = checkout.start("run.sh", FAKE_PIP="hangs")
-    while not checkout.log.with_name("log.hangs").exists():
-        time.sleep(0.01)
+    wait_for(checkout.log.with_name("log.hangs").exists)
     os.killpg(process.pid, signum)
     process.communicate(timeout=30)
     assert process.returncode != 0
