@@ -76,6 +76,7 @@ restore() {
 }
 
 set_up() (
+    trap 'exit 130' INT # also where a command takes Ctrl-C and ends with an error that is passed over
     exec 9>"$venv.lock"
     "$base" -c "$lock"
     if is_ready; then exit 0; fi
