@@ -61,7 +61,8 @@ def commands(text: str) -> list[list[str]]:
 
 
 def distinct_commands() -> list[list[str]]:
-    """Those of all pages, each once; the README's own are run by test_commands.py."""
+    """Those of all pages, each once; those of the README and docs/commands.md are run by
+    test_commands.py."""
     known = {("python", *command) for command in readme_commands()}
     found = {tuple(words) for page in PAGES for words in commands(page.read_text(encoding="utf-8"))}
     return [list(words) for words in sorted(found - known)]
@@ -370,6 +371,21 @@ def test_the_index_has_every_page():
         for page in (ROOT / "docs").glob("*.md")
         if f"]({page.name})" not in index and page.name != "README.md"
     ]
+
+
+def test_the_words_of_the_index_lead_to_keys_that_exist():
+    index = (ROOT / "docs" / "README.md").read_text(encoding="utf-8")
+    [words] = re.findall(r"(?ms)^## Words you may know it by$(.*?)^## ", index)
+    named = re.findall(r"`([a-z_]+(?:\.[a-z_]+)*)(?:=[^`]*)?`", words)
+    config = compose("loss=dpo")
+    missing = [
+        key
+        for key in named
+        if not key.endswith((".jsonl", ".py"))
+        and key != "experiment"
+        and OmegaConf.select(config, key, default="absent") == "absent"
+    ]
+    assert len(named) > 40 and not missing
 
 
 # -------------------------------------------------------------------------- docs/troubleshooting.md
