@@ -36,7 +36,16 @@ HYDRA = {
     "generate.py": ["function=eval", "loss=sft"],
     "serve_reward.py": ["function=online"],
 }  # and what they put in front
-FOLDERS = ("", "benchmarks/", "config/**/", "docs/", "experiments/", "scripts/**/", "tests/")
+FOLDERS = (
+    "",
+    "benchmarks/",
+    "config/**/",
+    "docs/",
+    "experiments/",
+    "preflab/**/",
+    "scripts/**/",
+    "tests/",
+)
 FILES = [
     path.relative_to(ROOT).as_posix() for folder in FOLDERS for path in ROOT.glob(f"{folder}*.*")
 ]
@@ -394,7 +403,7 @@ def test_the_words_of_the_index_lead_to_keys_that_exist():
 def messages() -> list[str]:
     """The strings of the source, with a null character for what is filled in."""
     found = []
-    for file in ROOT.glob("*.py"):
+    for file in [*ROOT.glob("*.py"), *ROOT.glob("preflab/**/*.py")]:
         for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
             if isinstance(node, ast.JoinedStr):
                 found.append(
