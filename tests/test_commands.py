@@ -1,5 +1,5 @@
-"""The commands that users type: those of the README, and the published recipes on a small model and
-small data."""
+"""The commands that users type: those of the README and docs/commands.md, and the published recipes
+on a small model and small data."""
 
 import contextlib
 import json
@@ -35,10 +35,13 @@ QUICK = [
 
 
 def readme_commands() -> list[list[str]]:
-    """Every python command of the README, without its comment."""
-    blocks = re.findall(r"```bash\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
+    """Every python command of the README and of docs/commands.md, once, without its comment."""
+    pages = [ROOT / "README.md", ROOT / "docs" / "commands.md"]
+    text = "\n".join(page.read_text(encoding="utf-8") for page in pages)
+    blocks = re.findall(r"```bash\n(.*?)```", text, re.DOTALL)
     lines = [line.split(" #")[0].strip() for block in blocks for line in block.splitlines()]
-    return [shlex.split(line)[1:] for line in lines if line.startswith("python ")]
+    commands = dict.fromkeys(line for line in lines if line.startswith("python "))
+    return [shlex.split(line)[1:] for line in commands]
 
 
 @pytest.fixture(scope="module")
@@ -189,7 +192,7 @@ def answers(script: str, *arguments: str) -> None:
 
 
 def test_the_readme_shows_commands():
-    assert len(readme_commands()) >= 8
+    assert len(readme_commands()) >= 16
 
 
 def test_the_default_experiment_raises_the_reward_and_a_larger_beta_stays_closer(tmp_path):

@@ -36,7 +36,16 @@ HYDRA = {
     "generate.py": ["function=eval", "loss=sft"],
     "serve_reward.py": ["function=online"],
 }  # and what they put in front
-FOLDERS = ("", "benchmarks/", "config/**/", "docs/", "experiments/", "scripts/**/", "tests/")
+FOLDERS = (
+    "",
+    "benchmarks/",
+    "config/**/",
+    "docs/",
+    "experiments/",
+    "preflab/**/",
+    "scripts/**/",
+    "tests/",
+)
 FILES = [
     path.relative_to(ROOT).as_posix() for folder in FOLDERS for path in ROOT.glob(f"{folder}*.*")
 ]
@@ -61,7 +70,8 @@ def commands(text: str) -> list[list[str]]:
 
 
 def distinct_commands() -> list[list[str]]:
-    """Those of all pages, each once; the README's own are run by test_commands.py."""
+    """Those of all pages, each once; those of the README and docs/commands.md are run by
+    test_commands.py."""
     known = {("python", *command) for command in readme_commands()}
     found = {tuple(words) for page in PAGES for words in commands(page.read_text(encoding="utf-8"))}
     return [list(words) for words in sorted(found - known)]
@@ -372,13 +382,28 @@ def test_the_index_has_every_page():
     ]
 
 
+def test_the_words_of_the_index_lead_to_keys_that_exist():
+    index = (ROOT / "docs" / "README.md").read_text(encoding="utf-8")
+    [words] = re.findall(r"(?ms)^## Words you may know it by$(.*?)^## ", index)
+    named = re.findall(r"`([a-z_]+(?:\.[a-z_]+)*)(?:=[^`]*)?`", words)
+    config = compose("loss=dpo")
+    missing = [
+        key
+        for key in named
+        if not key.endswith((".jsonl", ".py"))
+        and key != "experiment"
+        and OmegaConf.select(config, key, default="absent") == "absent"
+    ]
+    assert len(named) > 40 and not missing
+
+
 # -------------------------------------------------------------------------- docs/troubleshooting.md
 
 
 def messages() -> list[str]:
     """The strings of the source, with a null character for what is filled in."""
     found = []
-    for file in ROOT.glob("*.py"):
+    for file in [*ROOT.glob("*.py"), *ROOT.glob("preflab/**/*.py")]:
         for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
             if isinstance(node, ast.JoinedStr):
                 found.append(

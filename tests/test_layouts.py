@@ -540,7 +540,7 @@ def table() -> str:
 
 
 def test_the_table_in_the_docs_is_what_the_code_does():
-    text = (ROOT / "docs" / "details.md").read_text(encoding="utf-8")
+    text = (ROOT / "docs" / "models.md").read_text(encoding="utf-8")
     assert text.split(MARKS[0])[1].split(MARKS[1])[0] == table()
     assert packed_attention.SHARING < set(
         ARCHITECTURES
@@ -548,7 +548,7 @@ def test_the_table_in_the_docs_is_what_the_code_does():
 
 
 if __name__ == "__main__":
-    docs = ROOT / "docs" / "details.md"
+    docs = ROOT / "docs" / "models.md"
     before, rest = docs.read_text(encoding="utf-8").split(MARKS[0])
     docs.write_text(
         before + MARKS[0] + table() + MARKS[1] + rest.split(MARKS[1])[1], encoding="utf-8"

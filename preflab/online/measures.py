@@ -31,13 +31,9 @@ class RoundMeasures:
     ):
         self.settings, self.learner, self.rewards = settings, learner, rewards
         self.labeler, self.path, self.world = labeler, rollouts_file(run_dir), world
-        registered = {name: REWARDS[entry["name"]] for name, entry in all_rewards(settings).items()}
+        registered = _registered(settings)
         self.gold = next((name for name, reward in registered.items() if reward.is_gold), None)
-        logged = settings.online.measure_gold
-        self._logged = {
-            name: (not reward.is_paid) if logged == "auto" else logged
-            for name, reward in registered.items()
-        }
+        self._logged = logged_rewards(settings)
 
     def scores(self, rollouts: Rollouts) -> dict[str, list[float]]:
         """Scores of all rollouts by reward, for those that are asked for the log alone.
