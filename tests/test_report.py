@@ -249,7 +249,7 @@ def test_online_runs_are_drawn_and_told(tmp_path):
     for told in ("rounds", "gold labels bought", "time sampling", "75%", "25%"):
         assert told in table
     assert pixels(folder / "online.png").std() > 0.02
-    figure = plots.online_picture({"a": [Run(folder)]})
+    figure = plots.online_figure({"a": [Run(folder)]})
     shown = [ax for ax in figure.axes if ax.get_visible()]
     assert len(shown) == 3  # nothing says how often labels were right
     last = [ax.lines[0].get_xdata()[-1] for ax in shown]
