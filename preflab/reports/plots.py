@@ -219,7 +219,7 @@ ONLINE_PANELS = [
     OnlinePanel(
         "round",
         "online/label_accuracy",
-        "labels that gold agrees with, on the round's pairs",
+        "label accuracy against gold, on the round's pairs",
         "round",
         "share of pairs",
     ),
@@ -317,7 +317,7 @@ def _winrate_panels(evaluations: list[dict], winrates: list[dict]) -> list[Tempe
             of_comparison.append((loss, rate["temperature"], rate["win_rate"]))
     panels = [
         TemperaturePanel(
-            f"win rate against {shorten(against)}", f"by {by}; a tie is 1/2", of_comparison
+            f"win rate against {shorten(against)}", f"by {by}; a tie counts 1/2", of_comparison
         )
         for (against, by), of_comparison in points.items()
     ]

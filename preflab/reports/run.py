@@ -70,8 +70,8 @@ def _problems(run: Run) -> list[str]:
     if not n_missing:
         return []
     return [
-        f"{n_missing:,} values of metrics.jsonl are missing or no numbers; they are left out of the"
-        " curves."
+        f"{n_missing:,} values of metrics.jsonl are null, NaN or infinite; the curves leave them"
+        " out."
     ]
 
 

@@ -49,7 +49,8 @@ def read_jsonl(path: Path) -> list[dict]:
         except json.JSONDecodeError as error:
             if number < len(lines):
                 raise DataError(
-                    f"{path}:{number}: not JSON, though more lines follow: {error}"
+                    f"{path}:{number}: not JSON: {error}. Only the last line may be incomplete;"
+                    " repair or remove this one."
                 ) from error
     return rows
 

@@ -51,8 +51,9 @@ def report_folder(folder: Path, baseline: dict[str, str] | None = None) -> tuple
     runs, problems = find_runs(folder) if folder.is_dir() else ([], [])
     if not runs:
         raise DataError(
-            f"{folder}: no run there; looked for folders with a config.yaml and a metrics.jsonl"
-            + "".join(f"; {problem}" for problem in problems)
+            f"{folder}: not a run folder, and no run folder below it can be read. A run folder"
+            " has a config.yaml, and a metrics.jsonl or a status.json."
+            + "".join(f"\n{problem}" for problem in problems)
         )
     text = write_comparison(folder, runs, baseline, problems)
     return text, any(run.state == "running" for run in runs)
@@ -102,7 +103,7 @@ def _warnings(runs: list[Run]) -> list[str]:
         n_missing = run.count_missing()
         if n_missing:
             warnings.append(
-                f"{run.folder}: {n_missing:,} values of metrics.jsonl are missing or no numbers"
+                f"{run.folder}: {n_missing:,} values of metrics.jsonl are null, NaN or infinite"
             )
     for key, difference in (
         ("datasets", "on different data"),
@@ -113,13 +114,13 @@ def _warnings(runs: list[Run]) -> list[str]:
         values = sorted({run.setting(key) for run in runs})
         if len(values) > 1:
             warnings.append(
-                f"These runs were evaluated {difference} ({', '.join(values)}): their numbers do"
-                " not compare."
+                f"These runs were evaluated {difference} ({', '.join(values)}); their numbers are"
+                " not comparable."
             )
     if runs and not any(is_number(run.latest().get("policy_reward")) for run in runs):
         warnings.append(
-            "No run has sampled yet, or sampling was off (sample_during_eval=false): there is no"
-            " reward to compare."
+            "There is no reward to compare: no run has sampled yet, or sampling is off"
+            " (sample_during_eval=false)."
         )
     return warnings
 
@@ -203,15 +204,15 @@ def _find_baseline(groups: list[Group], settings: dict[str, str] | None) -> Grou
     for key in settings:
         if key not in groups[0].settings:
             raise ConfigError(
-                f"--baseline {key}: the runs do not differ in it; they differ in"
+                f"--baseline {key}: the runs do not differ in this setting; they differ in"
                 f" {', '.join(groups[0].settings)}"
             )
     for group in groups:
         if all(group.settings[key] == value for key, value in settings.items()):
             return group
     raise ConfigError(
-        f"--baseline: no group has {settings}; there are"
-        f" {', '.join(group.name for group in groups)}"
+        f"--baseline {' '.join(f'{key}={value}' for key, value in settings.items())}: no group has"
+        f" these settings; the groups are {', '.join(group.name for group in groups)}"
     )
 
 
@@ -288,7 +289,7 @@ def _write_frontier(folder: Path, groups: list[Group]) -> Table | None:
         title="Best reward within a KL to the reference: mean ± standard error over seeds",
         head=["", *(f"KL {KL_BUDGETS[i]:g}" for i in reached)],
         rows=[[name, *(cell(rewards[i]) for i in reached)] for name, rewards in rewards_at.items()],
-        notes=["Where all seeds got that far."],
+        notes=["A cell is empty (-) unless every seed reaches that KL."],
     )
 
 

@@ -77,13 +77,13 @@ def verdict(summary: dict) -> str:
     errors."""
     gain, error = summary.get("reward_gain"), summary.get("reward_gain_se")
     if gain is None:
-        return "No samples of policy and reference to compare."
+        return "There are no samples of the policy and the reference to compare."
     policy = plus_minus(summary["policy_reward"])
     reference = plus_minus(summary["reference_reward"])
     kl = plus_minus(summary.get("kl"), summary.get("kl_se"), 2)
     scores = f"{policy} against the reference's {reference}, at KL {kl} nats"
     if error is None or abs(gain) <= 2 * error:
-        return f"The policy's samples score {scores}: a difference within two standard errors."
+        return f"The policy's samples score {scores}; the difference is within two standard errors."
     direction = "higher" if gain > 0 else "lower"
     return f"The policy's samples score {direction}, {scores}: {gain:+.3f} ± {error:.3f}."
 
@@ -150,9 +150,7 @@ def winrate_table(winrates: list[dict]) -> Table | None:
         title="Win rates",
         head=["", "temperature", "against", "by", "win rate, 95%", *WINRATE_COUNTS],
         rows=rows,
-        notes=[
-            "A tie counts one half; so does a pair on which the two orders contradict each other."
-        ],
+        notes=["A tie counts one half, and so does a pair whose two orders contradict each other."],
     )
 
 
@@ -199,8 +197,8 @@ def evaluation_table(evaluations: list[dict]) -> Table | None:
         head=["checkpoint", "trained with", "temperature", *columns],
         rows=rows,
         notes=[
-            "Rewards, KL and the rest are means over prompts with standard errors; the KL is that"
-            " of the sampled distribution only at temperature 1 and top-p 1."
+            "Values are means over prompts ± standard errors. The KL is that of the sampled"
+            " distribution only at temperature 1 and top-p 1."
         ],
     )
 
