@@ -1,15 +1,15 @@
-"""Run folders to tables and pictures: `python report.py RUN`, or a folder of runs. Needs no torch
-and starts in a second.
+"""Tables, pictures and a page from a run folder or from a folder of runs.
 
-    python report.py RUN                     a run, finished or not: report.html and pictures; also
-    of what function=eval wrote python report.py SWEEP_DIR               a folder of runs: one
-    table, paired differences, frontiers, curves with bands, samples python report.py SWEEP_DIR
-    --baseline loss.name=dpo loss.beta=0.1
-    python report.py RUN --watch [SECONDS]   again and again, until all runs there are done
+    python report.py RUN                  a run, finished or not, or an evaluation of checkpoints
+    python report.py SWEEP                a folder of runs: one table, paired differences,
+                                          frontiers, curves with error bands, samples
+    python report.py SWEEP --baseline loss.name=dpo loss.beta=0.1
+    python report.py RUN --watch 60       every 60 seconds until no run there is running
 
-A sweep gets comparison.csv (numbers), comparison.md and comparison.tex (mean ± standard error over
-seeds), differences.csv (from the baseline, paired by seed, with bootstrap intervals), frontier.csv
-(the best reward within a KL, by seed) and report.html.
+A run gets report.html and its pictures. A sweep also gets comparison.csv (full precision),
+comparison.md and comparison.tex (mean ± standard error over seeds), differences.csv (from the
+baseline, paired by seed, with bootstrap intervals) and frontier.csv (the best reward within a KL,
+by seed). The command does not import torch and starts in about a second.
 """
 
 import argparse
@@ -17,11 +17,29 @@ import sys
 import time
 from pathlib import Path
 
-from preflab.reports.sweep import report
+from preflab.reports.sweep import report_folder
 from utils import PrefLabError
 
 
 def main() -> None:
+    arguments = parse_arguments()
+    baseline = dict(pair.partition("=")[::2] for pair in arguments.baseline)
+    try:
+        while True:
+            text, is_running = report_folder(arguments.folder, baseline)
+            print(text)
+            print(arguments.folder / "report.html", flush=True)
+            if not (arguments.watch and is_running):
+                break
+            time.sleep(arguments.watch)
+    except KeyboardInterrupt:
+        pass
+    except PrefLabError as error:
+        print(f"error: {error}", file=sys.stderr)
+        raise SystemExit(2) from None
+
+
+def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -31,7 +49,7 @@ def main() -> None:
         nargs="+",
         default=[],
         metavar="KEY=VALUE",
-        help="settings of the group to compare with",
+        help="settings of the group that the others are compared with",
     )
     parser.add_argument(
         "--watch",
@@ -39,24 +57,9 @@ def main() -> None:
         type=float,
         const=30.0,
         metavar="SECONDS",
-        help="write it anew every so often while runs go on",
+        help="write the report again every so many seconds (30 by default) while a run is running",
     )
-    arguments = parser.parse_args()
-    try:
-        while True:
-            table, running = report(
-                arguments.folder, dict(pair.partition("=")[::2] for pair in arguments.baseline)
-            )
-            print(table)
-            print(f"{arguments.folder / 'report.html'}", flush=True)
-            if not (arguments.watch and running):
-                break
-            time.sleep(arguments.watch)
-    except KeyboardInterrupt:
-        pass
-    except PrefLabError as error:
-        print(f"error: {error}", file=sys.stderr)
-        raise SystemExit(2) from None
+    return parser.parse_args()
 
 
 if __name__ == "__main__":

@@ -468,8 +468,8 @@ def frontier(place: Place) -> tuple[dict, dict]:
         "envelopes": frontiers(runs),
     }
     return result, {
-        "frontier": of_groups(runs, sweep_plots.frontier_picture),
-        "frontier-training": of_groups(runs, sweep_plots.bands_picture),
+        "frontier": of_groups(runs, sweep_plots.frontier_figure),
+        "frontier-training": of_groups(runs, sweep_plots.bands_figure),
     }
 
 
@@ -526,9 +526,9 @@ def offset(place: Place) -> tuple[dict, dict]:
     }
     everything = [run for r in runs.values() for run in r]
     return result, {
-        "offset": of_groups(everything, sweep_plots.frontier_picture),
+        "offset": of_groups(everything, sweep_plots.frontier_figure),
         "offset-control": of_groups(
-            [run for r in control.values() for run in r], sweep_plots.frontier_picture
+            [run for r in control.values() for run in r], sweep_plots.frontier_figure
         ),
     }
 
@@ -582,8 +582,8 @@ def sequential_kl(place: Place) -> tuple[dict, dict]:
         + "."
     )
     return {"holds": bool(holds), "found": text, "kl": found}, {
-        "sequential_kl": of_groups(runs, sweep_plots.bands_picture),
-        "sequential_kl-frontier": of_groups(runs, sweep_plots.frontier_picture),
+        "sequential_kl": of_groups(runs, sweep_plots.bands_figure),
+        "sequential_kl-frontier": of_groups(runs, sweep_plots.frontier_figure),
     }
 
 
@@ -676,7 +676,7 @@ def calibration(place: Place) -> tuple[dict, dict]:
         + "."
     )
     return {"holds": bool(holds), "found": found, "chosen_logratio": numbers, "cost": cost}, {
-        f"calibration-{i}": of_groups(of_data, sweep_plots.bands_picture)
+        f"calibration-{i}": of_groups(of_data, sweep_plots.bands_figure)
         for i, of_data in enumerate(runs.values())
     }
 
@@ -761,7 +761,7 @@ def temperature(place: Place) -> tuple[dict, dict]:
         "found": found,
         "winrates": rates,
         "against_data": against_data,
-    }, {"temperature": sweep_plots.temperature_picture(rows, rates + against_data)}
+    }, {"temperature": plots.temperature_figure(rows, rates + against_data)}
 
 
 def rates_against_data(place: Place, rows: list[dict], samples: list[dict]) -> list[dict]:
@@ -838,7 +838,7 @@ def d2po(place: Place) -> tuple[dict, dict]:
                 f"d2po/{budget}-gold-4", 20, *gold, "online.updates_per_round=4"
             ),
         }
-        figures[f"d2po-{budget}"] = plots.online_picture(arms[budget])
+        figures[f"d2po-{budget}"] = plots.online_figure(arms[budget])
         rewards[budget] = {
             arm: {
                 run.seed: run.summary["policy_reward"]

@@ -292,7 +292,7 @@ def run_here(*overrides: str) -> dict:
     register_resolvers()
     with hydra.initialize_config_dir(str(CONFIG_DIR), version_base="1.3"):
         config = hydra.compose("config", overrides=list(overrides))
-    with mock.patch.object(run, "save_pictures", lambda folder, figures: []):
+    with mock.patch.object(run, "save_figures", lambda folder, figures: []):
         return execution.execute(config, Path(config.local_run_dir))
 
 

@@ -1,1 +1,1 @@
-"""Run folders to tables, pictures and pages; nothing here imports torch."""
+"""Tables, figures and pages made from run folders; nothing here imports torch."""

@@ -1,14 +1,17 @@
-"""Colours, axes and files that all pictures share."""
+"""Colors, axes and file formats that all figures share."""
 
 import io
+import math
 
 from matplotlib import rc_context
+from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.backends.backend_svg import FigureCanvasSVG
 from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
 
-# The Okabe-Ito palette, which colour-blind readers can tell apart.
-COLOURS = {
+# The Okabe-Ito palette, which color-blind readers can tell apart.
+COLORS = {
     "policy": "#0072B2",
     "reference": "#7F7F7F",
     "chosen": "#009E73",
@@ -17,23 +20,32 @@ COLOURS = {
     "eval": "#CC3311",
 }
 
+COLOR_CYCLE = [
+    "#0072B2",
+    "#D55E00",
+    "#009E73",
+    "#CC79A7",
+    "#E69F00",
+    "#56B4E9",
+    "#000000",
+    "#999933",
+]
 
-CYCLE = ["#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000", "#999933"]
-
-
-LINES = ["-", "--", ":", "-."]
-
+LINE_STYLES = ["-", "--", ":", "-."]
 
 KL_LABEL = "KL(policy || reference) of samples (nats)"
 
 
-def style(i: int) -> dict:
-    """Colour and line of the i-th thing of a picture."""
-    return {"color": CYCLE[i % len(CYCLE)], "linestyle": LINES[i // len(CYCLE) % len(LINES)]}
+def style(i: int) -> dict[str, str]:
+    """Color and line style of the i-th line of a figure: all colors, then the next line style."""
+    return {
+        "color": COLOR_CYCLE[i % len(COLOR_CYCLE)],
+        "linestyle": LINE_STYLES[i // len(COLOR_CYCLE) % len(LINE_STYLES)],
+    }
 
 
-def new_axes(figure: Figure, rows: int, columns: int) -> list:
-    axes = figure.subplots(rows, columns, squeeze=False).flatten().tolist()
+def new_axes(figure: Figure, n_rows: int, n_columns: int) -> list[Axes]:
+    axes = figure.subplots(n_rows, n_columns, squeeze=False).flatten().tolist()
     for ax in axes:
         ax.spines[["top", "right"]].set_visible(False)
         ax.grid(alpha=0.25, linewidth=0.6)
@@ -41,37 +53,51 @@ def new_axes(figure: Figure, rows: int, columns: int) -> list:
     return axes
 
 
-def label_line(ax, title: str, x: str, y: str) -> None:
+def panel_grid(n_panels: int, row_height: float, n_columns: int = 2) -> tuple[Figure, list[Axes]]:
+    """A figure with one axes for each panel, row by row; a column is 5 inches wide."""
+    n_rows = math.ceil(n_panels / n_columns)
+    figure = Figure(figsize=(5 * n_columns, row_height * n_rows), layout="constrained")
+    axes = new_axes(figure, n_rows, n_columns)
+    for ax in axes[n_panels:]:
+        ax.set_visible(False)
+    return figure, axes[:n_panels]
+
+
+def label_axes(ax: Axes, title: str, x_label: str, y_label: str) -> None:
+    """Title, axis labels, and a legend if a line has a label."""
     ax.set_title(title, fontsize=11, loc="left")
-    ax.set_xlabel(x, fontsize=9)
-    ax.set_ylabel(y, fontsize=9)
+    ax.set_xlabel(x_label, fontsize=9)
+    ax.set_ylabel(y_label, fontsize=9)
     if ax.get_legend_handles_labels()[1]:
         ax.legend(fontsize=8, frameon=False)
 
 
 def smooth(values: list[float], weight: float = 0.9) -> list[float]:
-    """Exponential moving average, corrected for its start."""
-    mean, total, smoothed = 0.0, 0.0, []
+    """Exponential moving average, corrected for its start like the moments of Adam."""
+    mean, total = 0.0, 0.0
+    smoothed = []
     for value in values:
-        mean, total = weight * mean + (1 - weight) * value, weight * total + (1 - weight)
+        mean = weight * mean + (1 - weight) * value
+        total = weight * total + (1 - weight)
         smoothed.append(mean / total)
     return smoothed
 
 
-def short(text: str, n: int = 40) -> str:
-    return text if len(text) <= n else "…" + text[1 - n :]
+def shorten(text: str, max_length: int = 40) -> str:
+    """The end of a text, after an ellipsis, if the text is too long for a title."""
+    return text if len(text) <= max_length else "…" + text[1 - max_length :]
 
 
 def legend_below(figure: Figure, names: list[str]) -> None:
-    from matplotlib.lines import Line2D
-
+    """One legend for all axes of a figure; the i-th name has `style(i)`."""
     handles = [
         Line2D([], [], **style(i), linewidth=1.6, label=name) for i, name in enumerate(names)
     ]
+    longest = max(len(name) for name in names)
     figure.legend(
         handles=handles,
         loc="outside lower center",
-        ncols=max(1, min(4, 100 // max(map(len, names)))),
+        ncols=max(1, min(4, 100 // longest)),
         fontsize=8,
         frameon=False,
     )
@@ -80,14 +106,13 @@ def legend_below(figure: Figure, names: list[str]) -> None:
 def png(figure: Figure) -> bytes:
     buffer = io.BytesIO()
     FigureCanvasAgg(figure).print_png(buffer, metadata={"Software": None})
-    figure.set_layout_engine(
-        "none"
-    )  # all is in its place now; finding it again takes as long as drawing
+    # The layout is computed now. Computing it again for the SVG takes as long as drawing does.
+    figure.set_layout_engine("none")
     return buffer.getvalue()
 
 
 def svg(figure: Figure) -> bytes:
-    """The same bytes for the same figure: without a date, and with names that do not change."""
+    """The same bytes for the same figure: the file has no date, and its ids do not change."""
     buffer = io.BytesIO()
     with rc_context({"svg.hashsalt": "preflab", "svg.fonttype": "none"}):
         FigureCanvasSVG(figure).print_svg(buffer, metadata={"Date": None})

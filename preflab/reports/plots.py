@@ -1,246 +1,391 @@
-"""Pictures of one run."""
+"""Figures of a run: training curves, reward and KL, data, online rounds, evaluated checkpoints.
 
-import math
+A function returns None when the run has nothing to draw.
+"""
+
 from collections import defaultdict
+from typing import NamedTuple
 
+from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from preflab.reports.plot_style import (
-    COLOURS,
+    COLORS,
     KL_LABEL,
-    label_line,
+    label_axes,
     legend_below,
     new_axes,
+    panel_grid,
+    shorten,
     smooth,
     style,
 )
-from preflab.reports.runs import Run, is_number
+from preflab.reports.runs import Run, is_number, training_name
 from utils import mean_and_error
 
 
-def curves(run: Run) -> Figure | None:
-    """Loss, accuracy, rewards, log-ratios, and what else the run logged, against examples."""
-    panels = [("loss", "loss per example", [("loss/{}", "eval", "")])]
-    panels += [
-        (
-            "accuracy of the implicit reward",
-            "share of pairs",
-            [("rewards_{}/accuracies", "eval", "")],
-        )
-    ]
-    pair = [("/chosen", "chosen"), ("/rejected", "rejected")]
-    panels += [
-        (
-            "implicit rewards",
-            "beta x log-ratio",
-            [(f"rewards_{{}}{end}", role, role) for end, role in pair],
-        )
-    ]
-    panels += [
-        (
-            "log-ratios",
-            "log pi - log ref (nats)",
-            [(f"logratios_{{}}{end}", role, role) for end, role in pair],
-        )
-    ]
-    panels += [
-        (
-            "KL along the data's responses",
-            "nats",
-            [(f"kl_{{}}{end}", role, role) for end, role in pair],
-        )
-    ]
-    panels += [("gradient norm, before clipping", "norm", [("grad_norm", "train", "")])]
+class Curve(NamedTuple):
+    """A metric in a panel; `{}` in its name stands for the split, train or eval."""
+
+    metric: str
+    color: str
+    role: str = ""  # in the legend, before "train" or "eval"
+
+
+class Panel(NamedTuple):
+    title: str
+    y_label: str
+    curves: list[Curve]
+
+
+def _chosen_and_rejected(metric: str) -> list[Curve]:
+    return [Curve(f"{metric}/{role}", role, role) for role in ("chosen", "rejected")]
+
+
+TRAINING_PANELS = [
+    Panel("loss", "loss per example", [Curve("loss/{}", "eval")]),
+    Panel(
+        "accuracy of the implicit reward",
+        "share of pairs",
+        [Curve("rewards_{}/accuracies", "eval")],
+    ),
+    Panel("implicit rewards", "beta x log-ratio", _chosen_and_rejected("rewards_{}")),
+    Panel("log-ratios", "log pi - log ref (nats)", _chosen_and_rejected("logratios_{}")),
+    Panel("KL along the data's responses", "nats", _chosen_and_rejected("kl_{}")),
+    Panel("gradient norm, before clipping", "norm", [Curve("grad_norm", "train")]),
+]
+
+
+def training_figure(run: Run) -> Figure | None:
+    """Loss, accuracy, rewards, log-ratios, KL and gradient norm over training examples."""
     panels = [
-        p
-        for p in panels
+        panel
+        for panel in TRAINING_PANELS
         if any(
-            run.series(split, name.format(split))[0]
-            for name, *_ in p[2]
+            run.series(split, curve.metric.format(split))[0]
+            for curve in panel.curves
             for split in ("train", "eval")
         )
     ]
     if not panels:
         return None
-    n_rows = math.ceil(len(panels) / 2)
-    figure = Figure(figsize=(10, 3.1 * n_rows), layout="constrained")
-    axes = new_axes(figure, n_rows, 2)
-    for ax, (title, unit, lines) in zip(axes, panels):
-        for name, colour, role in lines:
-            x, y = run.series("train", name.format("train"))
-            ax.plot(x, y, color=COLOURS["train" if not role else colour], alpha=0.25, linewidth=0.8)
-            ax.plot(
-                x,
-                smooth(y),
-                color=COLOURS["train" if not role else colour],
-                linewidth=1.2,
-                label=f"{role} train".strip() if x else None,
-            )
-            x, y = run.series("eval", name.format("eval"))
-            if x and name != "grad_norm":
-                ax.plot(
-                    x,
-                    y,
-                    color=COLOURS[colour],
-                    marker="o",
-                    markersize=4,
-                    linewidth=1.5,
-                    label=f"{role} eval".strip(),
-                )
-        label_line(ax, title, "examples", unit)
-    for ax in axes[len(panels) :]:
-        ax.set_visible(False)
+    figure, axes = panel_grid(len(panels), row_height=3.1)
+    for ax, panel in zip(axes, panels, strict=True):
+        for curve in panel.curves:
+            _draw_curve(ax, run, curve)
+        label_axes(ax, panel.title, "examples", panel.y_label)
     return figure
 
 
-def reward_kl(run: Run) -> Figure | None:
-    """Reward of the samples against examples, and against KL: the run's own frontier."""
-    points = run.frontier()
-    x, y = run.series("eval", "samples_eval/policy_reward")
-    if not x:
-        return None
-    figure = Figure(figsize=(10, 3.4), layout="constrained")
-    left, right = new_axes(figure, 1, 2)
-    for who in ("policy", "reference"):
-        x, y = run.series("eval", f"samples_eval/{who}_reward")
-        errors = run.series("eval", f"samples_eval/{who}_reward_se")[1]
-        if x:
-            bars = [1.96 * e for e in errors] if len(errors) == len(x) else None
-            left.errorbar(
-                x,
-                y,
-                yerr=bars,
-                color=COLOURS[who],
-                marker="o",
-                markersize=4,
-                capsize=2,
-                linewidth=1.5,
-                label=who,
-            )
-    name = run.config.get("reward", {}).get("name", "reward")
-    label_line(left, "reward of samples (bars: 95%)", "examples", name)
-    if points:
-        right.plot(
-            [p[0] for p in points],
-            [p[1] for p in points],
-            color=COLOURS["policy"],
+def _draw_curve(ax: Axes, run: Run, curve: Curve) -> None:
+    """Training steps pale under their moving average, and evaluations as points."""
+    examples, values = run.series("train", curve.metric.format("train"))
+    color = COLORS[curve.color if curve.role else "train"]
+    ax.plot(examples, values, color=color, alpha=0.25, linewidth=0.8)
+    ax.plot(
+        examples,
+        smooth(values),
+        color=color,
+        linewidth=1.2,
+        label=f"{curve.role} train".strip() if examples else None,
+    )
+    if "{}" not in curve.metric:  # a metric of training alone
+        return
+    examples, values = run.series("eval", curve.metric.format("eval"))
+    if examples:
+        ax.plot(
+            examples,
+            values,
+            color=COLORS[curve.color],
             marker="o",
             markersize=4,
-            linewidth=1.2,
+            linewidth=1.5,
+            label=f"{curve.role} eval".strip(),
         )
-        for kl, reward, examples in (points[0], points[-1]):
-            right.annotate(
-                f"{examples:,}",
-                (kl, reward),
-                textcoords="offset points",
-                xytext=(6, -10),
-                fontsize=8,
-            )
-        label_line(
-            right,
-            "reward against KL, labelled by examples",
-            "KL(policy || reference) of samples (nats)",
-            name,
-        )
+
+
+def reward_figure(run: Run) -> Figure | None:
+    """Reward of the samples over training, and against their KL: the run's frontier."""
+    if not run.series("eval", "samples_eval/policy_reward")[0]:
+        return None
+    reward_name = run.config.get("reward", {}).get("name", "reward")
+    figure = Figure(figsize=(10, 3.4), layout="constrained")
+    left, right = new_axes(figure, 1, 2)
+    for model in ("policy", "reference"):
+        _draw_rewards(left, run, model)
+    label_axes(left, "reward of samples (bars: 95%)", "examples", reward_name)
+    points = run.frontier()
+    if points:
+        _draw_frontier(right, points)
+        label_axes(right, "reward against KL, labelled by examples", KL_LABEL, reward_name)
     else:
         right.set_visible(False)
     return figure
 
 
-def data_picture(run: Run) -> Figure | None:
-    """Histograms of prompt and response lengths and score gaps, train and test."""
-    names = [
-        n
-        for n in ("prompt_tokens", "response_tokens", "score_gap")
-        if any(n in s.get("histograms", {}) for s in run.data.values())
-    ]
+def _draw_rewards(ax: Axes, run: Run, model: str) -> None:
+    examples, rewards = run.series("eval", f"samples_eval/{model}_reward")
+    errors = run.series("eval", f"samples_eval/{model}_reward_se")[1]
+    if not examples:
+        return
+    ax.errorbar(
+        examples,
+        rewards,
+        yerr=[1.96 * error for error in errors] if len(errors) == len(examples) else None,
+        color=COLORS[model],
+        marker="o",
+        markersize=4,
+        capsize=2,
+        linewidth=1.5,
+        label=model,
+    )
+
+
+def _draw_frontier(ax: Axes, points: list[tuple[float, float, float]]) -> None:
+    """Points (KL, reward, examples); the first and the last are labelled with their examples."""
+    ax.plot(
+        [kl for kl, _, _ in points],
+        [reward for _, reward, _ in points],
+        color=COLORS["policy"],
+        marker="o",
+        markersize=4,
+        linewidth=1.2,
+    )
+    for kl, reward, examples in (points[0], points[-1]):
+        ax.annotate(
+            f"{examples:,}",
+            (kl, reward),
+            textcoords="offset points",
+            xytext=(6, -10),
+            fontsize=8,
+        )
+
+
+HISTOGRAMS = {  # of data.json, with their axis labels
+    "prompt_tokens": "tokens of a prompt",
+    "response_tokens": "tokens of a response",
+    "score_gap": "score gap of a pair",
+}
+
+
+def data_figure(run: Run) -> Figure | None:
+    """Histograms of prompt lengths, response lengths and score gaps, train and test."""
+    histograms = {
+        split: run.data.get(split, {}).get("histograms", {}) for split in ("train", "test")
+    }
+    names = [name for name in HISTOGRAMS if any(name in of for of in histograms.values())]
     if not names:
         return None
-    units = {
-        "prompt_tokens": "tokens of a prompt",
-        "response_tokens": "tokens of a response",
-        "score_gap": "score gap of a pair",
-    }
     figure = Figure(figsize=(10, 2.8), layout="constrained")
-    for ax, name in zip(new_axes(figure, 1, len(names)), names):
-        for split, colour in (("train", "train"), ("test", "eval")):
-            h = run.data.get(split, {}).get("histograms", {}).get(name)
-            if h:
-                total = sum(h["counts"]) or 1
+    for ax, name in zip(new_axes(figure, 1, len(names)), names, strict=True):
+        for split, color in (("train", "train"), ("test", "eval")):
+            histogram = histograms[split].get(name)
+            if histogram:
+                total = sum(histogram["counts"]) or 1
                 ax.stairs(
-                    [c / total for c in h["counts"]],
-                    h["edges"],
-                    color=COLOURS[colour],
+                    [count / total for count in histogram["counts"]],
+                    histogram["edges"],
+                    color=COLORS[color],
                     label=split,
                     fill=split == "train",
                     alpha=0.7,
                 )
-        label_line(ax, units[name], units[name], "share")
+        label_axes(ax, HISTOGRAMS[name], HISTOGRAMS[name], "share")
     return figure
 
 
-ONLINE = [  # panels of online_picture: x, y, title and axes
-    ("round", "online/gold_reward", "gold reward of the rollouts", "round", "gold reward"),
-    (
+class OnlinePanel(NamedTuple):
+    x: str
+    y: str
+    title: str
+    x_label: str
+    y_label: str
+
+
+ONLINE_PANELS = [
+    OnlinePanel(
+        "round", "online/gold_reward", "gold reward of the rollouts", "round", "gold reward"
+    ),
+    OnlinePanel(
         "online/labels_bought",
         "online/gold_reward",
         "gold reward against labels bought",
         "gold labels bought",
         "gold reward",
     ),
-    ("online/kl", "online/gold_reward", "gold reward against KL", KL_LABEL, "gold reward"),
-    (
+    OnlinePanel(
+        "online/kl", "online/gold_reward", "gold reward against KL", KL_LABEL, "gold reward"
+    ),
+    OnlinePanel(
         "round",
         "online/label_accuracy",
-        "labels that gold agrees with, on the round's pairs",
+        "label accuracy against gold, on the round's pairs",
         "round",
         "share of pairs",
     ),
 ]
 
 
-def online_picture(named: dict[str, list[Run]]) -> Figure | None:
-    """Rounds of online runs: a line a name, the mean of its runs at each round, smoothed over ten
-    of them."""
-    means: dict[str, dict[str, list[float]]] = {}
-    for name, runs in named.items():
-        rows = defaultdict(lambda: defaultdict(list))
-        for row in (row for run in runs for row in run.rows if row.get("split") == "online"):
-            for key in {x for x, *_ in ONLINE} | {y for _, y, *_ in ONLINE}:
-                if is_number(row.get(key)):
-                    rows[row["round"]][key].append(row[key])
-        means[name] = {
-            key: [mean_and_error(rows[r][key])[0] for r in sorted(rows)]
-            for key in {key for of_round in rows.values() for key in of_round}
-        }
+def online_figure(runs_by_name: dict[str, list[Run]]) -> Figure | None:
+    """Rounds of online runs: one line for each name, the mean of its runs at each round, with a
+    moving average over about ten rounds."""
+    means = {name: _round_means(runs) for name, runs in runs_by_name.items()}
     panels = [
-        panel for panel in ONLINE if any({panel[0], panel[1]} <= of.keys() for of in means.values())
+        panel
+        for panel in ONLINE_PANELS
+        if any({panel.x, panel.y} <= of_name.keys() for of_name in means.values())
     ]
     if not panels:
         return None
-    n_rows = math.ceil(len(panels) / 2)
-    figure = Figure(figsize=(10, 3.3 * n_rows), layout="constrained")
-    axes = new_axes(figure, n_rows, 2)
-    for ax, (x, y, title, x_label, y_label) in zip(axes, panels):
-        for i, of in enumerate(means.values()):
+    figure, axes = panel_grid(len(panels), row_height=3.3)
+    for ax, panel in zip(axes, panels, strict=True):
+        for i, of_name in enumerate(means.values()):
             points = [
-                (a, b)
-                for a, b in zip(of.get(x, ()), of.get(y, ()))
-                if a is not None and b is not None
+                (x, y)
+                # One of the two is missing where no run of this name logged it.
+                for x, y in zip(of_name.get(panel.x, ()), of_name.get(panel.y, ()), strict=False)
+                if x is not None and y is not None
             ]
-            if x == "online/labels_bought" and len({a for a, _ in points}) == 1:
-                points = points[-1:]  # bought once, before all rounds
-            values = smooth([b for _, b in points])
+            if panel.x == "online/labels_bought" and len({x for x, _ in points}) == 1:
+                points = points[-1:]  # all labels were bought before the first round
             ax.plot(
-                [a for a, _ in points],
-                values,
+                [x for x, _ in points],
+                smooth([y for _, y in points]),
                 **style(i),
                 linewidth=1.4,
                 marker="o" if len(points) == 1 else None,
             )
-        label_line(ax, title, x_label, y_label)
-    for ax in axes[len(panels) :]:
-        ax.set_visible(False)
+        label_axes(ax, panel.title, panel.x_label, panel.y_label)
     if len(means) > 1:
         legend_below(figure, list(means))
+    return figure
+
+
+def _round_means(runs: list[Run]) -> dict[str, list[float | None]]:
+    """For each metric of ONLINE_PANELS its mean over runs at each round; None where no run has a
+    number."""
+    metrics = {metric for panel in ONLINE_PANELS for metric in (panel.x, panel.y)}
+    values = defaultdict(lambda: defaultdict(list))  # round -> metric -> one value for each run
+    for run in runs:
+        for row in run.rows:
+            if row.get("split") == "online":
+                for metric in metrics:
+                    if is_number(row.get(metric)):
+                        values[row["round"]][metric].append(row[metric])
+    logged = {metric for of_round in values.values() for metric in of_round}
+    return {
+        metric: [mean_and_error(values[number][metric])[0] for number in sorted(values)]
+        for metric in logged
+    }
+
+
+class TemperaturePanel(NamedTuple):
+    title: str
+    y_label: str
+    points: list[tuple[str, float, float]]  # (trained loss, temperature, value)
+
+
+def temperature_figure(evaluations: list[dict], winrates: list[dict]) -> Figure | None:
+    """Win rate, reward and length against temperature: one line for each trained loss, its mean
+    over checkpoints with standard errors.
+
+    evaluations: rows of eval.jsonl; winrates: entries of winrates.json.
+    """
+    panels = [*_winrate_panels(evaluations, winrates), *_sample_panels(evaluations)]
+    panels = [p for p in panels if len({temperature for _, temperature, _ in p.points}) > 1]
+    if not panels:
+        return None
+    figure, axes = panel_grid(len(panels), row_height=3.4, n_columns=min(2, len(panels)))
+    losses = list(dict.fromkeys(loss for panel in panels for loss, _, _ in panel.points))
+    for ax, panel in zip(axes, panels, strict=True):
+        for i, loss in enumerate(losses):
+            _draw_over_temperature(ax, panel.points, loss, style(i))
+        label_axes(ax, panel.title, "temperature", panel.y_label)
+    legend_below(figure, losses)
+    return figure
+
+
+def _winrate_panels(evaluations: list[dict], winrates: list[dict]) -> list[TemperaturePanel]:
+    """One panel for each opponent and judge, the last of winrates.json first."""
+    losses = {row["checkpoint"]: training_name(row) for row in evaluations}
+    points = defaultdict(list)
+    for rate in winrates:
+        of_comparison = points[rate["against"], rate["by"]]
+        if is_number(rate.get("win_rate")):
+            checkpoint = rate.get("checkpoint")
+            loss = losses.get(checkpoint, str(checkpoint))
+            of_comparison.append((loss, rate["temperature"], rate["win_rate"]))
+    panels = [
+        TemperaturePanel(
+            f"win rate against {shorten(against)}", f"by {by}; a tie counts 1/2", of_comparison
+        )
+        for (against, by), of_comparison in points.items()
+    ]
+    return panels[::-1]
+
+
+def _sample_panels(evaluations: list[dict]) -> list[TemperaturePanel]:
+    panels = []
+    for title, y_label, metric in (
+        ("reward of samples", "reward", "samples_eval/policy_reward"),
+        ("length of samples", "tokens", "samples_eval/policy_length"),
+    ):
+        points = [
+            (training_name(row), row["temperature"], row[metric])
+            for row in evaluations
+            if is_number(row.get(metric))
+        ]
+        panels.append(TemperaturePanel(title, y_label, points))
+    return panels
+
+
+def _draw_over_temperature(
+    ax: Axes, points: list[tuple[str, float, float]], loss: str, line_style: dict
+) -> None:
+    values = defaultdict(list)
+    for trained_loss, temperature, value in points:
+        if trained_loss == loss:
+            values[temperature].append(value)
+    if not values:
+        return
+    temperatures = sorted(values)
+    means, errors = zip(*(mean_and_error(values[t]) for t in temperatures), strict=True)
+    ax.errorbar(
+        temperatures,
+        means,
+        yerr=[error or 0 for error in errors],
+        **line_style,
+        marker="o",
+        markersize=4,
+        capsize=2,
+    )
+
+
+def checkpoints_figure(evaluations: list[dict]) -> Figure | None:
+    """Reward of evaluated checkpoints over training steps and against KL, one line for each
+    temperature. evaluations: rows of eval.jsonl."""
+    rows = [row for row in evaluations if is_number(row.get("samples_eval/policy_reward"))]
+    if not rows:
+        return None
+    figure = Figure(figsize=(10, 3.6), layout="constrained")
+    left, right = new_axes(figure, 1, 2)
+    lines = defaultdict(list)
+    for row in rows:
+        lines[training_name(row), row.get("run"), row["temperature"]].append(row)
+    several_temperatures = len({temperature for _, _, temperature in lines}) > 1
+    names = [
+        f"{loss}, T={temperature:g}" if several_temperatures else loss
+        for loss, _, temperature in lines
+    ]
+    legend = list(dict.fromkeys(names))
+    for name, checkpoints in zip(names, lines.values(), strict=True):
+        line_style = style(legend.index(name)) | {"marker": "o", "markersize": 4}
+        checkpoints = sorted(checkpoints, key=lambda row: row.get("step") or 0)
+        rewards = [row["samples_eval/policy_reward"] for row in checkpoints]
+        if all("step" in row for row in checkpoints):
+            left.plot([row["step"] for row in checkpoints], rewards, **line_style)
+        right.plot([row.get("samples_eval/kl") for row in checkpoints], rewards, **line_style)
+    label_axes(left, "reward over training", "steps", "reward of samples")
+    label_axes(right, "reward against KL", KL_LABEL, "reward of samples")
+    legend_below(figure, legend)
     return figure

@@ -1,7 +1,7 @@
-"""What run folders hold, and what several runs say together: means over seeds, paired differences,
-reward-KL envelopes.
+"""Run folders as objects, and runs in groups that differ in their seeds only.
 
-No torch here: reports start in a second, and work while runs are still going.
+Reports start in about a second because nothing here imports torch, and they also read the folders
+of running and killed runs.
 """
 
 import json
@@ -10,6 +10,7 @@ import os
 import socket
 from collections import defaultdict
 from pathlib import Path
+from typing import Any
 
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
@@ -17,9 +18,10 @@ from yaml import YAMLError
 
 from utils import DataError, json_lines, mean_and_error
 
-MAX_POINTS = 2000  # of a curve; longer ones are thinned, the eye sees no difference
+# Longer curves are thinned to between one and two times as many points; the picture is the same.
+MAX_POINTS = 2000
 
-
+# Top-level config keys that do not separate runs of a sweep into groups.
 NOT_SETTINGS = (
     "local_run_dir",
     "exp_name",
@@ -32,8 +34,11 @@ NOT_SETTINGS = (
 
 
 def read_jsonl(path: Path) -> list[dict]:
-    """Rows of a JSON-lines file; a last line that a running or killed process has not finished is
-    left out."""
+    """Rows of a JSON-lines file, and [] if there is no file.
+
+    A last line that a running or killed process has not completed is left out. Raises DataError if
+    any other line is not JSON.
+    """
     if not path.is_file():
         return []
     rows = []
@@ -44,25 +49,33 @@ def read_jsonl(path: Path) -> list[dict]:
         except json.JSONDecodeError as error:
             if number < len(lines):
                 raise DataError(
-                    f"{path}:{number}: not JSON, though more lines follow: {error}"
+                    f"{path}:{number}: not JSON: {error}. Only the last line may be incomplete;"
+                    " repair or remove this one."
                 ) from error
     return rows
 
 
-def read_json(path: Path):
-    """The content of a JSON file; {} where there is none."""
+def read_json(path: Path) -> Any:
+    """The content of a JSON file, and {} if there is no file. Raises DataError if it is not
+    JSON."""
     try:
         return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
     except json.JSONDecodeError as error:
         raise DataError(f"{path}: not JSON: {error}") from error
 
 
-def is_number(value) -> bool:
+def is_number(value: Any) -> bool:
+    """Whether a value of a row can be plotted: an int or a float, neither NaN nor infinite."""
     return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
 
 
+def is_missing(value: Any) -> bool:
+    """Whether a value of a row is null, NaN or infinite; a string or a list is not."""
+    return value is None or (isinstance(value, float) and not math.isfinite(value))
+
+
 class Run:
-    """What a run folder holds so far. Raises DataError, naming the file, where it cannot be
+    """The content of a run folder so far. Raises DataError, naming the file, if a file cannot be
     read."""
 
     def __init__(self, folder: Path):
@@ -82,7 +95,7 @@ class Run:
         self.data = read_json(folder / "data.json")
 
     @property
-    def seed(self):
+    def seed(self) -> int | None:
         return self.config.get("seed")
 
     @property
@@ -95,21 +108,20 @@ class Run:
 
     @property
     def state(self) -> str:
-        """finished, running, stopped, killed, or failed with the error; unknown for a run from
-        before status.json."""
+        """finished, running, stopped, killed, failed with the error, or unknown for a folder
+        without status.json."""
         if self.finished:
             return "finished"
-        told = self.status.get("state", "unknown")
-        if (
-            told == "running"
-            and self.status.get("host") == socket.gethostname()
-            and not _alive(self.status.get("pid"))
-        ):
+        state = self.status.get("state", "unknown")
+        if state == "failed":
+            return f"failed: {self.status.get('error')}"
+        is_here = self.status.get("host") == socket.gethostname()
+        if state == "running" and is_here and not _is_alive(self.status.get("pid")):
             return "killed"
-        return f"failed: {self.status.get('error')}" if told == "failed" else told
+        return state
 
     def series(self, split: str, name: str) -> tuple[list, list]:
-        """(examples, values) of a metric, where it has a finite value."""
+        """(examples, values) of a metric at the rows where it is finite."""
         points = [
             (row["examples"], row[name])
             for row in self.rows
@@ -118,31 +130,30 @@ class Run:
         points = points[:: max(1, len(points) // MAX_POINTS)]
         return [x for x, _ in points], [y for _, y in points]
 
-    def not_finite(self) -> int:
-        """How many values of metrics.jsonl are no numbers: null, NaN or infinite."""
-        # noqa: E731
-        odd = lambda value: value is None or (isinstance(value, float) and not math.isfinite(value))
+    def count_missing(self) -> int:
+        """The number of values of metrics.jsonl that are null, NaN or infinite.
+
+        Standard errors and distinct n-grams are not counted, because they are null by design for a
+        single value or an empty text; neither is the checkpoint of a row.
+        """
         return sum(
-            odd(value)
+            is_missing(value)
             for row in self.rows
             for name, value in row.items()
             if not name.endswith("_se") and "distinct" not in name and name != "checkpoint"
         )
 
     def frontier(self) -> list[tuple[float, float, float]]:
-        """(KL, reward, examples) of every evaluation that sampled at temperature 1 (the KL is that
-        of what was sampled)."""
+        """(KL, reward, examples) of every evaluation that sampled at temperature 1; at others the
+        logged KL is not that of the distribution that was sampled."""
         names = ("samples_eval/kl", "samples_eval/policy_reward", "examples")
-        rows = [
-            row
+        default = self.config.get("temperature", 1.0)
+        return [
+            tuple(row[name] for name in names)
             for row in self.rows
             if row.get("split") == "eval"
-            and row.get("temperature", self.config.get("temperature", 1.0)) == 1.0
-        ]
-        return [
-            tuple(row[n] for n in names)
-            for row in rows
-            if all(is_number(row.get(n)) for n in names)
+            and row.get("temperature", default) == 1.0
+            and all(is_number(row.get(name)) for name in names)
         ]
 
     def latest(self) -> dict:
@@ -150,36 +161,37 @@ class Run:
         one."""
         if self.summary:
             return self.summary
-        evals = [row for row in self.rows if row.get("split") == "eval"]
-        last = evals[-1] if evals else {}
-        found = {
+        evaluations = [row for row in self.rows if row.get("split") == "eval"]
+        training = [row for row in self.rows if row.get("split") == "train"]
+        last = evaluations[-1] if evaluations else {}
+        of_samples = {
             key.removeprefix("samples_eval/"): value
             for key, value in last.items()
             if key.startswith("samples_eval/")
         }
-        trained = [row for row in self.rows if row.get("split") == "train"]
-        found["pairs_per_second"] = trained[-1].get("examples_per_second") if trained else None
-        return found | {
+        return of_samples | {
+            "pairs_per_second": training[-1].get("examples_per_second") if training else None,
             "eval_accuracy": last.get("rewards_eval/accuracies"),
             "eval_loss": last.get("loss/eval"),
             "examples": last.get("examples"),
         }
 
     def samples(self) -> list[dict]:
-        """Samples of the last evaluation, or of all evaluations of checkpoints."""
+        """Samples of the last evaluation in training, or of all evaluated checkpoints."""
         rows = read_jsonl(self.folder / "samples.jsonl")
         if not rows or "checkpoint" in rows[-1]:
             return rows
         return [row for row in rows if row.get("examples") == rows[-1].get("examples")]
 
     def setting(self, key: str) -> str:
+        """The value of a dotted config key as text, and "-" if the run does not have the key."""
         return str(flatten(self.config).get(key, "-"))
 
 
-def _alive(pid) -> bool:
+def _is_alive(pid: int | None) -> bool:
     try:
         os.kill(int(pid), 0)
-    except PermissionError:  # it is somebody else's
+    except PermissionError:  # the process of another user
         return True
     except (OSError, TypeError, ValueError):
         return False
@@ -187,100 +199,117 @@ def _alive(pid) -> bool:
 
 
 def find_runs(folder: Path) -> tuple[list[Run], list[str]]:
-    """Run folders below `folder` (those with a config.yaml and a metrics.jsonl or a status.json),
-    and what is wrong with others."""
+    """Runs below `folder`, and an error message for each run folder that cannot be read.
+
+    A run folder has a config.yaml, and a metrics.jsonl or a status.json. Hidden folders are
+    skipped.
+    """
     runs, problems = [], []
     for path in sorted(folder.rglob("config.yaml")):
-        home = path.parent
-        if any(part.startswith(".") for part in home.relative_to(folder).parts) or not (
-            (home / "metrics.jsonl").is_file() or (home / "status.json").is_file()
-        ):
+        run_dir = path.parent
+        is_hidden = any(part.startswith(".") for part in run_dir.relative_to(folder).parts)
+        is_run = (run_dir / "metrics.jsonl").is_file() or (run_dir / "status.json").is_file()
+        if is_hidden or not is_run:
             continue
         try:
-            runs.append(Run(home))
+            runs.append(Run(run_dir))
         except DataError as error:
             problems.append(str(error))
     return runs, problems
 
 
 def flatten(tree: dict, prefix: str = "") -> dict:
+    """A nested dict as one with dotted keys."""
     flat = {}
     for key, value in tree.items():
-        flat |= (
-            flatten(value, f"{prefix}{key}.")
-            if isinstance(value, dict)
-            else {f"{prefix}{key}": value}
-        )
+        if isinstance(value, dict):
+            flat |= flatten(value, f"{prefix}{key}.")
+        else:
+            flat[f"{prefix}{key}"] = value
     return flat
 
 
 def differing_settings(runs: list[Run]) -> list[str]:
-    """Dotted keys whose values differ among the runs that have them, the loss first; seeds are
-    aggregated over."""
-    flat = [flatten(run.config) for run in runs]
-    keys = sorted({key for f in flat for key in f}, key=lambda key: (key != "loss.name", key))
-    return [
-        key
-        for key in keys
-        if key.split(".")[0] not in NOT_SETTINGS
-        and len({str(f[key]) for f in flat if key in f}) > 1
-    ] or ["loss.name"]
+    """Dotted keys whose values differ among the runs that have them, `loss.name` first, and
+    `loss.name` alone if nothing differs. NOT_SETTINGS are ignored."""
+    configs = [flatten(run.config) for run in runs]
+    keys = sorted({key for config in configs for key in config})
+    keys.sort(key=lambda key: key != "loss.name")
+    differing = []
+    for key in keys:
+        values = {str(config[key]) for config in configs if key in config}
+        if key.split(".")[0] not in NOT_SETTINGS and len(values) > 1:
+            differing.append(key)
+    return differing or ["loss.name"]
 
 
 class Group:
     """Runs that differ in their seeds only."""
 
     def __init__(self, settings: dict[str, str], runs: list[Run]):
-        self.settings, self.runs = settings, sorted(runs, key=lambda run: str(run.seed))
+        self.settings = settings
+        self.runs = sorted(runs, key=lambda run: str(run.seed))
 
     @property
     def name(self) -> str:
-        return label({"loss.name": self.runs[0].loss, **self.settings})
+        return settings_label({"loss.name": self.runs[0].loss, **self.settings})
 
     @property
     def family(self) -> str:
-        """All of the settings but beta, along which a frontier runs."""
-        return label(
-            {
-                "loss.name": self.runs[0].loss,
-                **{key: value for key, value in self.settings.items() if key != "loss.beta"},
-            }
-        )
+        """The name without beta: groups of a family form one reward-KL frontier."""
+        others = {key: value for key, value in self.settings.items() if key != "loss.beta"}
+        return settings_label({"loss.name": self.runs[0].loss, **others})
 
     @property
     def state(self) -> str:
-        finished = sum(run.finished for run in self.runs)
-        if finished == len(self.runs):
+        n_finished = sum(run.finished for run in self.runs)
+        if n_finished == len(self.runs):
             return "finished"
         others = sorted({run.state.split(":")[0] for run in self.runs if not run.finished})
-        return f"{finished} of {len(self.runs)} finished, {' and '.join(others)}"
+        return f"{n_finished} of {len(self.runs)} finished, {' and '.join(others)}"
 
     def by_seed(self, name: str) -> dict[str, float]:
-        """The final value of each seed that has one; of several runs with one seed, their mean:
-        they are no further evidence."""
+        """The final value of a metric for each seed that has one.
+
+        Several runs of one seed count once, with their mean: they are not independent.
+        """
         values = defaultdict(list)
         for run in self.runs:
-            if is_number(value := run.latest().get(name)):
+            value = run.latest().get(name)
+            if is_number(value):
                 values[str(run.seed)].append(value)
         return {seed: mean_and_error(of_seed)[0] for seed, of_seed in values.items()}
 
 
-def label(settings: dict[str, str]) -> str:
-    """`dpo beta=0.1`: the loss by its name, other settings with the last part of theirs; what a
-    loss does not have is left out."""
-    parts = [
-        value if key == "loss.name" else f"{key.removeprefix('loss.')}={value}"
-        for key, value in settings.items()
-        if value != "-"
-    ]
+def settings_label(settings: dict[str, str]) -> str:
+    """A name for a group, such as `dpo beta=0.1`; settings that the loss does not have ("-") are
+    left out."""
+    parts = []
+    for key, value in settings.items():
+        if value == "-":
+            continue
+        parts.append(value if key == "loss.name" else f"{key.removeprefix('loss.')}={value}")
     return " ".join(parts)
 
 
+def training_name(row: dict) -> str:
+    """The loss, and its beta, that the checkpoint of an eval.jsonl row was trained with; the name
+    of the checkpoint if the row does not record a loss."""
+    loss = (row.get("training") or {}).get("loss") or {}
+    if not loss.get("name"):
+        return str(row.get("name"))
+    settings = {"loss.name": loss["name"]}
+    if loss.get("beta") is not None:
+        settings["loss.beta"] = str(loss["beta"])
+    return settings_label(settings)
+
+
 def group_runs(runs: list[Run], keys: list[str]) -> list[Group]:
-    groups: dict[tuple, list[Run]] = defaultdict(list)
+    """Groups of runs with the same values of the dotted config keys, sorted by these values."""
+    members: dict[tuple, list[Run]] = defaultdict(list)
     for run in runs:
-        groups[tuple(run.setting(key) for key in keys)].append(run)
+        members[tuple(run.setting(key) for key in keys)].append(run)
     return [
-        Group(dict(zip(keys, values)), members)
-        for values, members in sorted(groups.items(), key=lambda item: str(item[0]))
+        Group(dict(zip(keys, values, strict=True)), members[values])
+        for values in sorted(members, key=str)
     ]

@@ -1,39 +1,55 @@
 """Tables for the console, Markdown, LaTeX and the pages."""
 
-from preflab.reports import sweep_plots
-from preflab.reports.runs import is_number
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from preflab.reports.runs import is_number, training_name
 
 
-def plus_minus(value, error=None, digits: int = 3) -> str:
+@dataclass(frozen=True)
+class Table:
+    """A table of a page or of the console; the cells of a page are converted to text."""
+
+    rows: list[Sequence]
+    title: str = ""
+    head: Sequence[str] = ()
+    notes: Sequence[str] = ()
+
+    def as_text(self) -> str:
+        return aligned([self.head, *self.rows])
+
+
+def plus_minus(value: float | None, error: float | None = None, digits: int = 3) -> str:
+    """`value ± error`, without the error if there is none, and "-" if there is no value."""
     if value is None:
         return "-"
-    return f"{value:.{digits}f}" + (f" ± {error:.{digits}f}" if error is not None else "")
+    text = f"{value:.{digits}f}"
+    return text if error is None else f"{text} ± {error:.{digits}f}"
 
 
 def summary_rows(summary: dict) -> list[tuple[str, str]]:
-    get = summary.get
-    reward = f" ({summary['reward']})" if get("reward") else ""
-    rate, examples = get("pairs_per_second"), get("examples")
+    """The numbers of a summary.json with their names, standard errors where there are some."""
+
+    def with_error(name: str, digits: int = 3) -> str:
+        return plus_minus(summary.get(name), summary.get(f"{name}_se"), digits)
+
+    reward = f" ({summary['reward']})" if summary.get("reward") else ""
+    rate, examples = summary.get("pairs_per_second"), summary.get("examples")
     return [
-        (
-            f"reward of the reference's samples{reward}",
-            plus_minus(get("reference_reward"), get("reference_reward_se")),
-        ),
-        (
-            f"reward of the policy's samples{reward}",
-            plus_minus(get("policy_reward"), get("policy_reward_se")),
-        ),
-        ("gain, paired by prompt", plus_minus(get("reward_gain"), get("reward_gain_se"))),
-        ("KL to the reference (nats)", plus_minus(get("kl"), get("kl_se"), 2)),
-        ("eval accuracy", plus_minus(get("eval_accuracy"))),
-        ("eval loss", plus_minus(get("eval_loss"), digits=4)),
+        (f"reward of the reference's samples{reward}", with_error("reference_reward")),
+        (f"reward of the policy's samples{reward}", with_error("policy_reward")),
+        ("gain, paired by prompt", with_error("reward_gain")),
+        ("KL to the reference (nats)", with_error("kl", digits=2)),
+        ("eval accuracy", plus_minus(summary.get("eval_accuracy"))),
+        ("eval loss", plus_minus(summary.get("eval_loss"), digits=4)),
         ("pairs/s in training", f"{rate:.1f}" if rate else "-"),
         ("examples seen", f"{examples:,}" if examples is not None else "-"),
-    ] + _online_rows(summary)
+        *_online_rows(summary),
+    ]
 
 
 def _online_rows(summary: dict) -> list[tuple[str, str]]:
-    """Of an online run: its rounds, what it bought, and where its time went."""
+    """Rounds, labels bought and shares of the time of an online run; none for other runs."""
     if "labels_bought" not in summary:
         return []
     seconds = {
@@ -41,112 +57,104 @@ def _online_rows(summary: dict) -> list[tuple[str, str]]:
         for key, value in summary.items()
         if key.startswith("seconds_")
     }
-    shares = [
-        (f"time {name}", f"{100 * value / (sum(seconds.values()) or 1):.0f}%")
-        for name, value in seconds.items()
-    ]
+    total = sum(seconds.values()) or 1
     return [
         ("rounds", f"{summary['rounds']:,}"),
         ("gold labels bought", f"{summary['labels_bought']:,}"),
-        *shares,
+        *((f"time {name}", f"{100 * value / total:.0f}%") for name, value in seconds.items()),
     ]
 
 
 def summary_table(summary: dict) -> str:
-    """The numbers of a run as aligned text, with standard errors, and "-" where there is none."""
+    """The numbers of a run as aligned text, with standard errors; "-" for a missing number."""
     rows = summary_rows(summary)
     width = max(len(name) for name, _ in rows)
     return "\n".join(f"{name:<{width}}  {value:>16}" for name, value in rows)
 
 
 def verdict(summary: dict) -> str:
-    """What happened to the reward, in a sentence that does not claim more than the standard error
-    allows."""
+    """A sentence on the change of the reward, which claims no difference within two standard
+    errors."""
     gain, error = summary.get("reward_gain"), summary.get("reward_gain_se")
     if gain is None:
-        return "No samples of policy and reference to compare."
+        return "There are no samples of the policy and the reference to compare."
+    policy = plus_minus(summary["policy_reward"])
+    reference = plus_minus(summary["reference_reward"])
     kl = plus_minus(summary.get("kl"), summary.get("kl_se"), 2)
-    told = (
-        f"{plus_minus(summary['policy_reward'])} against the reference's"
-        f" {plus_minus(summary['reference_reward'])}, at KL {kl} nats"
-    )
+    scores = f"{policy} against the reference's {reference}, at KL {kl} nats"
     if error is None or abs(gain) <= 2 * error:
-        return f"The policy's samples score {told}: a difference within two standard errors."
-    return (
-        f"The policy's samples score {'higher' if gain > 0 else 'lower'}, {told}: {gain:+.3f} ±"
-        f" {error:.3f}."
-    )
+        return f"The policy's samples score {scores}; the difference is within two standard errors."
+    direction = "higher" if gain > 0 else "lower"
+    return f"The policy's samples score {direction}, {scores}: {gain:+.3f} ± {error:.3f}."
 
 
-def data_table(data: dict) -> dict | None:
-    parts = [part for split in data.values() for part in split.get("datasets", [])]
-    if not parts:
+DATA_COLUMNS = (
+    "rows",
+    "prompts",
+    "responses",
+    "pairs",
+    "truncated_prompts",
+    "truncated_responses",
+)
+
+
+def data_table(data: dict) -> Table | None:
+    """Counts of each dataset and split of data.json; skipped records, with the reason, as notes."""
+    datasets = [part for split in data.values() for part in split.get("datasets", [])]
+    if not datasets:
         return None
-    keys = ("rows", "prompts", "responses", "pairs", "truncated_prompts", "truncated_responses")
     rows = [
-        [f"{p.get('name')} {p.get('split')}", *(f"{p.get(key, 0):,}" for key in keys)]
-        for p in parts
+        [f"{part.get('name')} {part.get('split')}"]
+        + [f"{part.get(column, 0):,}" for column in DATA_COLUMNS]
+        for part in datasets
+    ]
+    skipped = [
+        f"{part['name']} {part['split']}: skipped {n:,}, {reason}"
+        for part in datasets
+        for reason, n in part.get("skipped", {}).items()
     ]
     notes = [
-        f"{p['name']} {p['split']}: skipped {n:,}, {why}"
-        for p in parts
-        for why, n in p.get("skipped", {}).items()
+        f"{part['name']} {part['split']}: {part['note']}" for part in datasets if part.get("note")
     ]
-    notes += [f"{p['name']} {p['split']}: {p['note']}" for p in parts if p.get("note")]
-    return {
-        "title": "Data",
-        "head": ["", *(key.replace("_", " ") for key in keys)],
-        "rows": rows,
-        "notes": notes,
-    }
+    return Table(
+        title="Data",
+        head=["", *(column.replace("_", " ") for column in DATA_COLUMNS)],
+        rows=rows,
+        notes=[*skipped, *notes],
+    )
 
 
-def winrate_table(winrates: list[dict]) -> dict | None:
+WINRATE_COUNTS = ("wins", "ties", "losses", "contradictions", "unjudged")
+
+
+def winrate_table(winrates: list[dict]) -> Table | None:
+    """Entries of winrates.json with their intervals and counts."""
     if not winrates:
         return None
     rows = []
     for rate in winrates:
-        told = (
-            f"{rate['win_rate']:.3f} [{rate['low']:.3f}, {rate['high']:.3f}]"
-            if is_number(rate.get("win_rate"))
-            else "-"
-        )
-        counts = (
-            rate.get(key, 0) for key in ("wins", "ties", "losses", "contradictions", "unjudged")
-        )
+        win_rate = "-"
+        if is_number(rate.get("win_rate")):
+            win_rate = f"{rate['win_rate']:.3f} [{rate['low']:.3f}, {rate['high']:.3f}]"
         rows.append(
             [
                 rate.get("checkpoint") or "policy",
                 rate.get("temperature"),
                 rate["against"],
                 rate["by"],
-                told,
-                *counts,
+                win_rate,
+                *(rate.get(count, 0) for count in WINRATE_COUNTS),
             ]
         )
-    head = [
-        "",
-        "temperature",
-        "against",
-        "by",
-        "win rate, 95%",
-        "wins",
-        "ties",
-        "losses",
-        "contradictions",
-        "unjudged",
-    ]
-    return {
-        "title": "Win rates",
-        "head": head,
-        "rows": rows,
-        "notes": [
-            "A tie counts one half; so does a pair on which the two orders contradict each other."
-        ],
-    }
+    return Table(
+        title="Win rates",
+        head=["", "temperature", "against", "by", "win rate, 95%", *WINRATE_COUNTS],
+        rows=rows,
+        notes=["A tie counts one half, and so does a pair whose two orders contradict each other."],
+    )
 
 
-EVALUATED = {  # columns of the table of checkpoints
+EVALUATION_COLUMNS = {  # head of the column -> metric of eval.jsonl
     "reward": "samples_eval/policy_reward",
     "reference's": "samples_eval/reference_reward",
     "KL": "samples_eval/kl",
@@ -159,46 +167,44 @@ EVALUATED = {  # columns of the table of checkpoints
 }
 
 
-def evaluation_table(evaluations: list[dict]) -> dict | None:
+def evaluation_table(evaluations: list[dict]) -> Table | None:
+    """A row for each evaluated checkpoint and temperature of eval.jsonl."""
     if not evaluations:
         return None
-    extra = {
-        key.removeprefix("samples_eval/policy_reward"): key
-        for row in evaluations
-        for key in row
-        if key.startswith("samples_eval/policy_reward[") and key.endswith("]")
+    metrics = list(dict.fromkeys(key for row in evaluations for key in row))
+    further_rewards = {
+        metric.removeprefix("samples_eval/policy_reward"): metric
+        for metric in metrics
+        if metric.startswith("samples_eval/policy_reward[") and metric.endswith("]")
     }
-    extra |= {
-        f"accuracy on {key.split('@')[1]}": key
-        for row in evaluations
-        for key in row
-        if key.startswith("rewards_eval/accuracies@")
+    accuracies = {
+        f"accuracy on {metric.split('@')[1]}": metric
+        for metric in metrics
+        if metric.startswith("rewards_eval/accuracies@")
     }
-    columns = EVALUATED | extra
+    columns = EVALUATION_COLUMNS | further_rewards | accuracies
     rows = [
         [
             row["name"],
-            sweep_plots.training_name(row),
+            training_name(row),
             row["temperature"],
             *(plus_minus(row.get(key), row.get(f"{key}_se")) for key in columns.values()),
         ]
         for row in evaluations
     ]
-    notes = [
-        "Rewards, KL and the rest are means over prompts with standard errors; the KL is that of"
-        " the sampled distribution only at temperature 1 and top-p 1."
-    ]
-    return {
-        "title": "Checkpoints",
-        "head": ["checkpoint", "trained with", "temperature", *columns],
-        "rows": rows,
-        "notes": notes,
-    }
+    return Table(
+        title="Checkpoints",
+        head=["checkpoint", "trained with", "temperature", *columns],
+        rows=rows,
+        notes=[
+            "Values are means over prompts ± standard errors. The KL is that of the sampled"
+            " distribution only at temperature 1 and top-p 1."
+        ],
+    )
 
 
-def latex(rows: list[list[str]]) -> str:
-    """A tabular for booktabs; the first row is its head."""
-    special = {
+LATEX_ESCAPES = str.maketrans(
+    {
         "\\": r"\textbackslash{}",
         "&": r"\&",
         "%": r"\%",
@@ -211,27 +217,37 @@ def latex(rows: list[list[str]]) -> str:
         "^": r"\textasciicircum{}",
         "±": r"$\pm$",
     }
-    lines = [
-        " & ".join("".join(special.get(c, c) for c in str(cell)) for cell in row) + r" \\"
-        for row in rows
-    ]
-    return "\n".join(
-        [
-            r"\begin{tabular}{" + "l" * len(rows[0]) + "}",
-            r"\toprule",
-            lines[0],
-            r"\midrule",
-            *lines[1:],
-            r"\bottomrule",
-            r"\end{tabular}",
-            "",
-        ]
+)
+
+
+def latex(rows: list[Sequence]) -> str:
+    """A tabular for the package booktabs; the first row is its head."""
+    head, *body = (
+        " & ".join(str(cell).translate(LATEX_ESCAPES) for cell in row) + r" \\" for row in rows
     )
+    lines = [
+        r"\begin{tabular}{" + "l" * len(rows[0]) + "}",
+        r"\toprule",
+        head,
+        r"\midrule",
+        *body,
+        r"\bottomrule",
+        r"\end{tabular}",
+    ]
+    return "\n".join(lines) + "\n"
 
 
-def aligned(rows: list[list]) -> str:
-    widths = [max(len(str(row[i])) for row in rows) for i in range(len(rows[0]))]
+def markdown(rows: list[Sequence]) -> str:
+    """A Markdown table; the first row is its head."""
+    head, *body = rows
+    lines = [head, ["---"] * len(head), *body]
+    return "".join("| " + " | ".join(str(cell) for cell in line) + " |\n" for line in lines)
+
+
+def aligned(rows: list[Sequence]) -> str:
+    """Text with columns aligned at the left."""
+    widths = [max(len(str(cell)) for cell in column) for column in zip(*rows, strict=True)]
     return "\n".join(
-        "  ".join(str(cell).ljust(width) for cell, width in zip(row, widths)).rstrip()
+        "  ".join(str(cell).ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip()
         for row in rows
     )
