@@ -22,7 +22,7 @@ import numpy as np
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-from benchmarks.placement import machine, own_memory  # noqa: E402
+from benchmarks.placement import machine, own_memory
 
 
 def main() -> None:

@@ -20,10 +20,10 @@ from transformers.utils import logging
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-from benchmarks.placement import machine  # noqa: E402
-from benchmarks.step import MODELS, VOCABULARY  # noqa: E402
-from preflab.modeling.generation import sample  # noqa: E402
-from preflab.modeling.logprobs import Scorer  # noqa: E402
+from benchmarks.placement import machine
+from benchmarks.step import MODELS, VOCABULARY
+from preflab.modeling.generation import sample
+from preflab.modeling.logprobs import Scorer
 
 BATCH, PROMPT, NEW = 32, 32, 64
 

@@ -22,11 +22,11 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
-from preflab.evaluation.win_rates import pair_up, win_rate  # noqa: E402
+from preflab.evaluation.win_rates import pair_up, win_rate
 from preflab.reports import plot_style, plots, sweep_plots
-from preflab.reports.runs import Run, differing_settings, find_runs, group_runs  # noqa: E402
-from preflab.reports.statistics import envelope, paired_difference  # noqa: E402
-from utils import atomic_write, mean_and_error  # noqa: E402
+from preflab.reports.runs import Run, differing_settings, find_runs, group_runs
+from preflab.reports.statistics import envelope, paired_difference
+from utils import atomic_write, mean_and_error
 
 RESULTS = ROOT / "experiments" / "results"
 SEEDS = [11, 12, 13]

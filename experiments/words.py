@@ -22,7 +22,7 @@ import numpy as np
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from utils import atomic_write  # noqa: E402
+from utils import atomic_write
 
 LETTERS = "abcdefghijklmnopqrstuv"
 POSITIVE = [f"good{letter}" for letter in LETTERS[:12]]

@@ -19,11 +19,11 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import losses  # noqa: F401  registers the losses
 import preference_datasets  # noqa: F401  registers the datasets
-from preflab.objective.registry import BoundLoss, bind_loss  # noqa: E402
-from preflab.objective.types import Pair  # noqa: E402
-from preflab.reports.plot_style import png, style  # noqa: E402
-from preflab.settings.keys import CONFIG_DIR  # noqa: E402
-from utils import atomic_write  # noqa: E402
+from preflab.objective.registry import BoundLoss, bind_loss
+from preflab.objective.types import Pair
+from preflab.reports.plot_style import png, style
+from preflab.settings.keys import CONFIG_DIR
+from utils import atomic_write
 
 GAPS = torch.linspace(-40, 40, 801, dtype=torch.float64)
 BESIDE = {"dpo, label_smoothing=0.1": {"name": "dpo", "beta": 0.1, "label_smoothing": 0.1}}

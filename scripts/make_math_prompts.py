@@ -11,8 +11,8 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from preflab.rewards.arithmetic import math_prompts  # noqa: E402
-from utils import atomic_write  # noqa: E402
+from preflab.rewards.arithmetic import math_prompts
+from utils import atomic_write
 
 
 def main() -> None:

@@ -16,15 +16,15 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from transformers import (  # noqa: E402
+from transformers import (
     AutoModelForCausalLM,
     AutoModelForSequenceClassification,
     AutoTokenizer,
 )
-from transformers.utils import logging  # noqa: E402
+from transformers.utils import logging
 
-from preflab.settings.overrides import fail  # noqa: E402
-from utils import (  # noqa: E402
+from preflab.settings.overrides import fail
+from utils import (
     ConfigError,
     PrefLabError,
     atomic_directory,

@@ -405,7 +405,7 @@ def test_contrastivedistill_is_the_naive_difference_of_means(tmp_path):
         found == pytest.approx(expected, abs=1e-5)
         and len({round(value, 3) for value in found}) == 6
     )
-    with pytest.raises(ConfigError, match="reward.small=.* holds no causal language model"):
+    with pytest.raises(ConfigError, match=r"reward\.small=.* is not a causal language model"):
         build_reward(settings | {"small": str(tmp_path)})
 
 
@@ -510,7 +510,7 @@ def test_eurusrm_reads_a_head_of_another_name_or_runs_code_that_is_trusted(far):
     trusting = settings | {"head": None, "trust_remote_code": True, "batch_size": 2}
     assert build_reward(trusting)(prompts, responses) == pytest.approx(expected, rel=1e-4)
     with pytest.raises(
-        ConfigError, match=r"no weights for score\.weight.*without a use: regression_head\.weight"
+        ConfigError, match=r"no weights for score\.weight.*not used: regression_head\.weight"
     ):
         build_reward(settings | {"head": "v_head"})
     with pytest.raises(ConfigError, match="give a Jinja template as reward.chat_template"):
@@ -642,7 +642,8 @@ def test_an_answer_without_ratings_is_an_error_and_is_asked_again(answer, told, 
 def test_a_failure_is_tried_again_and_the_cap_is_hard(rated, http_server):
     server = http_server([503, rater])
     with pytest.raises(
-        RewardError, match="no ratings for 2 of 3 responses \\(left by max_requests 2\\)"
+        RewardError,
+        match="no ratings for 2 of 3 responses \\(not sent because of max_requests 2\\)",
     ):
         rated(server, retries=1, max_requests=2)(["a", "b", "c"], ["x", "y", "z"])
     assert len(server.received) == 2
@@ -651,7 +652,7 @@ def test_a_failure_is_tried_again_and_the_cap_is_hard(rated, http_server):
         score(["a", "b", "c"], ["x", "y", "z"]) == [1.5, 2.0, 2.5] and len(server.received) == 4
     )  # one was kept
     with pytest.raises(
-        RewardError, match="left by max_requests 1"
+        RewardError, match="not sent because of max_requests 1"
     ):  # the cap is that of the reward, not of a call
         score(["d"], ["x"])
     assert len(server.received) == 4
@@ -686,11 +687,10 @@ def test_score_rewards_writes_scores_and_their_mean_beside_the_file(tmp_path):
     path = write_jsonl(tmp_path / "outs.jsonl", rows)
     path.write_text(path.read_text() + "\n\n")
     command = ["scripts/score_rewards.py", "--fname", str(path), "--reward", "bagofwords"]
-    # gold_functions and rewards import each other, so either has to do as the first; taggers are
-    # loaded by those who ask for them
+    # Taggers are loaded only by the rewards that use them.
     code = (
-        f"import gold_functions, runpy, sys; sys.argv = {command}; runpy.run_path(sys.argv[0],"
-        " run_name='__main__'); assert not {'nltk', 'spacy'} & sys.modules.keys()"
+        f"import runpy, sys; sys.argv = {command}; runpy.run_path(sys.argv[0], run_name='__main__')"
+        "; assert not {'nltk', 'spacy'} & sys.modules.keys()"
     )
     done = subprocess.run(
         [sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=120
@@ -757,7 +757,7 @@ def test_score_rewards_reads_a_list_takes_settings_and_scores_in_parts(
         ("", "no generations"),
         ("[]", "no generations"),
         ('{"question": "p", "response": "r", "score": 1}', ":1: has a score already"),
-        (b"\xff\xfe", "no UTF-8"),
+        (b"\xff\xfe", "not UTF-8"),
     ],
 )
 def test_score_rewards_says_which_line_is_wrong(content, told, tmp_path):

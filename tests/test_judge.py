@@ -283,14 +283,18 @@ def test_failures_are_retried(folder, http_server):
 def test_the_cap_is_hard_and_what_was_answered_is_kept(folder, http_server):
     server = http_server([500, completion(longer)])
     done = by_llm(folder, server, "--max-requests", 5, "--concurrency", 3)
-    assert done.returncode == 1 and len(server.received) == 5 and "left by the cap 4" in done.stdout
+    assert (
+        done.returncode == 1
+        and len(server.received) == 5
+        and "not sent because of the cap 4" in done.stdout
+    )
     assert read_json(folder / "winrates.json")[0]["unjudged"] >= 2
     assert by_llm(folder, server, "--max-requests", 4).returncode == 0 and len(server.received) == 9
 
 
 def test_answers_that_name_nobody_are_no_verdict_and_not_kept(folder, http_server):
     done = by_llm(folder, http_server([completion("They are both lovely.")]))
-    assert done.returncode == 1 and "answers that name nobody 8" in done.stdout
+    assert done.returncode == 1 and "answers without a verdict 8" in done.stdout
     [rate] = read_json(folder / "winrates.json")
     assert (rate["pairs"], rate["ties"], rate["unjudged"]) == (
         1,

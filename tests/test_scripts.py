@@ -947,7 +947,7 @@ def test_models_that_do_not_load_are_refused(look, tmp_path, imdb_dir, monkeypat
     )
     for error, told in ((OSError(), "OSError"), (ValueError("\n\nwhy\nmore"), "why")):
         monkeypatch.setattr(
-            "models.AutoConfig.from_pretrained",
+            "preflab.modeling.loading.AutoConfig.from_pretrained",
             lambda *args, **options: (_ for _ in ()).throw(error),
         )
         code, _, printed = look("imdb", f"data_dir={imdb_dir}")
