@@ -46,10 +46,10 @@ def main() -> None:
     arguments.output.mkdir(parents=True, exist_ok=True)
     path = arguments.output / f"sampling-{'cuda' if here['gpus'] else 'cpu'}.json"
     path.write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
-    for name, found in results["models"].items():
+    for name, measured in results["models"].items():
         print(
-            f"{name}: {found['ours']:.0f} tokens/s, generate {found['generate']:.0f},"
-            f" {found['times_as_fast']:.2f} times as fast"
+            f"{name}: {measured['ours']:.0f} tokens/s, generate {measured['generate']:.0f},"
+            f" {measured['times_as_fast']:.2f} times as fast"
         )
 
 

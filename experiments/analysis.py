@@ -41,8 +41,8 @@ def difference(ours: list[Run], theirs: list[Run], at=(0.5, 1.0, 1.5)) -> dict:
         both = [(a[seed][i], b[seed][i]) for i in columns]
         if not any(None in pair for pair in both):
             by_seed[str(seed)] = sum(x - y for x, y in both) / len(both)
-    found = paired_difference(by_seed, dict.fromkeys(by_seed, 0.0))
-    return (found or {"mean": float("nan"), "se": None}) | {"by_seed": by_seed}
+    result = paired_difference(by_seed, dict.fromkeys(by_seed, 0.0))
+    return (result or {"mean": float("nan"), "se": None}) | {"by_seed": by_seed}
 
 
 def difference_text(d: dict) -> str:

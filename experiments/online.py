@@ -39,13 +39,18 @@ def d2po(workspace: Workspace) -> tuple[dict, dict]:
     accuracy = {
         arm: mean(_last_accuracy(run) for run in arms[240][arm]) for arm in ("static", "D2PO")
     }
-    found = (
+    findings = (
         f"Gold reward at the end, mean over seeds (each seed), from {start:.2f} at the start."
         f" {' '.join(texts)} Over the last 20 rounds, with 240 labels, the discriminator orders"
         f" {100 * accuracy['static']:.0f}% of the round's pairs as the gold does when static,"
         f" {100 * accuracy['D2PO']:.0f}% when it learns on."
     )
-    return {"holds": bool(holds), "found": found, "reward": rewards, "accuracy": accuracy}, figures
+    return {
+        "holds": bool(holds),
+        "found": findings,
+        "reward": rewards,
+        "accuracy": accuracy,
+    }, figures
 
 
 def _d2po_arms(workspace: Workspace, budget: int) -> dict[str, list[Run]]:

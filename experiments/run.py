@@ -115,13 +115,13 @@ def frontier(workspace: Workspace) -> tuple[dict, dict]:
         kl, reward = (mean(column) for column in zip(*of_beta, strict=True))
         texts.append(f"{reward:.2f} at KL {kl:.2f} (beta {beta})")
     envelopes = frontiers(runs)
-    found = (
+    findings = (
         f"From {start:.2f} (on a scale of 0 to 2) the reward rises to {', '.join(texts)};"
         f" the best within KL {KLS}: {envelope_text(envelopes)}."
     )
     result = {
         "holds": bool(holds),
-        "found": found,
+        "found": findings,
         "ends": dict(zip(map(str, workspace.seeds), ends, strict=True)),
         "at_kl": AT_KL,
         "envelopes": envelopes,
@@ -190,7 +190,7 @@ def offset(workspace: Workspace) -> tuple[dict, dict]:
         f"ODPO minus {name}: {difference_text(d)}. " for name, d in others.items()
     )
     best = "; ".join(f"{name} {envelope_text(by_seed)}" for name, by_seed in envelopes.items())
-    found = (
+    findings = (
         "ODPO minus DPO at equal KL (mean of KL 0.5, 1 and 1.5; seeds in brackets):"
         f" {difference_text(gain)} with gaps of two sizes,"
         f" {difference_text(control_gain)} with the smooth gold."
@@ -198,7 +198,7 @@ def offset(workspace: Workspace) -> tuple[dict, dict]:
     )
     result = {
         "holds": bool(holds),
-        "found": found,
+        "found": findings,
         "gain": gain,
         "control": control_gain,
         "others": others,
@@ -239,13 +239,13 @@ def sequential_kl(workspace: Workspace) -> tuple[dict, dict]:
         f"{name} {envelope_text(frontiers([run for run in runs if run.loss == name]))}"
         for name in losses
     )
-    found = (
+    findings = (
         "Sequential KL(reference, policy) along chosen and rejected responses, nats, mean ±"
         f" standard error over seeds: {cells}. The order claimed is there along chosen responses in"
         f" {ordered['chosen']} of {n} seeds, along rejected ones in {ordered['rejected']}."
         f" Best reward within KL {KLS}: {best}."
     )
-    result = {"holds": set(ordered.values()) == {n}, "found": found, "kl": kls}
+    result = {"holds": set(ordered.values()) == {n}, "found": findings, "kl": kls}
     return result, {
         "sequential_kl": picture_of(runs, sweep_plots.bands_picture),
         "sequential_kl-frontier": picture_of(runs, sweep_plots.frontier_picture),
@@ -324,11 +324,11 @@ def calibration(workspace: Workspace) -> tuple[dict, dict]:
         cal_dpo, dpo = ([r for r in of_data if r.loss == loss] for loss in ("cal-dpo", "dpo"))
         cost[name] = difference(cal_dpo, dpo)
     cost_text = "; ".join(f"{name} {difference_text(d)}" for name, d in cost.items())
-    found = (
+    findings = (
         f"Chosen log-ratio on the training pairs at the end: {'; '.join(texts)}. Reward at equal KL"
         f" (0.5 to 1.5), Cal-DPO minus DPO: {cost_text}."
     )
-    result = {"holds": bool(holds), "found": found, "chosen_logratio": numbers, "cost": cost}
+    result = {"holds": bool(holds), "found": findings, "chosen_logratio": numbers, "cost": cost}
     return result, {
         f"calibration-{i}": picture_of(of_data, sweep_plots.bands_picture)
         for i, of_data in enumerate(runs.values())
@@ -375,7 +375,7 @@ def temperature(workspace: Workspace) -> tuple[dict, dict]:
         values = [rate["win_rate"] for rate in against_data if rate["name"] == name]
         means = [mean(values[i :: len(TEMPERATURES)]) for i in range(len(TEMPERATURES))]
         data_texts.append(f"{name} {', '.join(f'{value:.3f}' for value in means)}")
-    found = (
+    findings = (
         "Win rate at temperatures 0, 0.25, 0.5 and 1, mean over seeds:"
         f" {'; '.join(texts)}. The lowest of a seed is"
         f" {min(rate['win_rate'] for rate in rates):.3f}. Against the better of two samples of the"
@@ -383,7 +383,7 @@ def temperature(workspace: Workspace) -> tuple[dict, dict]:
     )
     result = {
         "holds": all(rate["win_rate"] > 0.5 for rate in rates),
-        "found": found,
+        "found": findings,
         "winrates": rates,
         "against_data": against_data,
     }

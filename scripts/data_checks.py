@@ -233,8 +233,8 @@ def quantiles(values: array) -> dict[str, float]:
     if not len(values):
         return {}
     names = {"min": 0, "5%": 0.05, "25%": 0.25, "median": 0.5, "75%": 0.75, "95%": 0.95, "max": 1}
-    found = np.quantile(np.asarray(values), list(names.values()))
-    return {name: float(q) for name, q in zip(names, found, strict=True)}
+    quantile_values = np.quantile(np.asarray(values), list(names.values()))
+    return {name: float(q) for name, q in zip(names, quantile_values, strict=True)}
 
 
 # ----------------------------------------------------------------------------------------- findings

@@ -44,7 +44,7 @@ def folder(tmp_path):
 
 
 def command(folder, *arguments):
-    done = subprocess.run(
+    return subprocess.run(
         [
             sys.executable,
             ROOT / "judge.py",
@@ -57,7 +57,6 @@ def command(folder, *arguments):
         text=True,
         timeout=120,
     )
-    return done
 
 
 def completion(answer):
@@ -306,12 +305,12 @@ def test_answers_that_name_nobody_are_no_verdict_and_not_kept(folder, http_serve
 
 
 @pytest.mark.parametrize(
-    "answer, told", [(401, "answered status 401"), (404, "answered status 404")]
+    "answer, message", [(401, "answered status 401"), (404, "answered status 404")]
 )
-def test_a_refusal_ends_it_at_once(answer, told, folder, http_server):
+def test_a_refusal_ends_it_at_once(answer, message, folder, http_server):
     server = http_server([answer])
     done = by_llm(folder, server, "--concurrency", 1)
-    assert done.returncode == 2 and told in done.stderr and len(server.received) == 1
+    assert done.returncode == 2 and message in done.stderr and len(server.received) == 1
     assert not (folder / "winrates.json").exists()
 
 

@@ -93,7 +93,7 @@ def test_a_line_without_a_column_or_that_is_no_text_is_refused(tmp_path):
 def test_labels_of_a_service_that_cannot_be_are_an_error(change, http_server):
     server = http_server([lambda _: LABELS | change])
     score = build_reward({"name": "http", "url": server.url, "retries": 0})
-    with pytest.raises(RewardError, match='/train answered .*; expected .*"pairs"'):
+    with pytest.raises(RewardError, match=r'/train answered .*; expected .*"pairs"'):
         score.learn("run", 1, PROMPTS, RESPONSES)
 
 

@@ -1,6 +1,7 @@
 """A reward behind an HTTP service."""
 
 import json
+import logging
 import math
 import os
 import time
@@ -59,8 +60,6 @@ class _ScoringClient:
         retries: int,
         backoff: float,
     ):
-        import logging
-
         import httpx  # here, so that checking a config stays light
 
         logging.getLogger("httpx").setLevel(logging.WARNING)  # else one line per request
