@@ -1,19 +1,21 @@
-"""Who wins, pair by pair: `python judge.py FOLDER --against reference chosen --by reward` compares
-samples that a run wrote.
+"""Win rates, pair by pair, on the samples that a run wrote:
 
-    python judge.py EVAL --against reference chosen --by reward --reward lexicon python judge.py
-    EVAL --against OTHER_EVAL --by labels --labels labels.jsonl python judge.py EVAL --against
-    reference --by llm --url http://127.0.0.1:8000/v1 --model NAME --max-requests 2000
+    python judge.py FOLDER --against reference chosen --by reward
+    python judge.py EVAL --against reference chosen --by reward --reward lexicon
+    python judge.py EVAL --against OTHER_EVAL --by labels --labels labels.jsonl
+    python judge.py EVAL --against reference --by llm --url http://127.0.0.1:8000/v1 --model NAME \\
+        --max-requests 2000
 
-FOLDER is a run (its last evaluation is judged) or what function=eval wrote (every checkpoint and
-temperature is). A labels file has lines {"prompt", "a", "b", "winner": "a" | "b" | "tie"}, in
-either order. A language model is asked in both orders; when it names the same place twice, the pair
-is a tie. Its key comes from the environment (--key-env), its answers stay in a cache. Writes
-judgements.jsonl and winrates.json into FOLDER; `python report.py FOLDER` shows them.
+FOLDER is a run (its last evaluation is judged) or the folder of a function=eval (every checkpoint
+and temperature is judged). A labels file has lines {"prompt", "a", "b", "winner": "a" | "b" |
+"tie"}, in either order. A language model sees each pair in both orders; when it names the same
+position twice, the pair is a tie. Its key comes from the environment (--key-env), and its answers
+are cached. The command writes judgements.jsonl and winrates.json into FOLDER; `python report.py
+FOLDER` shows them.
 
 A win counts 1 and a tie 1/2. The interval is Wilson's, 95%, with as many trials as there are
-prompts, which is on the safe side where there are ties or several samples of a prompt. No model of
-ours is loaded.
+prompts, which is conservative where there are ties or several samples of a prompt. No model is
+loaded, unless the reward is one.
 """
 
 import argparse
@@ -22,7 +24,10 @@ import sys
 from pathlib import Path
 
 from preflab.evaluation.win_rates import (
-    JUDGES,
+    QUESTION,
+    by_labels,
+    by_llm,
+    by_reward,
     judged_groups,
     latest_samples,
     merge,
@@ -31,21 +36,39 @@ from preflab.evaluation.win_rates import (
     win_rate,
 )
 from preflab.reports.runs import read_json, read_jsonl
-from utils import PrefLabError
+from preflab.rewards.llm_client import Endpoint
+from utils import DataError, PrefLabError
 
 ROOT = Path(__file__).resolve().parent
 
 
 def main() -> None:
+    arguments = _parser().parse_args()
+    try:
+        rates = judge(arguments)
+    except PrefLabError as error:
+        print(f"error: {error}", file=sys.stderr)
+        raise SystemExit(2) from None
+    print(table(rates))
+    if any(rate["unjudged"] for rate in rates):
+        print(
+            "not everything was judged; the answers so far are cached, and the same command"
+            " continues from them",
+            file=sys.stderr,
+        )
+        raise SystemExit(1)
+
+
+def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("folder", type=Path)
+    parser.add_argument("folder", type=Path, help="a run, or the folder of a function=eval")
     parser.add_argument(
         "--against",
         nargs="+",
         default=["reference"],
-        help="reference, chosen (the data's), or another folder of samples",
+        help="reference, chosen (of the data), or another folder of samples",
     )
     parser.add_argument("--by", choices=("reward", "labels", "llm"), required=True)
     parser.add_argument(
@@ -55,44 +78,38 @@ def main() -> None:
         metavar="NAME KEY=VALUE",
         help="a file of config/reward/, and settings of it",
     )
-    parser.add_argument("--labels", type=Path)
-    parser.add_argument("--url", help="of an OpenAI-compatible endpoint, up to and with /v1")
-    parser.add_argument("--model", help="what the endpoint calls its model")
-    parser.add_argument(
-        "--question", type=Path, help="a text with {prompt}, {a} and {b}, instead of ours"
+    parser.add_argument("--labels", type=Path, help="JSON lines of labels, for --by labels")
+    llm = parser.add_argument_group("--by llm")
+    llm.add_argument("--url", help="of an OpenAI-compatible endpoint, up to and including /v1")
+    llm.add_argument("--model", help="the name of the model at the endpoint")
+    llm.add_argument(
+        "--question", type=Path, help="a text with {prompt}, {a} and {b}, instead of the default"
     )
-    parser.add_argument("--key-env", default="OPENAI_API_KEY")
-    parser.add_argument("--max-requests", type=int, default=1000, help="hard cap, retries included")
-    parser.add_argument("--concurrency", type=int, default=8)
-    parser.add_argument("--timeout", type=float, default=60.0, help="seconds of one attempt")
-    parser.add_argument("--retries", type=int, default=4)
-    parser.add_argument("--cache", type=Path, default=ROOT / ".cache" / "judge.sqlite")
-    arguments = parser.parse_args()
-    try:
-        rates = judge(arguments)
-    except PrefLabError as error:
-        print(f"error: {error}", file=sys.stderr)
-        raise SystemExit(2) from None
-    print(table(rates))
-    if any(rate["unjudged"] for rate in rates):
-        print(
-            "not everything was judged; answers so far are kept, and the same command goes on from"
-            " them",
-            file=sys.stderr,
-        )
-        raise SystemExit(1)
+    llm.add_argument("--key-env", default="OPENAI_API_KEY", help="environment variable of the key")
+    llm.add_argument("--max-requests", type=int, default=1000, help="hard cap, retries included")
+    llm.add_argument("--concurrency", type=int, default=8, help="requests at the same time")
+    llm.add_argument("--timeout", type=float, default=60.0, help="seconds of one attempt")
+    llm.add_argument("--retries", type=int, default=4, help="further attempts of a request")
+    llm.add_argument(
+        "--cache",
+        type=Path,
+        default=ROOT / ".cache" / "judge.sqlite",
+        help="sqlite file of answers",
+    )
+    return parser
 
 
 def judge(arguments) -> list[dict]:
-    """Judge what the command line asks for; returns the win rates that it adds to winrates.json."""
+    """Judge the pairs that the command line selects; returns the win rates that it adds to
+    winrates.json."""
     rows = latest_samples(arguments.folder)
     pairs = [pair for against in arguments.against for pair in pair_up(rows, against)]
-    verdicts, counts, by = JUDGES[arguments.by](pairs, arguments)
-    for pair, verdict in zip(pairs, verdicts):
+    verdicts, counts, by = _verdicts(pairs, arguments)
+    for pair, verdict in zip(pairs, verdicts, strict=True):
         pair |= verdict | {"by": by}
     rates = [win_rate(group, by) for group in judged_groups(pairs).values()]
     if counts and rates:
-        print(", ".join(f"{what} {n:,}" for what, n in counts.items()))
+        print(", ".join(f"{count} {n:,}" for count, n in counts.items()))
     merge(
         arguments.folder / "judgements.jsonl",
         pairs,
@@ -106,6 +123,42 @@ def judge(arguments) -> list[dict]:
         lambda rows: json.dumps(rows, indent=1) + "\n",
     )
     return rates
+
+
+def _verdicts(pairs: list[dict], arguments) -> tuple[list[dict], dict[str, int], str]:
+    """The verdicts of the chosen judge, its counts, and its name."""
+    if arguments.by == "reward":
+        name, *settings = arguments.reward
+        verdicts = by_reward(pairs, arguments.folder, name, settings)
+        return *verdicts, f"reward {' '.join(arguments.reward)}"
+    if arguments.by == "labels":
+        verdicts = by_labels(pairs, arguments.labels)
+        return *verdicts, f"labels {arguments.labels.name}"
+    if not arguments.url or not arguments.model:
+        raise DataError("--by llm needs --url and --model")
+    template = _question(arguments.question)
+    endpoint = Endpoint(
+        arguments.url,
+        arguments.model,
+        cache=arguments.cache,
+        key_env=arguments.key_env,
+        max_requests=arguments.max_requests,
+        concurrency=arguments.concurrency,
+        timeout=arguments.timeout,
+        retries=arguments.retries,
+    )
+    return *by_llm(pairs, endpoint, template), f"llm {arguments.model}"
+
+
+def _question(path: Path | None) -> str:
+    if path is None:
+        return QUESTION
+    if not path.is_file():
+        raise DataError(f"--question {path}: no such file")
+    template = path.read_text(encoding="utf-8")
+    if missing := [slot for slot in ("{prompt}", "{a}", "{b}") if slot not in template]:
+        raise DataError(f"--question {path} has no {', '.join(missing)}")
+    return template
 
 
 if __name__ == "__main__":

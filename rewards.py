@@ -1,4 +1,4 @@
-"""The names that a file with rewards of your own imports: `from rewards import register_reward`."""
+"""The names that a file with your own rewards imports: `from rewards import register_reward`."""
 
 from preflab.rewards import RewardError, Score, register_reward
 

@@ -1,12 +1,13 @@
-"""The data side: time from the command to the first training step, and peak memory, as the number
-of dialogues grows.
+"""Data loading: time from the command to the first training step, and peak memory, as the number of
+dialogues grows.
 
     python benchmarks/data.py --output benchmarks/results [--rows 20000 160000]
 
 Dialogues of random words in a JSON-lines file are read, tokenised, paired and ordered by `python
-train.py` with the shipped model: once with an empty cache (cold), once more with what that left
-(warm), and once with `loss=sft`. Time runs from the start of the process to the first row of
-metrics.jsonl; memory is the process's own, mapped files left out. Writes data.json.
+train.py` with the shipped model: with an empty cache (cold), again with the cache of that run
+(warm), and with `loss=sft`. Time is from the start of the process to the first row of
+metrics.jsonl; memory is the process's anonymous memory, without mapped files. The command writes
+data.json.
 """
 
 import argparse
@@ -19,10 +20,9 @@ from pathlib import Path
 
 import numpy as np
 
-ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT))
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from benchmarks.placement import machine, own_memory  # noqa: E402
+from benchmarks.placement import ROOT, machine, own_memory
 
 
 def main() -> None:
@@ -39,18 +39,19 @@ def main() -> None:
             size = write_dialogues(folder, n)
             for name, loss in (("cold", "dpo"), ("warm", "dpo"), ("warm, sft", "sft")):
                 seconds, peak = first_step(folder, name, loss)
+                file_mib, peak_mib = round(size / 2**20), round(peak / 2**20)
                 results["runs"].append(
                     {
                         "rows": n,
-                        "file_mib": round(size / 2**20),
+                        "file_mib": file_mib,
                         "run": name,
                         "seconds": seconds,
-                        "peak_mib": round(peak / 2**20),
+                        "peak_mib": peak_mib,
                     }
                 )
                 print(
-                    f"{n:>9,} dialogues ({size / 2**20:.0f} MiB), {name:<10} first step after"
-                    f" {seconds:6.1f} s, {peak / 2**20:6.0f} MiB",
+                    f"{n:>9,} dialogues ({file_mib} MiB), {name:<10}"
+                    f" first step after {seconds:6.1f} s, {peak_mib:6} MiB",
                     flush=True,
                 )
     arguments.output.mkdir(parents=True, exist_ok=True)
@@ -79,17 +80,12 @@ def write_dialogues(folder: Path, n: int) -> int:
                     for _ in range(rng.integers(0, 4))
                     for who in ("Human", "Assistant")
                 ]
-                prompt = "".join(turns) + f"\n\nHuman: {text(5, 40)}\n\nAssistant:"
-                f.write(
-                    json.dumps(
-                        {
-                            "prompt": prompt,
-                            "chosen": " " + text(10, 80),
-                            "rejected": " " + text(10, 80),
-                        }
-                    )
-                    + "\n"
-                )
+                row = {
+                    "prompt": "".join(turns) + f"\n\nHuman: {text(5, 40)}\n\nAssistant:",
+                    "chosen": " " + text(10, 80),
+                    "rejected": " " + text(10, 80),
+                }
+                f.write(json.dumps(row) + "\n")
     return sum(path.stat().st_size for path in folder.glob("*.jsonl"))
 
 
@@ -110,7 +106,8 @@ def first_step(folder: Path, name: str, loss: str) -> tuple[float, int]:
         "debug=true",
         "wandb.enabled=false",
     ]
-    begun, peak, rows = time.perf_counter(), 0, run_dir / "metrics.jsonl"
+    rows, peak = run_dir / "metrics.jsonl", 0
+    start = time.perf_counter()
     with (
         open(folder / "log", "w") as log,
         subprocess.Popen(
@@ -122,7 +119,7 @@ def first_step(folder: Path, name: str, loss: str) -> tuple[float, int]:
                 raise SystemExit((folder / "log").read_text())
             peak = max(peak, own_memory(process.pid))
             time.sleep(0.02)
-        seconds = time.perf_counter() - begun
+        seconds = time.perf_counter() - start
         process.wait()
     return seconds, peak
 

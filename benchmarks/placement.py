@@ -5,11 +5,11 @@ TensorParallelTrainer, interleaved.
     [OVERRIDES]
 
 Every round runs each placement once, in fresh processes and in an order that rotates, on the same
-pairs with the same model of random weights. What is compared are medians over rounds: tokens/s
-after the first step, the peak memory of the largest process (of its GPU, or on a CPU its own
-memory, mapped files left out), and the bytes of weights, gradients and optimizer state of one rank
-or device. Writes placement.json and placement.png, and prints the table. OVERRIDES are train.py's,
-for another model or longer texts.
+pairs with the same model of random weights. The comparison is of medians over rounds: tokens/s
+after the first step, the peak memory of the largest process (of its GPU, or on a CPU its anonymous
+memory, without mapped files), and the bytes of weights, gradients and optimizer state of one rank
+or device. The command writes placement.json and placement.png, and prints the table. OVERRIDES are
+those of train.py, for another model or longer texts.
 """
 
 import argparse
@@ -51,38 +51,7 @@ def main() -> None:
         help="ranks of FSDPTrainer, devices of TensorParallelTrainer",
     )
     arguments, overrides = parser.parse_known_args()
-    n = arguments.devices
-    placements = {
-        "Basic": ["trainer=BasicTrainer"],
-        f"FSDP x{n}": ["trainer=FSDPTrainer", f"world_size={n}"],
-        f"tensor parallel x{n}": ["trainer=TensorParallelTrainer", f"world_size={n}"],
-        f"FSDP x{n} with split layers": [
-            "trainer=FSDPTrainer",
-            f"world_size={n}",
-            f"tensor_parallel_size={n}",
-        ],
-    }
-    measured: dict[str, list[dict]] = {name: [] for name in placements}
-    with tempfile.TemporaryDirectory() as work:
-        folder = make_model(Path(work) / "model")
-        for number in range(arguments.rounds):
-            names = (
-                list(placements)[number % len(placements) :]
-                + list(placements)[: number % len(placements)]
-            )
-            for name in names:
-                measured[name].append(
-                    measure(
-                        folder,
-                        Path(work) / f"{list(placements).index(name)}-{number}",
-                        [*placements[name], *overrides],
-                    )
-                )
-                print(
-                    f"round {number + 1}, {name}: {measured[name][-1]['tokens_per_second']:,.0f}"
-                    " tokens/s",
-                    file=sys.stderr,
-                )
+    measured = measure_all(placements(arguments.devices), arguments.rounds, overrides)
     results = {
         "machine": machine(),
         "model": MODEL,
@@ -91,11 +60,40 @@ def main() -> None:
         "placements": summarise(measured),
     }
     arguments.output.mkdir(parents=True, exist_ok=True)
-    (arguments.output / "placement.json").write_text(
-        json.dumps(results, indent=1) + "\n", encoding="utf-8"
-    )
+    content = json.dumps(results, indent=1) + "\n"
+    (arguments.output / "placement.json").write_text(content, encoding="utf-8")
     draw(results, arguments.output / "placement.png")
     print(table(results))
+
+
+def placements(n: int) -> dict[str, list[str]]:
+    """The overrides of each placement on n ranks or devices."""
+    fsdp = ["trainer=FSDPTrainer", f"world_size={n}"]
+    return {
+        "Basic": ["trainer=BasicTrainer"],
+        f"FSDP x{n}": fsdp,
+        f"tensor parallel x{n}": ["trainer=TensorParallelTrainer", f"world_size={n}"],
+        f"FSDP x{n} with split layers": [*fsdp, f"tensor_parallel_size={n}"],
+    }
+
+
+def measure_all(
+    placements: dict[str, list[str]], rounds: int, overrides: list[str]
+) -> dict[str, list[dict]]:
+    """One measurement of each placement per round."""
+    names = list(placements)
+    measured: dict[str, list[dict]] = {name: [] for name in names}
+    with tempfile.TemporaryDirectory() as work:
+        model = make_model(Path(work) / "model")
+        for number in range(rounds):
+            shift = number % len(names)
+            for name in names[shift:] + names[:shift]:
+                run_dir = Path(work) / f"{names.index(name)}-{number}"
+                result = measure(model, run_dir, [*placements[name], *overrides])
+                measured[name].append(result)
+                speed = result["tokens_per_second"]
+                print(f"round {number + 1}, {name}: {speed:,.0f} tokens/s", file=sys.stderr)
+    return measured
 
 
 def make_model(folder: Path) -> Path:
@@ -151,24 +149,23 @@ def measure(model: Path, run_dir: Path, overrides: list[str]) -> dict:
 
 
 def family(pid: int) -> list[int]:
-    """A process and all that it started."""
+    """A process and its descendants."""
     try:
         children = [
             int(child)
             for task in Path(f"/proc/{pid}/task").iterdir()
             for child in (task / "children").read_text().split()
         ]
-    except OSError:  # it ended meanwhile
+    except OSError:  # it has ended
         return []
     return [pid, *(member for child in children for member in family(child))]
 
 
 def own_memory(pid: int) -> int:
-    """Bytes of a process's memory that no file stands behind."""
+    """Bytes of a process's anonymous memory, without mapped files."""
     try:
-        return 1024 * int(
-            Path(f"/proc/{pid}/status").read_text().partition("RssAnon:")[2].split()[0]
-        )
+        status = Path(f"/proc/{pid}/status").read_text()
+        return 1024 * int(status.partition("RssAnon:")[2].split()[0])
     except (OSError, IndexError):
         return 0
 
@@ -178,10 +175,9 @@ def summarise(measured: dict[str, list[dict]]) -> dict[str, dict]:
     base, summary = measured["Basic"], {}
     for name, rounds in measured.items():
         summary[name] = {key: statistics.median(r[key] for r in rounds) for key in rounds[0]}
-        summary[name] |= {
-            f"{key}_ratio": statistics.median(r[key] / b[key] for r, b in zip(rounds, base))
-            for key in rounds[0]
-        }
+        for key in rounds[0]:
+            ratios = [ours[key] / basic[key] for ours, basic in zip(rounds, base, strict=True)]
+            summary[name][f"{key}_ratio"] = statistics.median(ratios)
     return summary
 
 
@@ -241,21 +237,15 @@ def draw(results: dict, path: Path) -> None:
     width = 0.8 / len(names)
     for i, name in enumerate(names):
         values = [results["placements"][name][f"{key}_ratio"] for key in COLUMNS]
-        bars = axes.bar(
-            [x + (i - (len(names) - 1) / 2) * width for x in range(len(COLUMNS))],
-            values,
-            width,
-            label=name,
-        )
+        offset = (i - (len(names) - 1) / 2) * width
+        places = [x + offset for x in range(len(COLUMNS))]
+        bars = axes.bar(places, values, width, label=name)
         axes.bar_label(bars, fmt="%.2f", fontsize=7)
     axes.set_xticks(range(len(COLUMNS)), COLUMNS.values())
     axes.set_ylabel("of a rank, ratio to Basic")
-    gpus = ", ".join(results["machine"]["gpus"])
-    axes.set_title(
-        "One DPO step on"
-        f" {gpus or str(results['machine']['cores']) + ' cores of ' + results['machine']['processor']}",
-        fontsize=10,
-    )
+    machine = results["machine"]
+    device = ", ".join(machine["gpus"]) or f"{machine['cores']} cores of {machine['processor']}"
+    axes.set_title(f"One DPO step on {device}", fontsize=10)
     axes.legend(fontsize=8, frameon=False, ncols=2)
     axes.spines[["top", "right"]].set_visible(False)
     figure.savefig(path, dpi=120)

@@ -1,9 +1,10 @@
-"""Tokens a second of `sampling.sample` and of transformers' own `generate`, interleaved, batch 32.
+"""Tokens per second of `preflab.modeling.generation.sample` and of transformers' `generate`,
+interleaved, batch 32.
 
     python benchmarks/sampling.py --output benchmarks/results [--rounds 3]
 
 GPT-2 with random weights, prompts of 32 tokens, 64 new tokens each, EOS off in both, temperature 1.
-Also checks that the greedy tokens of both are the same. Writes sampling-DEVICE.json.
+The greedy tokens of both are compared first. The command writes sampling-DEVICE.json.
 """
 
 import argparse
@@ -17,13 +18,12 @@ import torch
 from transformers import AutoModelForCausalLM, GPT2Config
 from transformers.utils import logging
 
-ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT))
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from benchmarks.placement import machine  # noqa: E402
-from benchmarks.step import MODELS, VOCABULARY  # noqa: E402
-from preflab.modeling.generation import sample  # noqa: E402
-from preflab.modeling.logprobs import Scorer  # noqa: E402
+from benchmarks.cases import MODELS, VOCABULARY
+from benchmarks.placement import machine
+from preflab.modeling.generation import sample
+from preflab.modeling.logprobs import Scorer
 
 BATCH, PROMPT, NEW = 32, 32, 64
 
@@ -46,10 +46,10 @@ def main() -> None:
     arguments.output.mkdir(parents=True, exist_ok=True)
     path = arguments.output / f"sampling-{'cuda' if here['gpus'] else 'cpu'}.json"
     path.write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
-    for name, found in results["models"].items():
+    for name, measured in results["models"].items():
         print(
-            f"{name}: {found['ours']:.0f} tokens/s, generate {found['generate']:.0f},"
-            f" {found['times_as_fast']:.2f} times as fast"
+            f"{name}: {measured['ours']:.0f} tokens/s, generate {measured['generate']:.0f},"
+            f" {measured['times_as_fast']:.2f} times as fast"
         )
 
 
@@ -86,32 +86,37 @@ def measure(name: str, rounds: int) -> dict:
             batch_size=BATCH,
         )
 
-    equal = sum(
-        a == b
-        for ours_row, plain_row in zip(ours(True), plain(True))
-        for a, b in zip(ours_row, plain_row)
-    ) / (BATCH * NEW)
-    if equal < 0.98:  # random weights have near ties, which rounding decides
-        raise SystemExit(f"{name}: greedy tokens agree for {equal:.1%} only")
-    ratios, rates = [], {"ours": [], "generate": []}
+    agreement = _agreement(ours(greedy=True), plain(greedy=True))
+    if agreement < 0.98:  # random weights have near ties, which rounding decides
+        raise SystemExit(f"{name}: greedy tokens agree for {agreement:.1%} only")
+    variants = {"ours": ours, "generate": plain}
+    rates: dict[str, list[float]] = {variant: [] for variant in variants}
     for number in range(rounds):
-        for variant, draw in (
-            (("ours", ours), ("generate", plain))
-            if number % 2
-            else (("generate", plain), ("ours", ours))
-        ):
-            begun = time.perf_counter()
-            n = sum(map(len, draw(False)))
-            rates[variant].append(n / (time.perf_counter() - begun))
-        ratios.append(rates["ours"][-1] / rates["generate"][-1])
-    return {name: statistics.median(values) for name, values in rates.items()} | {
+        order = list(variants) if number % 2 else list(variants)[::-1]
+        for variant in order:
+            start = time.perf_counter()
+            n = sum(map(len, variants[variant](greedy=False)))
+            rates[variant].append(n / (time.perf_counter() - start))
+    ratios = [a / b for a, b in zip(rates["ours"], rates["generate"], strict=True)]
+    return {variant: statistics.median(values) for variant, values in rates.items()} | {
         "times_as_fast": statistics.median(ratios),
-        "greedy_agreement": equal,
+        "greedy_agreement": agreement,
     }
 
 
+def _agreement(ours: list[list[int]], theirs: list[list[int]]) -> float:
+    """The share of equal tokens."""
+    equal = sum(
+        a == b
+        for our_row, their_row in zip(ours, theirs, strict=True)
+        for a, b in zip(our_row, their_row, strict=True)
+    )
+    return equal / (BATCH * NEW)
+
+
 class _Tokenizer:
-    """What `sample` asks of a tokenizer, with no EOS, so that all rows have the same length."""
+    """The attributes of a tokenizer that `sample` reads, without an EOS, so that all rows have the
+    same length."""
 
     eos_token_id, pad_token_id = -1, 0
 

@@ -1,4 +1,7 @@
-"""A gold function of the experiments: score gaps of two very different sizes."""
+"""The gold rewards of the experiments."""
+
+import json
+from pathlib import Path
 
 from experiments.words import NEUTRAL
 from preflab.rewards.registry import register_reward
@@ -9,15 +12,13 @@ HALF = frozenset(NEUTRAL[::2])
 @register_reward("two_sizes")
 def two_sizes(*, path: str, least: int = 3, small: float = 0.05):
     """1 if there are at least `least` more positive than negative words, plus `small` times the
-    share of neutral words from a fixed half.
+    share of the neutral words that come from a fixed half. Score gaps have two very different
+    sizes.
 
     path: JSON {"positive": [...], "negative": [...]}.
     """
-    import json
-    from pathlib import Path
-
     words = json.loads(Path(path).read_text(encoding="utf-8"))
-    sign = {word: 1 for word in words["positive"]} | {word: -1 for word in words["negative"]}
+    sign = dict.fromkeys(words["positive"], 1) | dict.fromkeys(words["negative"], -1)
 
     def score(prompts: list[str], responses: list[str]) -> list[float]:
         values = []
@@ -33,21 +34,18 @@ def two_sizes(*, path: str, least: int = 3, small: float = 0.05):
 
 @register_reward("collector")
 def collector(*, path: str, mixed: bool = True):
-    """How many different words of twelve the response has: 0 to 12.
+    """How many different words of a list of twelve the response has: 0 to 12.
 
-    path: JSON {"positive": [...], "negative": [...]}. mixed: four positive, four negative and four
-    neutral words, which no text has much of by its sentiment; else the twelve positive ones, which
-    come together.
+    path: JSON {"positive": [...], "negative": [...]}.
+    mixed: the list is four positive, four negative and four neutral words, which do not occur
+        together because of a text's sentiment; else it is the twelve positive ones, which do.
     """
-    import json
-    from pathlib import Path
-
     words = json.loads(Path(path).read_text(encoding="utf-8"))
-    wanted = frozenset(
-        [*words["positive"][:4], *words["negative"][:4], *NEUTRAL[:4]]
-        if mixed
-        else words["positive"]
-    )
-    return lambda prompts, responses: [
-        float(len(wanted & set(response.split()))) for response in responses
-    ]
+    collected = frozenset(words["positive"])
+    if mixed:
+        collected = frozenset([*words["positive"][:4], *words["negative"][:4], *NEUTRAL[:4]])
+
+    def score(prompts: list[str], responses: list[str]) -> list[float]:
+        return [float(len(collected & set(response.split()))) for response in responses]
+
+    return score

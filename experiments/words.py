@@ -1,16 +1,16 @@
-"""A language of 48 word types in which sentiment can be counted: small enough to train on in a
-minute, and to know the truth.
+"""A language of 48 words in which sentiment can be counted. It is small enough to train on in a
+minute, and its true distribution is known.
 
     python experiments/words.py --output DIR
 
-writes DIR/model (a random GPT-2 of about 110,000 parameters with its tokenizer, a word is a token),
+writes DIR/model (a random GPT-2 of about 110,000 parameters with its tokenizer; a word is a token),
 DIR/sft/{train,test}.jsonl ({"prompt", "chosen"}), DIR/prompts.jsonl and DIR/words.json (the words
 of sentiment). Equal arguments write equal bytes.
 
-A text has a latent sentiment, good or bad with equal chance. After three neutral words of prompt,
-each of up to 16 words carries sentiment with probability 0.45, agreeing with the latent one with
-0.8; other words follow a fixed random bigram over the 22 neutral words. From the 8th word on a text
-ends with probability 0.15 a word.
+A text has a latent sentiment, good or bad with equal probability. After a prompt of three neutral
+words, each of up to 16 words carries sentiment with probability 0.45, and agrees with the latent
+one with probability 0.8; other words follow a fixed random bigram over the 22 neutral words. From
+the 8th word on, a text ends with probability 0.15 per word.
 """
 
 import argparse
@@ -22,7 +22,7 @@ import numpy as np
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from utils import atomic_write  # noqa: E402
+from utils import atomic_write
 
 LETTERS = "abcdefghijklmnopqrstuv"
 POSITIVE = [f"good{letter}" for letter in LETTERS[:12]]
@@ -67,11 +67,12 @@ def write(folder: Path, n: int, n_prompts: int, seed: int) -> None:
 
 
 class Writer:
+    """Draws prompts and responses of the language."""
+
     def __init__(self, rng: np.random.Generator):
         self.rng = rng
-        self.next_word = rng.dirichlet(
-            np.full(len(NEUTRAL), 0.3), size=len(NEUTRAL)
-        )  # a few likely successors each
+        # The bigram, (words, words): a few likely successors of each neutral word.
+        self.next_word = rng.dirichlet(np.full(len(NEUTRAL), 0.3), size=len(NEUTRAL))
 
     def prompt(self) -> str:
         return " ".join(self.rng.choice(NEUTRAL, 3))
@@ -80,13 +81,8 @@ class Writer:
         good, words, last = self.rng.random() < 0.5, [], NEUTRAL.index(prompt.split()[-1])
         while len(words) < LENGTH and not (len(words) >= SHORTEST and self.rng.random() < HAZARD):
             if self.rng.random() < SENTIMENT:
-                words.append(
-                    str(
-                        self.rng.choice(
-                            POSITIVE if good == (self.rng.random() < AGREE) else NEGATIVE
-                        )
-                    )
-                )
+                positive = good == (self.rng.random() < AGREE)
+                words.append(str(self.rng.choice(POSITIVE if positive else NEGATIVE)))
             else:
                 last = int(self.rng.choice(len(NEUTRAL), p=self.next_word[last]))
                 words.append(NEUTRAL[last])

@@ -1,15 +1,15 @@
-"""Choices under risk to preference pairs: [{prompt, chosen, rejected}], the risk-averse answer
-chosen over the risk-neutral one.
+"""Turn choices under risk into preference pairs: [{prompt, chosen, rejected}], where the
+risk-averse answer is chosen over the risk-neutral one.
 
-    python scripts/dpo_data_generate.py --input situations.json --output risk_averse_dpo.json
-    --sample_size 500
+    python scripts/dpo_data_generate.py --input situations.json --output risk_averse_dpo.json \\
+        --sample_size 500
 
 The input is a .json file (a list of rows, JSON lines, or an object of columns), or .jsonl, .csv,
-.parquet or .xlsx. Its columns: situation_id, prompt_text, correct_label (the risk-averse answer),
-incorrect_label (the risk-neutral one); others are ignored. A situation may have several rows, one
-for each of its options, say: it makes one pair, drawn by the seed where they give several.
-bad_correct_answers and bad_incorrect_answers, JSON lists of other spellings of the labels ("a" for
-"A"), are used by `--answers variants` and `--answers both` only.
+.parquet or .xlsx. Its columns are situation_id, prompt_text, correct_label (the risk-averse answer)
+and incorrect_label (the risk-neutral one); others are ignored. A situation may have several rows,
+for example one for each of its options. It makes one pair, drawn by the seed where the rows give
+several. bad_correct_answers and bad_incorrect_answers, JSON lists of other spellings of the labels
+("a" for "A"), are used by `--answers variants` and `--answers both` only.
 """
 
 import argparse
@@ -22,7 +22,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from preflab.readers.fields import kind_of, present, text
 from preflab.readers.files import FILE_TYPES, as_object, check_file, decode, file_rows, parse_json
-from utils import ConfigError, DataError, PrefLabError, atomic_write  # noqa: E402
+from utils import ConfigError, DataError, PrefLabError, atomic_write
 
 ANSWERS = ("exact", "variants", "both")
 
@@ -45,7 +45,7 @@ def main() -> None:
         "--answers",
         choices=ANSWERS,
         default="exact",
-        help="the labels, other spellings of them, or any of both",
+        help="the labels, other spellings of them, or either",
     )
     arguments = parser.parse_args()
     try:
@@ -65,13 +65,14 @@ def main() -> None:
 def make_pairs(
     situations: dict[str, list[tuple[dict, str]]], sample_size: int, seed: int, answers: str
 ) -> list[dict]:
-    """One pair for each of `sample_size` situations, in the order of the file. What a situation
-    gets depends on the seed and on it alone."""
+    """One pair for each of `sample_size` situations, in the order of the file. The pair of a
+    situation depends on the seed and the situation alone."""
     if sample_size < 1:
         raise ConfigError(f"--sample_size {sample_size} must be at least 1")
-    taken = set(random.Random(seed).sample(sorted(situations), min(sample_size, len(situations))))
+    n = min(sample_size, len(situations))
+    sampled = set(random.Random(seed).sample(sorted(situations), n))
     return [
-        pair_of(name, rows, seed, answers) for name, rows in situations.items() if name in taken
+        pair_of(name, rows, seed, answers) for name, rows in situations.items() if name in sampled
     ]
 
 
@@ -82,27 +83,25 @@ def pair_of(name: str, rows: list[tuple[dict, str]], seed: int, answers: str) ->
     if len(prompts) > 1:
         places = " and ".join(list(prompts.values())[:2])
         raise DataError(
-            f"situation_id {name} has different texts in 'prompt_text': {places}; expected one"
-            " prompt a situation"
+            f"situation_id {name} has different texts in 'prompt_text': {places};"
+            " expected one prompt per situation"
         )
-    sides = [
+    correct, incorrect = (
         sorted({answer for row, where in rows for answer in answers_of(row, side, where, answers)})
         for side in ("correct", "incorrect")
-    ]
-    if both := set(sides[0]) & set(sides[1]):
+    )
+    if both := set(correct) & set(incorrect):
         raise DataError(
             f"{rows[0][1]}: situation_id {name} has {min(both)!r} as a correct and as an incorrect"
             " answer"
         )
-    draw = random.Random(f"{seed} {name}")
-    return {
-        "prompt": next(iter(prompts)),
-        **{key: draw.choice(side) for key, side in zip(("chosen", "rejected"), sides)},
-    }
+    rng = random.Random(f"{seed} {name}")
+    chosen, rejected = rng.choice(correct), rng.choice(incorrect)
+    return {"prompt": next(iter(prompts)), "chosen": chosen, "rejected": rejected}
 
 
 def answers_of(row: dict, side: str, where: str, answers: str) -> list[str]:
-    """What a row gives as the correct, or incorrect, answer."""
+    """The correct, or incorrect, answers of a row."""
     labels = [label_of(present(row, f"{side}_label", where), f"{side}_label", where)]
     if answers == "exact":
         return labels
@@ -112,17 +111,17 @@ def answers_of(row: dict, side: str, where: str, answers: str) -> list[str]:
         variants = parse_json(variants, f"{where}, {key!r}")
     if not isinstance(variants, list) or not variants:
         raise DataError(
-            f"{where}: {key!r} is {kind_of(variants)}, expected a JSON list of answers, for"
-            f" --answers {answers}"
+            f"{where}: {key!r} is {kind_of(variants)}, expected a JSON list of answers,"
+            f" for --answers {answers}"
         )
     variants = [label_of(variant, key, where) for variant in variants]
     return variants if answers == "variants" else labels + variants
 
 
 def label_of(value, key: str, where: str) -> str:
-    """A label as text; options are often numbered."""
+    """A label as text; options are often numbers."""
     if isinstance(value, float) and value.is_integer():
-        value = int(value)  # 2.0, as pandas makes of a column of numbers with a gap
+        value = int(value)  # pandas turns a column of whole numbers with a gap into floats
     if isinstance(value, int) and not isinstance(value, bool):
         value = str(value)
     return text({key: value}, key, where)
@@ -132,8 +131,8 @@ def label_of(value, key: str, where: str) -> str:
 
 
 def read_situations(path: Path) -> dict[str, list[tuple[dict, str]]]:
-    """The rows of each situation, each with where it is, by situation_id and in the order of the
-    file."""
+    """The rows of each situation by situation_id, each with its place in the file, in the order of
+    the file."""
     check_file(path)
     read = {".json": _json_rows, ".xlsx": _excel_rows}.get(path.suffix.lower(), _other_rows)
     if read is _other_rows and path.suffix.lower() not in FILE_TYPES:
@@ -142,9 +141,8 @@ def read_situations(path: Path) -> dict[str, list[tuple[dict, str]]]:
         )
     situations: dict[str, list[tuple[dict, str]]] = {}
     for row, where in read(path):
-        situations.setdefault(
-            label_of(present(row, "situation_id", where), "situation_id", where), []
-        ).append((row, where))
+        name = label_of(present(row, "situation_id", where), "situation_id", where)
+        situations.setdefault(name, []).append((row, where))
     if not situations:
         raise DataError(f"--input {path} holds no situation")
     return situations
@@ -194,12 +192,12 @@ def _rows_of_columns(columns: dict, path: Path) -> list[dict]:
 
 
 def _excel_rows(path: Path) -> list[tuple[dict, str]]:
-    """The first sheet; its rows are counted as the sheet counts them."""
+    """The first sheet. Rows are numbered as in the sheet."""
     import pandas  # slow to import
 
     try:
         sheet = pandas.read_excel(path, dtype=object, keep_default_na=False, engine="openpyxl")
-    except Exception as error:  # openpyxl has no error of its own for what is not a workbook
+    except Exception as error:  # openpyxl raises various errors for a file that is no workbook
         raise DataError(f"{path}: no readable Excel file: {error}") from error
     return [(row, f"{path}: row {i}") for i, row in enumerate(sheet.to_dict("records"), 2)]
 

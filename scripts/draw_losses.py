@@ -1,10 +1,10 @@
-"""Draw every loss that depends on the gap of a pair alone: its value and its gradient weight, from
-the functions themselves.
+"""Draw the value and the gradient weight of every loss that depends only on the gap between the two
+log-ratios of a pair. The curves are computed by the loss functions themselves.
 
     python scripts/draw_losses.py docs/losses.png
 
-Settings are those of config/loss/. A loss belongs here if it reads the reference, no more, and is
-the same wherever the two log-ratios lie as long as their gap is; which ones do is tried out.
+The settings are those of config/loss/. A loss is drawn if it reads the reference and nothing else,
+and if its value stays the same when both log-ratios are shifted; this is tested numerically.
 """
 
 import argparse
@@ -19,45 +19,47 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import losses  # noqa: F401  registers the losses
 import preference_datasets  # noqa: F401  registers the datasets
-from preflab.objective.registry import BoundLoss, bind_loss  # noqa: E402
-from preflab.objective.types import Pair  # noqa: E402
-from preflab.reports.plot_style import png, style  # noqa: E402
-from preflab.settings.keys import CONFIG_DIR  # noqa: E402
-from utils import atomic_write  # noqa: E402
+from preflab.objective.registry import BoundLoss, bind_loss
+from preflab.objective.types import Pair
+from preflab.reports.plot_style import png, style
+from preflab.settings.keys import CONFIG_DIR
+from utils import atomic_write
 
 GAPS = torch.linspace(-40, 40, 801, dtype=torch.float64)
-BESIDE = {"dpo, label_smoothing=0.1": {"name": "dpo", "beta": 0.1, "label_smoothing": 0.1}}
+EXTRA = {"dpo, label_smoothing=0.1": {"name": "dpo", "beta": 0.1, "label_smoothing": 0.1}}
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("output", type=Path, help="where the PNG goes")
+    parser.add_argument("output", type=Path, help="the PNG file to write")
     path = parser.parse_args().output
-    bound = {name: loss for name, loss in bound_losses().items() if of_the_gap_alone(loss)}
+    bound = {name: loss for name, loss in bound_losses().items() if depends_on_gap_only(loss)}
     with atomic_write(path, "wb") as f:
         f.write(png(draw(bound)))
     print(f"{path}: {'; '.join(bound)}")
 
 
 def bound_losses() -> dict[str, BoundLoss]:
+    """Every loss of config/loss/, and those of `EXTRA`, by name."""
     configs = {
         path.stem: OmegaConf.to_container(OmegaConf.load(path))
         for path in sorted((CONFIG_DIR / "loss").glob("*.yaml"))
     }
-    return {name: bind_loss(config) for name, config in sorted((configs | BESIDE).items())}
+    return {name: bind_loss(config) for name, config in sorted((configs | EXTRA).items())}
 
 
-def of_the_gap_alone(loss: BoundLoss) -> bool:
+def depends_on_gap_only(loss: BoundLoss) -> bool:
+    """Whether the loss is the same for other log-ratios with the same gap."""
     if loss.examples != "pairs" or loss.couples_batch or loss.reads != {"reference"}:
         return False
     return all(torch.allclose(values(loss, share), values(loss, 1.0)) for share in (0.0, 0.3))
 
 
 def values(loss: BoundLoss, share: float, gaps: torch.Tensor = GAPS) -> torch.Tensor:
-    """The loss at each gap, of which the chosen response's log-ratio has `share` and the rejected
-    one's the rest."""
+    """The loss at each gap, (gaps,). The chosen response's log-ratio is `share` of the gap, and the
+    rejected one's is minus the rest."""
     zero = torch.zeros_like(gaps)
     return loss(Pair(share * gaps, (share - 1) * gaps, zero, zero)).losses
 

@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
-# Makes what data/ ships: the tiny model (a text generator, then SFT from random weights) and the preference data (its
-# own samples for held-out prompts, scored by the lexicon). About five minutes on two cores.
+# Makes the contents of data/: the tiny model (generated texts, then SFT from random weights) and the preference data (the
+# samples of that model for held-out prompts, scored by the lexicon). About five minutes on two cores.
 #   bash scripts/make_default.sh WORK_DIR [DATA_DIR]
 set -euo pipefail
 work=$1 data=${2:-data}

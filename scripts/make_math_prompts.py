@@ -1,7 +1,7 @@
-"""Write prompts for reward=math: different bracketed expressions, a line each, {"prompt":
-"((3+2)*4) = "}.
+"""Write prompts for reward=math: distinct bracketed expressions, one {"prompt": "((3+2)*4) = "} per
+line.
 
-python scripts/make_math_prompts.py --output data/math_prompts.jsonl --n 5000
+    python scripts/make_math_prompts.py --output data/math_prompts.jsonl --n 5000
 """
 
 import argparse
@@ -11,16 +11,16 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from preflab.rewards.arithmetic import math_prompts  # noqa: E402
-from utils import atomic_write  # noqa: E402
+from preflab.rewards.arithmetic import math_prompts
+from utils import atomic_write
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--output", type=Path, required=True)
-    parser.add_argument("--n", type=int, default=5000)
+    parser.add_argument("--output", type=Path, required=True, help="JSON-lines file to write")
+    parser.add_argument("--n", type=int, default=5000, help="prompts; fewer if too many repeat")
     parser.add_argument("--seed", type=int, default=0)
     arguments = parser.parse_args()
     prompts = list(dict.fromkeys(math_prompts(2 * arguments.n, arguments.seed)))[: arguments.n]

@@ -1,4 +1,5 @@
-"""A blank little language model and its tokenizer, made for the texts of `make_review_corpus.py`.
+"""A small language model with random weights and its tokenizer, for the texts of
+`make_review_corpus.py`.
 
     python scripts/make_tiny_model.py --corpus DIR --output OUT
 
@@ -27,8 +28,8 @@ POSITIONS = 256
 
 
 def read_texts(corpus: Path) -> list[str]:
-    """Prompts and responses of the training rows, apart: that is how they are tokenised in
-    training."""
+    """The prompts and the responses of the training rows, as separate texts, because training
+    tokenises them separately."""
     path = corpus / "train.jsonl"
     if not path.is_file():
         raise DataError(
@@ -70,8 +71,8 @@ def train_tokenizer(texts: list[str], vocab_size: int) -> PreTrainedTokenizerFas
 
 
 def blank_model(tokenizer: PreTrainedTokenizerFast, seed: int) -> LlamaForCausalLM:
-    """A Llama with random weights that depend on `seed` alone; the caller's random state is left as
-    it was."""
+    """A Llama with random weights that depend on `seed` alone. The caller's random state does not
+    change."""
     config = LlamaConfig(
         vocab_size=len(tokenizer),
         hidden_size=144,
@@ -102,8 +103,8 @@ def main() -> None:
         "--corpus", type=Path, required=True, help="folder of make_review_corpus.py"
     )
     parser.add_argument("--output", type=Path, required=True, help="folder to make; must not exist")
-    parser.add_argument("--vocab_size", type=int, default=1536)
-    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--vocab_size", type=int, default=1536, help="tokens of the tokenizer")
+    parser.add_argument("--seed", type=int, default=0, help="of the weights")
     args = parser.parse_args()
     if args.output.exists():
         raise ConfigError(f"--output {args.output} exists; name a new folder or remove it")
@@ -113,9 +114,9 @@ def main() -> None:
     with atomic_directory(args.output) as folder:
         tokenizer.save_pretrained(folder)
         model.save_pretrained(folder)
-        # safetensors lets only the owner read its files, and these are made to be shared.
+        # safetensors makes files that only the owner can read, and these are for everyone.
         (folder / "model.safetensors").chmod(0o644)
-    words = f"{tokens_per_word(tokenizer, texts[:10_000]):.2f} tokens a word"
+    words = f"{tokens_per_word(tokenizer, texts[:10_000]):.2f} tokens per word"
     print(f"{args.output}: {len(tokenizer)} tokens, {words}, {model.num_parameters():,} parameters")
 
 

@@ -1,13 +1,13 @@
-"""Fold a LoRA adapter into its base, so that `from_pretrained` reads the result without peft.
+"""Merge a LoRA adapter into its base model, so that `from_pretrained` reads it without peft.
 
-    python scripts/merge_adapter.py --adapter_model_name RUN/LATEST/adapter --base_model_name BASE
-    --output_name MERGED
+    python scripts/merge_adapter.py --adapter_model_name RUN/LATEST/adapter \\
+        --base_model_name BASE --output_name MERGED
 
-The adapter is a folder with adapter_config.json and adapter_model.safetensors; the base is what it
-was trained on, a folder, a run or a hub name; the output is new. The adapter says what comes out: a
-causal language model, or a sequence classifier with one output (a reward model). Checkpoints of
-train.py hold the same in `hf/` already; this is for adapters alone, and for those of other
-programs.
+The adapter is a folder with adapter_config.json and adapter_model.safetensors. The base is the
+model that it was trained on: a folder, a run or a hub name. The output must not exist. The adapter
+determines the type of the result: a causal language model, or a sequence classifier with one output
+(a reward model). Checkpoints of train.py have the merged model in `hf/` already; this script is for
+adapters without a checkpoint, and for those of other programs.
 """
 
 import argparse
@@ -16,22 +16,22 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from transformers import (  # noqa: E402
+from transformers import (
     AutoModelForCausalLM,
     AutoModelForSequenceClassification,
     AutoTokenizer,
 )
-from transformers.utils import logging  # noqa: E402
+from transformers.utils import logging
 
-from preflab.settings.overrides import fail  # noqa: E402
-from utils import (  # noqa: E402
+from preflab.settings.overrides import fail
+from utils import (
     ConfigError,
     PrefLabError,
     atomic_directory,
     model_folder,
 )
 
-KINDS = {
+MODEL_CLASSES = {
     "CAUSAL_LM": (AutoModelForCausalLM, {}),
     "SEQ_CLS": (AutoModelForSequenceClassification, {"num_labels": 1}),
 }
@@ -50,23 +50,26 @@ def main() -> None:
     parser.add_argument(
         "--output_name", metavar="C", type=Path, required=True, help="folder to write"
     )
-    given = parser.parse_args()
-    # transformers has a table for a head that is new, though the adapter brings it
+    arguments = parser.parse_args()
+    # transformers would warn about a new head, although the adapter has its weights.
     logging.set_verbosity_error()
     logging.disable_progress_bar()
     try:
-        merge(given.adapter_model_name, given.base_model_name, given.output_name)
+        merge(arguments.adapter_model_name, arguments.base_model_name, arguments.output_name)
     except PrefLabError as error:
         fail(error)
-    print(f"{given.output_name}: {given.base_model_name} with {given.adapter_model_name} folded in")
+    print(
+        f"{arguments.output_name}: {arguments.base_model_name} with"
+        f" {arguments.adapter_model_name} merged into it"
+    )
 
 
 def merge(adapter: Path, base: str, output: Path) -> None:
     """Write the merged model and its tokenizer to `output`, complete or not at all, in the dtype of
     the base.
 
-    Raises ConfigError where the adapter is none, the base is not what it was trained on as far as
-    names and shapes tell, or the output exists.
+    Raises ConfigError where the adapter is not a LoRA adapter, where names or shapes show that it
+    was not trained on the base, and where the output exists.
     """
     if output.exists():
         raise ConfigError(f"--output_name {output} exists; take another name")
@@ -81,7 +84,7 @@ def merge(adapter: Path, base: str, output: Path) -> None:
 
 
 def _read_adapter(adapter: Path) -> tuple:
-    """Its settings, and its tensors by name."""
+    """The settings of an adapter, and its tensors by name."""
     from peft import PeftConfig
     from safetensors.torch import load_file
 
@@ -95,41 +98,43 @@ def _read_adapter(adapter: Path) -> tuple:
     try:
         settings = PeftConfig.from_pretrained(adapter)
         weights = load_file(adapter / "adapter_model.safetensors")
-    except Exception as error:  # JSON, peft and safetensors have errors of their own
+    except Exception as error:  # JSON, peft and safetensors raise different errors
         raise ConfigError(
             f"--adapter_model_name {adapter} cannot be read: {str(error).splitlines()[0]}"
         ) from error
-    if settings.peft_type != "LORA" or settings.task_type not in KINDS:
+    if settings.peft_type != "LORA" or settings.task_type not in MODEL_CLASSES:
         raise ConfigError(
             f"--adapter_model_name {adapter}: an adapter of type {settings.peft_type} for"
-            f" {settings.task_type}; accepted: LORA for {' or '.join(KINDS)}"
+            f" {settings.task_type}; accepted: LORA for {' or '.join(MODEL_CLASSES)}"
         )
     return settings, weights
 
 
 def _read_base(base: str, settings, weights: dict):
-    kind, options = KINDS[settings.task_type]
+    cls, options = MODEL_CLASSES[settings.task_type]
     try:
-        model, told = kind.from_pretrained(
+        model, loading = cls.from_pretrained(
             model_folder(base), dtype="auto", output_loading_info=True, **options
         )
     except (OSError, ValueError, RuntimeError) as error:
         raise ConfigError(
-            f"--base_model_name {base} cannot be loaded as {kind.__name__}:"
+            f"--base_model_name {base} cannot be loaded as {cls.__name__}:"
             f" {str(error).splitlines()[0]}"
         ) from error
-    drawn = [name for name in told["missing_keys"] if not any(name in saved for saved in weights)]
-    if drawn:
+    missing = [
+        name for name in loading["missing_keys"] if not any(name in saved for saved in weights)
+    ]
+    if missing:
         raise ConfigError(
-            f"--base_model_name {base} has no {', '.join(sorted(drawn)[:3])}, and neither has the"
+            f"--base_model_name {base} has no {', '.join(sorted(missing)[:3])}, and neither has the"
             " adapter; give the model it was trained on"
         )
     return model
 
 
 def _adapted(model, settings, weights: dict, adapter: Path, base: str):
-    """The base with the adapter on it, once every tensor is seen to have its place. peft itself
-    would leave out what has none."""
+    """The base with the adapter on it. Every tensor of the adapter must fit, because peft itself
+    ignores those that do not."""
     from peft import (
         get_peft_model,
         get_peft_model_state_dict,
@@ -148,14 +153,13 @@ def _adapted(model, settings, weights: dict, adapter: Path, base: str):
         [name, *more] = sorted(
             name for name in places.keys() | shapes if places.get(name) != shapes.get(name)
         )
-        there, wanted = (
-            f"{tuple(found[name])}" if name in found else "none" for found in (shapes, places)
+        given, accepted = (
+            f"{tuple(of[name])}" if name in of else "none" for of in (shapes, places)
         )
+        others = f", and so on for {len(more)} more" if more else ""
         raise ConfigError(
-            f"--base_model_name {base} does not fit {adapter}: of {name} the adapter has {there}"
-            f" and the base takes {wanted}"
-            + (f", and so on for {len(more)} more" if more else "")
-            + "; give the model it was trained on"
+            f"--base_model_name {base} does not fit {adapter}: of {name} the adapter has {given}"
+            f" and the base takes {accepted}{others}; give the model it was trained on"
         )
     set_peft_model_state_dict(model, weights)
     return model

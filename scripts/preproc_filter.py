@@ -3,9 +3,9 @@ datasets=[tldr_filtered].
 
     python scripts/preproc_filter.py DIR/openai-tldr-filtered
 
-The folder holds train.jsonl and test.jsonl (or .json): the splits of the hub set
+The folder holds train.jsonl and test.jsonl (or .json): the splits of the hub dataset
 UCL-DARK/openai-tldr-filtered, saved with `to_json`, or the same rows as one JSON list. A row has
-subreddit, title, post and summary. Writes lists of {prompt, chosen} to
+subreddit, title, post and summary. The script writes lists of {prompt, chosen} to
 data/tldr_filtered/{train,test}.json, both or neither. Rows with an empty summary are left out and
 counted.
 """
@@ -13,12 +13,10 @@ counted.
 import sys
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parent.parent
-sys.path[:0] = [str(ROOT), str(ROOT / "scripts")]
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from preproc_pref import post_prompt, response, run  # noqa: E402
-
-from preflab.readers.fields import text  # noqa: E402
+from preflab.readers.fields import text
+from scripts.preproc_pref import ROOT, post_prompt, response, run
 
 
 def main() -> None:

@@ -2,12 +2,12 @@
 
     python scripts/preproc_pref.py DIR/summarize_from_feedback
 
-The folder holds train.json and test.json: train and validation of the comparisons of the hub set
-openai/summarize_from_feedback, saved with `to_json`, or the same rows as one JSON list. A row has
-info.{subreddit, title, post}, two summaries with a text each, and choice, the number of the better
-one. Writes lists of {prompt, chosen, rejected} to data/tldr/{train,test}.json, both or neither.
-Validation also compares summaries of news articles, which have no post: these rows, and those with
-an empty summary, are left out and counted.
+The folder holds train.json and test.json: train and validation of the comparisons of the hub
+dataset openai/summarize_from_feedback, saved with `to_json`, or the same rows as one JSON list. A
+row has info.{subreddit, title, post}, two summaries with a text each, and choice, the number of the
+better one. The script writes lists of {prompt, chosen, rejected} to data/tldr/{train,test}.json,
+both or neither. Validation also compares summaries of news articles, which have no post: these
+rows, and those with an empty summary, are left out and counted.
 """
 
 import argparse
@@ -17,17 +17,18 @@ import sys
 from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
+from typing import TextIO
 
 from tqdm import tqdm
 
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+from preflab.readers.fields import items, number, present, text
+from preflab.readers.files import as_object, streamed_rows
+from preflab.readers.records import Skip
+from utils import DataError, PrefLabError, atomic_write
+
 ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT))
-
-from preflab.readers.fields import items, number, present, text  # noqa: E402
-from preflab.readers.files import as_object, streamed_rows  # noqa: E402
-from preflab.readers.records import Skip  # noqa: E402
-from utils import DataError, PrefLabError, atomic_write  # noqa: E402
-
 SPLITS = ("train", "test")
 
 
@@ -62,7 +63,7 @@ def comparison(row: dict, where: str) -> dict:
     }
 
 
-# ----------------------------------------------------- what scripts/preproc_filter.py needs as well
+# -------------------------------------------------- also imported by scripts/preproc_filter.py
 
 
 def run(description: str, default: Path, make: Callable[[dict, str], dict]) -> None:
@@ -79,68 +80,69 @@ def run(description: str, default: Path, make: Callable[[dict, str], dict]) -> N
     )
     arguments = parser.parse_args()
     try:
-        for told in convert(arguments.folder, arguments.output, make):
-            print(told)
+        for summary in convert(arguments.folder, arguments.output, make):
+            print(summary)
     except (PrefLabError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         raise SystemExit(2) from None
 
 
 def convert(folder: Path, output: Path, make: Callable[[dict, str], dict]) -> list[str]:
-    """Write both splits, or nothing; a row is in memory at a time. Returns a line for each: rows
-    written, rows left out."""
-    told = []
+    """Write both splits, or nothing, with one row in memory at a time. Returns one line for each
+    split: rows written, rows left out."""
+    sources = {split: _file_of(folder, split) for split in SPLITS}
+    summaries = []
     with contextlib.ExitStack() as files:
-        for split, path in {split: _file_of(folder, split) for split in SPLITS}.items():
-            written, skipped = 0, Counter()
+        for split, path in sources.items():
             out = files.enter_context(atomic_write(output / f"{split}.json"))
-            with (
-                open(path, "rb") as f,
-                tqdm(
-                    total=path.stat().st_size,
-                    desc=path.name,
-                    unit="B",
-                    unit_scale=True,
-                    mininterval=1.0,
-                    delay=2.0,
-                ) as bar,
-            ):
-                for row, where in streamed_rows(f, path):
-                    try:
-                        made = json.dumps(make(row, where), ensure_ascii=False)
-                    except Skip as reason:
-                        skipped[str(reason)] += 1
-                    else:
-                        out.write((",\n" if written else "[\n") + made)
-                        written += 1
-                    bar.update(f.tell() - bar.n)
+            written, skipped = _convert_file(path, out, make)
+            left_out = "".join(f"; {n:,} left out: {reason}" for reason, n in skipped.items())
             if not written:
-                raise DataError(
-                    f"{path} holds no usable row"
-                    + "".join(f"; {n:,} left out: {why}" for why, n in skipped.items())
-                )
-            out.write("\n]\n")
-            told.append(
-                f"{output / split}.json: {written:,} rows"
-                + "".join(f"; {n:,} left out: {why}" for why, n in skipped.items())
-            )
-    return told
+                raise DataError(f"{path} holds no usable row{left_out}")
+            summaries.append(f"{output / split}.json: {written:,} rows{left_out}")
+    return summaries
+
+
+def _convert_file(
+    path: Path, out: TextIO, make: Callable[[dict, str], dict]
+) -> tuple[int, Counter]:
+    """Write the rows of a file as one JSON list; returns the number of rows written, and of rows
+    left out by reason."""
+    written, skipped = 0, Counter()
+    bar = tqdm(
+        total=path.stat().st_size,
+        desc=path.name,
+        unit="B",
+        unit_scale=True,
+        mininterval=1.0,
+        delay=2.0,
+    )
+    with open(path, "rb") as f, bar:
+        for row, where in streamed_rows(f, path):
+            try:
+                line = json.dumps(make(row, where), ensure_ascii=False)
+            except Skip as reason:
+                skipped[str(reason)] += 1
+            else:
+                out.write((",\n" if written else "[\n") + line)
+                written += 1
+            bar.update(f.tell() - bar.n)
+    out.write("\n]\n")
+    return written, skipped
 
 
 def _file_of(folder: Path, split: str) -> Path:
     for path in (folder / f"{split}.json", folder / f"{split}.jsonl"):
         if path.is_file():
             return path
-    there = (
-        ", ".join(sorted(p.name for p in folder.iterdir())[:8]) or "nothing"
-        if folder.is_dir()
-        else "no such folder"
-    )
+    there = "no such folder"
+    if folder.is_dir():
+        there = ", ".join(sorted(entry.name for entry in folder.iterdir())[:8]) or "nothing"
     raise DataError(f"{folder}: no {split}.json or {split}.jsonl; there is: {there}")
 
 
 def post_prompt(post: dict, where: str) -> str:
-    """A Reddit post as it stands before its summary; the title and the post itself may be empty."""
+    """The prompt of a Reddit post, which its summary follows. Title and post may be empty."""
     title, body = (text(post, key, where, may_be_empty=True) for key in ("title", "post"))
     return f"SUBREDDIT: r/{text(post, 'subreddit', where)}\nTITLE: {title}\nPOST: {body}\nTL;DR:"
 

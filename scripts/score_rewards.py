@@ -1,11 +1,11 @@
-"""Score a file of generations with a reward, and write what each response got beside it.
+"""Score a file of generations with a reward, and write the scores beside it.
 
-    python scripts/score_rewards.py --fname outs.jsonl --reward NAME [--output FILE]
-    [reward.key=value ...]
+    python scripts/score_rewards.py --fname outs.jsonl --reward NAME [--output FILE] \\
+        [reward.key=value ...]
 
-The file has a {"prompt" or "question", "response"} on each line, as generate.py writes them, or is
-a JSON list of such. outs.scored.jsonl gets every row with its "score" and its "length" in words,
-outs.scored.summary.json the reward's settings, the mean score, its standard error and the mean
+The file has {"prompt" or "question", "response"} on each line, as generate.py writes them, or is a
+JSON list of such rows. outs.scored.jsonl gets every row with its "score" and its "length" in words.
+outs.scored.summary.json gets the reward's settings, the mean score, its standard error and the mean
 length, which are printed too. NAME is a file of config/reward/.
 """
 
@@ -14,43 +14,24 @@ import json
 import sys
 from pathlib import Path
 
-from hydra import compose, initialize_config_dir
 from omegaconf import OmegaConf
 from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from preflab.rewards.registry import build_reward  # noqa: E402
-from preflab.settings.keys import CONFIG_DIR  # noqa: E402
-from preflab.settings.overrides import check_overrides, fail  # noqa: E402
-from preflab.settings.run_folder import register_resolvers  # noqa: E402
-from utils import DataError, PrefLabError, atomic_write, mean_and_error  # noqa: E402
+from preflab.rewards.registry import build_reward
+from preflab.settings.compose import compose
+from preflab.settings.overrides import fail
+from utils import DataError, PrefLabError, atomic_write, mean_and_error
 
 ROWS_AT_A_TIME = 256
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("--fname", type=Path, required=True, help="the file of generations")
-    parser.add_argument("--reward", required=True, help="a file of config/reward/")
-    parser.add_argument(
-        "--output", type=Path, help="by default the name of the file with .scored.jsonl at its end"
-    )
-    parser.add_argument("--config-dir", type=Path, help="a folder with reward/ yamls of your own")
-    arguments, overrides = parser.parse_known_args()
-    overrides.append(f"reward={arguments.reward}")
-    own = arguments.config_dir and arguments.config_dir.resolve()
+    arguments, overrides = _parser().parse_known_args()
     output = arguments.output or arguments.fname.with_suffix(".scored.jsonl")
-    register_resolvers()
     try:
-        check_overrides([*overrides, *(["--config-dir"] if own else [])])
-        with initialize_config_dir(str(CONFIG_DIR), version_base="1.3"):
-            config = compose(
-                "config",
-                overrides=[*overrides, *([f"hydra.searchpath=[file://{own}]"] if own else [])],
-            )
+        config = compose([*overrides, f"reward={arguments.reward}"], arguments.config_dir)
         if output.resolve() == arguments.fname.resolve():
             raise DataError(
                 f"--output {output} is the file of generations itself; give another name"
@@ -75,60 +56,72 @@ def main() -> None:
     )
 
 
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--fname", type=Path, required=True, help="the file of generations")
+    parser.add_argument("--reward", required=True, help="a file of config/reward/")
+    parser.add_argument(
+        "--output", type=Path, help="default: the name of the file, with the suffix .scored.jsonl"
+    )
+    parser.add_argument("--config-dir", type=Path, help="a folder with your own reward/ yamls")
+    return parser
+
+
 def read_generations(path: Path) -> list[dict]:
     """The rows of a file of JSON lines or of a JSON list. Raises DataError with the line, or the
-    place in the list, of the first that cannot be scored."""
+    position in the list, of the first row that cannot be scored."""
     if not path.is_file():
         raise DataError(f"--fname {path}: no such file")
     try:
         text = path.read_text(encoding="utf-8")
         listed = json.loads(text) if text.lstrip().startswith("[") else None
     except UnicodeDecodeError as error:
-        raise DataError(f"{path}: no UTF-8 text: {error}") from error
+        raise DataError(f"{path}: not UTF-8 text: {error}") from error
     except json.JSONDecodeError as error:
         raise DataError(f"{path}:{error.lineno}: not JSON: {error}") from error
     if listed is None:
-        rows = [
-            (f"{path}:{number}", _parsed(line, f"{path}:{number}"))
-            for number, line in enumerate(text.split("\n"), 1)
-            if line.strip()
-        ]
+        lines = [(f"{path}:{number}", line) for number, line in enumerate(text.split("\n"), 1)]
+        rows = [(where, _parse(line, where)) for where, line in lines if line.strip()]
     else:
         rows = [(f"{path}: entry {number}", row) for number, row in enumerate(listed, 1)]
     if not rows:
         raise DataError(f"{path}: no generations in it")
     for where, row in rows:
-        if (
-            not isinstance(row, dict)
-            or not isinstance(row.get("prompt", row.get("question")), str)
-            or not isinstance(row.get("response"), str)
-        ):
-            raise DataError(f'{where}: expected {{"prompt" or "question": text, "response": text}}')
-        if taken := row.keys() & {"score", "length"}:
-            raise DataError(f"{where}: has a {' and a '.join(sorted(taken))} already; rename it")
+        _check_row(row, where)
     return [row for _, row in rows]
 
 
-def _parsed(line: str, where: str):
+def _parse(line: str, where: str):
     try:
         return json.loads(line)
     except json.JSONDecodeError as error:
         raise DataError(f"{where}: not JSON: {error}") from error
 
 
+def _check_row(row, where: str) -> None:
+    texts = [_prompt(row), row.get("response")] if isinstance(row, dict) else [None]
+    if not all(isinstance(text, str) for text in texts):
+        raise DataError(f'{where}: expected {{"prompt" or "question": text, "response": text}}')
+    if taken := row.keys() & {"score", "length"}:
+        raise DataError(f"{where}: has a {' and a '.join(sorted(taken))} already; rename it")
+
+
+def _prompt(row: dict):
+    return row.get("prompt", row.get("question"))
+
+
 def score_rows(rows: list[dict], score) -> list[dict]:
-    """The rows with a score and a length in words each."""
+    """The rows, each with its score and its length in words."""
     scored = []
     with tqdm(total=len(rows), desc="score", unit="responses", delay=1.0) as progress:
         for begin in range(0, len(rows), ROWS_AT_A_TIME):
             part = rows[begin : begin + ROWS_AT_A_TIME]
-            values = score(
-                [row.get("prompt", row.get("question")) for row in part],
-                [row["response"] for row in part],
-            )
+            values = score([_prompt(row) for row in part], [row["response"] for row in part])
             scored += [
                 row | {"score": value, "length": len(row["response"].split())}
-                for row, value in zip(part, values)
+                for row, value in zip(part, values, strict=True)
             ]
             progress.update(len(part))
     return scored

@@ -7,16 +7,13 @@ import shlex
 import subprocess
 import sys
 
-import hydra
 import pytest
 from conftest import ROOT, read_rows, run_here
 from omegaconf import OmegaConf
 from safetensors.torch import load_file
 
 from preflab.checks import check_config
-from preflab.settings.keys import CONFIG_DIR
-from preflab.settings.overrides import check_overrides
-from preflab.settings.run_folder import register_resolvers
+from preflab.settings.compose import compose
 
 FOLDER = ROOT / "scripts" / "d2po"
 SCRIPTS = sorted(path.stem for path in FOLDER.glob("*.sh") if path.stem != "common")
@@ -34,40 +31,46 @@ HARMLESS = {
 
 # What D2PO's instructions export before each of its scripts.
 EXPORTED = {
-    "train_rm": dict(
-        LR="1e-4",
-        NOLORA="False",
-        REINIT="False",
-        LTYPE="normal",
-        EVFIRST="0",
-        BSIZE="2",
-        BASEMODEL="tiny",
-    ),
-    "train_dpo": dict(BASEMODEL="tiny", BETA="0.05"),
-    "opo": dict(
-        SUPDATES="10000000",
-        SEED="3",
-        KEEPLONG="0",
-        MLEN="50",
-        BASEMODEL="tiny",
-        PPOUPDATES="1",
-        DPOBATCHSIZE="32",
-        MBSIZE="32",
-        GBSIZE="32",
-        STEPS="2000",
-    ),
-    "eval": dict(BASEMODEL="tiny", MLEN="50", BSIZE="1", GBSIZE="32", GREWARD="bagofwords"),
+    "train_rm": {
+        "LR": "1e-4",
+        "NOLORA": "False",
+        "REINIT": "False",
+        "LTYPE": "normal",
+        "EVFIRST": "0",
+        "BSIZE": "2",
+        "BASEMODEL": "tiny",
+    },
+    "train_dpo": {"BASEMODEL": "tiny", "BETA": "0.05"},
+    "opo": {
+        "SUPDATES": "10000000",
+        "SEED": "3",
+        "KEEPLONG": "0",
+        "MLEN": "50",
+        "BASEMODEL": "tiny",
+        "PPOUPDATES": "1",
+        "DPOBATCHSIZE": "32",
+        "MBSIZE": "32",
+        "GBSIZE": "32",
+        "STEPS": "2000",
+    },
+    "eval": {
+        "BASEMODEL": "tiny",
+        "MLEN": "50",
+        "BSIZE": "1",
+        "GBSIZE": "32",
+        "GREWARD": "bagofwords",
+    },
 }
-EXPORTED["d2po"] = EXPORTED["opo"] | dict(
-    ATYPE="conf",
-    APBSIZE="16",
-    GREWARD="bagofwords",
-    ULR="1e-4",
-    UEPOCHS="4",
-    SFREQ="25",
-    SAMPN="256",
-    RELABELS="16",
-)
+EXPORTED["d2po"] = EXPORTED["opo"] | {
+    "ATYPE": "conf",
+    "APBSIZE": "16",
+    "GREWARD": "bagofwords",
+    "ULR": "1e-4",
+    "UEPOCHS": "4",
+    "SFREQ": "25",
+    "SAMPN": "256",
+    "RELABELS": "16",
+}
 
 
 def run_script(name: str, *arguments, **variables) -> subprocess.CompletedProcess:
@@ -88,17 +91,10 @@ def dry(name: str, *arguments, **variables) -> tuple[dict[str, str], list[str]]:
     """What a script says of each variable, and the overrides it would give to train.py."""
     result = run_script(name, *arguments, DRYRUN="1", **variables)
     assert result.returncode == 0, result.stderr
-    *told, command = result.stdout.splitlines()
+    *lines, command = result.stdout.splitlines()
     python, script, *overrides = shlex.split(command)
-    assert (python, script) == ("python", "train.py") and all(" -> " in line for line in told)
-    return dict(line.split(" -> ") for line in told), overrides
-
-
-def composed(overrides: list[str]):
-    check_overrides(overrides)
-    register_resolvers()
-    with hydra.initialize_config_dir(str(CONFIG_DIR), version_base="1.3"):
-        return hydra.compose("config", overrides=overrides)
+    assert (python, script) == ("python", "train.py") and all(" -> " in line for line in lines)
+    return dict(line.split(" -> ") for line in lines), overrides
 
 
 MAPPED = [
@@ -155,19 +151,16 @@ MAPPED = [
 
 
 @pytest.mark.parametrize(
-    "script, variable, value, wanted", MAPPED, ids=lambda v: v if isinstance(v, str) else ""
+    "script, variable, value, expected", MAPPED, ids=lambda v: v if isinstance(v, str) else ""
 )
-def test_a_variable_becomes_its_key(script, variable, value, wanted):
-    told, overrides = dry(script, **{variable: value})
-    assert list(told) == [f"{variable}={value}"]
-    config = composed(overrides)
-    assert {key: OmegaConf.select(config, key) for key in wanted} == wanted
-    for override in (
-        told[f"{variable}={value}"].split(" ")
-        if " " not in value and "nothing" not in told[f"{variable}={value}"]
-        else ()
-    ):
-        assert override in overrides
+def test_a_variable_becomes_its_key(script, variable, value, expected):
+    lines, overrides = dry(script, **{variable: value})
+    assert list(lines) == [f"{variable}={value}"]
+    config = compose(overrides)
+    assert {key: OmegaConf.select(config, key) for key in expected} == expected
+    said = lines[f"{variable}={value}"]
+    if " " not in value and "nothing" not in said:
+        assert set(said.split(" ")) <= set(overrides)
 
 
 def test_every_variable_that_is_not_refused_outright_is_tried_above():
@@ -177,21 +170,21 @@ def test_every_variable_that_is_not_refused_outright_is_tried_above():
 
 @pytest.mark.parametrize("script", SCRIPTS)
 def test_what_d2pos_instructions_export_makes_a_run_that_passes_all_checks(script, tmp_path):
-    told, overrides = dry(script, f"local_run_dir={tmp_path}", **EXPORTED[script])
-    assert {line.split("=")[0] for line in told} == EXPORTED[script].keys()
-    loss, sources = check_config(composed(overrides))
+    lines, overrides = dry(script, f"local_run_dir={tmp_path}", **EXPORTED[script])
+    assert {line.split("=")[0] for line in lines} == EXPORTED[script].keys()
+    loss, sources = check_config(compose(overrides))
     assert loss.name == ("bradley_terry" if script == "train_rm" else "dpo") and sources
 
 
 @pytest.mark.parametrize("script", SCRIPTS)
 def test_what_asks_for_nothing_is_accepted_everywhere(script):
-    told, _ = dry(script, **HARMLESS)
-    assert {line.split("=")[0] for line in told} == HARMLESS.keys()
+    lines, _ = dry(script, **HARMLESS)
+    assert {line.split("=")[0] for line in lines} == HARMLESS.keys()
     assert dry(script) == ({}, dry(script)[1])
 
 
 @pytest.mark.parametrize(
-    "script, variables, told",
+    "script, variables, message",
     [
         (
             "d2po",
@@ -206,16 +199,16 @@ def test_what_asks_for_nothing_is_accepted_everywhere(script):
         ),
         ("d2po", {"BSIZE": "2"}, "DPOBATCHSIZE and MBSIZE are the batches of online learning"),
         ("d2po", {"REINIT": "True"}, "REINIT=True gives a reward model random weights"),
-        ("d2po", {"ONLYOLDUPDATES": "1"}, "which is not here"),
+        ("d2po", {"ONLYOLDUPDATES": "1"}, "which is not implemented"),
         ("d2po", {"DPOBASEAPI": "facebook/opt-125m"}, "here it has the policy's"),
         ("d2po", {"CRATIO": "2"}, "here it learns whenever labels were bought"),
         (
             "train_rm",
             {"LTYPE": "prefoverpref"},
-            "prefoverpref, which compares pairs with pairs, is not here",
+            "prefoverpref, which compares pairs with pairs, is not implemented",
         ),
         ("train_rm", {"NOLORA": "perhaps"}, "NOLORA=perhaps is neither True nor False"),
-        ("train_rm", {"BSIZE": "two"}, "BSIZE=two is no whole number"),
+        ("train_rm", {"BSIZE": "two"}, "BSIZE=two is not a whole number"),
         ("train_rm", {"GREWARD": "math"}, "the labels are those of datasets="),
         ("train_rm", {"BETA": "0.1"}, "BETA=0.1 is about a policy's loss"),
         ("train_dpo", {"EXTRAEVAL": "x"}, "run function=eval on that set afterwards"),
@@ -223,11 +216,10 @@ def test_what_asks_for_nothing_is_accepted_everywhere(script):
         ("eval", {"LR": "1"}, "nothing is trained here"),
     ],
 )
-def test_a_variable_without_a_counterpart_is_refused(script, variables, told):
+def test_a_variable_without_a_counterpart_is_refused(script, variables, message):
     result = run_script(script, DRYRUN="1", **variables)
-    assert (
-        result.returncode == 2 and told in result.stderr and "python train.py" not in result.stdout
-    )
+    assert result.returncode == 2 and message in result.stderr
+    assert "python train.py" not in result.stdout
     assert all(line.startswith("error: ") for line in result.stderr.splitlines())
 
 
@@ -242,7 +234,7 @@ def test_all_that_is_refused_is_said_at_once():
 
 
 def test_arguments_are_passed_on_and_win():
-    told, overrides = dry(
+    lines, overrides = dry(
         "d2po",
         "lr=7",
         "online.rounds=3",
@@ -261,11 +253,11 @@ def test_arguments_are_passed_on_and_win():
         "--config-dir",
         "some folder",
     ]
-    config = composed(overrides[:-3])
+    config = compose(overrides[:-3])
     assert (config.lr, config.online.rounds, list(config.datasets)) == (7, 3, ["a b", "c"])
-    told, overrides = dry("train_rm", "model=tiny", BASEMODEL="some/where")
-    assert told["BASEMODEL=some/where"] == "left out, for model=tiny is given"
-    assert composed(overrides).model.name_or_path == composed([]).model.name_or_path
+    lines, overrides = dry("train_rm", "model=tiny", BASEMODEL="some/where")
+    assert lines["BASEMODEL=some/where"] == "replaced by the argument model=tiny"
+    assert compose(overrides).model.name_or_path == compose([]).model.name_or_path
 
 
 def test_reinit_leaves_nothing_of_the_base_model(tmp_path):
@@ -314,68 +306,37 @@ def test_the_table_of_the_documentation_has_every_variable():
 
 
 def test_a_reward_model_then_d2po_with_it(tmp_path):
-    """For real: LoRA reward model of the shipped data, two rounds with it as discriminator, an
-    evaluation; each script becomes its run."""
-    small = [
-        "n_eval_examples=16",
-        "n_eval_model_samples=4",
-        "wandb.enabled=false",
-        f"cache_dir={tmp_path / 'cache'}",
-    ]
-    places = {name: tmp_path / name for name in ("rm", "d2po", "eval")}
-    train = run_script(
-        "train_rm",
-        "n_examples=16",
-        "eval_every=16",
-        f"local_run_dir={places['rm']}",
-        *small,
-        LR="1e-3",
-        BSIZE="2",
-        EVFIRST="0",
-        BASEMODEL="tiny",
+    """A LoRA reward model of the shipped data, two rounds with it as discriminator, an evaluation;
+    each script runs its command."""
+    folders = {name: tmp_path / name for name in ("rm", "d2po", "eval")}
+    small = ["n_eval_examples=16", "n_eval_model_samples=4", "wandb.enabled=false"]
+    small.append(f"cache_dir={tmp_path / 'cache'}")
+
+    def run(script: str, folder: str, *arguments: str, **variables) -> str:
+        place = f"local_run_dir={folders[folder]}"
+        result = run_script(script, *arguments, place, *small, BASEMODEL="tiny", **variables)
+        assert result.returncode == 0, result.stderr
+        return result.stdout
+
+    output = run(
+        "train_rm", "rm", "n_examples=16", "eval_every=16", LR="1e-3", BSIZE="2", EVFIRST="0"
     )
-    assert train.returncode == 0, train.stderr
-    assert train.stdout.startswith("BASEMODEL=tiny -> model=tiny\nLR=1e-3 -> lr=1e-3\n")
-    rows = read_rows(places["rm"] / "metrics.jsonl")
-    assert [row["examples"] for row in rows if row["split"] == "train"] == [8, 16] and rows[0][
-        "examples"
-    ] > 0  # EVFIRST=0
-    assert (places["rm"] / "LATEST" / "adapter" / "adapter_config.json").exists()
-    learn = run_script(
-        "d2po",
-        f"online.discriminator_path={places['rm']}",
-        "online.eval_every=2",
-        f"local_run_dir={places['d2po']}",
-        *small,
-        STEPS="2",
-        MLEN="16",
-        DPOBATCHSIZE="16",
-        MBSIZE="8",
-        SAMPN="32",
-        RELABELS="3",
-        UEPOCHS="1",
-        PPOUPDATES="1",
-        BASEMODEL="tiny",
-    )
-    assert learn.returncode == 0, learn.stderr
-    rounds = [
-        row for row in read_rows(places["d2po"] / "metrics.jsonl") if row["split"] == "online"
-    ]
-    assert [row["online/labels_bought"] for row in rounds] == [3, 6] and "from " + str(
-        places["rm"]
-    ) in learn.stdout
-    assert max(row["examples"] for row in rounds) > 16  # two rounds of up to 16 pairs
-    judged = run_script(
-        "eval",
-        f"model.archive={places['d2po']}",
-        f"local_run_dir={places['eval']}",
-        *small,
-        BASEMODEL="tiny",
-        MLEN="16",
-        BSIZE="2",
-    )
-    assert judged.returncode == 0, judged.stderr
-    [row] = read_rows(places["eval"] / "eval.jsonl")
-    assert (row["temperature"], row["top_p"], row["samples_per_prompt"]) == (0.9, 0.9, 2) and len(
-        read_rows(places["eval"] / "samples.jsonl")
-    ) == 32
+    assert output.startswith("BASEMODEL=tiny -> model=tiny\nLR=1e-3 -> lr=1e-3\n")
+    rows = read_rows(folders["rm"] / "metrics.jsonl")
+    assert [row["examples"] for row in rows if row["split"] == "train"] == [8, 16]
+    assert rows[0]["examples"] > 0  # EVFIRST=0
+    assert (folders["rm"] / "LATEST" / "adapter" / "adapter_config.json").exists()
+
+    rounds = {"STEPS": "2", "MLEN": "16", "DPOBATCHSIZE": "16", "MBSIZE": "8", "PPOUPDATES": "1"}
+    labels = {"SAMPN": "32", "RELABELS": "3", "UEPOCHS": "1"}
+    start = f"online.discriminator_path={folders['rm']}"
+    output = run("d2po", "d2po", start, "online.eval_every=2", **rounds, **labels)
+    assert f"from {folders['rm']}" in output
+    rows = [row for row in read_rows(folders["d2po"] / "metrics.jsonl") if row["split"] == "online"]
+    assert [row["online/labels_bought"] for row in rows] == [3, 6]
+    assert max(row["examples"] for row in rows) > 16  # two rounds of up to 16 pairs
+
+    run("eval", "eval", f"model.archive={folders['d2po']}", MLEN="16", BSIZE="2")
+    [row] = read_rows(folders["eval"] / "eval.jsonl")
+    assert (row["temperature"], row["top_p"], row["samples_per_prompt"]) == (0.9, 0.9, 2)
+    assert len(read_rows(folders["eval"] / "samples.jsonl")) == 32

@@ -268,7 +268,7 @@ def test_classifier(tmp_path, labels):
     assert joined == pytest.approx(expected[:1].tolist(), rel=1e-4)
     with pytest.raises(ConfigError, match="did you mean POSITIVE"):
         build_reward(common | {"label": "POSITVE"})
-    with pytest.raises(ConfigError, match="no text-classification model"):
+    with pytest.raises(ConfigError, match="not a text-classification model"):
         build_reward(common | {"path": str(tmp_path)})
 
 

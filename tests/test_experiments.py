@@ -33,7 +33,7 @@ def test_the_language_is_as_described(language, tmp_path):
     ]
     assert sum(map(len, sentiment)) / n == pytest.approx(0.45, abs=4 * math.sqrt(0.45 * 0.55 / n))
     # two words of one text agree when both or neither follow the latent sentiment
-    same = [a == b for text in sentiment for a, b in zip(text[::2], text[1::2])]
+    same = [a == b for text in sentiment for a, b in zip(text[::2], text[1::2], strict=False)]
     assert sum(same) / len(same) == pytest.approx(
         0.8**2 + 0.2**2, abs=4 * math.sqrt(0.25 / len(same))
     )

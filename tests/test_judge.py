@@ -44,7 +44,7 @@ def folder(tmp_path):
 
 
 def command(folder, *arguments):
-    done = subprocess.run(
+    return subprocess.run(
         [
             sys.executable,
             ROOT / "judge.py",
@@ -57,7 +57,6 @@ def command(folder, *arguments):
         text=True,
         timeout=120,
     )
-    return done
 
 
 def completion(answer):
@@ -283,14 +282,18 @@ def test_failures_are_retried(folder, http_server):
 def test_the_cap_is_hard_and_what_was_answered_is_kept(folder, http_server):
     server = http_server([500, completion(longer)])
     done = by_llm(folder, server, "--max-requests", 5, "--concurrency", 3)
-    assert done.returncode == 1 and len(server.received) == 5 and "left by the cap 4" in done.stdout
+    assert (
+        done.returncode == 1
+        and len(server.received) == 5
+        and "not sent because of the cap 4" in done.stdout
+    )
     assert read_json(folder / "winrates.json")[0]["unjudged"] >= 2
     assert by_llm(folder, server, "--max-requests", 4).returncode == 0 and len(server.received) == 9
 
 
 def test_answers_that_name_nobody_are_no_verdict_and_not_kept(folder, http_server):
     done = by_llm(folder, http_server([completion("They are both lovely.")]))
-    assert done.returncode == 1 and "answers that name nobody 8" in done.stdout
+    assert done.returncode == 1 and "answers without a verdict 8" in done.stdout
     [rate] = read_json(folder / "winrates.json")
     assert (rate["pairs"], rate["ties"], rate["unjudged"]) == (
         1,
@@ -302,12 +305,12 @@ def test_answers_that_name_nobody_are_no_verdict_and_not_kept(folder, http_serve
 
 
 @pytest.mark.parametrize(
-    "answer, told", [(401, "answered status 401"), (404, "answered status 404")]
+    "answer, message", [(401, "answered status 401"), (404, "answered status 404")]
 )
-def test_a_refusal_ends_it_at_once(answer, told, folder, http_server):
+def test_a_refusal_ends_it_at_once(answer, message, folder, http_server):
     server = http_server([answer])
     done = by_llm(folder, server, "--concurrency", 1)
-    assert done.returncode == 2 and told in done.stderr and len(server.received) == 1
+    assert done.returncode == 2 and message in done.stderr and len(server.received) == 1
     assert not (folder / "winrates.json").exists()
 
 

@@ -104,7 +104,7 @@ def test_the_adapter_of_a_checkpoint_merges_into_what_the_checkpoint_has(
     )
     main()
     assert capsys.readouterr().out.endswith(
-        f"{llama_folder} with {places['--adapter_model_name']} folded in\n"
+        f"{llama_folder} with {places['--adapter_model_name']} merged into it\n"
     )
     ours, theirs = (
         load_file(folder / "model.safetensors")

@@ -1,8 +1,9 @@
-"""Labels of rollouts: which of a prompt's responses is better, who says so, and what it cost.
+"""Labels of rollouts: which of a prompt's responses is better, which model or oracle says so, and
+what it costs.
 
-*Gold* is the oracle whose labels cost something; a *discriminator* is a model that stands in for it
-(D2PO, arXiv:2405.01511). A label says which of two responses is better, so the best and the worst
-of K cost K - 1 when the gold picks them.
+*Gold* is the oracle, whose labels are limited; a *discriminator* is a model that stands in for it
+(D2PO, arXiv:2405.01511). A label says which of two responses is better, so finding the best and the
+worst of K responses costs K - 1 gold labels.
 """
 
 from typing import Protocol
@@ -15,36 +16,47 @@ from preflab.online.rollouts import Labels, Rollouts, best_and_worst
 from preflab.rewards.registry import Score
 
 
-class StaticLabels:
-    """OPO with a reward that costs nothing, a reward model for example: every response is scored,
-    no gold is asked."""
+class Discriminating(Protocol):
+    """A model that scores responses and learns which are better."""
 
-    labels_by_reward = True  # whether the scores of its labels are those of `reward`
-    discriminator: "Discriminating | None" = None
+    def score_responses(
+        self, prompts: list[str], responses: list[list[str]]
+    ) -> list[list[float]]: ...
+
+    def learn(self, pairs: list[tuple[str, str, str]], *, epochs: int, seed: list[int]) -> None: ...
+
+
+class StaticLabels:
+    """OPO with a reward that costs nothing, for example a reward model: every response is scored,
+    and no gold labels are bought."""
+
+    labels_by_reward = True  # whether the scores of the labels are those of `reward`
+    discriminator: Discriminating | None = None
 
     def __init__(self, score: Score, world: World):
         self.score, self.world = score, world
 
     def label(self, rollouts: Rollouts) -> Labels:
-        """Raises RewardError where scores cannot be had; then nothing has changed."""
+        """Raises RewardError where there are no scores; the state is unchanged then."""
         flat = iter(score_shared(self.world, self.score, *rollouts.flat()))
         scores = [[next(flat) for _ in of_prompt] for of_prompt in rollouts.responses]
         return Labels(scores, [best_and_worst(of_prompt) for of_prompt in scores])
 
     def bought_until(self, number: int) -> int:
-        """Gold labels bought in this round and before."""
+        """The gold labels bought in round `number` and before."""
         return 0
 
     def recorded(self, number: int) -> list[dict]:
-        """Ledger lines of this round, of a run that was stopped after it had bought them."""
+        """The ledger lines of round `number`. There are some before it is labelled if the run was
+        stopped after buying them."""
         return []
 
     def room(self, number: int) -> int | None:
-        """For how many prompts of this round there can be labels; None for any number."""
+        """How many prompts of round `number` can be labelled; None for any number."""
         return None
 
     def spent(self, number: int) -> bool:
-        """Whether there are no labels left for this round and all that follow."""
+        """Whether no labels remain for round `number` and all that follow."""
         return self.room(number) == 0
 
     def state_dict(self) -> dict:
@@ -55,10 +67,10 @@ class StaticLabels:
 
 
 class RemoteLabels(StaticLabels):
-    """OPO and D2PO by a service of its own (serve_reward.py): it scores the responses, buys labels
-    and learns.
+    """OPO and D2PO with a service (serve_reward.py), which scores the responses, buys labels and
+    learns.
 
-    run: what tells this run from others that ask the same service.
+    run: identifies this run among others that use the same service.
     """
 
     def __init__(self, score: Score, world: World, run: str):
@@ -66,12 +78,8 @@ class RemoteLabels(StaticLabels):
         self.run, self.state = run, {"labels_bought": 0, "room": None}
 
     def label(self, rollouts: Rollouts) -> Labels:
-        answer = on_rank_0(
-            self.world,
-            lambda: self.score.learn(
-                self.run, rollouts.round, rollouts.prompts, rollouts.responses
-            ),
-        )
+        request = (self.run, rollouts.round, rollouts.prompts, rollouts.responses)
+        answer = on_rank_0(self.world, lambda: self.score.learn(*request))
         self.state = {key: answer[key] for key in self.state}
         return Labels(answer["scores"], [tuple(pair) if pair else None for pair in answer["pairs"]])
 
@@ -89,7 +97,7 @@ class RemoteLabels(StaticLabels):
 
 
 class GoldLabels(StaticLabels):
-    """OPO with gold: every pair is labelled by the oracle, until the budget is spent."""
+    """OPO with gold: the oracle labels every pair, until the budget is spent."""
 
     def __init__(self, score: Score, ledger: Ledger, k: int):
         super().__init__(score, ledger.world)
@@ -108,8 +116,9 @@ class GoldLabels(StaticLabels):
 
     def label(self, rollouts: Rollouts) -> Labels:
         paid = {row["key"]: row["scores"] for row in self.recorded(rollouts.round)}
+        members = tuple(range(self.k))
         rows = [
-            ledger_row(rollouts, i, tuple(range(self.k)))
+            ledger_row(rollouts, i, members)
             for i, key in enumerate(rollouts.keys)
             if key not in paid
         ]
@@ -118,20 +127,9 @@ class GoldLabels(StaticLabels):
         return Labels(scores, [best_and_worst(of_prompt) for of_prompt in scores])
 
 
-class Discriminating(Protocol):
-    """A model that scores responses and learns which are better; online.py makes one of a
-    trainer."""
-
-    def score_responses(
-        self, prompts: list[str], responses: list[list[str]]
-    ) -> list[list[float]]: ...
-
-    def learn(self, pairs: list[tuple[str, str, str]], *, epochs: int, seed: list[int]) -> None: ...
-
-
 class DiscriminatorLabels(StaticLabels):
-    """D2PO: a discriminator labels every pair; now and then a few gold labels are bought of a pool
-    of pairs, and it learns from them.
+    """D2PO: a discriminator labels every pair. From time to time a few gold labels are bought for a
+    pool of pairs, and the discriminator learns from them.
 
     settings: `online` of config.yaml.
     """
@@ -141,30 +139,20 @@ class DiscriminatorLabels(StaticLabels):
     def __init__(
         self, gold: Score, ledger: Ledger, discriminator: Discriminating, settings, seed: int
     ):
-        self.gold, self.ledger, self.discriminator, self.settings, self.seed = (
-            gold,
-            ledger,
-            discriminator,
-            settings,
-            seed,
-        )
+        self.gold, self.ledger, self.discriminator = gold, ledger, discriminator
+        self.settings, self.seed = settings, seed
         self.bought_until = ledger.bought_until
-        self.pool: list[dict] = []  # ledger lines not bought, with the `gap` of their scores
+        self.pool: list[dict] = []  # candidate ledger lines, with the `gap` of their scores
         self.gathered = 0  # rollouts since the pool was last emptied
-        self.kept: list[
-            list[tuple[str, str, str]]
-        ] = []  # (prompt, better, worse) of the last bought batches
+        # (prompt, better, worse) of the latest bought batches, which are learned from again.
+        self.replay: list[list[tuple[str, str, str]]] = []
 
     def begin(self, rollouts: Rollouts) -> None:
-        """Buy the labels that the discriminator starts with, of two responses of each prompt."""
-        untold = Labels(
-            [[0.0] * len(texts) for texts in rollouts.responses], [None] * len(rollouts)
-        )
-        self._learn(
-            self._buy(self._candidates(rollouts, untold), 0, len(rollouts)),
-            0,
-            self.settings.initial_epochs,
-        )
+        """Buy the labels that the discriminator starts with, for two responses of each prompt."""
+        scores = [[0.0] * len(texts) for texts in rollouts.responses]
+        candidates = self._candidates(rollouts, Labels(scores, [None] * len(rollouts)))
+        bought = self._buy(candidates, 0, len(rollouts))
+        self._learn(bought, 0, self.settings.initial_epochs)
 
     def label(self, rollouts: Rollouts) -> Labels:
         scores = self.discriminator.score_responses(rollouts.prompts, rollouts.responses)
@@ -172,9 +160,8 @@ class DiscriminatorLabels(StaticLabels):
         pool = self.pool + self._candidates(rollouts, labels)
         gathered = self.gathered + sum(map(len, rollouts.responses))
         if gathered >= self.settings.relabel_every:
-            bought = self._buy(
-                pool, rollouts.round, self.settings.relabels
-            )  # where this fails, nothing has changed
+            # The state is assigned last, so that a failure to buy leaves it unchanged.
+            bought = self._buy(pool, rollouts.round, self.settings.relabels)
             pool, gathered = [], 0
             self._learn(bought, rollouts.round, self.settings.discriminator_epochs)
             labels.guesses = Labels([list(of_prompt) for of_prompt in scores], list(labels.pairs))
@@ -183,23 +170,23 @@ class DiscriminatorLabels(StaticLabels):
         return labels
 
     def _candidates(self, rollouts: Rollouts, labels: Labels) -> list[dict]:
-        """A pair of each prompt that has two different responses: the best and the worst, the first
-        two that differ where scores tie."""
-        found = []
-        for i, (texts, pair) in enumerate(zip(rollouts.responses, labels.pairs)):
+        """One pair of each prompt that has two different responses: the best and the worst, or the
+        first two that differ where the scores tie."""
+        candidates = []
+        for i, (texts, pair) in enumerate(zip(rollouts.responses, labels.pairs, strict=True)):
             members = pair or next(
                 ((0, m) for m in range(1, len(texts)) if texts[m] != texts[0]), None
             )
             if members and texts[members[0]] != texts[members[1]]:
                 gap = labels.scores[i][members[0]] - labels.scores[i][members[1]]
-                found.append(ledger_row(rollouts, i, members) | {"gap": gap})
-        return found
+                candidates.append(ledger_row(rollouts, i, members) | {"gap": gap})
+        return candidates
 
-    def _buy(self, pool: list[dict], number: int, most: int) -> list[dict]:
-        """The labels of this round: what the ledger has of it, and as many more of the pool as are
-        wanted and affordable."""
+    def _buy(self, pool: list[dict], number: int, n_labels: int) -> list[dict]:
+        """Up to `n_labels` labels of round `number`: those in the ledger already, and as many more
+        pairs of the pool as the limits allow."""
         paid = self.ledger.of_round(number)
-        limits = [most - len(paid), self.ledger.affords(1)]
+        limits = [n_labels - len(paid), self.ledger.affords(1)]
         if self.settings.stop_labels is not None:
             limits.append(self.settings.stop_labels - self.ledger.bought)
         n = min(limit for limit in limits if limit is not None)
@@ -210,56 +197,57 @@ class DiscriminatorLabels(StaticLabels):
         return paid + self.ledger.buy([row | {"round": number} for row in rows], self.gold)
 
     def _learn(self, bought: list[dict], number: int, epochs: int) -> None:
-        """Equal gold scores cost a label and teach nothing."""
+        """Train the discriminator on the bought labels and the replayed ones. Equal gold scores
+        make no pair, although they cost a label."""
         batch = []
         for row in bought:
             if pair := best_and_worst(row["scores"]):
-                batch.append((row["prompt"], row["responses"][pair[0]], row["responses"][pair[1]]))
-        if batch:
-            older = [pair for kept in self.kept for pair in kept]
-            self.discriminator.learn(older + batch, epochs=epochs, seed=[self.seed, number])
-            self.kept = [*self.kept, batch][-self.settings.replay :] if self.settings.replay else []
+                better, worse = pair
+                batch.append((row["prompt"], row["responses"][better], row["responses"][worse]))
+        if not batch:
+            return
+        older = [pair for replayed in self.replay for pair in replayed]
+        self.discriminator.learn(older + batch, epochs=epochs, seed=[self.seed, number])
+        n = self.settings.replay
+        self.replay = [*self.replay, batch][-n:] if n else []
 
     def state_dict(self) -> dict:
         return {
             "lines": len(self.ledger.rows),
             "pool": self.pool,
             "gathered": self.gathered,
-            "kept": [[list(pair) for pair in batch] for batch in self.kept],
+            "replay": [[list(pair) for pair in batch] for batch in self.replay],
         }
 
     def load_state_dict(self, state: dict) -> None:
         self.ledger.must_have(state["lines"])
         self.pool, self.gathered = list(state["pool"]), state["gathered"]
-        self.kept = [[tuple(pair) for pair in batch] for batch in state["kept"]]
+        self.replay = [[tuple(pair) for pair in batch] for batch in state["replay"]]
 
 
-def select(pool: list[dict], n: int, how: str, seed: list[int]) -> list[int]:
-    """Places of `n` pairs of the pool: "conf" the smallest absolute score gaps, "rand"
-    uniformly."""
-    if how == "rand":
+def select(pool: list[dict], n: int, strategy: str, seed: list[int]) -> list[int]:
+    """The positions of `n` pairs of the pool. strategy: "conf" takes those with the smallest
+    absolute score gaps, "rand" draws uniformly."""
+    if strategy == "rand":
         return sorted(np.random.default_rng(seed).permutation(len(pool))[:n].tolist())
     return sorted(range(len(pool)), key=lambda i: (abs(pool[i]["gap"]), i))[:n]
 
 
 def _overrule(labels: Labels, rollouts: Rollouts, bought: list[dict]) -> None:
-    """Where a pair of this round was bought, gold says which is better; the scores keep their scale
-    and change sides."""
-    place = {key: i for i, key in enumerate(rollouts.keys)}
+    """Where a pair of this round was bought, the gold label replaces the discriminator's. The two
+    scores are swapped if they disagree with it, so that they stay on the discriminator's scale."""
+    positions = {key: i for i, key in enumerate(rollouts.keys)}
     for row in bought:
-        i = place.get(row["key"])
+        i = positions.get(row["key"])
         texts = rollouts.responses[i] if i is not None else []
-        if not all(r in texts for r in row["responses"]):
+        if not all(response in texts for response in row["responses"]):
             continue  # of an earlier round
-        first, second = (texts.index(r) for r in row["responses"])
         verdict = best_and_worst(row["scores"])
         if verdict is None:
             labels.pairs[i] = None
             continue
-        better, worse = (first, second) if verdict == (0, 1) else (second, first)
+        better, worse = (texts.index(row["responses"][member]) for member in verdict)
         labels.pairs[i] = (better, worse)
-        of_prompt = labels.scores[i]
-        of_prompt[better], of_prompt[worse] = (
-            max(of_prompt[better], of_prompt[worse]),
-            min(of_prompt[better], of_prompt[worse]),
-        )
+        scores = labels.scores[i]
+        high, low = max(scores[better], scores[worse]), min(scores[better], scores[worse])
+        scores[better], scores[worse] = high, low

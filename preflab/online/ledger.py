@@ -1,6 +1,7 @@
-"""What was bought of an oracle: on the disk before anything learns from it."""
+"""The labels that were bought from an oracle. They are on disk before anything learns from them."""
 
 import json
+import math
 import os
 from pathlib import Path
 
@@ -9,7 +10,7 @@ from preflab.online.rollouts import Rollouts
 from preflab.rewards.registry import RewardError, Score
 from utils import DataError, PrefLabError
 
-LINE = {
+COLUMNS = {
     "round",
     "key",
     "prompt",
@@ -18,24 +19,25 @@ LINE = {
     "tokens",
     "scores",
     "cost",
-}  # of the ledger
+}  # of a line in the ledger
 
 
 def score_shared(
     world: World, score: Score, prompts: list[str], responses: list[str]
 ) -> list[float]:
-    """`score(prompts, responses)`, a part on each rank; where it fails on one, all raise."""
+    """`score(prompts, responses)`, with a part of the texts on each rank. If one rank fails, all
+    raise."""
     try:
         mine, error = score(world.share(prompts), world.share(responses)), ""
     except PrefLabError as failure:
         mine, error = [], str(failure)
-    if failed := [told for told in world.gather([error]) if told]:
-        raise _everywhere(RewardError(failed[0]))
+    if errors := [message for message in world.gather([error]) if message]:
+        raise _everywhere(RewardError(errors[0]))
     return world.gather(mine)
 
 
 def on_rank_0(world: World, function):
-    """What `function()` returns on rank 0, on all ranks; where it fails, all raise."""
+    """The result of `function()` on rank 0, returned on all ranks. If it fails, all raise."""
 
     def attempt():
         try:
@@ -55,11 +57,13 @@ def _everywhere(error: PrefLabError) -> PrefLabError:
 
 
 class Ledger:
-    """Every gold label bought, a line each in `labels.jsonl`: on the disk before anything learns
-    from it, and never bought again.
+    """Every gold label that was bought, one line each in `labels.jsonl`. A line is on disk before
+    anything learns from it, and its label is never bought again.
 
-    A line holds what was compared (text and tokens), its scores and the round; `cost` is how many
-    labels it took. A resumed run finds in it what was bought after its checkpoint.
+    A line holds what was compared (text and tokens), the scores and the round; `cost` is the number
+    of labels that it took. A resumed run finds here what was bought after its checkpoint.
+
+    budget: the number of labels that may be bought; None for any number.
     """
 
     def __init__(self, path: Path, budget: int | None, world: World = ALONE):
@@ -71,12 +75,12 @@ class Ledger:
         return sum(row["cost"] for row in self.rows)
 
     def bought_until(self, number: int) -> int:
-        """Labels bought in this round and before."""
+        """The labels bought in round `number` and before."""
         return sum(row["cost"] for row in self.rows if row["round"] <= number)
 
     def must_have(self, lines: int) -> None:
-        """Refuse to go on with less than a checkpoint knew of: what is missing was paid for, and
-        would be paid for again."""
+        """Raise DataError if there are fewer lines than a checkpoint recorded: missing labels were
+        paid for, and would be paid for again."""
         if len(self.rows) < lines:
             raise DataError(
                 f"{self.path} has {len(self.rows)} bought labels, and there were {lines} at the"
@@ -84,75 +88,104 @@ class Ledger:
             )
 
     def affords(self, cost: int) -> int | None:
-        """How many more comparisons of this cost the budget has room for; None for any number."""
+        """How many more comparisons of this cost fit into the budget; None for any number."""
         return None if self.budget is None else max(0, self.budget - self.bought) // cost
 
     def of_round(self, number: int) -> list[dict]:
         return [row for row in self.rows if row["round"] == number]
 
-    def buy(self, wanted: list[dict], score: Score) -> list[dict]:
-        """Have the gold score the responses of `wanted`, and write that down; returns the rows with
-        their `scores`.
+    def buy(self, rows: list[dict], score: Score) -> list[dict]:
+        """Score the responses of `rows` (see `ledger_row`, all with equally many responses) with
+        the gold reward, and write the result to the ledger. Returns the rows with their `scores`
+        and `cost`.
 
-        Raises RewardError where the gold fails, or the budget has no room: nothing is bought then.
+        Raises RewardError where the gold reward fails or the budget is too small; nothing is bought
+        then.
         """
-        if not wanted:
+        if not rows:
             return []
-        cost = len(wanted[0]["responses"]) - 1
+        cost = len(rows[0]["responses"]) - 1
         room = self.affords(cost)
-        if room is not None and len(wanted) > room:
+        if room is not None and len(rows) > room:
             raise RewardError(
-                f"{len(wanted)} labels were to be bought and the budget has room for {room}"
+                f"{len(rows)} labels were to be bought and the budget has room for {room}"
             )
-
-        def purchase() -> list[list[float]]:
-            flat = score(
-                [row["prompt"] for row in wanted for _ in row["responses"]],
-                [r for row in wanted for r in row["responses"]],
-            )
-            scores = iter(flat)
-            bought = [[next(scores) for _ in row["responses"]] for row in wanted]
-            with open(self.path, "a", encoding="utf-8") as f:
-                f.writelines(
-                    json.dumps(row | {"scores": s, "cost": cost}, ensure_ascii=False) + "\n"
-                    for row, s in zip(wanted, bought)
-                )
-                f.flush()
-                os.fsync(f.fileno())
-            return bought
-
-        bought = [
-            row | {"scores": s, "cost": cost}
-            for row, s in zip(wanted, on_rank_0(self.world, purchase))
-        ]
+        scores = on_rank_0(self.world, lambda: self._purchase(rows, score, cost))
+        bought = _with_scores(rows, scores, cost)
         self.rows += bought
         return bought
 
+    def _purchase(self, rows: list[dict], score: Score, cost: int) -> list[list[float]]:
+        """The scores of the responses, (rows, K), once they are on disk."""
+        prompts = [row["prompt"] for row in rows for _ in row["responses"]]
+        responses = [response for row in rows for response in row["responses"]]
+        flat = iter(score(prompts, responses))
+        scores = [[next(flat) for _ in row["responses"]] for row in rows]
+        with open(self.path, "a", encoding="utf-8") as f:
+            f.writelines(
+                json.dumps(row, ensure_ascii=False) + "\n"
+                for row in _with_scores(rows, scores, cost)
+            )
+            f.flush()
+            os.fsync(f.fileno())
+        return scores
+
+
+def _with_scores(rows: list[dict], scores: list[list[float]], cost: int) -> list[dict]:
+    return [
+        row | {"scores": of_row, "cost": cost} for row, of_row in zip(rows, scores, strict=True)
+    ]
+
 
 def _read_ledger(path: Path) -> list[dict]:
-    """The lines there are; a last one that a kill cut short is taken off."""
+    """The lines of the file. A last line without its newline is removed: a kill cut it short."""
     content = path.read_bytes() if path.is_file() else b""
     whole = content[: content.rfind(b"\n") + 1]
     if whole != content:
         os.truncate(path, len(whole))
     rows = []
-    for number, line in enumerate(whole.decode("utf-8").split("\n")[:-1], 1):
+    for number, line in enumerate(whole.split(b"\n")[:-1], 1):
         try:
-            rows.append(json.loads(line))
-            assert isinstance(rows[-1]["cost"], int) and rows[-1]["cost"] >= 1
-            assert LINE <= rows[-1].keys() and len(rows[-1]["responses"]) == len(
-                rows[-1]["scores"]
-            ) == len(rows[-1]["tokens"])
-        except (json.JSONDecodeError, KeyError, TypeError, AttributeError, AssertionError) as error:
-            raise DataError(
-                f"{path}:{number}: expected a bought label, with {', '.join(sorted(LINE))}; restore"
-                " the file, for what it counts was paid for"
-            ) from error
+            row = json.loads(line)
+        except ValueError as error:  # of JSON, or of UTF-8
+            raise _damaged(path, number, f"the line is not JSON ({error})") from error
+        if problem := _problem(row):
+            raise _damaged(path, number, problem)
+        rows.append(row)
     return rows
 
 
+def _damaged(path: Path, number: int, problem: str) -> DataError:
+    return DataError(
+        f"{path}:{number}: expected a bought label, with {', '.join(sorted(COLUMNS))}, but"
+        f" {problem}; restore the file, because the labels in it were paid for"
+    )
+
+
+def _problem(row) -> str | None:
+    """What is wrong with a line of the ledger; None if nothing is."""
+    if not isinstance(row, dict):
+        return f"the line is {json.dumps(row)[:80]}"
+    if missing := sorted(COLUMNS - row.keys()):
+        return f"the line has no {', '.join(missing)}"
+    for column, least in (("round", 0), ("cost", 1)):
+        value = row[column]
+        if isinstance(value, bool) or not isinstance(value, int) or value < least:
+            return f"{column} is {value!r} (accepted: whole numbers from {least})"
+    lists = [row[column] for column in ("responses", "scores", "tokens")]
+    if not all(isinstance(values, list) for values in lists) or len({*map(len, lists)}) > 1:
+        return "responses, scores and tokens are not lists of the same length"
+    if not all(_is_finite_number(score) for score in row["scores"]):
+        return f"scores are {row['scores']} (accepted: finite numbers)"
+    return None
+
+
+def _is_finite_number(value) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+
+
 def ledger_row(rollouts: Rollouts, i: int, members: tuple[int, ...]) -> dict:
-    """What a ledger line says of some responses of prompt i."""
+    """The columns of a ledger line that say what is compared: responses `members` of prompt i."""
     return {
         "round": rollouts.round,
         "key": rollouts.keys[i],

@@ -9,13 +9,15 @@ SELECTIONS = ("conf", "rand")
 
 @dataclass
 class Rollouts:
-    """What was sampled in a round: for each of its prompts a number, text and tokens, and K
-    responses likewise."""
+    """The samples of a round: for each prompt its key, text and tokens, and K responses likewise.
+
+    The key is the number of the prompt in the data, or a hash of its texts in the service.
+    """
 
     round: int
-    keys: list[int]
-    prompts: list[str]
-    prompt_tokens: list[list[int]]
+    keys: list[int]  # (prompts,)
+    prompts: list[str]  # (prompts,)
+    prompt_tokens: list[list[int]]  # (prompts, tokens)
     responses: list[list[str]]  # (prompts, K)
     tokens: list[list[list[int]]]  # (prompts, K, tokens)
 
@@ -23,19 +25,21 @@ class Rollouts:
         return len(self.keys)
 
     def flat(self) -> tuple[list[str], list[str]]:
-        """Prompt and response of each rollout, (prompts * K,)."""
-        return [p for p, of_prompt in zip(self.prompts, self.responses) for _ in of_prompt], [
-            r for of_prompt in self.responses for r in of_prompt
-        ]
+        """The prompt and the response of each rollout, (prompts * K,) each."""
+        prompts, responses = [], []
+        for prompt, of_prompt in zip(self.prompts, self.responses, strict=True):
+            prompts += [prompt] * len(of_prompt)
+            responses += of_prompt
+        return prompts, responses
 
 
 @dataclass
 class Labels:
-    """scores (prompts, K): higher is better; pairs (prompts,): (better, worse) of the responses,
-    None for a tie or no label.
+    """The labels of the rollouts of a round.
 
-    guesses: scores and pairs as they were before bought labels overruled some; None where nothing
-    did.
+    scores: (prompts, K), higher is better.
+    pairs: (prompts,), the positions (better, worse) of two responses; None for a tie or no label.
+    guesses: scores and pairs before bought labels replaced some of them; None where none did.
     """
 
     scores: list[list[float]]
@@ -52,6 +56,6 @@ class Labels:
 
 
 def best_and_worst(scores: list[float]) -> tuple[int, int] | None:
-    """The first of the highest and the first of the lowest scores; None where all are equal."""
+    """The first position of the highest and of the lowest score; None where all are equal."""
     best, worst = int(np.argmax(scores)), int(np.argmin(scores))
     return (best, worst) if scores[best] > scores[worst] else None

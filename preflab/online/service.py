@@ -49,7 +49,7 @@ class Train(BaseModel):
 
 
 class Service:
-    """What is behind the address: a labeller, and its state in `folder`.
+    """What is behind the address: a labeler, and its state in `folder`.
 
     state.json, written after each request, names the discriminator's step that goes with it; a kill
     between the two leaves the request undone, and the labels it bought in the ledger for when it

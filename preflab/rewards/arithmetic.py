@@ -4,38 +4,41 @@ import random
 
 from preflab.rewards.registry import Score, register_reward
 
-NO_EXPRESSION = -200.0
+NO_EXPRESSION = -200.0  # the score where the prompt holds no expression
 
 
 @register_reward("math")
 def math_steps() -> Score:
-    """How far the response is from the gold solution of the prompt, such as `((3+2)*(1+4)) = ` with
-    `(5*(1+4)) = (5*5) = 25`.
+    """The distance of the response to the gold solution of the prompt, negated: 0 at best. The
+    prompt `((3+2)*(1+4)) = ` has the solution `(5*(1+4)) = (5*5) = 25`.
 
-    Minus the Levenshtein distance of each gold step after the expression itself to the response's
-    step in its place, summed: 0 at best. Steps are joined by `=`, white space is ignored, a missing
-    step is empty (so an empty response scores minus the characters of the solution), further steps
-    are ignored. -200 where `parse_expression` finds none in the prompt.
+    Each gold step after the expression itself is compared with the response's step at the same
+    position; the score is minus the sum of the Levenshtein distances. Steps are joined by `=`,
+    white space is ignored, a missing step is empty (so an empty response scores minus the
+    characters of the solution), further steps are ignored. The score is -200 where
+    `parse_expression` rejects the prompt.
     """
-
-    def distance(prompt: str, response: str) -> float:
-        expression, equals, begun = prompt.partition("=")
-        gold = solution(expression)
-        if gold is None:
-            return NO_EXPRESSION
-        answer = "".join((begun + response).split())
-        steps = (answer if equals else answer.removeprefix("=")).split("=")
-        steps += [""] * len(gold)
-        return float(-sum(levenshtein(*pair) for pair in zip(gold[1:], steps)))
-
     return lambda prompts, responses: [
-        distance(prompt, response) for prompt, response in zip(prompts, responses)
+        _solution_score(prompt, response)
+        for prompt, response in zip(prompts, responses, strict=True)
     ]
 
 
+def _solution_score(prompt: str, response: str) -> float:
+    expression, equals, first_step = prompt.partition("=")
+    gold = solution(expression)
+    if gold is None:
+        return NO_EXPRESSION
+    answer = "".join((first_step + response).split())
+    steps = (answer if equals else answer.removeprefix("=")).split("=")
+    steps += [""] * len(gold)
+    distances = [levenshtein(a, b) for a, b in zip(gold[1:], steps, strict=False)]
+    return float(-sum(distances))
+
+
 def solution(expression: str) -> list[str] | None:
-    """The expression, and what it becomes as its innermost brackets are worked out, left to right,
-    one a step; None if it is none."""
+    """The expression, followed by its form after each step: one innermost bracket is evaluated per
+    step, from left to right. None where `parse_expression` rejects it."""
     tree = parse_expression(expression)
     if tree is None:
         return None
@@ -47,10 +50,10 @@ def solution(expression: str) -> list[str] | None:
 
 
 def parse_expression(text: str, depth: int = 2) -> tuple | None:
-    """(left, operator, right) of a bracket such as `(3+(2*4))`, sides 1 to 9 or brackets, operators
-    + - *; None for anything else.
+    """(left, operator, right) of a bracket such as `(3+(2*4))`, whose sides are 1 to 9 or brackets
+    and whose operators are + - *; None for anything else.
 
-    depth: brackets within one another, at most. White space is ignored.
+    depth: how deep brackets may be nested. White space is ignored.
     """
     rest = list("".join(text.split()))[::-1]
 
@@ -66,7 +69,9 @@ def parse_expression(text: str, depth: int = 2) -> tuple | None:
         return tree
 
     def side(depth: int):
-        return bracket(depth - 1) if depth > 1 and rest[-1:] == ["("] else int(take("123456789"))
+        if depth > 1 and rest[-1:] == ["("]:
+            return bracket(depth - 1)
+        return int(take("123456789"))
 
     try:
         tree = bracket(depth)
@@ -76,6 +81,7 @@ def parse_expression(text: str, depth: int = 2) -> tuple | None:
 
 
 def _reduced(tree: tuple):
+    """The tree with its leftmost innermost bracket evaluated."""
     a, operator, b = tree
     if isinstance(a, tuple):
         return _reduced(a), operator, b
@@ -85,27 +91,27 @@ def _reduced(tree: tuple):
 
 
 def _written(tree) -> str:
-    return (
-        f"({_written(tree[0])}{tree[1]}{_written(tree[2])})"
-        if isinstance(tree, tuple)
-        else str(tree)
-    )
+    if not isinstance(tree, tuple):
+        return str(tree)
+    left, operator, right = tree
+    return f"({_written(left)}{operator}{_written(right)})"
 
 
 def levenshtein(a: str, b: str) -> int:
-    """The fewest insertions, deletions and replacements of a character that make b of a
-    (Levenshtein 1966)."""
+    """The smallest number of insertions, deletions and replacements of a character that turn a into
+    b (Levenshtein 1966)."""
     row = list(range(len(b) + 1))
     for i, x in enumerate(a, 1):
-        before, row[0] = row[0], i  # `before` is the place above and to the left
+        diagonal, row[0] = row[0], i  # the entry above and to the left
         for j, y in enumerate(b, 1):
-            before, row[j] = row[j], min(before + (x != y), row[j] + 1, row[j - 1] + 1)
+            cost = min(diagonal + (x != y), row[j] + 1, row[j - 1] + 1)
+            diagonal, row[j] = row[j], cost
     return row[-1]
 
 
 def math_prompts(n: int, seed: int) -> list[str]:
-    """`n` prompts for reward=math, with brackets two deep on the left, on the right or on both
-    sides; some may be equal."""
+    """`n` prompts for reward=math, with a nested bracket on the left, on the right or on both
+    sides. Duplicates are possible."""
     rng = random.Random(seed)
 
     def bracket(*sides) -> str:

@@ -1,13 +1,23 @@
 """A reward behind an HTTP service."""
 
 import json
+import logging
 import math
 import os
 import time
 from collections.abc import Callable
+from typing import TypeVar
 
 from preflab.rewards.registry import RewardError, Score, register_reward
 from utils import content_hash
+
+T = TypeVar("T")
+
+EXPECTED_SCORES = '{"scores": [one number per response]}'
+EXPECTED_LABELS = (
+    '{"scores": [[one finite number per response], ...], "pairs": [[better, worse] or null, ...],'
+    ' "labels_bought": whole number, "room": whole number or null}'
+)
 
 
 @register_reward("http", gold=False)
@@ -20,93 +30,143 @@ def http(
     retries: int = 5,
     backoff: float = 0.5,
 ) -> Score:
-    """A scoring service: POST {"prompts": [...], "responses": [...]} to URL/predict, which answers
+    """A scoring service: POST {"prompts": [...], "responses": [...]} to URL/predict returns
     {"scores": [...]}.
 
-    Online learning asks URL/train instead, once a round, with the responses of each prompt as a
-    list of their own, the `round` and an `id`; the answer is {"scores": [[...]], "pairs": [[better,
-    worse] or null], "labels_bought": n, "room": for how many prompts there can be labels from now
-    on, or null}. A service that learns answers an `id` that it knows as it did before, so that an
-    attempt may be repeated.
+    Online learning sends one request per round to URL/train instead: the prompts, a list of
+    responses per prompt, the `round` and an `id`. The answer is {"scores": [[...]], "pairs":
+    [[better, worse] or null], "labels_bought": n, "room": for how many more prompts there can be
+    labels, or null for no limit}. A service that learns returns the same answer for an `id` that it
+    has seen before, so a request may be repeated.
 
-    token_env: environment variable with a bearer token, if the service wants one; timeout: seconds
-    of an attempt; retries: further attempts after a timeout, a lost connection or a status 408, 429
-    or 5xx, with waits that double from `backoff` seconds. Then, or on any other answer,
-    RewardError.
+    token_env: environment variable with a bearer token, if the service needs one.
+    timeout: seconds per attempt.
+    retries: further attempts after a timeout, a lost connection or a status 408, 429 or 5xx; the
+        waits between them start at `backoff` seconds and double. After the last one, or on any
+        other invalid answer, RewardError is raised.
     """
-    import logging
+    return _ScoringClient(url, token_env, batch_size, timeout, retries, backoff)
 
-    import httpx
 
-    logging.getLogger("httpx").setLevel(logging.WARNING)  # a line for every request otherwise
-    token = os.environ.get(token_env)
-    client = httpx.Client(
-        base_url=url.rstrip("/"),
-        timeout=timeout,
-        headers={"Authorization": f"Bearer {token}"} if token else {},
-    )
+class _ScoringClient:
+    """The `Score` of a service; `learn` asks it for the labels of a round."""
 
-    def post(path: str, payload: dict, read: Callable[[dict], object]):
-        for attempt in range(retries + 1):
-            try:
-                response = client.post(path, json=payload)
-                told = f"status {response.status_code}: {response.text[:200]}"
-                if response.status_code not in (408, 429) and response.status_code < 500:
-                    break
-            except httpx.RequestError as error:
-                told = f"{type(error).__name__}: {error}"
-            if attempt < retries:
-                time.sleep(backoff * 2**attempt)
-        else:
-            raise RewardError(
-                f"reward.url={url} gave no scores in {retries + 1} attempts, the last: {told}"
-            )
-        try:
-            assert response.status_code == 200
-            return read(response.json())
-        except (ValueError, LookupError, TypeError, AssertionError) as error:
-            raise RewardError(
-                f'reward.url={url}{path} answered {told}; expected {{"scores": [numbers]}}'
-            ) from error
+    def __init__(
+        self,
+        url: str,
+        token_env: str,
+        batch_size: int,
+        timeout: float,
+        retries: int,
+        backoff: float,
+    ):
+        import httpx  # here, so that checking a config stays light
 
-    def numbers(scores: list) -> list[float]:
-        assert all(isinstance(s, (int, float)) and not isinstance(s, bool) for s in scores)
-        return scores
+        logging.getLogger("httpx").setLevel(logging.WARNING)  # else one line per request
+        self.url, self.batch_size = url, batch_size
+        self.retries, self.backoff = retries, backoff
+        token = os.environ.get(token_env)
+        headers = {"Authorization": f"Bearer {token}"} if token else {}
+        self._client = httpx.Client(base_url=url.rstrip("/"), timeout=timeout, headers=headers)
 
-    def learn(run: str, number: int, prompts: list[str], responses: list[list[str]]) -> dict:
-        """The labels of the responses, (prompts, K), of a round of a run."""
-        payload = {"round": number, "prompts": prompts, "responses": responses}
-
-        def read(answer: dict) -> dict:
-            assert all(math.isfinite(s) for scores in answer["scores"] for s in numbers(scores))
-            assert list(map(len, answer["scores"])) == list(map(len, responses)) and len(
-                answer["pairs"]
-            ) == len(prompts)
-            assert all(
-                pair is None or ({*pair} <= {*range(len(of))} and len({*pair}) == 2)
-                for pair, of in zip(answer["pairs"], responses)
-            )
-            assert answer["room"] is None or answer["room"] >= 0
-            return answer | {"labels_bought": int(answer["labels_bought"])}
-
-        return post("/train", payload | {"id": content_hash(run, json.dumps(payload))}, read)
-
-    def score(prompts: list[str], responses: list[str]) -> list[float]:
+    def __call__(self, prompts: list[str], responses: list[str]) -> list[float]:
         values = []
-        for begin in range(0, len(responses), batch_size):
-            part = slice(begin, begin + batch_size)
-            scores = post(
-                "/predict",
-                {"prompts": prompts[part], "responses": responses[part]},
-                lambda answer: numbers(answer["scores"]),
-            )
+        for begin in range(0, len(responses), self.batch_size):
+            part = slice(begin, begin + self.batch_size)
+            payload = {"prompts": prompts[part], "responses": responses[part]}
+            scores = self._ask("/predict", payload, _read_scores, EXPECTED_SCORES)
             if len(scores) != len(responses[part]):
                 raise RewardError(
-                    f"reward.url={url} answered {len(scores)} scores for {len(responses[part])}"
-                    " responses"
+                    f"reward.url={self.url} answered {len(scores)} scores for"
+                    f" {len(responses[part])} responses"
                 )
             values += scores
         return values
 
-    score.learn = learn
-    return score
+    def learn(self, run: str, number: int, prompts: list[str], responses: list[list[str]]) -> dict:
+        """The labels of the responses, (prompts, K), of round `number` of a run."""
+        payload = {"round": number, "prompts": prompts, "responses": responses}
+        payload["id"] = content_hash(run, json.dumps(payload))
+        return self._ask(
+            "/train", payload, lambda answer: _read_labels(answer, responses), EXPECTED_LABELS
+        )
+
+    def _ask(self, path: str, payload: dict, read: Callable[[dict], T], expected: str) -> T:
+        """What `read` makes of the answer; it raises ValueError, LookupError or TypeError on an
+        invalid one."""
+        response = self._post(path, payload)
+        try:
+            if response.status_code != 200:
+                raise ValueError(f"status {response.status_code}")
+            return read(response.json())
+        except (ValueError, LookupError, TypeError, OverflowError) as error:
+            raise RewardError(
+                f"reward.url={self.url}{path} answered {_summary(response)}; expected {expected}"
+            ) from error
+
+    def _post(self, path: str, payload: dict):
+        """The first response that no retry would change."""
+        import httpx
+
+        outcome = "not sent"
+        for attempt in range(self.retries + 1):
+            if attempt:
+                time.sleep(self.backoff * 2 ** (attempt - 1))
+            try:
+                response = self._client.post(path, json=payload)
+            except httpx.RequestError as error:
+                outcome = f"{type(error).__name__}: {error}"
+                continue
+            if response.status_code not in (408, 429) and response.status_code < 500:
+                return response
+            outcome = _summary(response)
+        raise RewardError(
+            f"reward.url={self.url} gave no scores in {self.retries + 1} attempts,"
+            f" the last: {outcome}"
+        )
+
+
+def _summary(response) -> str:
+    return f"status {response.status_code}: {response.text[:200]}"
+
+
+def _read_scores(answer: dict) -> list[float]:
+    return _numbers(answer["scores"])
+
+
+def _read_labels(answer: dict, responses: list[list[str]]) -> dict:
+    """The answer of URL/train, checked against what was sent; raises as `_ask` expects."""
+    scores, pairs = answer["scores"], answer["pairs"]
+    if not isinstance(scores, list) or not isinstance(pairs, list):
+        raise TypeError("scores and pairs must be lists")
+    sizes = [len(of_prompt) for of_prompt in responses]
+    if [len(_numbers(of_prompt)) for of_prompt in scores] != sizes or len(pairs) != len(sizes):
+        raise ValueError("the numbers of scores and of pairs must be those of the request")
+    if not all(math.isfinite(score) for of_prompt in scores for score in of_prompt):
+        raise ValueError("scores must be finite")
+    if not all(_is_pair(pair, size) for pair, size in zip(pairs, sizes, strict=True)):
+        raise ValueError("a pair must be two different positions of responses, or null")
+    if not _is_count(answer["labels_bought"]):
+        raise ValueError("labels_bought must be a whole number")
+    if answer["room"] is not None and not _is_count(answer["room"]):
+        raise ValueError("room must be a whole number or null")
+    return answer
+
+
+def _numbers(values: list) -> list[float]:
+    for value in values:
+        if isinstance(value, bool) or not isinstance(value, (int, float)):
+            raise TypeError(f"{value!r} is not a number")
+    return values
+
+
+def _is_count(value) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and value >= 0
+
+
+def _is_pair(pair, n_responses: int) -> bool:
+    if pair is None:
+        return True
+    if not isinstance(pair, list) or len(pair) != 2 or pair[0] == pair[1]:
+        return False
+    return all(_is_count(member) and member < n_responses for member in pair)

@@ -1,5 +1,5 @@
-"""Questions to a language model behind an OpenAI-compatible endpoint: several at once, retried,
-capped, kept on disk."""
+"""Requests to a language model behind an OpenAI-compatible endpoint: concurrent, retried, capped in
+number, and cached on disk."""
 
 import json
 import os
@@ -7,7 +7,7 @@ import sqlite3
 import threading
 import time
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor, as_completed
+from concurrent.futures import Future, ThreadPoolExecutor, as_completed
 from dataclasses import dataclass, field
 from pathlib import Path
 from random import random
@@ -17,55 +17,54 @@ from tqdm import tqdm
 
 from utils import PrefLabError, content_hash
 
-LARGEST_ANSWER = 2**20  # bytes; a server that sends more is not answering the question
-
-
-FAILURES_IN_A_ROW = 8  # after which the server is taken for dead
+MAX_ANSWER_BYTES = 2**20  # a server that sends more is not answering the question
+MAX_CONSECUTIVE_FAILURES = 8  # then the server counts as down
+MAX_WAIT = 60.0  # seconds; a Retry-After above it is cut to it
+RETRIED_STATUS = (408, 409, 429)  # and 5xx
+REJECTED_STATUS = (400, 413, 422)  # about one question, such as one that is too long
 
 
 class EndpointError(PrefLabError):
     """The endpoint refuses the requests, or has stopped answering."""
 
 
-class _Cap(Exception):
-    """No request is left."""
+class _CapReachedError(Exception):
+    """`max_requests` requests were sent."""
 
 
-class _Transient(Exception):
-    """What another attempt may mend; `wait` is how long the server asked for."""
+class _RequestFailedError(Exception):
+    """A question got no answer. retriable: another attempt may succeed; wait: the seconds that the
+    server asked for before one."""
 
-    def __init__(self, told: str, wait: float = 0.0):
-        super().__init__(told)
-        self.wait = wait
-
-
-class _Rejected(_Transient):
-    """What no attempt will mend, of this one question: too long for the model, say."""
+    def __init__(self, message: str, *, retriable: bool = True, wait: float = 0.0):
+        super().__init__(message)
+        self.retriable, self.wait = retriable, wait
 
 
 @dataclass
-class Asked:
-    """What became of some questions. answers: None where there is none; requests: sent, retries
-    included."""
+class Answers:
+    """The outcome of `Endpoint.ask`; the counts are of questions, where nothing else is said."""
 
-    answers: list
-    requests: int = 0
+    answers: list  # what `read` returned; None where there is no answer
+    requests: int = 0  # requests that the endpoint was sent so far, retries included
     from_cache: int = 0
-    refused: int = 0  # answers that `read` could make nothing of
-    failed: int = 0  # questions without an answer after the last retry
-    unasked: int = 0  # questions that the cap left
+    unreadable: int = 0  # `read` returned None for the answer
+    failed: int = 0  # no answer after the last retry
+    unsent: int = 0  # not sent because of max_requests
     errors: list[str] = field(default_factory=list)
 
 
 class Endpoint:
     """Chat completions at `url`, such as http://127.0.0.1:8000/v1, by `model`.
 
-    key_env: environment variable that holds the key, which may be missing for a local server.
-    cache: sqlite file in which accepted answers are kept under the hash of url, model, messages and
-    settings. max_requests: hard cap on what is sent by this object, retries included. timeout:
-    seconds until an attempt is given up, answer included. retries: further attempts after a
-    timeout, a lost connection, a status 408, 409, 429 or 5xx, or a body that is no completion, with
-    waits that double from `backoff` seconds.
+    key_env: environment variable that holds the key; it may be unset for a local server.
+    cache: sqlite file that stores accepted answers by the hash of url, model, messages and
+        settings.
+    max_requests: hard cap on the requests that this object sends, retries included.
+    timeout: seconds per attempt, until the whole answer has arrived.
+    retries: further attempts after a timeout, a lost connection, a status 408, 409, 429 or 5xx, or
+        a body that is not a completion. The waits between them start at `backoff` seconds and
+        double.
     """
 
     def __init__(
@@ -83,19 +82,16 @@ class Endpoint:
         temperature: float = 0.0,
         max_tokens: int = 256,
     ):
-        self.url, self.model, self.max_requests, self.concurrency = (
-            url.rstrip("/"),
-            model,
-            max_requests,
-            concurrency,
-        )
+        self.url, self.model = url.rstrip("/"), model
+        self.max_requests, self.concurrency = max_requests, concurrency
         self.timeout, self.retries, self.backoff = timeout, retries, backoff
         self.settings = {"temperature": temperature, "max_tokens": max_tokens}
         key = os.environ.get(key_env)
         self._client = httpx.Client(
             timeout=timeout, headers={"Authorization": f"Bearer {key}"} if key else {}
         )
-        self._lock, self._sent, self._over = threading.Lock(), 0, False
+        self._lock = threading.Lock()  # guards the cache and the count of requests
+        self._sent, self._stopped = 0, False
         cache.parent.mkdir(parents=True, exist_ok=True)
         self._cache = sqlite3.connect(cache, timeout=60.0, check_same_thread=False)
         self._cache.execute(
@@ -104,121 +100,127 @@ class Endpoint:
 
     def ask(
         self, questions: list[list[dict]], read: Callable[[str], object], description: str = "ask"
-    ) -> Asked:
-        """Put every question (a list of chat messages), each distinct one once.
+    ) -> Answers:
+        """Send every question (a list of chat messages); equal questions are sent once.
 
-        read: makes of an answer what is wanted, None for an answer that is none; such an answer is
-        counted, and not kept. Raises EndpointError where the endpoint refuses (a wrong key, path or
-        model), or when nothing is answered any more.
+        read: parses the text of an answer, and returns None for an invalid one. Such an answer is
+            counted, and not cached.
+        Raises EndpointError where the endpoint refuses (a wrong key, path or model), or when it no
+        longer answers anything.
         """
-        asked = Asked([None] * len(questions))
-        keys = [
-            content_hash(self.url, self.model, json.dumps([q, self.settings], sort_keys=True))
-            for q in questions
-        ]
-        places: dict[str, list[int]] = {}
-        for i, key in enumerate(keys):
-            places.setdefault(key, []).append(i)
-        in_a_row, self._over = 0, False
+        result = Answers([None] * len(questions))
+        positions: dict[str, list[int]] = {}
+        for i, question in enumerate(questions):
+            content = json.dumps([question, self.settings], sort_keys=True)
+            positions.setdefault(content_hash(self.url, self.model, content), []).append(i)
+        self._stopped = False
         with ThreadPoolExecutor(self.concurrency) as pool:
             futures = {
-                pool.submit(self._answer, key, questions[i[0]], read): key
-                for key, i in places.items()
+                pool.submit(self._answer, key, questions[members[0]], read): members
+                for key, members in positions.items()
             }
             try:
-                for future in tqdm(
-                    as_completed(futures),
-                    total=len(futures),
-                    desc=description,
-                    leave=False,
-                    delay=1.0,
-                ):
-                    where = places[futures[future]]
-                    try:
-                        value, cached = future.result()
-                    except _Cap:
-                        asked.unasked += len(where)
-                        continue
-                    except _Transient as error:
-                        asked.failed += len(where)
-                        asked.errors.append(str(error))
-                        in_a_row += 1
-                        if in_a_row >= FAILURES_IN_A_ROW:
-                            raise EndpointError(
-                                f"{self.url}: {in_a_row} questions in a row had no answer, the"
-                                f" last: {error}; answers so far are kept"
-                            ) from error
-                        continue
-                    in_a_row = 0
-                    asked.from_cache += cached * len(where)
-                    asked.refused += (value is None) * len(where)
-                    for i in where:
-                        asked.answers[i] = value
+                self._collect(futures, result, description)
             except BaseException:
-                self._over = True  # threads that wait to try again send nothing more
+                self._stopped = True  # threads that wait for a retry send nothing more
                 pool.shutdown(wait=False, cancel_futures=True)
                 raise
-        asked.requests = self._sent
-        return asked
+        result.requests = self._sent
+        return result
+
+    def _collect(self, futures: dict[Future, list[int]], result: Answers, description: str) -> None:
+        """Enter each answer into `result` at the positions of its question, as they arrive."""
+        consecutive_failures = 0
+        done = as_completed(futures)
+        for future in tqdm(done, total=len(futures), desc=description, leave=False, delay=1.0):
+            members = futures[future]
+            try:
+                value, cached = future.result()
+            except _CapReachedError:
+                result.unsent += len(members)
+                continue
+            except _RequestFailedError as error:
+                result.failed += len(members)
+                result.errors.append(str(error))
+                consecutive_failures += 1
+                if consecutive_failures >= MAX_CONSECUTIVE_FAILURES:
+                    raise EndpointError(
+                        f"{self.url}: {consecutive_failures} questions in a row had no answer,"
+                        f" the last: {error}; the answers so far are cached"
+                    ) from error
+                continue
+            consecutive_failures = 0
+            result.from_cache += cached * len(members)
+            result.unreadable += (value is None) * len(members)
+            for i in members:
+                result.answers[i] = value
 
     def _answer(
         self, key: str, messages: list[dict], read: Callable[[str], object]
     ) -> tuple[object, bool]:
+        """What `read` makes of the answer, and whether it came from the cache."""
         with self._lock:
-            kept = self._cache.execute(
-                "SELECT answer FROM answers WHERE key = ?", (key,)
-            ).fetchone()
-        if kept and (value := read(kept[0])) is not None:
+            row = self._cache.execute("SELECT answer FROM answers WHERE key = ?", (key,)).fetchone()
+        if row and (value := read(row[0])) is not None:
             return value, True
-        for attempt in range(self.retries + 1):
-            try:
-                text = self._post(messages)
-                break
-            except _Transient as error:
-                if attempt == self.retries or isinstance(error, _Rejected):
-                    raise
-                time.sleep(max(error.wait, self.backoff * 2**attempt * (0.5 + random() / 2)))
+        text = self._post_with_retries(messages)
         value = read(text)
         if value is not None:
             with self._lock, self._cache:
                 self._cache.execute("INSERT OR REPLACE INTO answers VALUES (?, ?)", (key, text))
         return value, False
 
+    def _post_with_retries(self, messages: list[dict]) -> str:
+        for attempt in range(self.retries):
+            try:
+                return self._post(messages)
+            except _RequestFailedError as error:
+                if not error.retriable:
+                    raise
+                time.sleep(max(error.wait, self.backoff * 2**attempt * (0.5 + random() / 2)))
+        return self._post(messages)
+
     def _post(self, messages: list[dict]) -> str:
+        """The text of one completion."""
         with self._lock:
-            if self._over or self._sent >= self.max_requests:
-                raise _Cap
+            if self._stopped or self._sent >= self.max_requests:
+                raise _CapReachedError
             self._sent += 1
-        body, deadline = b"", time.monotonic() + self.timeout
-        try:
-            with self._client.stream(
-                "POST",
-                f"{self.url}/chat/completions",
-                json={"model": self.model, "messages": messages, **self.settings},
-            ) as response:
-                for piece in response.iter_bytes():
-                    body += piece
-                    if len(body) > LARGEST_ANSWER or time.monotonic() > deadline:
-                        raise _Transient("an answer without an end")
-        except httpx.RequestError as error:
-            raise _Transient(f"{type(error).__name__}: {error}") from error
-        except httpx.InvalidURL as error:
-            raise EndpointError(f"{self.url} is no URL: {error}") from error
-        told = f"status {response.status_code}: {body[:200].decode(errors='replace')}"
-        if response.status_code in (408, 409, 429) or response.status_code >= 500:
-            wait = response.headers.get("retry-after", "")
-            raise _Transient(
-                told, min(float(wait), 60.0) if wait.replace(".", "", 1).isdigit() else 0.0
-            )
-        if response.status_code in (400, 413, 422):
-            raise _Rejected(told)
-        if response.status_code != 200:
-            self._over = True
-            raise EndpointError(f"{self.url}/chat/completions answered {told}")
+        response, body = self._send({"model": self.model, "messages": messages, **self.settings})
+        status, start = response.status_code, body[:200].decode(errors="replace")
+        message = f"status {status}: {start}"
+        if status in RETRIED_STATUS or status >= 500:
+            raise _RequestFailedError(message, wait=_retry_after(response))
+        if status in REJECTED_STATUS:
+            raise _RequestFailedError(message, retriable=False)
+        if status != 200:
+            self._stopped = True
+            raise EndpointError(f"{self.url}/chat/completions answered {message}")
         try:
             text = json.loads(body)["choices"][0]["message"]["content"]
         except (ValueError, LookupError, TypeError) as error:
-            raise _Transient(
-                f"no chat completion: {body[:200].decode(errors='replace')}"
-            ) from error
+            raise _RequestFailedError(f"no chat completion: {start}") from error
         return text if isinstance(text, str) else ""
+
+    def _send(self, payload: dict) -> tuple[httpx.Response, bytes]:
+        """The response and its body. It is streamed, because httpx's own timeout starts again with
+        each piece."""
+        body, deadline = b"", time.monotonic() + self.timeout
+        address = f"{self.url}/chat/completions"
+        try:
+            with self._client.stream("POST", address, json=payload) as response:
+                for piece in response.iter_bytes():
+                    body += piece
+                    if len(body) > MAX_ANSWER_BYTES or time.monotonic() > deadline:
+                        raise _RequestFailedError("the answer does not end")
+        except httpx.RequestError as error:
+            raise _RequestFailedError(f"{type(error).__name__}: {error}") from error
+        except httpx.InvalidURL as error:
+            raise EndpointError(f"{self.url} is not a URL: {error}") from error
+        return response, body
+
+
+def _retry_after(response: httpx.Response) -> float:
+    """Seconds of a Retry-After header; 0 without one, or for a date."""
+    value = response.headers.get("retry-after", "")
+    return min(float(value), MAX_WAIT) if value.replace(".", "", 1).isdigit() else 0.0

@@ -1,4 +1,4 @@
-"""Rewards of a model: classifiers and reward models."""
+"""Rewards that are the output of a model: classifiers, reward models, and log-probabilities."""
 
 import re
 
@@ -15,9 +15,10 @@ def classifier(
     include_prompt: bool = False,
     batch_size: int = 32,
 ) -> Score:
-    """A label of a text-classification model, by path or hub id.
+    """One label of a text-classification model, by path or hub id.
 
-    label: its name in the model's config; output: "probability", or "log_odds" log p/(1-p);
+    label: its name in the model's config.
+    output: "probability", or "log_odds" log p/(1-p).
     include_prompt: classify prompt and response together instead of the response alone.
     """
     import torch  # here, so that checking a config stays light
@@ -30,41 +31,43 @@ def classifier(
         model = AutoModelForSequenceClassification.from_pretrained(path).eval()
     except (OSError, ValueError) as error:
         raise ConfigError(
-            f"reward.path={path} holds no text-classification model: {str(error).splitlines()[0]}"
+            f"reward.path={path} is not a text-classification model: {str(error).splitlines()[0]}"
         ) from error
     labels = {str(name): int(i) for i, name in model.config.id2label.items()}
     if label not in labels:
         raise ConfigError(
             f"reward.label={label!r} is not a label of {path}; {nearest(label, labels)}"
         )
-    device = "cuda" if torch.cuda.is_available() else "cpu"
+    device = _device()
     model.to(device)
 
     @torch.no_grad()
     def score(prompts: list[str], responses: list[str]) -> list[float]:
-        texts = [p + r for p, r in zip(prompts, responses)] if include_prompt else responses
+        texts = responses
+        if include_prompt:
+            texts = [p + r for p, r in zip(prompts, responses, strict=True)]
         values = []
         for begin in range(0, len(texts), batch_size):
-            inputs = tokenizer(
-                texts[begin : begin + batch_size],
-                padding=True,
-                truncation=True,
-                return_tensors="pt",
-            )
-            logits = model(**inputs.to(device)).logits.double()
-            if logits.shape[-1] == 1:  # one output is the log-odds of the only label
-                log_p, log_q = (
-                    torch.nn.functional.logsigmoid(logits[:, 0]),
-                    torch.nn.functional.logsigmoid(-logits[:, 0]),
-                )
-            else:
-                log_p = logits.log_softmax(-1)[:, labels[label]]
-                others = torch.arange(logits.shape[-1], device=logits.device) != labels[label]
-                log_q = logits[:, others].logsumexp(-1) - logits.logsumexp(-1)
+            part = texts[begin : begin + batch_size]
+            inputs = tokenizer(part, padding=True, truncation=True, return_tensors="pt")
+            log_p, log_q = _label_logps(model(**inputs.to(device)).logits, labels[label])
             values.extend((log_p.exp() if output == "probability" else log_p - log_q).tolist())
         return values
 
     return score
+
+
+def _label_logps(logits, index: int):
+    """log p and log (1 - p) of a label, (rows,) each in float64, from logits (rows, labels)."""
+    import torch
+    from torch.nn.functional import logsigmoid
+
+    logits = logits.double()
+    if logits.shape[-1] == 1:  # the single output is the log-odds of the only label
+        return logsigmoid(logits[:, 0]), logsigmoid(-logits[:, 0])
+    others = torch.arange(logits.shape[-1], device=logits.device) != index
+    log_p = logits.log_softmax(-1)[:, index]
+    return log_p, logits[:, others].logsumexp(-1) - logits.logsumexp(-1)
 
 
 @register_reward("reward_model", gold=False)
@@ -77,137 +80,180 @@ def reward_model(
     head: str | None = None,
     trust_remote_code: bool = False,
 ) -> Score:
-    """The one output of a sequence-classification model for prompt and response together.
+    """The single output of a sequence-classification model for prompt and response together.
 
-    path: a folder, a hub id, or a run of loss=bradley_terry; chat_template: prompt and response as
-    a user's and an assistant's message, in the form of the model's tokenizer, or of the Jinja
-    template given; max_length: tokens kept, of the end (null: what the model takes); head: what the
-    weights call the linear layer with the output, on top of a body that transformers knows, where
-    it has a name of its own (null: as transformers names it); trust_remote_code: run the code that
-    comes with a model of a class that transformers does not have.
+    path: a folder, a hub id, or a run of loss=bradley_terry.
+    chat_template: format prompt and response as a user's and an assistant's message, with the
+        template of the model's tokenizer (true), or with the given Jinja template.
+    max_length: tokens that are used, from the end (null: as many as the model takes).
+    head: the name of the output layer in the weights, if it is not the name that transformers uses;
+        the layer is linear, and the model below it is one that transformers has.
+    trust_remote_code: run the code that comes with a model of a class that transformers does not
+        have.
     """
     import torch  # here, so that checking a config stays light
-    from transformers import AutoTokenizer
 
     path = str(model_folder(path))
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(
-            path, truncation_side="left", padding_side="right", trust_remote_code=trust_remote_code
-        )
-        model = _network_with_one_output(path, head, trust_remote_code).eval()
-    except ConfigError:
-        raise
-    except (OSError, ValueError) as error:
-        raise ConfigError(
-            f"reward.path={path} holds no sequence-classification model:"
-            f" {str(error).splitlines()[0]}"
-        ) from error
+    tokenizer, model = _load_reward_model(path, head, trust_remote_code)
     if isinstance(chat_template, str):
         tokenizer.chat_template = chat_template
     if chat_template and not tokenizer.chat_template:
         raise ConfigError(
-            f"reward.chat_template=true, and the tokenizer of {path} has none; give a Jinja"
-            " template as reward.chat_template"
+            f"reward.chat_template=true, and the tokenizer of {path} has none;"
+            " give a Jinja template as reward.chat_template"
         )
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token
     model.config.pad_token_id = tokenizer.pad_token_id
     limit = max_length or getattr(model.config, "max_position_embeddings", None)
-    device = "cuda" if torch.cuda.is_available() else "cpu"
+    tokenise = _chat_ids if chat_template else _plain_ids
+    device = _device()
     model.to(device)
-
-    def ids_of(prompt: str, response: str) -> list[int]:
-        if chat_template:
-            messages = [
-                {"role": "user", "content": prompt},
-                {"role": "assistant", "content": response},
-            ]
-            ids = tokenizer(
-                tokenizer.apply_chat_template(messages, tokenize=False), add_special_tokens=False
-            )["input_ids"]
-            return ids[-limit:] if limit else ids
-        # As in training: prompt and response apart, BOS in front where there is one, EOS behind.
-        head = [tokenizer.bos_token_id] if tokenizer.bos_token_id is not None else []
-        ids = (
-            tokenizer(prompt, add_special_tokens=False)["input_ids"]
-            + tokenizer(response, add_special_tokens=False)["input_ids"]
-        )
-        return head + (ids[-(limit - len(head) - 1) :] if limit else ids) + [tokenizer.eos_token_id]
 
     @torch.no_grad()
     def score(prompts: list[str], responses: list[str]) -> list[float]:
-        rows = [ids_of(prompt, response) for prompt, response in zip(prompts, responses)]
+        rows = [
+            tokenise(tokenizer, prompt, response, limit)
+            for prompt, response in zip(prompts, responses, strict=True)
+        ]
         values = [0.0] * len(rows)
-        order = sorted(range(len(rows)), key=lambda i: len(rows[i]))
-        for begin in range(0, len(order), batch_size):
-            part = order[begin : begin + batch_size]
-            inputs = tokenizer.pad({"input_ids": [rows[i] for i in part]}, return_tensors="pt").to(
-                device
-            )
-            for i, value in zip(part, _last_value(model, inputs).tolist()):
+        for part in _batches_by_length(rows, batch_size):
+            inputs = tokenizer.pad({"input_ids": [rows[i] for i in part]}, return_tensors="pt")
+            scores = _last_value(model, inputs.to(device)).tolist()
+            for i, value in zip(part, scores, strict=True):
                 values[i] = value
         return values
 
     return score
 
 
-def _network_with_one_output(path: str, head: str | None, trust_remote_code: bool):
+def _load_reward_model(path: str, head: str | None, trust_remote_code: bool) -> tuple:
+    from transformers import AutoTokenizer
+
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(
+            path, truncation_side="left", padding_side="right", trust_remote_code=trust_remote_code
+        )
+        model = _model_with_one_output(path, head, trust_remote_code).eval()
+    except ConfigError:
+        raise
+    except (OSError, ValueError) as error:
+        raise ConfigError(
+            f"reward.path={path} is not a sequence-classification model:"
+            f" {str(error).splitlines()[0]}"
+        ) from error
+    return tokenizer, model
+
+
+def _chat_ids(tokenizer, prompt: str, response: str, limit: int | None) -> list[int]:
+    messages = [{"role": "user", "content": prompt}, {"role": "assistant", "content": response}]
+    text = tokenizer.apply_chat_template(messages, tokenize=False)
+    ids = tokenizer(text, add_special_tokens=False)["input_ids"]
+    return ids[-limit:] if limit else ids
+
+
+def _plain_ids(tokenizer, prompt: str, response: str, limit: int | None) -> list[int]:
+    """As in training: prompt and response are tokenised separately, with BOS first if there is one,
+    and EOS last."""
+    bos = _bos(tokenizer)
+    ids = _separate_ids(tokenizer, prompt, response)
+    if limit:
+        ids = ids[-(limit - len(bos) - 1) :]
+    return [*bos, *ids, tokenizer.eos_token_id]
+
+
+def _separate_ids(tokenizer, prompt: str, response: str) -> list[int]:
+    return [
+        token
+        for text in (prompt, response)
+        for token in tokenizer(text, add_special_tokens=False)["input_ids"]
+    ]
+
+
+def _bos(tokenizer) -> list[int]:
+    return [tokenizer.bos_token_id] if tokenizer.bos_token_id is not None else []
+
+
+def _batches_by_length(rows: list[list[int]], batch_size: int, shortest: int = 0):
+    """The positions of the rows of at least `shortest` tokens, in batches of similar length."""
+    order = sorted(
+        (i for i, row in enumerate(rows) if len(row) >= shortest), key=lambda i: len(rows[i])
+    )
+    for begin in range(0, len(order), batch_size):
+        yield order[begin : begin + batch_size]
+
+
+def _device() -> str:
+    import torch
+
+    return "cuda" if torch.cuda.is_available() else "cpu"
+
+
+def _model_with_one_output(path: str, head: str | None, trust_remote_code: bool):
     import transformers
 
     config, _ = transformers.PreTrainedConfig.get_config_dict(path)
-    kind = (config.get("architectures") or [""])[0]
-    own = {
-        code.split(".")[-1]: auto
-        for auto, code in config.get("auto_map", {}).items()
+    architecture = (config.get("architectures") or [""])[0]
+    own_classes = {
+        code.split(".")[-1]: auto_class
+        for auto_class, code in config.get("auto_map", {}).items()
         if isinstance(code, str)
     }
-    if kind in own and not hasattr(transformers, kind) and not head:
-        if not trust_remote_code:
-            raise ConfigError(
-                f"reward.path={path} is a {kind}, which transformers does not have: it comes with"
-                " code of its own. Read that code, and set reward.trust_remote_code=true to run"
-                " it; or set reward.head to the name of its output layer, if all else is of a"
-                " known model"
-            )
-        try:
-            return getattr(transformers, own[kind]).from_pretrained(path, trust_remote_code=True)
-        except Exception as error:  # whatever strangers' code may raise
-            raise ConfigError(
-                f"reward.path={path}: the code that comes with it fails under transformers"
-                f" {transformers.__version__}: {first_line(error)}"
-            ) from error
+    if architecture in own_classes and not hasattr(transformers, architecture) and not head:
+        auto_class = own_classes[architecture]
+        return _model_with_own_code(path, architecture, auto_class, trust_remote_code)
     renamed = {"num_labels": 1, "key_mapping": {rf"^{re.escape(head)}\.": "score."}} if head else {}
-    model, found = transformers.AutoModelForSequenceClassification.from_pretrained(
+    model, loading = transformers.AutoModelForSequenceClassification.from_pretrained(
         path, output_loading_info=True, **renamed
     )
-    if found["missing_keys"]:  # they would be random numbers
-        unused = ", ".join(sorted(found["unexpected_keys"])[:5]) or "none"
+    if loading["missing_keys"]:  # transformers would initialise them at random
+        missing = ", ".join(sorted(loading["missing_keys"])[:5])
+        unused = ", ".join(sorted(loading["unexpected_keys"])[:5]) or "none"
         raise ConfigError(
-            f"reward.path={path} has no weights for {', '.join(sorted(found['missing_keys'])[:5])};"
-            f" reward.head takes another name of the output layer (weights without a use: {unused})"
+            f"reward.path={path} has no weights for {missing}; if the output layer has another"
+            f" name, set reward.head to it (weights that are not used: {unused})"
         )
     if model.config.num_labels != 1:
         raise ConfigError(
             f"reward.path={path} has {model.config.num_labels} outputs, and a reward model has one;"
-            " reward=classifier reads a label"
+            " for one label of several use reward=classifier"
         )
     return model
 
 
+def _model_with_own_code(path: str, architecture: str, auto_class: str, trust_remote_code: bool):
+    import transformers
+
+    if not trust_remote_code:
+        raise ConfigError(
+            f"reward.path={path} is a {architecture}, which transformers does not have: it comes"
+            " with its own code. Read that code, and set reward.trust_remote_code=true to run it;"
+            " or set reward.head to the name of its output layer, if transformers has the model"
+            " below that layer"
+        )
+    try:
+        return getattr(transformers, auto_class).from_pretrained(path, trust_remote_code=True)
+    except Exception as error:  # foreign code may raise anything
+        raise ConfigError(
+            f"reward.path={path}: the code that comes with it fails under transformers"
+            f" {transformers.__version__}: {first_line(error)}"
+        ) from error
+
+
 def _last_value(model, inputs):
-    """(rows,): the scalar at the last token of each row, found from the mask: a pad that equals EOS
-    would mislead the model's own search."""
+    """(rows,): the scalar at the last token of each row, in float64. The position comes from the
+    mask, because the model's own search fails where padding equals EOS."""
     import torch
 
     last = inputs["attention_mask"].sum(1) - 1
     head = getattr(model, "score", None)
-    if head is None:  # an encoder with a head of its own, or a model with code of its own
+    if head is None:  # an encoder with its own head, or a model with its own code
         output = model(**inputs)
         values = getattr(output, "logits", output)
         if values.numel() != len(last):
             raise RewardError(
-                f"{type(model).__name__} gives an output of shape {tuple(values.shape)} for"
-                f" {len(last)} texts, and a reward model gives a number each"
+                f"{type(model).__name__} returns an output of shape {tuple(values.shape)} for"
+                f" {len(last)} texts; a reward model returns one number per text"
             )
         return values.flatten().double()
     body = model.base_model(
@@ -218,24 +264,26 @@ def _last_value(model, inputs):
 
 @register_reward("contrastivedistill")
 def contrastivedistill(*, large: str, small: str, batch_size: int = 16) -> Score:
-    """Mean log p of a token of prompt and response under a large causal LM minus that under a small
-    one.
+    """The mean log p per token of prompt and response under a large causal LM minus that under a
+    small one.
 
-    Tokens as in training: prompt and response apart, BOS in front where there is one; each model
-    with its own tokenizer. The first token is not scored where there is no BOS, the last ones are
-    kept of a text that is too long for a model, and an empty response is scored by its prompt, 0
-    where that is empty as well.
+    Tokens are those of training: prompt and response are tokenised separately, with BOS first if
+    there is one; each model uses its own tokenizer. Without BOS the first token is not scored. A
+    text that is too long for a model is cut to its last tokens. An empty response is scored by its
+    prompt, and gets 0 where that is empty too.
     """
-    of_large, of_small = (
-        _mean_logps(large, "reward.large", batch_size),
-        _mean_logps(small, "reward.small", batch_size),
-    )
-    return lambda prompts, responses: [
-        a - b for a, b in zip(of_large(prompts, responses), of_small(prompts, responses))
-    ]
+    large_logps = _mean_logps(large, "reward.large", batch_size)
+    small_logps = _mean_logps(small, "reward.small", batch_size)
+
+    def score(prompts: list[str], responses: list[str]) -> list[float]:
+        both = zip(large_logps(prompts, responses), small_logps(prompts, responses), strict=True)
+        return [a - b for a, b in both]
+
+    return score
 
 
 def _mean_logps(path: str, key: str, batch_size: int) -> Score:
+    """Mean log p per token under the model at `path`; `key` is the setting that names it."""
     import torch  # here, so that checking a config stays light
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -247,34 +295,28 @@ def _mean_logps(path: str, key: str, batch_size: int) -> Score:
         model = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32).eval()
     except (OSError, ValueError) as error:
         raise ConfigError(
-            f"{key}={path} holds no causal language model: {str(error).splitlines()[0]}"
+            f"{key}={path} is not a causal language model: {str(error).splitlines()[0]}"
         ) from error
-    scorer = Scorer(model.to("cuda" if torch.cuda.is_available() else "cpu"))
+    scorer = Scorer(model.to(_device()))
     scorer.check()
-    head = [tokenizer.bos_token_id] if tokenizer.bos_token_id is not None else []
+    bos = _bos(tokenizer)
     limit = getattr(model.config.get_text_config(), "max_position_embeddings", None)
 
-    def ids_of(prompt: str, response: str) -> list[int]:
-        ids = (
-            tokenizer(prompt, add_special_tokens=False)["input_ids"]
-            + tokenizer(response, add_special_tokens=False)["input_ids"]
-        )
-        return head + (ids[-(limit - len(head)) :] if limit else ids)
+    def text_ids(prompt: str, response: str) -> list[int]:
+        ids = _separate_ids(tokenizer, prompt, response)
+        return bos + (ids[-(limit - len(bos)) :] if limit else ids)
 
     @torch.no_grad()
     def score(prompts: list[str], responses: list[str]) -> list[float]:
-        rows = [ids_of(prompt, response) for prompt, response in zip(prompts, responses)]
+        rows = [text_ids(*texts) for texts in zip(prompts, responses, strict=True)]
         values = [0.0] * len(rows)
-        order = sorted(
-            (i for i, row in enumerate(rows) if len(row) > 1), key=lambda i: len(rows[i])
-        )
-        for begin in range(0, len(order), batch_size):
-            part = order[begin : begin + batch_size]
-            batch = lay_out([(rows[i][:1], [rows[i][1:]]) for i in part], Layout()).to(
-                scorer.device
-            )
+        for part in _batches_by_length(rows, batch_size, shortest=2):
+            # The first token as prompt, the others as response: those are scored.
+            texts = [(rows[i][:1], [rows[i][1:]]) for i in part]
+            batch = lay_out(texts, Layout()).to(scorer.device)
             logps = score_responses(scorer, batch).logps
-            for i, mean in zip(part, (logps / batch.lengths.to(logps.device)).tolist()):
+            means = (logps / batch.lengths.to(logps.device)).tolist()
+            for i, mean in zip(part, means, strict=True):
                 values[i] = mean
         return values
 
@@ -291,8 +333,8 @@ def eurusrm(
     batch_size: int = 16,
     trust_remote_code: bool = False,
 ) -> Score:
-    """Eurus-RM (arXiv:2404.02078), or another reward model of the hub: prompt and response as a
-    chat; see reward_model for the settings.
+    """Eurus-RM (arXiv:2404.02078), or another reward model of the hub, with prompt and response as
+    a chat; see reward_model for the settings.
 
     An empty response is an empty message of the assistant.
     """

@@ -1,5 +1,5 @@
-"""Rewards that score samples: `score(prompts, responses) -> list[float]`. A new one is one function
-and one yaml."""
+"""The registry of rewards. A reward is `score(prompts, responses) -> list[float]`; a new one takes
+one function and one yaml file."""
 
 import inspect
 import math
@@ -12,18 +12,20 @@ from utils import ConfigError, PrefLabError, load_module, nearest
 
 Score = Callable[[list[str], list[str]], list[float]]
 
-
 REWARDS: dict[str, Callable[..., Score]] = {}
-
-
 CONFIG_DIR = Path(__file__).resolve().parents[2] / "config" / "reward"
 
 
-def register_reward(name: str, *, gold: bool = True, paid: bool = False):
-    """Register a function from the settings of `config/reward/<name>.yaml` to a `Score`.
+class RewardError(PrefLabError):
+    """A reward did not return usable scores. A failure is never treated as a score."""
 
-    gold: its labels count against a budget in online learning; not so those of a model that stands
-    in for the oracle. paid: every question costs money, so it is not asked for the log alone.
+
+def register_reward(name: str, *, gold: bool = True, paid: bool = False):
+    """Register a function that maps the settings of `config/reward/<name>.yaml` to a `Score`.
+
+    gold: labels from this reward count against the budget of online learning. Set it to False for a
+        model that stands in for the oracle.
+    paid: each request costs money, so the reward is not called for logging alone.
     """
 
     def decorate(function):
@@ -34,66 +36,58 @@ def register_reward(name: str, *, gold: bool = True, paid: bool = False):
     return decorate
 
 
-class RewardError(PrefLabError):
-    """A reward that gave no usable scores: a failure is never taken for a score."""
-
-
-def reward_settings(name, settings: dict | None = None) -> dict:
-    """The settings of config/reward/NAME.yaml with `settings` in place of some of them. Raises
-    ConfigError for an unknown name."""
+def reward_settings(name, overrides: dict | None = None) -> dict:
+    """The settings of config/reward/NAME.yaml, updated with `overrides`. Raises ConfigError for an
+    unknown name."""
     path = CONFIG_DIR / f"{name}.yaml"
-    if not path.is_file() and name in REWARDS:  # of a file of the user's own
-        return {"name": name, **(settings or {})}
-    if not path.is_file():
-        raise ConfigError(
-            f"{name!r} is no reward;"
-            f" {nearest(str(name), [p.stem for p in CONFIG_DIR.glob('*.yaml')])}"
-        )
-    return OmegaConf.to_container(
-        OmegaConf.merge(OmegaConf.load(path), settings or {}), resolve=True
-    )
+    if path.is_file():
+        merged = OmegaConf.merge(OmegaConf.load(path), overrides or {})
+        return OmegaConf.to_container(merged, resolve=True)
+    if name in REWARDS:  # registered by the user's own file, so there is no yaml
+        return {"name": name, **(overrides or {})}
+    known = [path.stem for path in CONFIG_DIR.glob("*.yaml")]
+    raise ConfigError(f"{name!r} is not a reward; {nearest(str(name), known)}")
 
 
 def all_rewards(config) -> dict[str, dict]:
-    """Settings of `reward`, and of every entry of `more_rewards`, by the name that its scores go
-    by: `as`, or its own."""
+    """The settings of `reward` and of each entry of `more_rewards`, by the name that its scores are
+    logged under: `as` if given, else the reward's own name."""
     if config.reward.get("module"):
         load_module(config.reward["module"], "reward.module")
-    found = {}
+    rewards: dict[str, dict] = {}
     for entry in (config.reward, *(config.more_rewards or ())):
-        if (
-            not isinstance(entry, str)
-            and not OmegaConf.is_dict(entry)
-            and not isinstance(entry, dict)
-        ):
+        settings = _entry_settings(entry)
+        label = settings.pop("as", settings["name"])
+        if label in rewards:
             raise ConfigError(
-                f"more_rewards: {entry!r} is neither a name nor {{name: NAME, setting: value}}"
+                f"two rewards are called {label}; give one of them another name:"
+                f" more_rewards=[{{name: {settings['name']}, as: another_name}}]"
             )
-        entry = {"name": entry} if isinstance(entry, str) else dict(entry)
-        if "name" not in entry:
-            raise ConfigError(
-                f"more_rewards: {entry} has no name; give a file of config/reward/, or {{name:"
-                " NAME, setting: value}"
-            )
-        called = entry.pop("as", entry["name"])
-        if called in found:
-            raise ConfigError(
-                f"two rewards are called {called}; tell them apart: more_rewards=[{{name:"
-                f" {entry['name']}, as: another_name}}]"
-            )
-        found[called] = (
-            entry
-            if not found
-            else reward_settings(
-                entry["name"], {key: value for key, value in entry.items() if key != "name"}
-            )
+        if rewards:  # the first is `reward`, which hydra composed from its yaml already
+            overrides = {key: value for key, value in settings.items() if key != "name"}
+            settings = reward_settings(settings["name"], overrides)
+        rewards[label] = settings
+    return rewards
+
+
+def _entry_settings(entry) -> dict:
+    if isinstance(entry, str):
+        return {"name": entry}
+    if not isinstance(entry, dict) and not OmegaConf.is_dict(entry):
+        raise ConfigError(
+            f"more_rewards: {entry!r} is neither a name nor {{name: NAME, setting: value}}"
         )
-    return found
+    if "name" not in entry:
+        raise ConfigError(
+            f"more_rewards: {entry} has no name;"
+            " give a file of config/reward/, or {name: NAME, setting: value}"
+        )
+    return dict(entry)
 
 
 def check_reward(config) -> None:
-    """Raise ConfigError for an unknown reward, or settings that do not fit it; loads nothing but
-    `module`."""
+    """Raise ConfigError for an unknown reward, or for settings that do not fit it. Imports `module`
+    and loads nothing else."""
     settings = dict(config)
     name, module = settings.pop("name"), settings.pop("module", None)
     if module:
@@ -108,9 +102,13 @@ def check_reward(config) -> None:
         raise ConfigError(
             f"reward={name} has no setting {', '.join(unknown)}; accepted: {', '.join(accepted)}"
         )
-    missing = [k for k, p in accepted.items() if p.default is p.empty and settings.get(k) is None]
+    missing = [
+        key
+        for key, parameter in accepted.items()
+        if parameter.default is parameter.empty and settings.get(key) is None
+    ]
     if missing:
-        raise ConfigError(f"reward={name} needs {', '.join('reward.' + key for key in missing)}")
+        raise ConfigError(f"reward={name} needs {', '.join(f'reward.{key}' for key in missing)}")
 
 
 def build_rewards(config) -> dict[str, Score]:
@@ -119,37 +117,36 @@ def build_rewards(config) -> dict[str, Score]:
 
 
 def build_reward(config) -> Score:
-    """The reward of these settings, wrapped so that a wrong count or a number that is not finite is
-    a RewardError."""
+    """The reward with these settings. A wrong number of scores, or a score that is NaN or infinite,
+    raises RewardError."""
     check_reward(config)
-    settings = dict(config)
-    name = settings.pop("name")
-    settings.pop("module", None)
+    settings = {key: value for key, value in config.items() if key not in ("name", "module")}
+    name = config["name"]
     score = REWARDS[name](**settings)
 
     def checked(prompts: list[str], responses: list[str]) -> list[float]:
         try:
-            values = [float(value) for value in score(prompts, responses)]
+            scores = [float(value) for value in score(prompts, responses)]
         except PrefLabError:
             raise
-        except (
-            Exception
-        ) as error:  # of a reward of the user's own, say: whatever it is, there are no scores
+        except Exception as error:  # a user's reward may raise anything
             raise RewardError(
-                f"reward {name} failed on {len(responses)} responses: {type(error).__name__}:"
-                f" {error}"
+                f"reward {name} failed on {len(responses)} responses:"
+                f" {type(error).__name__}: {error}"
             ) from error
-        if len(values) != len(responses):
-            raise RewardError(
-                f"reward {name} returned {len(values)} scores for {len(responses)} responses"
-            )
-        for value, response in zip(values, responses):
-            if not math.isfinite(value):
-                raise RewardError(
-                    f"reward {name} returned {value} for the response {response[:80]!r}"
-                )
-        return values
+        _check_scores(name, scores, responses)
+        return scores
 
     if hasattr(score, "learn"):
         checked.learn = score.learn
     return checked
+
+
+def _check_scores(name: str, scores: list[float], responses: list[str]) -> None:
+    if len(scores) != len(responses):
+        raise RewardError(
+            f"reward {name} returned {len(scores)} scores for {len(responses)} responses"
+        )
+    for value, response in zip(scores, responses, strict=True):
+        if not math.isfinite(value):
+            raise RewardError(f"reward {name} returned {value} for the response {response[:80]!r}")

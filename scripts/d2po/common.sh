@@ -1,9 +1,10 @@
 # shellcheck shell=bash
-# Sourced by the scripts beside it: from the environment variables that D2PO's users know to a command line of train.py.
-# docs/online.md has the table of what each variable means and where it goes.
+# Sourced by the scripts in this folder. It translates the environment variables of D2PO's scripts into a command line of
+# train.py. docs/online.md has a table of the variables and their keys.
 #
-# A script names the variables it takes; each is printed with what becomes of it. One that is set and not taken is refused:
-# nothing is left out in silence. Arguments of the script are overrides of train.py and win. DRYRUN=1 prints and does not run.
+# A script names the variables that it takes; each is printed with its overrides. A variable that is set and not taken is
+# refused: none is ignored silently. Arguments of the script are overrides of train.py and take precedence. DRYRUN=1 prints
+# the command and does not run it.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/../.."
 
@@ -13,28 +14,29 @@ overrides=() # of train.py
 problems=()
 arguments=("$@")
 
-# ------------------------------------------------------------------------------------------------ what a script says
+# ------------------------------------------------------------------------------------- the vocabulary of the scripts
 
-# settles VARIABLE KEY=VALUE...: the variable becomes these overrides; without any, it asks for what is so anyway.
+# settles VARIABLE KEY=VALUE...: the variable becomes these overrides; without any, it asks for the behaviour that is the
+# only one here.
 settles() {
     local override
-    echo "$1=${!1} -> ${*:2}$([ $# -gt 1 ] || echo "nothing to set: it is so here")"
+    echo "$1=${!1} -> ${*:2}$([ $# -gt 1 ] || echo "nothing to set: this is the behaviour here")"
     for override in "${@:2}"; do sets "$override"; done
     unset "$1"
 }
 
-# sets KEY=VALUE: in place of what the key had.
+# sets KEY=VALUE: replaces an earlier override of the key.
 sets() {
-    local override kept=()
+    local override others=()
     for override in "${overrides[@]}"; do
-        if [ "${override%%=*}" != "${1%%=*}" ]; then kept+=("$override"); fi
+        if [ "${override%%=*}" != "${1%%=*}" ]; then others+=("$override"); fi
     done
-    overrides=("${kept[@]}" "$1")
+    overrides=("${others[@]}" "$1")
 }
 
 is_set() { [ -n "${!1:-}" ]; }
 
-# takes VARIABLE KEY...: its value goes to these keys.
+# takes VARIABLE KEY...: its value is that of these keys.
 takes() {
     is_set "$1" || return 0
     local value key settled=()
@@ -43,12 +45,12 @@ takes() {
     settles "$1" "${settled[@]}"
 }
 
-# takes_times VARIABLE N KEY: N times its value goes to that key.
+# takes_times VARIABLE N KEY: the key gets N times its value.
 takes_times() {
     if is_set "$1" && is_whole "$1"; then settles "$1" "$3=$(($2 * ${!1}))"; fi
 }
 
-# accepts VARIABLE VALUE...: these values ask for nothing that is not so anyway; others are left to be refused.
+# accepts VARIABLE VALUE...: these values ask for the behaviour that is the only one here; others are refused later.
 accepts() {
     local value
     for value in "${@:2}"; do
@@ -67,14 +69,14 @@ takes_switch() {
     esac
 }
 
-# takes_model: BASEMODEL, a folder, a hub name, or a file of config/model/. An argument model= takes its place.
+# takes_model: BASEMODEL, a folder, a hub name, or a file of config/model/. An argument model= replaces it.
 takes_model() {
     is_set BASEMODEL || return 0
     local argument
     for argument in ${arguments[@]+"${arguments[@]}"}; do
         case $argument in
             model=* | model.name_or_path=*)
-                echo "BASEMODEL=$BASEMODEL -> left out, for $argument is given"
+                echo "BASEMODEL=$BASEMODEL -> replaced by the argument $argument"
                 unset BASEMODEL
                 return
                 ;;
@@ -87,7 +89,7 @@ takes_model() {
     fi
 }
 
-# takes_rounds: the variables of rounds of sampling and learning, for opo.sh and d2po.sh.
+# takes_rounds: the variables of online learning, for opo.sh and d2po.sh.
 takes_rounds() {
     takes_model
     takes GREWARD reward
@@ -96,7 +98,7 @@ takes_rounds() {
     takes SEED seed
     takes MLEN online.max_new_tokens max_new_tokens
     takes STEPS online.rounds
-    takes DPOBATCHSIZE online.prompts_per_round # texts on each of two processes, two to a prompt
+    takes DPOBATCHSIZE online.prompts_per_round # texts on each of two processes, two per prompt
     takes MBSIZE batch_size # the same
     takes PPOUPDATES online.updates_per_round
     takes GBSIZE eval_batch_size
@@ -106,7 +108,7 @@ takes_rounds() {
     takes_switch EVFIRST do_first_eval=true do_first_eval=false
 }
 
-# runs: refuse what is left, print the command, become it.
+# runs: refuses the variables that remain, prints the command, and replaces this process by it.
 runs() {
     local variable line
     accepts CRATIO 1
@@ -116,7 +118,7 @@ runs() {
     accepts REINIT False false 0
     accepts USEDPO False false 0
     for variable in $known; do
-        if is_set "$variable"; then refuse "$variable" "$(why_not "$variable")"; fi
+        if is_set "$variable"; then refuse "$variable" "$(refusal "$variable")"; fi
     done
     refuse_words
     if [ ${#problems[@]} -gt 0 ]; then
@@ -138,31 +140,31 @@ refuse() {
 
 is_whole() {
     [[ ${!1} =~ ^[0-9]+$ ]] && return
-    refuse "$1" "is no whole number"
+    refuse "$1" "is not a whole number"
     return 1
 }
 
-why_not() {
+refusal() {
     case $1 in
         APBSIZE | ATYPE | RELABELS | SAMPN | UEPOCHS | ULR | USEDPO) echo "is about the discriminator, which only d2po.sh has; unset $1" ;;
         BETA) echo "is about a policy's loss, and no policy is trained here; unset BETA" ;;
         BSIZE) echo "is the batch of train_rm.sh and train_dpo.sh, and in eval.sh the responses to a prompt; DPOBATCHSIZE and MBSIZE are the batches of online learning" ;;
-        CFG) echo "is a file for accelerate, which nothing here reads; unset it, and for two GPUs give trainer=FSDPTrainer world_size=2" ;;
+        CFG) echo "is a configuration file of accelerate, which is not used here; unset it, and for two GPUs give trainer=FSDPTrainer world_size=2" ;;
         CRATIO) echo "asks the discriminator to learn at some calls only; here it learns whenever labels were bought, so unset it, or set SAMPN" ;;
-        DPOBASEAPI) echo "is a reference for the discriminator alone; here it has the policy's, so unset it, or give model.reference_archive=" ;;
+        DPOBASEAPI) echo "is a separate reference for the discriminator; here it has the policy's, so unset it, or give model.reference_archive=" ;;
         EXTRAEVAL) echo "is a second set to evaluate on; unset it, and run function=eval on that set afterwards" ;;
         GREWARD) echo "scores samples, and nothing is sampled here: the labels are those of datasets=; unset GREWARD" ;;
         KEEPLONG) echo "takes 20 from the reward of responses that have fewer words; no reward here does so: set it to 0, or write one (reward.module)" ;;
         LR | NOLORA) echo "is about training, and nothing is trained here; unset $1" ;;
-        LTYPE) echo "is about reward models, so for train_rm.sh, and normal or mag there: prefoverpref, which compares pairs with pairs, is not here" ;;
-        ONLYOLDUPDATES) echo "lets the discriminator learn from old pairs in place of those that were bought, which is not here; unset it (online.replay= adds older bought ones)" ;;
+        LTYPE) echo "is about reward models, so for train_rm.sh, and normal or mag there: prefoverpref, which compares pairs with pairs, is not implemented" ;;
+        ONLYOLDUPDATES) echo "lets the discriminator learn from old pairs instead of the bought ones, which is not implemented; unset it (online.replay= adds older bought ones)" ;;
         REINIT) echo "gives a reward model random weights; elsewhere training starts from BASEMODEL, so unset it or set it to False" ;;
         EVFIRST) echo "is about evaluations while training, and nothing is trained here; unset EVFIRST" ;;
         *) echo "is about online learning (opo.sh, d2po.sh); unset $1" ;;
     esac
 }
 
-# D2PO's scripts take names by place; here an argument is KEY=VALUE, or an option of hydra and what follows it.
+# D2PO's scripts take positional names; here an argument is KEY=VALUE, or an option of hydra and its value.
 refuse_words() {
     local argument before=
     for argument in ${arguments[@]+"${arguments[@]}"}; do
@@ -180,7 +182,7 @@ refuse_words() {
     done
 }
 
-# A value as hydra reads it back, whatever it holds.
+# A value quoted so that hydra reads it back unchanged.
 quoted() {
     local quote="'"
     if [[ $1 =~ ^[A-Za-z0-9_./+-]+$ ]]; then

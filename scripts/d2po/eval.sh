@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Samples of one or many checkpoints and their gold reward, drawn as D2PO draws them.
+# Samples of one or several checkpoints and their gold reward, with the sampling settings of D2PO.
 #   GREWARD=bagofwords BASEMODEL=facebook/opt-125m MLEN=50 bash scripts/d2po/eval.sh model.archive='RUN/step-*' datasets=[pairs.jsonl]
 source "$(dirname "${BASH_SOURCE[0]}")/common.sh"
 overrides=(function=eval temperature=0.9 topp=0.9 n_eval_examples=200)

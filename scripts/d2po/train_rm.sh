@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# A reward model from pairs, as D2PO trains them; RUN/BEST is the one that orders most held-out pairs rightly.
+# A reward model from pairs, as D2PO trains them; RUN/BEST is the checkpoint with the highest held-out accuracy.
 #   LR=1e-4 BASEMODEL=facebook/opt-125m bash scripts/d2po/train_rm.sh datasets=[pairs.jsonl] exp_name=rm
 source "$(dirname "${BASH_SOURCE[0]}")/common.sh"
 overrides=(loss=bradley_terry model.lora.r=32 model.lora.alpha=32 optimizer=AdamW lr=1e-4 warmup_steps=0 n_epochs=5 batch_size=8)

@@ -1,0 +1,185 @@
+"""The cases of benchmarks/step.py: models, lengths and losses, and the files that a case needs."""
+
+import json
+from pathlib import Path
+from typing import NamedTuple
+
+VOCABULARY = 50257
+BETA = 0.1
+MODELS = {  # GPT-2 of two sizes with the same vocabulary
+    "30M": {"n_embd": 384, "n_layer": 6, "n_head": 6, "n_positions": 1024},
+    "124M": {"n_embd": 768, "n_layer": 12, "n_head": 12, "n_positions": 1024},
+}
+
+
+class Tokens(NamedTuple):
+    """Log-normal lengths: median, spread of the logarithm, minimum and maximum."""
+
+    median: float
+    spread: float
+    least: int
+    most: int
+
+
+LENGTHS = {  # (prompt, response)
+    "tldr": (Tokens(300, 0.38, 60, 512), Tokens(33, 0.32, 8, 80)),  # a post and its summary
+    "hh": (Tokens(110, 0.8, 10, 400), Tokens(60, 0.8, 4, 256)),  # a dialogue and its last turn
+    "imdb": (Tokens(5, 0.2, 3, 8), Tokens(78, 0.16, 20, 110)),  # the start of a review, the rest
+}
+
+
+class Case(NamedTuple):
+    model: str
+    lengths: str
+    loss: str
+    pairs: int
+    prompts: int
+    in_trl: bool  # whether TRL has this loss
+
+
+CASES = {
+    "tldr-124M-dpo": Case("124M", "tldr", "dpo", 8, 8, True),
+    "tldr-30M-dpo": Case("30M", "tldr", "dpo", 8, 8, True),
+    "hh-30M-dpo": Case("30M", "hh", "dpo", 8, 8, True),
+    "imdb-30M-dpo": Case("30M", "imdb", "dpo", 8, 8, True),
+    "tldr-30M-tdpo": Case("30M", "tldr", "tdpo2", 8, 8, False),
+    "hh-30M-tdpo": Case("30M", "hh", "tdpo2", 8, 8, False),
+    "hh-124M-dpo": Case("124M", "hh", "dpo", 8, 8, True),
+    "tldr-124M-tdpo": Case("124M", "tldr", "tdpo2", 8, 8, False),
+    "hh-124M-tdpo": Case("124M", "hh", "tdpo2", 8, 8, False),
+    # 16 of the pairs of seven rated responses to one prompt
+    "tldr-30M-rated": Case("30M", "tldr", "dpo", 16, 1, False),
+}
+OURS = {  # layout and reference.cache of our variants
+    "prefix_shared": ("prefix_shared", "auto"),
+    "prefix_shared, reference run": ("prefix_shared", "false"),
+    "packed": ("packed", "auto"),
+    "padded": ("padded", "auto"),
+}
+
+
+def reads(loss: str) -> set:
+    """What a loss of losses.py reads, by its declaration."""
+    import losses  # noqa: F401  registers the losses
+    from preflab.objective.registry import LOSSES
+
+    return set(LOSSES[loss].reads({}))
+
+
+def make_pairs(
+    prompt: Tokens,
+    response: Tokens,
+    n_pairs: int,
+    n_prompts: int,
+    seed: int = 0,
+    vocabulary: int = VOCABULARY,
+) -> list[dict]:
+    """Pairs of random words with the given lengths. With one prompt, the pairs are made of seven
+    responses to it."""
+    import numpy as np
+
+    rng = np.random.default_rng(seed)
+
+    def words(lengths: Tokens) -> str:
+        n = lengths.median * np.exp(lengths.spread * rng.standard_normal())
+        n = int(np.clip(round(n), lengths.least, lengths.most))
+        return " ".join(f"w{i}" for i in rng.integers(0, vocabulary - 1, n))
+
+    if n_prompts == 1:
+        text, answers = words(prompt), [" " + words(response) for _ in range(7)]
+        both = [(i, j) for i in range(7) for j in range(i)][:n_pairs]
+        return [{"prompt": text, "chosen": answers[i], "rejected": answers[j]} for i, j in both]
+    return [
+        {
+            "prompt": words(prompt),
+            "chosen": " " + words(response),
+            "rejected": " " + words(response),
+        }
+        for _ in range(n_pairs)
+    ]
+
+
+def make_job(
+    folder: Path, model: dict, vocabulary: int, loss: str, pairs: list[dict], bf16: bool
+) -> dict:
+    """Write the tokenizer, the weights of policy and reference, and the pairs; returns the job that
+    a variant is started with."""
+    folder.mkdir(parents=True)
+    linear = _write_models(folder, model, vocabulary)
+    (folder / "pairs").mkdir()
+    for split, rows in (("train", pairs), ("test", pairs[:1])):
+        lines = "".join(json.dumps(row) + "\n" for row in rows)
+        (folder / "pairs" / f"{split}.jsonl").write_text(lines, encoding="utf-8")
+    size = {
+        "linear": linear,
+        "head": vocabulary * model["n_embd"],
+        "width": model["n_embd"],
+        "layers": model["n_layer"],
+    }
+    return {
+        "folder": str(folder),
+        "loss": loss,
+        "n_pairs": len(pairs),
+        "bf16": bf16,
+        "tokens": _token_counts(pairs),
+        "size": size,
+    }
+
+
+def _write_models(folder: Path, model: dict, vocabulary: int) -> int:
+    """Write a GPT-2 as policy, a slightly different one as reference, and a tokenizer whose tokens
+    are words. Returns the number of weights in the matrices of the policy's body."""
+    import torch
+    from tokenizers import Tokenizer, models, pre_tokenizers
+    from transformers import AutoModelForCausalLM, GPT2Config, PreTrainedTokenizerFast
+
+    ids = {f"w{i}": i for i in range(vocabulary - 1)} | {"<eos>": vocabulary - 1}
+    body = Tokenizer(models.WordLevel(ids, unk_token="w0"))
+    body.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=body, eos_token="<eos>", pad_token="<eos>")
+    tokenizer.save_pretrained(folder / "model")
+    torch.manual_seed(0)
+    config = GPT2Config(
+        vocab_size=vocabulary, eos_token_id=vocabulary - 1, bos_token_id=None, **model
+    )
+    policy = AutoModelForCausalLM.from_config(config)
+    policy.save_pretrained(folder / "model")
+    with torch.no_grad():
+        for p in policy.parameters():  # with equal models every loss would be log 2
+            p.add_(0.02 * p.std() * torch.randn_like(p) if p.ndim > 1 else 0)
+    policy.save_pretrained(folder / "reference")
+    return sum(p.numel() for p in policy.transformer.h.parameters() if p.ndim == 2)
+
+
+def _token_counts(pairs: list[dict]) -> dict:
+    """padded: tokens of the padded rows, prompt and response for each side of a pair; distinct:
+    without repeating prompts and responses; scored: tokens of the responses, with EOS; attended:
+    the lengths of each prompt and of its responses."""
+
+    def count(text: str) -> int:
+        return len(text.split())
+
+    prompts = {pair["prompt"] for pair in pairs}
+    answers = {(pair["prompt"], pair[side]) for pair in pairs for side in ("chosen", "rejected")}
+    return {
+        "padded": 2 * len(pairs) * max(count(p) + count(a) + 1 for p, a in answers),
+        "distinct": sum(map(count, prompts)) + sum(count(a) for _, a in answers),
+        "scored": sum(count(a) + 1 for _, a in answers),
+        "attended": [(count(p), [count(a) for q, a in answers if q == p]) for p in sorted(prompts)],
+    }
+
+
+def flop_floor(job: dict) -> float:
+    """The floating point operations that no step can avoid: forward and backward pass of each
+    distinct token through the body, of scored tokens through the head, and of attention to the
+    tokens that are seen. tdpo also runs the forward pass of the reference."""
+    tokens, size = job["tokens"], job["size"]
+    seen = sum(
+        p * p / 2 + sum(r * p + r * r / 2 for r in responses) for p, responses in tokens["attended"]
+    )
+    forward = (
+        2 * size["linear"] * tokens["distinct"]
+        + 2 * size["head"] * tokens["scored"]
+        + 4 * seen * size["width"] * size["layers"]
+    )
+    return forward * (4 if "token_kl" in reads(job["loss"]) else 3)

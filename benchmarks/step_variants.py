@@ -1,0 +1,305 @@
+"""The variants of a training step that benchmarks/step.py compares. Each runs in its own process:
+
+    python benchmarks/step_variants.py JOB
+
+JOB is the JSON of a job (see `cases.make_job`) with a `variant`, and `gradients`: null, or the file
+that gets the gradients of the first step. The process prints time, peak memory and loss as JSON.
+"""
+
+import json
+import sys
+import time
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+from benchmarks.cases import BETA, OURS, reads
+
+
+def main() -> None:
+    print(json.dumps(measure(json.loads(sys.argv[1]))))
+
+
+def measure(job: dict) -> dict:
+    """Build a variant, warm up, and take the timed step."""
+    import torch
+
+    _import_everything(job["variant"])
+    torch.manual_seed(0)
+    before = memory_now()
+    variant = _variant_class(job["variant"])(job)
+    gradients = {}
+    if job["gradients"]:
+        handle = variant.optimizer.register_step_pre_hook(
+            lambda *_: gradients.update(variant.gradients())
+        )
+    variant.step(2)
+    if job["gradients"]:
+        handle.remove()
+        torch.save(gradients, job["gradients"])
+        gradients.clear()
+    variant.step(job["n_pairs"])  # at full size once, so that the allocator has its blocks
+    reset_peak()
+    start = time.perf_counter()
+    loss = variant.step(job["n_pairs"])
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+    seconds = time.perf_counter() - start
+    return {"seconds": seconds, "peak_memory": peak_memory() - before, "loss": loss}
+
+
+def _import_everything(variant: str) -> None:
+    """Import the same modules in every variant, so that their memory does not count."""
+    modules = [
+        "trainers",
+        "transformers",
+        "tokenizers",
+        "hydra",
+        "preflab.execution",
+        "torch._dynamo",
+    ]
+    modules.append("datasets")
+    if variant.startswith("TRL"):
+        modules.append("trl.trainer.dpo_trainer")
+    for module in modules:
+        __import__(module)
+
+
+def _variant_class(variant: str) -> type:
+    if variant == "classic":
+        return Classic
+    return Trl if variant.startswith("TRL") else Ours
+
+
+def memory_now() -> int:
+    import torch
+
+    return torch.cuda.memory_allocated() if torch.cuda.is_available() else _status("VmRSS")
+
+
+def reset_peak() -> None:
+    import torch
+
+    if torch.cuda.is_available():
+        torch.cuda.reset_peak_memory_stats()
+    else:
+        Path("/proc/self/clear_refs").write_text("5")
+
+
+def peak_memory() -> int:
+    import torch
+
+    return torch.cuda.max_memory_allocated() if torch.cuda.is_available() else _status("VmHWM")
+
+
+def _status(field: str) -> int:
+    """Bytes of a field of /proc/self/status."""
+    return 1024 * int(Path("/proc/self/status").read_text().partition(f"{field}:")[2].split()[0])
+
+
+class Ours:
+    """The project's own trainer, as `python train.py` builds it."""
+
+    def __init__(self, job: dict):
+        from preflab.checks import check_config
+        from preflab.execution import load_inputs, register_built_in
+        from preflab.settings.compose import compose
+        from trainers import BasicTrainer
+
+        layout, cache = OURS.get(job["variant"]) or (job["variant"].split(",")[0], "auto")
+        folder = Path(job["folder"])
+        overrides = [
+            "model=blank_model",
+            f"model.name_or_path={folder / 'model'}",
+            f"model.reference_archive={folder / 'reference'}",
+            f"model.fsdp_policy_mp={'bfloat16' if job['bf16'] else 'null'}",
+            f"datasets=[{folder / 'pairs'}]",
+            f"loss={job['loss']}",
+            f"loss.beta={BETA}",
+            f"layout={layout}",
+            f"reference.cache={cache}",
+            f"cache_dir={folder / 'cache'}",
+            "optimizer=AdamW",
+            "sample_during_eval=false",
+            "max_grad_norm=1e9",
+            "max_length=1024",
+            "max_prompt_length=800",
+            "order=prompts",
+            "lr=1e-12",
+            "debug=true",
+            "n_eval_examples=1",
+        ]
+        register_built_in()
+        config = compose(overrides)
+        config.local_run_dir = str(folder / "run")
+        (folder / "run").mkdir(exist_ok=True)
+        loss, sources = check_config(config)
+        tokenizer, _, data = load_inputs(config, sources, loss)
+        self.data = data["train"]
+        self.learner = BasicTrainer(config, folder / "run", loss, tokenizer, data).learner
+        self.learner.prepare()
+        self.optimizer = self.learner.optimizer
+
+    def gradients(self) -> dict:
+        return {name: p.grad.clone() for name, p in self.learner.policy.model.named_parameters()}
+
+    def step(self, n: int) -> float:
+        import numpy as np
+
+        microbatches = self.learner.microbatches(self.data, np.arange(n))
+        return self.learner.step(self.data, microbatches, n)["loss/train"]
+
+
+class Classic:
+    """Each response of a pair with a copy of the prompt, padded; the whole float32 log-softmax; the
+    reference is run in every step."""
+
+    def __init__(self, job: dict):
+        import torch
+        from transformers import AutoModelForCausalLM, AutoTokenizer
+
+        folder = Path(job["folder"])
+        self.device = "cuda" if torch.cuda.is_available() else "cpu"
+        self.kl, self.bf16 = "token_kl" in reads(job["loss"]), job["bf16"]
+        self.tokenizer = AutoTokenizer.from_pretrained(folder / "model")
+        self.pairs = read_pairs(folder)
+        self.policy, self.reference = (
+            AutoModelForCausalLM.from_pretrained(folder / name).to(self.device).eval()
+            for name in ("model", "reference")
+        )
+        self.optimizer = torch.optim.AdamW(self.policy.parameters(), lr=1e-12)
+
+    def gradients(self) -> dict:
+        return {name: p.grad.clone() for name, p in self.policy.named_parameters()}
+
+    def _rows(self, pairs: list[dict]):
+        """ids, mask and labels, (2 pairs, tokens): first the chosen responses, then the rejected
+        ones."""
+        import torch
+
+        eos = self.tokenizer.eos_token_id
+        sequences = []
+        for side in ("chosen", "rejected"):
+            for pair in pairs:
+                prompt = self.tokenizer(pair["prompt"])["input_ids"]
+                sequences.append((prompt, [*self.tokenizer(pair[side])["input_ids"], eos]))
+        width = max(len(p) + len(r) for p, r in sequences)
+        ids = torch.full((len(sequences), width), eos)
+        labels = torch.full((len(sequences), width), -100)
+        mask = torch.zeros_like(ids)
+        for i, (p, r) in enumerate(sequences):
+            ids[i, : len(p) + len(r)], mask[i, : len(p) + len(r)] = torch.tensor(p + r), 1
+            labels[i, len(p) : len(p) + len(r)] = torch.tensor(r)
+        return ids.to(self.device), mask.to(self.device), labels.to(self.device)
+
+    def _log_softmax(self, model, ids, mask):
+        import torch
+
+        with torch.autocast(self.device, torch.bfloat16, enabled=self.bf16):
+            logits = model(input_ids=ids, attention_mask=mask, use_cache=False).logits
+        return logits.float()[:, :-1].log_softmax(-1)
+
+    def step(self, n: int) -> float:
+        import torch
+        from torch.nn.functional import logsigmoid
+
+        ids, mask, labels = self._rows(self.pairs[:n])
+        targets, scored = labels[:, 1:].clamp(min=0), labels[:, 1:] != -100
+        policy = self._log_softmax(self.policy, ids, mask)
+        with torch.no_grad():
+            reference = self._log_softmax(self.reference, ids, mask)
+        ours, theirs = (
+            (logps.gather(2, targets[..., None])[..., 0] * scored).sum(1)
+            for logps in (policy, reference)
+        )
+        chosen, rejected = (ours - theirs).split(n)
+        margin = chosen - rejected
+        if self.kl:
+            kl_chosen, kl_rejected = (
+                ((reference.exp() * (reference - policy)).sum(2) * scored).sum(1).split(n)
+            )
+            margin = margin - 0.5 * (kl_rejected - kl_chosen.detach())
+        loss = -logsigmoid(BETA * margin).mean()
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(self.policy.parameters(), 1e9)
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+        return loss.item()
+
+
+class Trl:
+    """TRL's DPOTrainer, one step at a time, with the calls of its train()."""
+
+    def __init__(self, job: dict):
+        import torch
+        from datasets import Dataset
+        from transformers import AutoModelForCausalLM, AutoTokenizer
+        from trl import DPOConfig, DPOTrainer
+
+        folder = Path(job["folder"])
+        tokenizer = AutoTokenizer.from_pretrained(folder / "model")
+        best = job["variant"] == "TRL, best"
+        more = {}
+        if best:
+            more = {
+                "precompute_ref_log_probs": True,
+                "precompute_ref_batch_size": 8,
+                "gradient_checkpointing": False,
+                "optim": "adamw_torch_fused",
+            }
+        config = DPOConfig(
+            output_dir=str(folder / "trl"),
+            per_device_train_batch_size=job["n_pairs"],
+            max_length=1024,
+            learning_rate=1e-12,
+            beta=BETA,
+            bf16=job["bf16"],
+            report_to="none",
+            use_cpu=not torch.cuda.is_available(),
+            max_grad_norm=1e9,
+            **more,
+        )
+        policy, reference = (
+            AutoModelForCausalLM.from_pretrained(folder / name) for name in ("model", "reference")
+        )
+        self.trainer = DPOTrainer(
+            policy,
+            reference,
+            args=config,
+            train_dataset=Dataset.from_list(read_pairs(folder)),
+            processing_class=tokenizer,
+        )
+        self.model = self.trainer.model
+        if config.gradient_checkpointing:
+            self.model.gradient_checkpointing_enable(config.gradient_checkpointing_kwargs)
+        if best:
+            self.trainer.get_train_dataloader()  # computes the reference's log-probs
+            self.trainer.ref_model = None
+        del reference
+        self.model.train()
+        self.trainer.create_optimizer()
+        self.trainer.current_gradient_accumulation_steps = 1
+        self.optimizer = self.trainer.optimizer
+        self.rows = list(self.trainer.train_dataset)
+
+    def gradients(self) -> dict:
+        return {name: p.grad.clone() for name, p in self.model.named_parameters()}
+
+    def step(self, n: int) -> float:
+        import torch
+
+        batch = self.trainer.data_collator(self.rows[:n])
+        loss = self.trainer.training_step(self.model, batch)
+        torch.nn.utils.clip_grad_norm_(self.model.parameters(), 1e9)
+        self.optimizer.step()
+        self.model.zero_grad()
+        return loss.item()
+
+
+def read_pairs(folder: Path) -> list[dict]:
+    lines = (folder / "pairs" / "train.jsonl").read_text(encoding="utf-8").splitlines()
+    return [json.loads(line) for line in lines]
+
+
+if __name__ == "__main__":
+    main()

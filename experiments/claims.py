@@ -1,0 +1,55 @@
+"""The claims of the papers, and the criterion by which each holds here. The criteria were written
+before the runs; experiments/README.md repeats both texts."""
+
+from typing import NamedTuple
+
+
+class Claim(NamedTuple):
+    claim: str  # of the paper
+    criterion: str  # ours
+
+
+CLAIMS = {
+    "frontier": Claim(
+        "DPO traces a frontier of reward against KL above the model it starts from,"
+        " and a smaller beta goes further along it.",
+        "In every seed: the reward at the end exceeds the start's by two standard errors at each"
+        " beta, and both KL and reward at the end are larger for beta 0.1 than 0.5, and for 0.5"
+        " than 2.",
+    ),
+    "offset": Claim(
+        "ODPO reaches more reward than DPO at equal KL when score gaps differ in size,"
+        " and what it gains comes from the sizes.",
+        "Envelope of ODPO minus that of DPO, mean over KL 0.5, 1 and 1.5: with gaps of two sizes"
+        " positive in every seed; with the smooth gold (the control) within two standard errors of"
+        " zero, or below. Also shown: DPO on the large gaps only, and soft labels.",
+    ),
+    "sequential_kl": Claim(
+        "TDPO2 holds the sequential KL along the data's responses down, and TDPO1 does not.",
+        "In every seed, on held-out pairs at the end, beta 0.1: KL along chosen responses TDPO1 >"
+        " DPO > TDPO2, along rejected ones DPO > TDPO1 > TDPO2.",
+    ),
+    "calibration": Claim(
+        "Cal-DPO keeps the log-ratio of chosen responses from falling,"
+        " when its target 1/(2 beta) is within reach.",
+        "In every seed, on the training pairs over the last epoch: at beta 0.1 the chosen log-ratio"
+        " is above zero for Cal-DPO and below zero for DPO, with random pairs and with pairs that"
+        " differ in one word. Shown with it: beta 0.01, and the reward at equal KL.",
+    ),
+    "temperature": Claim(
+        "What preference training gains holds at every sampling temperature.",
+        "In every seed, the win rate against the SFT model's samples by the gold reward is above"
+        " 1/2 at temperatures 0, 0.25, 0.5 and 1, for DPO and for ODPO (beta 0.1, gaps of two"
+        " sizes).",
+    ),
+    "d2po": Claim(
+        "With the same number of gold labels, a discriminator that learns from labels of the"
+        " policy's own rollouts (D2PO) takes the policy further than a reward model that learnt"
+        " from all of them beforehand and stays as it is.",
+        "With 240 and with 600 labels, in every seed: the gold reward of samples for held-out"
+        " prompts after 240 steps is higher for D2PO (half of the labels up front, the rest over 20"
+        " purchases, the closest pairs of the pool) than for the static reward model. Shown with"
+        " it: D2PO with pairs drawn at random, and the gold itself labelling every pair, in 20"
+        " rounds with one and with four passes.",
+    ),
+}
