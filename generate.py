@@ -21,6 +21,7 @@ from preflab.execution import load_data, register_built_in
 from preflab.modeling.generation import sample
 from preflab.modeling.loading import build_policy, check_model, load_tokenizer
 from preflab.settings.overrides import check_overrides, fail
+from preflab.settings.run_folder import register_resolvers
 from preflab.settings.values import temperatures
 from preflab.training.registry import find_trainer
 from utils import ConfigError, PrefLabError, atomic_write
@@ -31,6 +32,7 @@ def main() -> None:
         check_overrides(sys.argv[1:])
     except PrefLabError as error:
         fail(error)
+    register_resolvers()
     # Sampling needs prompts only, so any data set will do; these come first, and what the user says
     # wins.
     sys.argv[1:1] = ["function=eval", "loss=sft"]

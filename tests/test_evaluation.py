@@ -23,7 +23,7 @@ from transformers import AutoConfig, AutoModelForSequenceClassification
 from preflab.batching.packing import Layout
 from preflab.distributed import signals
 from preflab.distributed.signals import StopSignals
-from preflab.evaluation import samples
+from preflab.evaluation import samples as samples_module
 from preflab.evaluation.samples import distinct, measure_samples, repetition
 from preflab.evaluation.worklist import expand_archives
 from preflab.modeling import generation
@@ -530,7 +530,7 @@ def test_many_checkpoints_and_temperatures_are_rows(two_runs, llama_folder, monk
     write_jsonl(folder / "samples.jsonl", samples[:54])
     drawn = []
     monkeypatch.setattr(
-        samples, "sample", lambda *args, **options: drawn.append(1) or sample(*args, **options)
+        samples_module, "sample", lambda *args, **options: drawn.append(1) or sample(*args, **options)
     )
     again, again_samples = evaluate(two_runs, llama_folder, "many", *many)
     assert (
@@ -698,7 +698,7 @@ def test_generate_writes_prompt_and_response_lines(imdb_dir, tmp_path):
 def test_a_run_samples_its_reference_once_and_its_policy_at_every_evaluation(run, monkeypatch):
     drawn = []
     monkeypatch.setattr(
-        samples,
+        samples_module,
         "sample",
         lambda *args, **options: drawn.append(options["description"]) or sample(*args, **options),
     )

@@ -23,6 +23,7 @@ from preflab.online.ledger import Ledger
 from preflab.online.measures import logged_rewards
 from preflab.online.rollouts import Rollouts, best_and_worst
 from preflab.online.rounds import OnlineTrainer
+from preflab.training.session import Session
 from preflab.rewards.registry import RewardError
 from preflab.settings.identity import must_match
 from utils import ConfigError, DataError, in_use
@@ -607,14 +608,14 @@ def test_two_runs_do_not_buy_into_one_ledger(go, tmp_path):
 
 
 def test_an_evaluation_that_fails_leaves_a_checkpoint(go, tmp_path, monkeypatch):
-    sample = OnlineTrainer._evaluate
+    evaluate = Session.evaluate
 
-    def fails(self):
-        if self.round == 3:
+    def fails(self, **more):
+        if more["round"] == 3:
             raise RewardError("asleep")
-        return sample(self)
+        return evaluate(self, **more)
 
-    monkeypatch.setattr(OnlineTrainer, "_evaluate", fails)
+    monkeypatch.setattr(Session, "evaluate", fails)
     with pytest.raises(RewardError, match="asleep"):
         go("run", "online.save_every=100")
     assert (
@@ -652,7 +653,7 @@ def test_a_stop_in_the_first_evaluation_buys_nothing_before_it_is_obeyed(go, tmp
 def test_a_policy_is_no_discriminator_that_is_never_taught(go):
     policy = go("policy", "online.rounds=1")
     with pytest.raises(
-        ConfigError, match="is no reward model, and with online.budget=0 it would stay untaught"
+        ConfigError, match="is no reward model, and with online.budget=0 it would never learn"
     ):
         go("run", *D2PO, f"online.discriminator_path={policy}", "online.budget=0")
 
