@@ -26,7 +26,7 @@ from preflab.batching.microbatches import microbatch_tokens, split_step
 from preflab.batching.packing import Batch, Layout
 from preflab.distributed.process_group import ALONE, World
 from preflab.modeling.fsdp import shard
-from preflab.modeling.fused_head import CHUNK_ELEMENTS, ON_A_GPU
+from preflab.modeling.fused_head import CHUNK_ELEMENTS, GPU_FACTOR
 from preflab.modeling.layout_choice import known_layouts
 from preflab.modeling.loading import dtype_of, skeleton
 from preflab.modeling.logprobs import Scorer
@@ -313,7 +313,7 @@ def _activations(config, scalar: bool, shape: tuple[int, int]) -> int:
         total = total // layers + layers * rows * width * settings.hidden_size * compute.itemsize
     peers = config.tensor_parallel_size if config.trainer == "FSDPTrainer" else 1
     vocabulary = model.config.get_text_config().vocab_size
-    limit = CHUNK_ELEMENTS * (ON_A_GPU if _device(config) == "cuda" else 1)
+    limit = CHUNK_ELEMENTS * (GPU_FACTOR if _device(config) == "cuda" else 1)
     chunk = (
         0 if scalar else 3 * 4 * min(limit, rows * width * vocabulary)
     )  # logits, their softmax and gradient
