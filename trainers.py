@@ -23,20 +23,19 @@ from preflab.distributed.process_group import ALONE, World
 from preflab.distributed.signals import Stopped, StopSignals
 from preflab.evaluation.held_out import evaluate_loss
 from preflab.evaluation.samples import Sampling, sample_and_measure
-from preflab.evaluation.worklist import Checkpoint, finish_evaluation, temperatures
+from preflab.evaluation.worklist import (
+    Checkpoint,
+    draws_samples,
+    finish_evaluation,
+    temperatures,
+)
 from preflab.modeling.blocks import find_blocks
 from preflab.modeling.fsdp import reshard, shard
 from preflab.modeling.layout_choice import choose_layout
 from preflab.modeling.loading import build_policy, build_reference, skeleton
 from preflab.modeling.logprobs import Scorer
 from preflab.modeling.placed_weights import bytes_here, clip_grad_norm, full_weights
-from preflab.modeling.reference_cache import (
-    attach_reference,
-    is_built,
-    samples,
-    wants_cache,
-    why_not_cached,
-)
+from preflab.modeling.reference_cache import attach_reference, plan_reference
 from preflab.modeling.tensor_parallel import devices_for, split
 from preflab.modeling.weights_io import archive_state
 from preflab.objective.registry import BoundLoss
@@ -126,7 +125,7 @@ class BasicTrainer:
 
     def build_models(self) -> None:
         self.scalar = "scalar_head" in self.loss.reads  # such a model has no text to sample
-        self.rewards = build_rewards(self.config) if samples(self.config, self.loss) else {}
+        self.rewards = build_rewards(self.config) if draws_samples(self.config, self.loss) else {}
         self.policy = self._build_policy(self.config.model)
         self.layout, why = choose_layout(
             self.config,
@@ -137,27 +136,32 @@ class BasicTrainer:
         )
         reshard(self.policy.model)
         print(f"layout: {self.layout.name}" + (f" ({why})" if why else ""))
-        cached = wants_cache(self.config, self.loss)
-        wanted = is_built(self.config, self.loss) if self.training else not self.scalar
-        self.reference = self._build_reference() if wanted else None
-        if self.training and "reference" in self.loss.reads and not cached:
-            print(
-                "reference: runs in every step"
-                f" ({why_not_cached(self.config, self.loss) or 'reference.cache=false'})"
-            )
-        if cached:
+        plan = plan_reference(
+            self.loss.reads,
+            loss_name=self.loss.name,
+            function=self.config.function,
+            cache=self.config.reference.cache,
+            from_scratch=self.config.model.from_scratch,
+            draws_samples=draws_samples(self.config, self.loss),
+        )
+        self.reference = self._build_reference() if plan.built else None
+        if plan.not_cached_because:
+            print(f"reference: runs in every step ({plan.not_cached_because})")
+        if plan.cached:
             needed = {
                 "train": self.loader.first_epoch(),
                 "test": evaluation_order(self.data["test"].groups)[: self.config.n_eval_examples],
             }
             attach_reference(
-                self.config,
                 self.data,
                 needed,
-                self._like_reference,
-                self.layout,
-                self._microbatch_tokens(),
-                self.world,
+                cache_dir=self.config.cache_dir,
+                model=self.config.model,
+                sharded=self.config.trainer == "FSDPTrainer",
+                build_scorer=self._like_reference,
+                layout=self.layout,
+                microbatch_tokens=self._microbatch_tokens(),
+                world=self.world,
             )
             reshard(self.policy.model)  # it may have stood in for the reference
             # or the reference is not needed any more, and some models hold on to themselves
@@ -402,7 +406,7 @@ class BasicTrainer:
         samples.jsonl."""
         config = self.config
         values = self._held_out_losses()
-        if samples(config, self.loss):
+        if draws_samples(config, self.loss):
             rows, means = self._sample(config.n_eval_model_samples, config.temperature)
             if self.world.rank == 0:
                 append_rows(self.run_dir / "samples.jsonl", rows, examples=self.counters.examples)
@@ -430,7 +434,7 @@ class BasicTrainer:
             for temperature in wanted:
                 rows, means = (
                     self._sample(config.n_eval_examples, temperature)
-                    if samples(config, self.loss)
+                    if draws_samples(config, self.loss)
                     else ([], {})
                 )
                 self.last_eval = {"examples": 0, **losses, **means}

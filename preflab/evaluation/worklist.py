@@ -45,6 +45,13 @@ def temperatures(config) -> list[float]:
     )
 
 
+def draws_samples(config, loss) -> bool:
+    """Whether evaluations sample from policy and reference, and measure the KL between them."""
+    if "scalar_head" in loss.reads:
+        return False
+    return config.sample_during_eval or config.function == "eval"
+
+
 def expand_archives(archive) -> list[str | None]:
     """`model.archive` as a list of paths: one or several archives, globs, and folders of runs (the
     newest checkpoint of each).

@@ -31,7 +31,7 @@ from preflab.modeling.layout_choice import known_layouts
 from preflab.modeling.loading import dtype_of, skeleton
 from preflab.modeling.logprobs import Scorer
 from preflab.modeling.parallelism import data_ranks
-from preflab.modeling.reference_cache import is_built
+from preflab.modeling.reference_cache import plan_reference
 
 GIB = 2**30
 
@@ -77,7 +77,15 @@ def make_plan(config, loss, data: PreferenceData) -> Plan:
         "optimizer": int(trained_bytes * slots),
         "gathered weights": gathered,
     }
-    if is_built(config, loss):
+    reference = plan_reference(
+        loss.reads,
+        loss_name=loss.name,
+        function=config.function,
+        cache=config.reference.cache,
+        from_scratch=config.model.from_scratch,
+        draws_samples=config.sample_during_eval and not scalar,
+    )
+    if reference.built:
         separate = not config.model.lora.r or config.model.reference_archive
         whole, gathered = (
             _bytes_on_a_rank(config, False, config.model.reference_dtype, lora=False)
