@@ -17,12 +17,12 @@ from preflab.batching.packing import Batch
 from preflab.distributed.process_group import ALONE, World
 from preflab.distributed.signals import StopSignals
 from preflab.evaluation.evaluator import Evaluator
+from preflab.evaluation.worklist import draws_samples
 from preflab.modeling.blocks import find_blocks
 from preflab.modeling.fsdp import layer_plan, shard
 from preflab.modeling.loading import skeleton
 from preflab.modeling.logprobs import Scorer
 from preflab.modeling.parallelism import Placement
-from preflab.modeling.reference_cache import samples
 from preflab.modeling.tensor_parallel import devices_for, split
 from preflab.objective.registry import BoundLoss
 from preflab.rewards.registry import build_rewards
@@ -78,7 +78,7 @@ class BasicTrainer:
         checkpointer = Checkpointer(
             run_dir, world, keep=settings.keep_checkpoints, enabled=not settings.debug
         )
-        rewards = build_rewards(settings) if samples(settings, loss) else {}
+        rewards = build_rewards(settings) if draws_samples(settings, loss) else {}
         self.learner = Learner(
             settings, loss, tokenizer, type(self), world, checkpoint=checkpointer.latest()
         )

@@ -1,4 +1,4 @@
-"""Small pure helpers: errors, atomic writes, content hashes, seeding, run folders."""
+"""Errors, atomic files, content hashes, seeding, and other small helpers."""
 
 import contextlib
 import difflib
@@ -20,9 +20,10 @@ from filelock import FileLock, Timeout
 
 
 class PrefLabError(ValueError):
-    """Something the user can mend: says what came, what is accepted and what to change."""
+    """An error the user can fix; the message says what was received, what is accepted and what to
+    change."""
 
-    everywhere = False  # whether all ranks raise it together, so that one of them should tell it
+    everywhere = False  # whether all ranks raise it, so that only rank 0 should report it
 
 
 class ConfigError(PrefLabError):
@@ -34,7 +35,7 @@ class DataError(PrefLabError):
 
 
 def first_line(error: Exception) -> str:
-    """What an exception says, with its kind, in one line."""
+    """The class of an exception and the first line of its message."""
     return f"{type(error).__name__}: {error}".strip().splitlines()[0]
 
 
@@ -50,12 +51,12 @@ def nearest(word: str, accepted: Iterable[str], n: int = 3) -> str:
 
 @contextlib.contextmanager
 def atomic_write(path: str | Path, mode: str = "w") -> Iterator:
-    """Open a temporary file beside `path`; on success it takes the place of `path`, on failure
-    nothing is left."""
+    """Open a temporary file beside `path`; on success it replaces `path`, on failure it is
+    deleted."""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     encoding = None if "b" in mode else "utf-8"
-    handle = tempfile.NamedTemporaryFile(
+    handle = tempfile.NamedTemporaryFile(  # noqa: SIM115  (closed below, before it is renamed)
         mode, dir=path.parent, prefix=f".{path.name}.", delete=False, encoding=encoding
     )
     try:
@@ -71,29 +72,27 @@ def atomic_write(path: str | Path, mode: str = "w") -> Iterator:
 
 
 def json_lines(path: Path) -> list[str]:
-    """The lines of a JSON-lines file. Only a newline ends one: texts may hold what `splitlines`
-    would also take for an end."""
-    return [
-        line
-        for line in path.read_text(encoding="utf-8", errors="replace").split("\n")
-        if line.strip()
-    ]
+    """The lines of a JSON-lines file that are not blank. Lines end at newlines only: `splitlines`
+    would also split texts at characters such as U+2028."""
+    text = path.read_text(encoding="utf-8", errors="replace")
+    return [line for line in text.split("\n") if line.strip()]
 
 
-def append_rows(path: Path, rows: list[dict], **where) -> None:
-    """Add rows to a JSON-lines file, all or none of them; `where` is put in front of each."""
-    kept = path.read_text(encoding="utf-8") if path.is_file() else ""
+def append_rows(path: Path, rows: list[dict], **columns) -> None:
+    """Add rows to a JSON-lines file, all or none of them. columns: the same values for each row,
+    written first."""
+    before = path.read_text(encoding="utf-8") if path.is_file() else ""
     with atomic_write(path) as f:
-        f.write(kept)
-        f.writelines(json.dumps({**where, **row}, ensure_ascii=False) + "\n" for row in rows)
+        f.write(before)
+        f.writelines(json.dumps({**columns, **row}, ensure_ascii=False) + "\n" for row in rows)
 
 
 @contextlib.contextmanager
 def atomic_directory(path: str | Path) -> Iterator[Path]:
-    """Fill a temporary folder beside `path`; on success it takes the name `path`, on failure
-    nothing is left.
+    """A temporary folder beside `path` to fill; on success it is renamed to `path`, on failure it
+    is deleted.
 
-    If another process finished the same folder first, theirs stays and ours is dropped.
+    If another process has finished the same folder already, that one stays and this one is deleted.
     """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -106,7 +105,7 @@ def atomic_directory(path: str | Path) -> Iterator[Path]:
 
 
 def finish_directory(temporary: Path, path: Path) -> None:
-    """Give a filled temporary folder its name, once all of it is on the disk."""
+    """Rename a filled temporary folder to `path`, once all of its files are on the disk."""
     for file in temporary.rglob("*"):
         if file.is_file():
             with open(file, "rb") as f:
@@ -128,16 +127,15 @@ def _umask() -> int:
 
 @contextlib.contextmanager
 def in_use(path: Path) -> Iterator[None]:
-    """Inside, no other process may do the same with this lock file. Raises ConfigError where one
-    does."""
+    """Inside, this process holds the lock file. Raises ConfigError where another one holds it."""
     path.parent.mkdir(parents=True, exist_ok=True)
     lock = FileLock(path)
     try:
         lock.acquire(timeout=0)
     except Timeout as error:
         raise ConfigError(
-            f"{path.parent} is in use by another process, which buys labels for it; wait for its"
-            " end, or take another local_run_dir"
+            f"{path.parent} is in use by another process, which buys labels for it; wait until it"
+            " ends, or set another local_run_dir"
         ) from error
     try:
         yield
@@ -146,10 +144,10 @@ def in_use(path: Path) -> Iterator[None]:
 
 
 def model_folder(path: str | Path) -> Path | str:
-    """Where `from_pretrained` finds the model of a run or a checkpoint: the best one where the run
-    says which; else `path` itself."""
-    found = (Path(path) / inner for inner in ("BEST/hf", "LATEST/hf", "hf"))
-    return next((folder for folder in found if folder.is_dir()), path)
+    """The folder for `from_pretrained` of a run (its best checkpoint, else its latest) or of a
+    checkpoint; `path` itself where it is neither."""
+    candidates = (Path(path) / inner for inner in ("BEST/hf", "LATEST/hf", "hf"))
+    return next((folder for folder in candidates if folder.is_dir()), path)
 
 
 def load_module(module: str, key: str):
@@ -177,7 +175,7 @@ def load_module(module: str, key: str):
 
 
 def content_hash(*parts: str | bytes | Path) -> str:
-    """Hex digest of the parts in order; a `Path` stands for the bytes of that file."""
+    """Hex digest of the parts in order, 32 digits; a `Path` stands for the bytes of that file."""
     digest = hashlib.sha256()
     for part in parts:
         if isinstance(part, Path):
@@ -191,21 +189,21 @@ def content_hash(*parts: str | bytes | Path) -> str:
 
 
 def mean_and_error(values: Iterable[float]) -> tuple[float | None, float | None]:
-    """Mean and its standard error; None without values, and no error of a single one."""
+    """Mean and its standard error; (None, None) without values, (mean, None) for one value."""
     values = list(values)
-    if not values:
+    n = len(values)
+    if n == 0:
         return None, None
-    mean = math.fsum(values) / len(values)
-    if len(values) == 1:
+    mean = math.fsum(values) / n
+    if n == 1:
         return mean, None
-    return mean, math.sqrt(
-        math.fsum((v - mean) ** 2 for v in values) / (len(values) - 1) / len(values)
-    )
+    variance = math.fsum((v - mean) ** 2 for v in values) / (n - 1)
+    return mean, math.sqrt(variance / n)
 
 
 def seed_everything(seed: int) -> None:
-    """Seed python, numpy and torch (all devices)."""
-    import torch  # here, so that reports start without it
+    """Seed Python, NumPy and torch on all devices."""
+    import torch  # slow to import, and reports do not need it
 
     random.seed(seed)
     np.random.seed(seed % 2**32)

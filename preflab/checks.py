@@ -8,9 +8,9 @@ from omegaconf import DictConfig, OmegaConf
 from preflab.batching.loader import ORDERS
 from preflab.batching.packing import LAYOUTS
 from preflab.distributed.process_group import world
-from preflab.evaluation.worklist import expand_archives
+from preflab.evaluation.worklist import draws_samples, expand_archives
 from preflab.modeling.parallelism import check_placement_settings, data_ranks
-from preflab.modeling.reference_cache import wants_cache
+from preflab.modeling.reference_cache import plan_reference
 from preflab.objective.registry import BoundLoss, bind_loss
 from preflab.online.checks import check_labels, check_online
 from preflab.readers.columns import accepted_columns
@@ -64,7 +64,14 @@ def check_config(config: DictConfig) -> tuple[BoundLoss, dict[str, list[Source]]
             " gradient_accumulation_steps=1, and train on one rank or with tensor_parallel_size"
             " equal to the ranks"
         )
-    wants_cache(config, loss)
+    plan_reference(
+        loss.reads,
+        loss_name=loss.name,
+        function=config.function,
+        cache=config.reference.cache,
+        from_scratch=config.model.from_scratch,
+        draws_samples=draws_samples(config, loss),
+    )
     if config.function == "online":
         check_online(config, loss)
     return loss, _open_datasets(config, loss)

@@ -3,6 +3,7 @@
 import contextlib
 import importlib
 import json
+import logging
 import os
 import socket
 import time
@@ -14,14 +15,14 @@ from preflab.batching.examples import PreferenceData
 from preflab.batching.summary import counts_line, describe_data
 from preflab.batching.token_store import TokenStore, prepare
 from preflab.checks import check_config
+from preflab.distributed.console import configure_logging
 from preflab.distributed.launch import launch, sheltered
 from preflab.distributed.process_group import leave, world
 from preflab.distributed.signals import Stopped, StopSignals
 from preflab.evaluation.evaluator import Evaluator, evaluate_checkpoints
-from preflab.evaluation.worklist import finished_like, pending
+from preflab.evaluation.worklist import draws_samples, finished_like, pending
 from preflab.modeling.loading import check_model, load_tokenizer
 from preflab.modeling.parallelism import data_ranks, local_workers
-from preflab.modeling.reference_cache import samples
 from preflab.online.rounds import OnlineTrainer
 from preflab.reports.run import write_report
 from preflab.rewards.registry import build_rewards
@@ -31,6 +32,8 @@ from preflab.training.metrics import MetricLog
 from preflab.training.registry import find_trainer
 from preflab.training.trackers import start_wandb
 from utils import DataError, atomic_write, seed_everything
+
+logger = logging.getLogger(__name__)
 
 # Modules beside this package that add to its registries. They import the package, so that it names
 # them here once and imports them by name.
@@ -52,10 +55,11 @@ def execute(config: DictConfig, run_dir: Path, stop: StopSignals | None = None) 
     """
     register_built_in()
     ranks = world()
+    configure_logging(ranks.rank)
     stop = stop or StopSignals()
     loss, sources = ranks.first(lambda: check_config(config))
     if before := ranks.agree(lambda: finished_like(config, config.skip_finished)):
-        print(
+        logger.info(
             f"skipped: {before} is a finished run with these settings"
             f" (skip_finished={config.skip_finished})"
         )
@@ -64,11 +68,11 @@ def execute(config: DictConfig, run_dir: Path, stop: StopSignals | None = None) 
         return json.loads((before / "summary.json").read_text(encoding="utf-8"))
     run_dir = ranks.agree(lambda: run_dir_for(config, run_dir))
     if summary := ranks.agree(lambda: finished_summary(config, run_dir)):
-        print(f"{run_dir} is already finished")
+        logger.info(f"{run_dir} is already finished")
         return _report(run_dir, summary)
     tokenizer, stores, data = ranks.first(lambda: load_inputs(config, sources, loss))
     if config.function == "plan":
-        print(describe(make_plan(config, loss, data["train"]), config.plan.gpu_gib))
+        logger.info(describe(make_plan(config, loss, data["train"]), config.plan.gpu_gib))
         remove_if_empty(run_dir)
         return {}
     resolved = OmegaConf.to_container(config, resolve=True)
@@ -82,7 +86,7 @@ def execute(config: DictConfig, run_dir: Path, stop: StopSignals | None = None) 
             f.write(OmegaConf.to_yaml(OmegaConf.create(resolved)))
         with atomic_write(run_dir / "data.json") as f:
             json.dump({split: describe_data(stores[split]) for split in stores}, f)
-        print(f"run folder: {run_dir}")
+        logger.info(f"run folder: {run_dir}")
     with _status(run_dir, ranks.rank):
         return _report(
             run_dir, _run_here_or_on_workers(config, resolved, run_dir, loss, tokenizer, data, stop)
@@ -135,7 +139,7 @@ def work(resolved: dict, run_dir: Path) -> None:
     register_built_in()
     stop = StopSignals()
     stop.listen()
-    world()  # joined here, so that ranks other than 0 stay silent after the next lines
+    configure_logging(world().rank)
     config = OmegaConf.create(resolved)
     with contextlib.redirect_stdout(None):
         loss, sources = check_config(config)
@@ -179,7 +183,7 @@ def _evaluate(
     ranks = world()
     seed_everything(config.seed)
     worklist = ranks.agree(lambda: pending(config, run_dir))
-    rewards = build_rewards(config) if samples(config, loss) else {}
+    rewards = build_rewards(config) if draws_samples(config, loss) else {}
     evaluator = Evaluator(config, loss, tokenizer, data["test"], rewards, run_dir, ranks)
     interval = config.minimum_log_interval_secs
     log = MetricLog(run_dir, wandb_run, interval, writes=ranks.rank == 0)
@@ -201,7 +205,7 @@ def load_data(
         for split in sources
     }
     for store in (store for split in stores.values() for store in split):
-        print(counts_line(store.counts))
+        logger.info(counts_line(store.counts))
     name = ", ".join(config.datasets)
     alone = config.function == "online" or any(
         source.only_prompts for split in sources.values() for source in split
@@ -214,7 +218,7 @@ def load_data(
     }
     for split in data:
         if not alone and (told := data[split].check_for(loss)):
-            print(f"{split}: {told}")
+            logger.info(f"{split}: {told}")
         if split == "train" and len(data[split]) < (
             ranks := data_ranks(find_trainer(config.trainer), config, world())
         ):
@@ -227,6 +231,6 @@ def load_data(
 
 def _report(run_dir: Path, summary: dict) -> dict:
     if world().rank == 0:
-        print(write_report(run_dir))
-        print(f"pictures and samples: {run_dir / 'report.html'}")
+        logger.info(write_report(run_dir))
+        logger.info(f"pictures and samples: {run_dir / 'report.html'}")
     return summary

@@ -323,7 +323,7 @@ def test_a_broken_wandb_does_not_stop_a_run(imdb_dir, llama_folder, tmp_path, mo
     run_here(
         *small_run(llama_folder, imdb_dir, tmp_path / "run", "wandb.enabled=true", "n_examples=16")
     )
-    assert "goes on without it: no service" in capsys.readouterr().err
+    assert "continues without it: no service" in capsys.readouterr().err
 
 
 def test_a_second_start_does_not_tokenise_again(imdb_dir, llama_folder, tmp_path, monkeypatch):

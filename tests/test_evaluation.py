@@ -530,7 +530,9 @@ def test_many_checkpoints_and_temperatures_are_rows(two_runs, llama_folder, monk
     write_jsonl(folder / "samples.jsonl", samples[:54])
     drawn = []
     monkeypatch.setattr(
-        samples_module, "sample", lambda *args, **options: drawn.append(1) or sample(*args, **options)
+        samples_module,
+        "sample",
+        lambda *args, **options: drawn.append(1) or sample(*args, **options),
     )
     again, again_samples = evaluate(two_runs, llama_folder, "many", *many)
     assert (

@@ -15,11 +15,8 @@ from preflab.modeling.logprobs import Scorer, pad_by_owner, score_responses, sum
 from utils import ConfigError
 
 PADDED = Layout("padded", 257)
-FLOAT32_INSIDE = {
-    "gpt_neo",
-    "gemma",
-    "gemma2",
-}  # their attention or norms compute in float32 whatever the weights are
+# Their attention or norms compute in float32 whatever the dtype of the weights.
+FLOAT32_INSIDE = {"gpt_neo", "gemma", "gemma2"}
 
 
 def sequences(seed=0):
@@ -36,7 +33,7 @@ def trees():
 
 
 def naive(model, reference, pairs, kl=None):
-    """Each sequence alone, no padding, full float64 log-softmax."""
+    """Each sequence alone, no padding, full float64 log-softmax: sums of log-probs and KL."""
     logps, reference_logps, kls = [], [], []
     for prompt, response in pairs:
         ids = torch.tensor([prompt + response])
@@ -58,6 +55,12 @@ def grads(model):
     return {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
 
 
+def weighted_sum(weights, logps, kl):
+    """A scalar whose gradient reaches every log-prob, and every KL if there is one, differently."""
+    total = (logps * weights).sum()
+    return total if kl is None else total + (kl * weights.flip(0)).sum()
+
+
 @pytest.mark.parametrize("architecture", sorted(ARCHITECTURES))
 @pytest.mark.parametrize("kl", [None, "reference||policy"])
 def test_values_and_gradients_match_naive_float64(architecture, kl, monkeypatch):
@@ -68,14 +71,11 @@ def test_values_and_gradients_match_naive_float64(architecture, kl, monkeypatch)
     scorer.check()
     scores = score_responses(scorer, batch, reference=Scorer(reference), kl=kl)
     weights = torch.tensor([0.3, -1.0, 2.0, 0.7], dtype=torch.float64)
-    objective = (scores.logps * weights).sum() + (
-        0 if kl is None else (scores.kl * weights.flip(0)).sum()
-    )
-    objective.backward()
+    weighted_sum(weights, scores.logps, scores.kl).backward()
     ours = grads(policy)
     policy.zero_grad()
     logps, reference_logps, kls = naive(policy, reference, sequences(), kl)
-    ((logps * weights).sum() + (0 if kl is None else (kls * weights.flip(0)).sum())).backward()
+    weighted_sum(weights, logps, kls).backward()
     theirs = grads(policy)
     rtol = 1e-6 if architecture in FLOAT32_INSIDE else 1e-9
     assert torch.allclose(scores.logps, logps, rtol=rtol)
@@ -93,13 +93,16 @@ def test_values_and_gradients_match_naive_float64(architecture, kl, monkeypatch)
 def test_policy_to_reference_kl_is_the_other_direction():
     policy, reference = (make_model("gpt2", seed=s, dtype=torch.float64) for s in (0, 1))
     batch = lay_out(trees(), PADDED)
-    found = {
-        d: score_responses(Scorer(policy), batch, reference=Scorer(reference), kl=d).kl
-        for d in ("policy||reference", "reference||policy")
+    both = {
+        direction: score_responses(
+            Scorer(policy), batch, reference=Scorer(reference), kl=direction
+        ).kl
+        for direction in ("policy||reference", "reference||policy")
     }
-    for direction, kl in found.items():
-        assert torch.allclose(kl, naive(policy, reference, sequences(), direction)[2], rtol=1e-9)
-    assert not torch.allclose(*found.values(), rtol=1e-2)
+    for direction, kl in both.items():
+        _, _, expected = naive(policy, reference, sequences(), direction)
+        assert torch.allclose(kl, expected, rtol=1e-9)
+    assert not torch.allclose(*both.values(), rtol=1e-2)
 
 
 def test_float32_is_close_to_float64():
@@ -125,38 +128,43 @@ def test_a_wrong_mask_does_not_match():
 
 def test_never_more_logits_than_a_chunk(monkeypatch):
     monkeypatch.setattr(fused_head, "CHUNK_ELEMENTS", 4 * 258)
-    monkeypatch.setattr(fused_head, "KEPT_ELEMENTS", 0)
-    model, seen, linear = make_model("llama"), [], fused_head._linear
-    monkeypatch.setattr(
-        fused_head,
-        "_linear",
-        lambda hidden, *head: seen.append(hidden.shape) or linear(hidden, *head),
-    )
+    monkeypatch.setattr(fused_head, "SAVED_ELEMENTS", 0)
+    model, shapes, linear = make_model("llama"), [], fused_head._linear
+
+    def recording(hidden, *head):
+        shapes.append(hidden.shape)
+        return linear(hidden, *head)
+
+    monkeypatch.setattr(fused_head, "_linear", recording)
     score_responses(Scorer(model), lay_out(trees(), PADDED)).logps.sum().backward()
     n_scored = sum(len(response) for _, response in sequences())
-    assert seen and all(len(shape) == 2 and shape[0] <= 4 for shape in seen)
-    assert (
-        sum(shape[0] for shape in seen) == 2 * n_scored
-    )  # once forward, once again in the backward pass
+    assert shapes and all(len(shape) == 2 and shape[0] <= 4 for shape in shapes)
+    # each token once in the forward and once in the backward pass
+    assert sum(shape[0] for shape in shapes) == 2 * n_scored
 
 
-HEAD = dict(tokens=11, width=6, vocabulary=40)
+HEAD = {"tokens": 11, "width": 6, "vocabulary": 40}
 
 
 def head_inputs(bias: bool, dtype=torch.float64, seed=0):
+    """Hidden states, weight and bias of the policy, the targets, and the same of a reference."""
     generator = torch.Generator().manual_seed(seed)
-    normal = lambda *shape: torch.randn(*shape, generator=generator, dtype=dtype)
     n, d, v = HEAD.values()
+
+    def normal(*shape):
+        return torch.randn(*shape, generator=generator, dtype=dtype)
+
     ours = [normal(n, d), normal(v, d), normal(v) if bias else None]
     theirs = [normal(n, d), normal(v, d), normal(v) if bias else None]
     targets = torch.randint(v, (n,), generator=generator)
     return [t if t is None else t.requires_grad_() for t in ours], targets, theirs
 
 
-def plainly(ours, targets, theirs, kl):
-    """The same by autograd through the whole log-softmax."""
+def by_autograd(ours, targets, theirs, kl):
+    """Log-probs, KL and entropy by autograd through the whole log-softmax."""
     p, q = (torch.nn.functional.linear(h, w, b).log_softmax(-1) for h, w, b in (ours, theirs))
-    logps, entropy = p.gather(1, targets[:, None])[:, 0], -(p.exp() * p).sum(1)
+    logps = p.gather(1, targets[:, None])[:, 0]
+    entropy = -(p.exp() * p).sum(1)
     if kl == "reference||policy":
         return logps, (q.exp() * (q - p)).sum(1), entropy
     return logps, (p.exp() * (p - q)).sum(1) if kl else None, entropy
@@ -165,65 +173,69 @@ def plainly(ours, targets, theirs, kl):
 @pytest.mark.parametrize("kl", [None, "reference||policy", "policy||reference"])
 @pytest.mark.parametrize("bias", [False, True])
 @pytest.mark.parametrize("rows", [1, 4, 50])  # of a chunk
-@pytest.mark.parametrize("kept", [True, False])  # or computed again in the backward pass
-def test_the_fused_head_is_the_plain_one(kl, bias, rows, kept, monkeypatch):
-    monkeypatch.setattr(fused_head, "KEPT_ELEMENTS", 10**9 if kept else 0)
+@pytest.mark.parametrize("saved", [True, False])  # or recomputed in the backward pass
+def test_the_fused_head_equals_autograd(kl, bias, rows, saved, monkeypatch):
+    monkeypatch.setattr(fused_head, "SAVED_ELEMENTS", 10**9 if saved else 0)
     monkeypatch.setattr(
         fused_head, "CHUNK_ELEMENTS", rows * HEAD["vocabulary"] * (1 if kl is None else 4)
     )
     ours, targets, theirs = head_inputs(bias)
-    found = LinearLogProbs.apply(*ours, targets, *(theirs if kl else (None,) * 3), kl, True)
-    expected = plainly(ours, targets, theirs, kl)
-    for a, b in zip(found[:3], expected):
-        assert (a is None) == (b is None) and (
-            a is None or torch.allclose(a, b, rtol=1e-11, atol=1e-12)
-        )
-    assert not found[2].requires_grad and (
-        kl is None or torch.allclose(found[3], plainly(theirs, targets, ours, None)[0], rtol=1e-11)
-    )
+    fused = LinearLogProbs.apply(*ours, targets, *(theirs if kl else (None,) * 3), kl, True)
+    logps, token_kl, entropy, reference_logps, _ = fused
+    expected_logps, expected_kl, expected_entropy = by_autograd(ours, targets, theirs, kl)
+    assert torch.allclose(logps, expected_logps, rtol=1e-11, atol=1e-12)
+    assert torch.allclose(entropy, expected_entropy, rtol=1e-11, atol=1e-12)
+    assert not entropy.requires_grad
+    if kl is None:
+        assert token_kl is None and expected_kl is None
+    else:
+        expected_reference_logps, _, _ = by_autograd(theirs, targets, ours, None)
+        assert torch.allclose(token_kl, expected_kl, rtol=1e-11, atol=1e-12)
+        assert torch.allclose(reference_logps, expected_reference_logps, rtol=1e-11)
     weights = torch.linspace(-2, 1, len(targets), dtype=torch.float64)
-    wanted = [t for t in ours if t is not None]
-    value = lambda columns: (
-        (columns[0] * weights).sum() + (0 if kl is None else (columns[1] * weights.flip(0)).sum())
-    )
-    theirs_grads = torch.autograd.grad(value(expected), wanted)
-    for _ in range(2):  # what the first backward pass overwrote must not reach the second
-        for a, b in zip(torch.autograd.grad(value(found), wanted, retain_graph=True), theirs_grads):
+    inputs = [t for t in ours if t is not None]
+    expected = torch.autograd.grad(weighted_sum(weights, expected_logps, expected_kl), inputs)
+    value = weighted_sum(weights, logps, token_kl)
+    for _ in range(2):  # the second backward pass must not read what the first overwrote
+        for a, b in zip(
+            torch.autograd.grad(value, inputs, retain_graph=True), expected, strict=True
+        ):
             assert torch.allclose(a, b, rtol=1e-10, atol=1e-12)
 
 
-def test_chunks_in_bf16_add_up_as_one_would(monkeypatch):
-    """The gradient of the head's weight and bias is summed over chunks in fp32, however little of
-    it the weights can hold."""
+def test_many_chunks_in_bf16_are_as_exact_as_one(monkeypatch):
+    """The gradient of the head's weight and bias is summed over chunks in fp32, although the
+    weights are in bf16."""
     monkeypatch.setitem(HEAD, "tokens", 2000)
     ours, targets, _ = head_inputs(True)
-    exact = torch.autograd.grad(plainly(ours, targets, ours, None)[0].sum(), ours[1:])
+    exact = torch.autograd.grad(by_autograd(ours, targets, ours, None)[0].sum(), ours[1:])
     half = [t.detach().bfloat16().requires_grad_() for t in ours]
     errors = []
     for rows in (2000, 4):
         monkeypatch.setattr(fused_head, "CHUNK_ELEMENTS", rows * HEAD["vocabulary"])
-        found = torch.autograd.grad(
-            LinearLogProbs.apply(*half, targets, None, None, None, None, False)[0].sum(), half[1:]
+        logps, *_ = LinearLogProbs.apply(*half, targets, None, None, None, None, False)
+        rounded = torch.autograd.grad(logps.sum(), half[1:])
+        assert all(grad.dtype == torch.bfloat16 for grad in rounded)
+        errors.append(
+            [((a - b).norm() / b.norm()).item() for a, b in zip(rounded, exact, strict=True)]
         )
-        assert all(grad.dtype == torch.bfloat16 for grad in found)
-        errors.append([((a - b).norm() / b.norm()).item() for a, b in zip(found, exact)])
-    assert all(many < 1.2 * once for once, many in zip(*errors))
+    one_chunk, many_chunks = errors
+    assert all(many < 1.2 * one for one, many in zip(one_chunk, many_chunks, strict=True))
 
 
 def test_the_fused_head_leaves_frozen_weights_alone():
     """LoRA: the head's weight has no gradient, its input has."""
     (hidden, weight, _), targets, _ = head_inputs(False)
     weight = weight.detach()
-    LinearLogProbs.apply(hidden, weight, None, targets, None, None, None, None, False)[
-        0
-    ].sum().backward()
-    expected = torch.autograd.grad(
-        plainly((hidden, weight, None), targets, head_inputs(False)[2], None)[0].sum(), hidden
-    )[0]
+    logps, *_ = LinearLogProbs.apply(hidden, weight, None, targets, None, None, None, None, False)
+    logps.sum().backward()
+    head = (hidden, weight, None)
+    expected_logps, _, _ = by_autograd(head, targets, head_inputs(False)[2], None)
+    [expected] = torch.autograd.grad(expected_logps.sum(), hidden)
     assert torch.allclose(hidden.grad, expected, rtol=1e-10) and weight.grad is None
 
 
-def test_a_log_prob_below_the_smallest_float_is_kept():
+def test_the_log_of_a_probability_that_underflows_is_finite():
     """softmax then log would be -inf; the log-sum-exp is not."""
     hidden, weight = torch.tensor([[300.0]], requires_grad=True), torch.tensor([[1.0], [-1.0]])
     logp = LinearLogProbs.apply(
@@ -251,9 +263,8 @@ def test_other_heads_go_through_their_own_module(kl):
         Scorer(policy), batch, reference=Scorer(reference), kl=kl, entropy=True
     )
     theirs = grads_of(policy, general.logps.sum() + (0 if kl is None else general.kl.sum()))
-    assert torch.allclose(fused.logps, general.logps, rtol=1e-10) and torch.allclose(
-        fused.token_entropy, general.token_entropy, rtol=1e-10
-    )
+    assert torch.allclose(fused.logps, general.logps, rtol=1e-10)
+    assert torch.allclose(fused.token_entropy, general.token_entropy, rtol=1e-10)
     assert kl is None or torch.allclose(fused.kl, general.kl, rtol=1e-10)
     assert max((ours[name] - theirs[name]).abs().max() for name in theirs) < 1e-8
 
@@ -266,16 +277,13 @@ def grads_of(model, loss):
 
 def test_entropy_is_that_of_the_whole_distribution():
     model = make_model("gpt2", dtype=torch.float64)
-    found = score_responses(Scorer(model), lay_out(trees(), PADDED), entropy=True).token_entropy
+    scores = score_responses(Scorer(model), lay_out(trees(), PADDED), entropy=True)
     expected = []
     for prompt, response in sequences():
-        p = (
-            model(input_ids=torch.tensor([prompt + response]))
-            .logits[0, len(prompt) - 1 : -1]
-            .log_softmax(-1)
-        )
+        logits = model(input_ids=torch.tensor([prompt + response])).logits
+        p = logits[0, len(prompt) - 1 : -1].log_softmax(-1)
         expected.append(-(p.exp() * p).sum(-1))
-    assert torch.allclose(found, torch.cat(expected), rtol=1e-9)
+    assert torch.allclose(scores.token_entropy, torch.cat(expected), rtol=1e-9)
 
 
 def test_kl_stays_finite_where_softmax_then_log_underflows():

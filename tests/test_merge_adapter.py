@@ -1,5 +1,5 @@
-"""scripts/merge_adapter.py: a folded adapter computes what base and adapter compute together, and
-what does not fit is refused."""
+"""scripts/merge_adapter.py: a merged model computes what base and adapter compute together, and an
+adapter that does not fit is refused."""
 
 import json
 import shutil
@@ -29,9 +29,9 @@ from utils import ConfigError
 
 sys.path.insert(0, str(ROOT / "scripts"))
 
-from merge_adapter import main, merge  # noqa: E402
+from merge_adapter import main, merge
 
-KINDS = {
+TASKS = {
     "CAUSAL_LM": (AutoModelForCausalLM, {}),
     "SEQ_CLS": (AutoModelForSequenceClassification, {"num_labels": 1}),
 }
@@ -39,12 +39,12 @@ TEXT = torch.randint(256, (3, 12), generator=torch.Generator().manual_seed(0))
 
 
 def train_adapter(base: Path, folder: Path, task: str = "CAUSAL_LM", **more) -> Path:
-    """An adapter on all linear layers whose every tensor, the head of a classifier included, is
-    drawn at random."""
-    kind, options = KINDS[task]
+    """An adapter on all linear layers with random values in every tensor, those of a classifier's
+    head included."""
+    cls, options = TASKS[task]
     torch.manual_seed(1)
     model = get_peft_model(
-        kind.from_pretrained(base, **options),
+        cls.from_pretrained(base, **options),
         LoraConfig(r=4, target_modules="all-linear", task_type=task, **more),
     )
     with torch.no_grad():
@@ -60,30 +60,26 @@ def logits(model: torch.nn.Module) -> torch.Tensor:
     return model.eval()(TEXT).logits
 
 
-@pytest.mark.parametrize("task", sorted(KINDS))
+@pytest.mark.parametrize("task", sorted(TASKS))
 def test_merged_computes_what_base_and_adapter_do(llama_folder, tmp_path, task):
     adapter = train_adapter(llama_folder, tmp_path / "adapter", task)
     merge(adapter, str(llama_folder), tmp_path / "merged")
-    kind, options = KINDS[task]
-    base = kind.from_pretrained(llama_folder, **options)
+    cls, options = TASKS[task]
+    base = cls.from_pretrained(llama_folder, **options)
     both = logits(PeftModel.from_pretrained(base, adapter))
-    merged, told = kind.from_pretrained(tmp_path / "merged", output_loading_info=True, **options)
-    assert not told["missing_keys"] and not told["unexpected_keys"]
+    merged, info = cls.from_pretrained(tmp_path / "merged", output_loading_info=True, **options)
+    assert not info["missing_keys"] and not info["unexpected_keys"]
     torch.testing.assert_close(logits(merged), both, rtol=0, atol=1e-5)
-    assert (both - logits(kind.from_pretrained(llama_folder, **options))).abs().max() > 0.1
+    assert (both - logits(cls.from_pretrained(llama_folder, **options))).abs().max() > 0.1
     if task == "SEQ_CLS":  # the head that was trained, not a new one
-        assert torch.equal(
-            merged.score.weight,
-            load_file(adapter / "adapter_model.safetensors")["base_model.model.score.weight"],
-        )
-    assert (
-        AutoTokenizer.from_pretrained(tmp_path / "merged")("abc")["input_ids"]
-        == make_tokenizer()("abc")["input_ids"]
-    )
+        trained = load_file(adapter / "adapter_model.safetensors")
+        assert torch.equal(merged.score.weight, trained["base_model.model.score.weight"])
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path / "merged")
+    assert tokenizer("abc")["input_ids"] == make_tokenizer()("abc")["input_ids"]
 
 
 @pytest.mark.parametrize("loss", ["dpo", "bradley_terry"])
-def test_the_adapter_of_a_checkpoint_merges_into_what_the_checkpoint_has(
+def test_the_merged_adapter_of_a_checkpoint_equals_its_hf_folder(
     llama_folder, imdb_dir, tmp_path, loss, monkeypatch, capsys
 ):
     more = (
@@ -94,17 +90,19 @@ def test_the_adapter_of_a_checkpoint_merges_into_what_the_checkpoint_has(
         "lr=1e-2",
     )
     run_here(*small_run(llama_folder, imdb_dir, tmp_path / "run", *more))
-    places = {
+    arguments = {
         "--adapter_model_name": tmp_path / "run" / "LATEST" / "adapter",
         "--base_model_name": llama_folder,
         "--output_name": tmp_path / "merged",
     }
     monkeypatch.setattr(
-        sys, "argv", ["merge_adapter.py", *(str(word) for pair in places.items() for word in pair)]
+        sys,
+        "argv",
+        ["merge_adapter.py", *(str(word) for pair in arguments.items() for word in pair)],
     )
     main()
     assert capsys.readouterr().out.endswith(
-        f"{llama_folder} with {places['--adapter_model_name']} merged into it\n"
+        f"{llama_folder} with {arguments['--adapter_model_name']} merged into it\n"
     )
     ours, theirs = (
         load_file(folder / "model.safetensors")
@@ -113,8 +111,8 @@ def test_the_adapter_of_a_checkpoint_merges_into_what_the_checkpoint_has(
     assert ours.keys() == theirs.keys()
     for name in ours:
         torch.testing.assert_close(ours[name], theirs[name], rtol=0, atol=1e-6)
-    changed = load_file(llama_folder / "model.safetensors")
-    assert any(not torch.equal(ours[name], changed[name]) for name in ours.keys() & changed)
+    base = load_file(llama_folder / "model.safetensors")
+    assert any(not torch.equal(ours[name], base[name]) for name in ours.keys() & base)
 
 
 def no_folder(adapter, base):
@@ -173,7 +171,7 @@ def no_base(adapter, base):
 
 
 @pytest.mark.parametrize(
-    "damage, told",
+    "damage, message",
     [
         (no_folder, "is no folder with an adapter_config.json"),
         (no_weights, "holds no adapter_model.safetensors"),
@@ -187,39 +185,38 @@ def no_base(adapter, base):
         (no_base, "cannot be loaded"),
     ],
 )
-def test_what_does_not_fit_is_refused_and_nothing_is_written(llama_folder, tmp_path, damage, told):
+def test_an_adapter_that_does_not_fit_is_refused_and_nothing_is_written(
+    llama_folder, tmp_path, damage, message
+):
     base = shutil.copytree(llama_folder, tmp_path / "base")
     adapter = train_adapter(base, tmp_path / "adapter")
     damage(adapter, base)
     before = set(tmp_path.iterdir())
-    with pytest.raises(ConfigError, match=told) as caught:
+    with pytest.raises(ConfigError, match=message) as caught:
         merge(adapter, str(base), tmp_path / "merged")
     assert "\n" not in str(caught.value) and set(tmp_path.iterdir()) == before
 
 
-def test_a_head_that_nobody_trained_is_refused(llama_folder, tmp_path):
+def test_a_classifier_without_a_trained_head_is_refused(llama_folder, tmp_path):
     adapter = train_adapter(llama_folder, tmp_path / "adapter", "SEQ_CLS")
     weights = load_file(adapter / "adapter_model.safetensors")
     save_file(
         {name: value for name, value in weights.items() if "score" not in name},
         adapter / "adapter_model.safetensors",
     )
-    with pytest.raises(ConfigError, match="has no score.weight, and neither has the adapter"):
+    with pytest.raises(ConfigError, match=r"has no score\.weight, and neither has the adapter"):
         merge(adapter, str(llama_folder), tmp_path / "merged")
 
 
 def test_an_output_that_exists_stays(llama_folder, tmp_path):
     (tmp_path / "merged").mkdir()
+    adapter = train_adapter(llama_folder, tmp_path / "adapter")
     with pytest.raises(ConfigError, match="exists; take another name"):
-        merge(
-            train_adapter(llama_folder, tmp_path / "adapter"),
-            str(llama_folder),
-            tmp_path / "merged",
-        )
+        merge(adapter, str(llama_folder), tmp_path / "merged")
     assert not list((tmp_path / "merged").iterdir())
 
 
-def test_the_command_says_it_in_one_line(tmp_path):
+def test_the_command_prints_its_error_in_one_line(tmp_path):
     result = run_command(
         "scripts/merge_adapter.py",
         "--adapter_model_name",
@@ -230,8 +227,5 @@ def test_the_command_says_it_in_one_line(tmp_path):
         tmp_path / "merged",
         check=False,
     )
-    assert (
-        result.returncode == 2
-        and result.stderr.startswith("error: ")
-        and result.stderr.count("\n") == 1
-    )
+    assert result.returncode == 2
+    assert result.stderr.startswith("error: ") and result.stderr.count("\n") == 1

@@ -23,9 +23,9 @@ from preflab.online.ledger import Ledger
 from preflab.online.measures import logged_rewards
 from preflab.online.rollouts import Rollouts, best_and_worst
 from preflab.online.rounds import OnlineTrainer
-from preflab.training.session import Session
 from preflab.rewards.registry import RewardError
 from preflab.settings.identity import must_match
+from preflab.training.session import Session
 from utils import ConfigError, DataError, in_use
 
 # A gold of the user's own: letters a to m in a response; it notes what it was asked, and fails when

@@ -1,5 +1,5 @@
-"""The reference's log-probs on disk: computed once, the same numbers, never for other weights or
-tokens."""
+"""The reference's log-probs on disk: computed once, the same numbers, never used for other weights
+or tokens."""
 
 import subprocess
 import sys
@@ -27,20 +27,20 @@ EXACT = ("model.policy_dtype=float64", "model.reference_dtype=float64", "sample_
 
 @pytest.fixture
 def counted(monkeypatch):
-    """How many responses the reference was run on for the cache, and how many references were
+    """Numbers of responses whose log-probs were computed for the cache, and of references that were
     built."""
     counts = {"responses": 0, "built": 0}
-    fill, build = reference_cache._fill, learner.build_reference
+    compute, build = reference_cache._compute, learner.build_reference
 
-    def counting(stores, missing, *more):
+    def counting(missing, *more):
         counts["responses"] += sum(map(len, missing.values()))
-        return fill(stores, missing, *more)
+        return compute(missing, *more)
 
     def building(*arguments, **options):
         counts["built"] += 1
         return build(*arguments, **options)
 
-    monkeypatch.setattr(reference_cache, "_fill", counting)
+    monkeypatch.setattr(reference_cache, "_compute", counting)
     monkeypatch.setattr(learner, "build_reference", building)
     return counts
 
@@ -53,11 +53,12 @@ def folders(tmp_path):
     "more", [(), ("model.lora.r=4",), ("gradient_accumulation_steps=4", "layout=padded")]
 )
 def test_a_cached_reference_trains_the_same_policy(run, more):
-    kept, ran = run("kept", *EXACT, *more), run("ran", *EXACT, *more, "reference.cache=false")
-    a, b = final_weights(kept), final_weights(ran)
+    cached = run("cached", *EXACT, *more)
+    uncached = run("uncached", *EXACT, *more, "reference.cache=false")
+    a, b = final_weights(cached), final_weights(uncached)
     assert max((a[key] - b[key]).abs().max().item() for key in a) < 1e-9
     for ours, theirs in zip(
-        read_rows(kept / "metrics.jsonl"), read_rows(ran / "metrics.jsonl"), strict=True
+        read_rows(cached / "metrics.jsonl"), read_rows(uncached / "metrics.jsonl"), strict=True
     ):
         assert ours[f"loss/{ours['split']}"] == pytest.approx(
             theirs[f"loss/{theirs['split']}"], rel=1e-9
@@ -86,7 +87,7 @@ def test_only_what_a_run_needs_is_computed(run, counted):
     assert counted["responses"] > short
 
 
-def test_other_weights_dtypes_and_tokens_get_folders_of_their_own(
+def test_other_weights_dtypes_and_tokens_get_other_folders(
     run, counted, llama_folder, imdb_dir, tmp_path
 ):
     base = ("sample_during_eval=false", "n_examples=8")
@@ -99,10 +100,8 @@ def test_other_weights_dtypes_and_tokens_get_folders_of_their_own(
         "reference": (f"model.reference_archive={third}",),
         "dtype": ("model.reference_dtype=float64",),
         "half": ("model.fsdp_policy_mp=bfloat16",),
-        "adapted": (
-            "model.lora.r=4",
-            "model.policy_dtype=bfloat16",
-        ),  # whose reference has the policy's weights
+        # With LoRA the reference has the policy's weights.
+        "adapted": ("model.lora.r=4", "model.policy_dtype=bfloat16"),
         "length": ("max_length=60",),
     }.items():
         before = counted["responses"]
@@ -111,56 +110,55 @@ def test_other_weights_dtypes_and_tokens_get_folders_of_their_own(
         assert len(folders(tmp_path)) == n + 2, name
         n += 2
     before = counted["responses"]
-    run(
-        "same", *base, f"model.reference_archive={start / 'LATEST'}"
-    )  # the weights of "archive" under another name
+    # The weights of "archive" under another name
+    run("same", *base, f"model.reference_archive={start / 'LATEST'}")
     assert counted["responses"] == before
     write_jsonl(imdb_dir / "imdb-sft-train.jsonl", scored_rows(23))
     before = counted["responses"]
     run("tokens", *base)
-    assert (
-        counted["responses"] > before and len(folders(tmp_path)) == n + 1
-    )  # the test split is the old one
+    assert counted["responses"] > before
+    assert len(folders(tmp_path)) == n + 1  # the test split has not changed
 
 
-def test_damage_is_found_when_it_is_loaded(run, tmp_path):
+def test_damaged_log_probs_are_refused(run, tmp_path):
     run("first", "sample_during_eval=false")
     for folder in folders(tmp_path):
         values = np.memmap(folder / "logps", dtype="float32", mode="r+")
         values[:] = values * 1.01
         values.flush()
-    with pytest.raises(DataError, match="are off by.*delete that folder"):
+    with pytest.raises(DataError, match=r"are off by.*delete that folder"):
         run("second", "sample_during_eval=false")
 
 
-def test_a_resumed_run_finds_it_too(run, counted):
+def test_a_resumed_run_reads_the_cache_too(run, counted):
     run("run", "sample_during_eval=false", "n_examples=16")
     before = dict(counted)
     run("run", "sample_during_eval=false", "n_examples=24")
-    assert (
-        counted["built"] == before["built"] + 1
-    )  # to check: the policy is no longer what the reference is
+    # The spot check needs a reference: the policy has been trained.
+    assert counted["built"] == before["built"] + 1
     whole = run("whole", "sample_during_eval=false", "n_examples=24")
     assert same_weights(final_weights(whole), final_weights(whole.parent / "run"))
 
 
 @pytest.mark.parametrize(
-    "more, why",
-    [(("loss=tdpo2",), "whole distribution"), (("model.from_scratch=true",), "drawn anew|draws")],
+    "more, reason",
+    [(("loss=tdpo2",), "whole distribution"), (("model.from_scratch=true",), "draws new weights")],
 )
-def test_what_cannot_be_kept_runs_and_says_so(run, capsys, more, why):
+def test_a_reference_that_cannot_be_cached_runs_in_every_step(run, capsys, more, reason):
     run("auto", "n_examples=8", *more)
     assert "runs in every step" in capsys.readouterr().out
-    with pytest.raises(ConfigError, match=f"reference.cache=true.*({why})"):
+    with pytest.raises(ConfigError, match=rf"reference\.cache=true.*{reason}"):
         run("asked", "n_examples=8", *more, "reference.cache=true")
 
 
-def test_a_loss_that_reads_no_reference_keeps_nothing(run, tmp_path):
+def test_a_loss_that_reads_no_reference_caches_nothing(run, tmp_path):
     run("sft", "loss=sft")
     assert not (tmp_path / "cache" / "reference").exists()
 
 
-def test_a_killed_run_leaves_nothing_half_known(run, counted, monkeypatch, tmp_path):
+def test_log_probs_half_written_by_a_killed_run_are_computed_again(
+    run, counted, monkeypatch, tmp_path
+):
     write, calls = reference_cache.ReferenceLogps.write, []
 
     def killed(self, logps):
@@ -179,9 +177,9 @@ def test_a_killed_run_leaves_nothing_half_known(run, counted, monkeypatch, tmp_p
     known = sum(
         int(np.fromfile(folder / "known", dtype=np.uint8).sum()) for folder in folders(tmp_path)
     )
-    all_of_them, counted["responses"] = counted["responses"], 0
+    total, counted["responses"] = counted["responses"], 0
     after = run("after", *tiny)
-    assert 0 < known and counted["responses"] == all_of_them - known
+    assert known > 0 and counted["responses"] == total - known
     a, b = final_weights(after), final_weights(run("clean", *tiny, "reference.cache=false"))
     assert max((a[key] - b[key]).abs().max().item() for key in a) < 1e-4
 
@@ -201,11 +199,14 @@ def test_runs_that_start_together_wait_for_the_one_that_computes(imdb_dir, llama
         )
         for command in commands
     ]
-    told = []
+    lines = []
     for process in started:
         out, error = process.communicate(timeout=300)
         assert process.returncode == 0, error
-        told += [line for line in out.splitlines() if line.startswith("reference:")]
-    found = sorted(int(line.split(" responses, ")[1].split()[0].replace(",", "")) for line in told)
-    assert len(found) == 2 and found[0] == 0 and found[1] > 0  # one computed all, the other none
+        lines += [line for line in out.splitlines() if line.startswith("reference:")]
+    on_disk = sorted(
+        int(line.split(" responses, ")[1].split()[0].replace(",", "")) for line in lines
+    )
+    assert len(on_disk) == 2
+    assert on_disk[0] == 0 and on_disk[1] > 0  # one run computed all, the other none
     assert same_weights(final_weights(tmp_path / "a"), final_weights(tmp_path / "b"))

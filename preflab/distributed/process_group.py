@@ -180,8 +180,6 @@ def _join() -> World:
         job = int(os.environ.get("SLURM_JOB_ID", 0)) * 7 + int(os.environ.get("SLURM_STEP_ID", 0))
         os.environ.setdefault("MASTER_PORT", str(_port_of_command_line() or 20_000 + job % 20_000))
     joined = World(rank, size, local_rank, local_size)
-    if rank > 0:
-        sys.stdout = open(os.devnull, "w")  # noqa: SIM115  (rank 0 speaks for all)
     try:
         _init_process_group(rank=rank, world_size=size, device=joined.device)
     except dist.DistNetworkError as error:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import logging
 from pathlib import Path
 
 from tqdm import tqdm
@@ -13,13 +14,12 @@ from preflab.distributed.process_group import World
 from preflab.distributed.signals import Stopped, StopSignals
 from preflab.evaluation.held_out import evaluate_loss
 from preflab.evaluation.samples import Sampling, sample_and_measure
-from preflab.evaluation.worklist import Checkpoint, finish_evaluation, temperatures
+from preflab.evaluation.worklist import Checkpoint, draws_samples, finish_evaluation, temperatures
 from preflab.modeling.fsdp import reshard
 from preflab.modeling.layout_choice import choose_layout
 from preflab.modeling.loading import build_policy, build_reference
 from preflab.modeling.logprobs import Scorer
 from preflab.modeling.parallelism import bind_place
-from preflab.modeling.reference_cache import samples
 from preflab.objective.registry import BoundLoss
 from preflab.rewards.registry import Score
 from preflab.settings.values import changed
@@ -27,6 +27,8 @@ from preflab.training.checkpoints import Counters
 from preflab.training.metrics import MetricLog
 from preflab.training.summary import write_summary
 from utils import append_rows
+
+logger = logging.getLogger(__name__)
 
 
 class Evaluator:
@@ -58,7 +60,7 @@ class Evaluator:
         examples: how many the policy has learned from so far.
         """
         values = self.held_out_losses(policy, reference, layout)
-        if samples(self.settings, self.loss):
+        if draws_samples(self.settings, self.loss):
             rows, means = self.sample(
                 policy,
                 reference,
@@ -158,13 +160,13 @@ def evaluate_checkpoints(
                 last_tokens=scalar,
             )
             reshard(policy.model)
-            print(f"layout: {layout.name}" + (f" ({reason})" if reason else ""))
+            logger.info(f"layout: {layout.name}" + (f" ({reason})" if reason else ""))
             if not scalar:
                 reference = build_reference(settings.model, policy, training=False, place=place)
         losses = evaluator.held_out_losses(policy, reference, layout)
         for temperature in missing:
             rows, means = [], {}
-            if samples(settings, evaluator.loss):
+            if draws_samples(settings, evaluator.loss):
                 rows, means = evaluator.sample(
                     policy, reference, layout, n=settings.n_eval_examples, temperature=temperature
                 )

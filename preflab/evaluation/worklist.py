@@ -34,6 +34,13 @@ class Checkpoint:
     about: dict = field(compare=False)
 
 
+def draws_samples(config, loss) -> bool:
+    """Whether evaluations sample from policy and reference, and measure the KL between them."""
+    if "scalar_head" in loss.reads:
+        return False
+    return config.sample_during_eval or config.function == "eval"
+
+
 def expand_archives(archive) -> list[str | None]:
     """`model.archive` as a list of paths. It may be one or several archives, glob patterns, and
     folders of runs (the newest checkpoint of each). An archive that is given twice, for example as

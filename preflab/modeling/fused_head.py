@@ -1,23 +1,25 @@
-"""The head of a language model and what is read from its distribution, with a backward pass of its own."""
+"""The LM head fused with the log-softmax, with its own backward pass, a chunk of tokens at a time.
+
+Shapes: T scored tokens, V vocabulary, H hidden size.
+"""
 
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-CHUNK_ELEMENTS = 2**25  # logits in flight: 128 MiB in fp32
+CHUNK_ELEMENTS = 2**25  # logits in memory at a time: 128 MiB in fp32
+
+# Probabilities saved for the backward pass: 256 MiB. Where there are more, all are recomputed.
+SAVED_ELEMENTS = 2**26
+
+# A GPU gets this many times both budgets: each chunk reads the whole weight of the head and adds to
+# its whole gradient, so that small chunks are slow.
+GPU_FACTOR = 4
 
 
-KEPT_ELEMENTS = (
-    2**26
-)  # probabilities kept for the backward pass: 256 MiB; where there are more, all are computed again
-
-
-ON_A_GPU = 4  # times as many of both: a chunk reads the whole head, and writes its gradient
-
-
-class Tokens(NamedTuple):
-    """What is known of each scored token, (tokens,) each; None where not asked for."""
+class TokenScores(NamedTuple):
+    """Values of each scored token, (T,) each; None where they are not asked for."""
 
     logps: Tensor
     kl: Tensor | None
@@ -26,29 +28,36 @@ class Tokens(NamedTuple):
     collision: Tensor | None
 
 
-def together(chunks: list[Tokens]) -> Tokens:
-    return Tokens(*(None if column[0] is None else torch.cat(column) for column in zip(*chunks)))
+def concatenate(chunks: list[TokenScores]) -> TokenScores:
+    columns = zip(*chunks, strict=True)
+    return TokenScores(*(None if column[0] is None else torch.cat(column) for column in columns))
 
 
 def chunk_slices(hidden: Tensor, vocabulary: int, buffers: int = 1) -> list[slice]:
-    """The tokens of `hidden` in chunks whose logits, `buffers` times, fit into CHUNK_ELEMENTS."""
-    n, step = len(hidden), max(1, _here(CHUNK_ELEMENTS, hidden) // (vocabulary * buffers))
-    return [slice(begin, min(begin + step, n)) for begin in range(0, n, step)]
+    """Slices of the T tokens of `hidden` such that `buffers` tensors of a chunk's logits fit into
+    CHUNK_ELEMENTS."""
+    n_tokens = len(hidden)
+    step = max(1, _budget(CHUNK_ELEMENTS, hidden) // (vocabulary * buffers))
+    return [slice(begin, min(begin + step, n_tokens)) for begin in range(0, n_tokens, step)]
 
 
-def _here(elements: int, hidden: Tensor) -> int:
-    return elements * (ON_A_GPU if hidden.device.type == "cuda" else 1)
+def _budget(elements: int, hidden: Tensor) -> int:
+    return elements * (GPU_FACTOR if hidden.device.type == "cuda" else 1)
 
 
 class LinearLogProbs(torch.autograd.Function):
-    """Linear layer, log-softmax, and what is read off it, in one: the logits of a chunk are
-    overwritten by each next step.
+    """Linear layer, log-softmax, KL, entropy and collision in one function: each step overwrites
+    the logits of a chunk.
 
-    hidden (tokens, hidden size), weight (vocabulary, hidden size), bias (vocabulary,) or None,
-    targets (tokens,); the same of the reference, without gradient; kl, entropy and collision as in
-    `score_responses`. Returns the fields of `Tokens`, all but log-probs and KL without gradient.
-    With p and q the distributions of policy and reference and z the policy's logits: d log p(t) /
-    dz = onehot(t) - p, d KL(q || p) / dz = p - q, d KL(p || q) / dz = p (log p/q - KL).
+    hidden (T, H), weight (V, H), bias (V,) or None, targets (T,); hidden states, weight and bias of
+    the reference, which get no gradient; kl, entropy and collision as in `score_responses`.
+    differentiable: whether a backward pass may follow. Returns the fields of `TokenScores`; only
+    log-probs and KL have a gradient.
+
+    With p and q the distributions of policy and reference and z the policy's logits:
+    d log p(t) / dz = onehot(t) - p
+    d KL(q || p) / dz = p - q
+    d KL(p || q) / dz = p (log p/q - KL)
     """
 
     @staticmethod
@@ -68,63 +77,66 @@ class LinearLogProbs(torch.autograd.Function):
     ):
         inputs = hidden, weight, bias, targets, reference_hidden, reference_weight, reference_bias
         ctx.save_for_backward(*inputs)
-        ctx.kl, ctx.kept = kl, []
-        pieces = chunk_slices(hidden, len(weight), 1 if kl is None else 4)
-        keep = (
+        ctx.kl, ctx.saved_chunks = kl, []
+        n_saved = len(hidden) * len(weight) * (1 if kl is None else 2)
+        save = (
             differentiable
             and any(ctx.needs_input_grad)
-            and len(hidden) * len(weight) * (1 if kl is None else 2) <= _here(KEPT_ELEMENTS, hidden)
+            and n_saved <= _budget(SAVED_ELEMENTS, hidden)
         )
         chunks = []
-        for piece in pieces:
-            tokens, kept = _forward_chunk(inputs, piece, kl, entropy, collision)
-            chunks.append(tokens)
-            if keep:
-                ctx.kept.append(kept)
-            del kept
-        tokens = together(chunks)
-        ctx.mark_non_differentiable(*(column for column in tokens[2:] if column is not None))
-        return tuple(tokens)
+        for piece in chunk_slices(hidden, len(weight), _buffers(kl)):
+            scores, saved = _forward_chunk(inputs, piece, kl, entropy, collision)
+            chunks.append(scores)
+            if save:
+                ctx.saved_chunks.append(saved)
+            del saved  # before the next chunk is computed
+        scores = concatenate(chunks)
+        ctx.mark_non_differentiable(*(column for column in scores[2:] if column is not None))
+        return tuple(scores)
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx, grad_logps, grad_kl, *_):
         inputs = ctx.saved_tensors
         hidden, weight, bias, targets = inputs[:4]
-        wanted = [
+        needs_grad = [
             tensor is not None and needed
-            for tensor, needed in zip((hidden, weight, bias), ctx.needs_input_grad)
+            for tensor, needed in zip((hidden, weight, bias), ctx.needs_input_grad[:3], strict=True)
         ]
-        grads = [torch.empty_like(hidden) if wanted[0] else None, None, None]
+        grad_hidden = torch.empty_like(hidden) if needs_grad[0] else None
+        grad_weight = grad_bias = None
         with torch.autocast(hidden.device.type, enabled=False):
-            for piece in chunk_slices(hidden, len(weight), 1 if ctx.kl is None else 4):
-                # What was kept is overwritten here, so a second backward pass computes it again.
-                kept = (
-                    ctx.kept.pop(0)
-                    if ctx.kept
-                    else _forward_chunk(inputs, piece, ctx.kl, False, False)[1]
+            for piece in chunk_slices(hidden, len(weight), _buffers(ctx.kl)):
+                # The saved probabilities are overwritten here, so a second backward pass recomputes
+                # them.
+                if ctx.saved_chunks:
+                    saved = ctx.saved_chunks.pop(0)
+                else:
+                    _, saved = _forward_chunk(inputs, piece, ctx.kl, False, False)
+                chunk_grad_kl = None if ctx.kl is None else grad_kl[piece]
+                grad_logits = _logit_gradient(
+                    saved, targets[piece], grad_logps[piece], chunk_grad_kl
                 )
-                slope = _logit_gradient(
-                    kept,
-                    targets[piece],
-                    grad_logps[piece],
-                    None if ctx.kl is None else grad_kl[piece],
-                )
-                slope = slope.to(weight.dtype)
-                if wanted[0]:
-                    torch.mm(slope, weight, out=grads[0][piece])
-                if wanted[1]:
-                    grads[1] = _add_product(grads[1], slope.t(), hidden[piece])
-                if wanted[2]:
-                    grads[2] = slope.sum(
-                        0, dtype=torch.promote_types(slope.dtype, torch.float32)
-                    ) + (0 if grads[2] is None else grads[2])
-                del kept, slope
-        return *grads, *[None] * 8
+                grad_logits = grad_logits.to(weight.dtype)
+                if needs_grad[0]:
+                    torch.mm(grad_logits, weight, out=grad_hidden[piece])
+                if needs_grad[1]:
+                    grad_weight = _add_product(grad_weight, grad_logits.t(), hidden[piece])
+                if needs_grad[2]:
+                    grad_bias = _add_column_sums(grad_bias, grad_logits)
+                del saved, grad_logits  # before the next chunk is computed
+        return grad_hidden, grad_weight, grad_bias, *[None] * 8
+
+
+def _buffers(kl: str | None) -> int:
+    """Number of (chunk, V) tensors in memory at a time: with a KL, the logits and probabilities of
+    both models."""
+    return 1 if kl is None else 4
 
 
 def _add_product(total: Tensor | None, a: Tensor, b: Tensor) -> Tensor:
-    """total + a @ b, the sum in fp32 or better whatever a and b are."""
+    """total + a @ b; the sum is in fp32 or better, whatever the dtype of a and b."""
     if total is None:
         return a @ b
     if total.dtype == torch.promote_types(total.dtype, torch.float32):
@@ -132,71 +144,74 @@ def _add_product(total: Tensor | None, a: Tensor, b: Tensor) -> Tensor:
     return total.float().add_(a @ b)
 
 
+def _add_column_sums(total: Tensor | None, values: Tensor) -> Tensor:
+    """total + the sums over tokens of (T, V) values, in fp32 or better."""
+    dtype = torch.promote_types(values.dtype, torch.float32)
+    return values.sum(0, dtype=dtype) + (0 if total is None else total)
+
+
 def _forward_chunk(
     inputs, piece: slice, kl: str | None, entropy: bool, collision: bool
-) -> tuple[Tokens, tuple]:
-    """The tokens of a chunk, and what its backward pass needs."""
+) -> tuple[TokenScores, tuple]:
+    """The scores of a chunk, and what its backward pass needs."""
     hidden, weight, bias, targets, *reference = inputs
     logits = _linear(hidden[piece], weight, bias)
-    picked = logits.gather(1, targets[piece, None])
+    target_logits = logits.gather(1, targets[piece, None])
     p, log_total = _softmax_(logits if kl is None else logits.clone())
-    logps = (picked - log_total).squeeze(1)
+    logps = (target_logits - log_total).squeeze(1)
     token_entropy = torch.special.entr(p).sum(1) if entropy else None
-    token_collision = (
-        _dot(p, p).log() if collision else None
-    )  # at least 1/vocabulary, so it cannot underflow
+    # A collision probability is at least 1/V, so it cannot underflow.
+    token_collision = _dot(p, p).log() if collision else None
     if kl is None:
-        return Tokens(logps, None, token_entropy, None, token_collision), (None, p)
-    reference_logits = _linear(reference[0][piece], *reference[1:])
+        return TokenScores(logps, None, token_entropy, None, token_collision), (None, p)
+    reference_hidden, reference_weight, reference_bias = reference
+    reference_logits = _linear(reference_hidden[piece], reference_weight, reference_bias)
     q, reference_log_total = _softmax_(reference_logits.clone())
-    ratio = logits.sub_(log_total).sub_(reference_logits.sub_(reference_log_total))  # log p/q
+    log_ratio = logits.sub_(log_total).sub_(reference_logits.sub_(reference_log_total))  # log p/q
     reference_logps = reference_logits.gather(1, targets[piece, None]).squeeze(1)
     if kl == "reference||policy":
-        return Tokens(logps, -_dot(q, ratio), token_entropy, reference_logps, token_collision), (
-            kl,
-            p,
-            q,
-        )
-    token_kl = _dot(p, ratio)
-    return Tokens(logps, token_kl, token_entropy, reference_logps, token_collision), (
-        kl,
-        p,
-        ratio.sub_(token_kl[:, None]),
-    )
+        token_kl = -_dot(q, log_ratio)
+        saved = (kl, p, q)
+    else:
+        token_kl = _dot(p, log_ratio)
+        saved = (kl, p, log_ratio.sub_(token_kl[:, None]))
+    return TokenScores(logps, token_kl, token_entropy, reference_logps, token_collision), saved
 
 
 def _linear(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    """Logits in fp32 or better."""
+    """Logits (T, V) in fp32 or better."""
     logits = hidden @ weight.t()
     logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
     return logits if bias is None else logits.add_(bias)
 
 
 def _softmax_(logits: Tensor) -> tuple[Tensor, Tensor]:
-    """Logits (tokens, vocabulary) overwritten by their softmax, and their log-sum-exp (tokens,
-    1)."""
+    """Logits (T, V) overwritten by their softmax, and their log-sum-exp (T, 1)."""
     largest = logits.amax(1, keepdim=True)
     total = logits.sub_(largest).exp_().sum(1, keepdim=True)
     return logits.div_(total), largest + total.log()
 
 
 def _dot(a: Tensor, b: Tensor) -> Tensor:
-    """Row by row, without writing the products down."""
+    """Dot products of the rows of a and b, (T,), without a tensor for the elementwise products."""
     return torch.bmm(a[:, None], b[:, :, None]).flatten()
 
 
 def _logit_gradient(
-    kept: tuple, targets: Tensor, grad_logps: Tensor, grad_kl: Tensor | None
+    saved: tuple, targets: Tensor, grad_logps: Tensor, grad_kl: Tensor | None
 ) -> Tensor:
-    """Gradient with respect to the logits of a chunk, in the memory of its probabilities."""
-    kl, p, *other = kept
-    a = grad_logps[:, None].to(p.dtype)
+    """Gradient with respect to the logits of a chunk, (T, V), in the memory of its
+    probabilities."""
+    kl, p, *rest = saved
+    g_logp = grad_logps[:, None].to(p.dtype)
     if kl is None:
-        slope = p.mul_(-a)
+        grad_logits = p.mul_(-g_logp)
     elif kl == "reference||policy":
-        g = grad_kl[:, None].to(p.dtype)
-        slope = p.mul_(g - a).sub_(other[0].mul_(g))
+        [q] = rest
+        g_kl = grad_kl[:, None].to(p.dtype)
+        grad_logits = p.mul_(g_kl - g_logp).sub_(q.mul_(g_kl))
     else:
-        g = grad_kl[:, None].to(p.dtype)
-        slope = p.mul_(other[0].mul_(g).sub_(a))
-    return slope.scatter_add_(1, targets[:, None], a)
+        [centred_log_ratio] = rest  # log p/q - KL
+        g_kl = grad_kl[:, None].to(p.dtype)
+        grad_logits = p.mul_(centred_log_ratio.mul_(g_kl).sub_(g_logp))
+    return grad_logits.scatter_add_(1, targets[:, None], g_logp)

@@ -1,5 +1,5 @@
-"""Samples from a policy. The k-th sample of a prompt depends on (seed, prompt, k) alone, not on the
-batch it was in."""
+"""Sampling from a policy. The k-th sample of a prompt depends on (seed, prompt, k) only, not on the
+batch it was drawn in."""
 
 import contextlib
 import functools
@@ -17,21 +17,20 @@ from preflab.modeling.logprobs import Scorer
 
 
 class InverseCDF(LogitsProcessor):
-    """Chooses each next token from one uniform number: the first token at which the cumulative
-    probability exceeds it.
+    """Chooses each next token by inverse transform sampling: the first token at which the
+    cumulative probability exceeds a uniform random number.
 
     All logits but the chosen token's become -inf, so that greedy decoding takes it. uniforms:
-    (rows, steps) in [0, 1). temperature 0 is greedy. top_p: the smallest set of most likely tokens
-    that holds this much probability.
+    (rows, steps) in [0, 1). temperature: 0 is greedy. top_p: draw from the smallest set of most
+    likely tokens that holds this much probability (Holtzman et al. 2020). prompt_width: columns of
+    `input_ids` that belong to the prompt and its padding.
     """
 
     def __init__(self, uniforms: Tensor, temperature: float, top_p: float, prompt_width: int):
-        self.uniforms, self.temperature, self.top_p, self.prompt_width = (
-            uniforms,
-            temperature,
-            top_p,
-            prompt_width,
-        )
+        self.uniforms = uniforms
+        self.temperature = temperature
+        self.top_p = top_p
+        self.prompt_width = prompt_width
 
     def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
         if self.temperature == 0:
@@ -44,11 +43,12 @@ class InverseCDF(LogitsProcessor):
             probabilities = probabilities.masked_fill(before >= self.top_p, 0.0)
         cumulative = probabilities.cumsum(-1, dtype=torch.float64)
         total = cumulative[:, -1:]
-        u = self.uniforms[:, input_ids.shape[1] - self.prompt_width, None].to(cumulative)
-        # Rounding can put u * total on the last edge; the last token with any probability is then
-        # meant.
-        below = torch.minimum(u * total, torch.nextafter(total, torch.zeros_like(total)))
-        chosen = torch.searchsorted(cumulative, below, right=True)
+        step = input_ids.shape[1] - self.prompt_width
+        u = self.uniforms[:, step, None].to(cumulative)
+        # u * total may round up to total, which lies beyond every token. The largest number below
+        # it selects the last token with a positive probability.
+        threshold = torch.minimum(u * total, torch.nextafter(total, torch.zeros_like(total)))
+        chosen = torch.searchsorted(cumulative, threshold, right=True)
         if order is not None:
             chosen = order.gather(-1, chosen)
         return torch.full_like(scores, -torch.inf).scatter(-1, chosen, 0.0)
@@ -69,12 +69,12 @@ def sample(
     description: str = "sample",
     world: World = ALONE,
 ) -> list[list[int]]:
-    """One response a prompt, as token ids, with its EOS when it ended within `max_new_tokens`.
+    """One response to each prompt, as token ids, with its EOS if it ended within `max_new_tokens`.
 
-    keys: a number, or two, for each prompt; equal (seed, key) draw equal random numbers. Prompts
+    keys: one number or two for each prompt; equal (seed, key) draw equal random numbers. Prompts
     are batched by length and spread over the ranks; every rank gets all responses.
     """
-    order = sorted(range(len(prompts)), key=lambda i: (len(prompts[i]), i))
+    by_length = sorted(range(len(prompts)), key=lambda i: (len(prompts[i]), i))
     bar = tqdm(
         total=len(prompts),
         desc=description,
@@ -83,48 +83,50 @@ def sample(
         delay=1.0,
         disable=world.no_bar,
     )
-    mine = []
-    with _packed(policy):
-        for rows, n_real in world.batches(order, batch_size):
-            uniforms = np.stack(
-                [
-                    np.random.default_rng([seed, *np.atleast_1d(keys[i])]).random(max_new_tokens)
-                    for i in rows
-                ]
-            )
-            generated = _generate(
+    drawn = []  # (index of the prompt, response) of this rank
+    with _packed_weights(policy):
+        for rows, n_real in world.batches(by_length, batch_size):
+            uniforms = np.stack([_uniforms(seed, keys[i], max_new_tokens) for i in rows])
+            responses = _generate(
                 policy,
                 tokenizer,
                 [prompts[i] for i in rows],
                 torch.from_numpy(uniforms),
                 temperature,
                 top_p,
-                in_step=world.size > 1,
+                synced=world.size > 1,
             )
-            mine += list(zip(rows, generated))[:n_real]
+            drawn += list(zip(rows, responses, strict=True))[:n_real]
             bar.update(n_real * world.data_ranks)
     bar.close()
-    responses = dict(world.gather(mine))
-    return [responses[i] for i in range(len(prompts))]
+    by_prompt = dict(world.gather(drawn))
+    return [by_prompt[i] for i in range(len(prompts))]
+
+
+def _uniforms(seed: int, key: int | tuple[int, int], n: int) -> np.ndarray:
+    """(n,) in [0, 1), a function of (seed, key)."""
+    return np.random.default_rng([seed, *np.atleast_1d(key)]).random(n)
 
 
 def _generate(
     policy: Scorer,
     tokenizer,
-    prompts,
+    prompts: list[list[int]],
     uniforms: Tensor,
     temperature: float,
     top_p: float,
     *,
-    in_step: bool,
+    synced: bool,
 ) -> list[list[int]]:
+    """Responses of one batch. uniforms: (prompts, max_new_tokens). synced: ranks whose rows have
+    all ended run on until those of every rank have, as a sharded model needs."""
     width, device = max(map(len, prompts)), policy.device
     input_ids = torch.full((len(prompts), width), tokenizer.pad_token_id)
     mask = torch.zeros_like(input_ids)
     for row, prompt in enumerate(prompts):
         input_ids[row, width - len(prompt) :] = torch.tensor(prompt)
         mask[row, width - len(prompt) :] = 1
-    with policy.active(), _evaluating(policy.causal_lm), torch.compiler.set_stance("force_eager"):
+    with policy.active(), _eval_mode(policy.causal_lm), torch.compiler.set_stance("force_eager"):
         output = policy.causal_lm.generate(
             input_ids=input_ids.to(device),
             attention_mask=mask.to(device),
@@ -133,16 +135,16 @@ def _generate(
             logits_processor=[InverseCDF(uniforms.to(device), temperature, top_p, width)],
             eos_token_id=tokenizer.eos_token_id,
             pad_token_id=tokenizer.pad_token_id,
-            synced_gpus=in_step,  # a rank whose rows have ended goes on until those of all have
-            **_cache(policy.causal_lm),
+            synced_gpus=synced,
+            **_cache_options(policy.causal_lm),
         )
     return [_until_eos(row, tokenizer.eos_token_id) for row in output[:, width:].tolist()]
 
 
 @contextlib.contextmanager
-def _evaluating(model):
-    """Out of training mode, in which layers with activation checkpointing take no cache and would
-    see one token alone."""
+def _eval_mode(model: nn.Module):
+    """The model in eval mode: in training mode, layers with activation checkpointing use no cache
+    and would see each new token alone."""
     training = model.training
     model.eval()
     try:
@@ -152,49 +154,53 @@ def _evaluating(model):
 
 
 class _GrowingLayer(DynamicLayer):
-    """Keys and values of a layer in memory that doubles when it is full, where the library's copies
-    all for each token."""
+    """A layer's keys and values in buffers that double in size when they are full. The library's
+    layer copies all of them for each token."""
 
     def update(
         self, key_states: Tensor, value_states: Tensor, *args, **kwargs
     ) -> tuple[Tensor, Tensor]:
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
-            self.length, self.room = 0, None
+            self.length, self.buffers = 0, None
         end = self.length + key_states.shape[-2]
-        if self.room is None or end > self.room[0].shape[-2]:
-            grown = [
-                states.new_empty(*states.shape[:-2], max(64, 2 * end), states.shape[-1])
-                for states in (key_states, value_states)
-            ]
-            for new, old in zip(grown, (self.keys, self.values) if self.length else ()):
-                new[..., : self.length, :] = old
-            self.room = grown
-        for room, states in zip(self.room, (key_states, value_states)):
-            room[..., self.length : end, :] = states
-        self.keys, self.values = (room[..., :end, :] for room in self.room)
+        if self.buffers is None or end > self.buffers[0].shape[-2]:
+            self._grow(key_states, value_states, max(64, 2 * end))
+        for buffer, states in zip(self.buffers, (key_states, value_states), strict=True):
+            buffer[..., self.length : end, :] = states
+        self.keys, self.values = (buffer[..., :end, :] for buffer in self.buffers)
         self.length = end
         return self.keys, self.values
 
+    def _grow(self, key_states: Tensor, value_states: Tensor, size: int) -> None:
+        """New buffers for `size` positions, with the keys and values so far."""
+        buffers = [
+            states.new_empty(*states.shape[:-2], size, states.shape[-1])
+            for states in (key_states, value_states)
+        ]
+        if self.length:
+            for buffer, states in zip(buffers, (self.keys, self.values), strict=True):
+                buffer[..., : self.length, :] = states
+        self.buffers = buffers
 
-def _cache(model: nn.Module) -> dict:
-    """A cache of growing layers for models whose layers all keep everything; others choose their
-    own."""
-    standard = DynamicCache(config=model.config)
-    if any(type(layer) is not DynamicLayer for layer in standard.layers):
+
+def _cache_options(model: nn.Module) -> dict:
+    """A cache of growing layers, for models whose layers all attend to every position; other models
+    create their own cache."""
+    cache = DynamicCache(config=model.config)
+    if any(type(layer) is not DynamicLayer for layer in cache.layers):
         return {}
-    standard.layers = [_GrowingLayer() for _ in standard.layers]
-    return {"past_key_values": standard}
+    cache.layers = [_GrowingLayer() for _ in cache.layers]
+    return {"past_key_values": cache}
 
 
 @contextlib.contextmanager
-def _packed(policy: Scorer):
-    """Inside, linear layers of a float32 model on a CPU have their weights in the order in which
-    oneDNN wants them.
+def _packed_weights(policy: Scorer):
+    """Inside, the linear layers of a float32 model on a CPU use weights in oneDNN's blocked format.
 
-    A decoding step multiplies them with a few rows only, which takes plain weights up to three
-    times as long. It costs a second copy of the weights, and nothing where the model is placed over
-    ranks or devices.
+    A decoding step multiplies them with a few rows only, which takes up to three times as long with
+    plain weights. It costs a second copy of the weights. Models that are placed over ranks or
+    devices stay as they are.
     """
     model, changed = policy.causal_lm, []
     usable = (
@@ -204,23 +210,26 @@ def _packed(policy: Scorer):
     )
     try:
         for module in model.modules() if usable else ():
-            if (
-                type(module) in (nn.Linear, Conv1D)
-                and module.weight.device.type == "cpu"
-                and module.weight.dtype == torch.float32
-            ):
-                weight = (
-                    module.weight.detach().t()
-                    if isinstance(module, Conv1D)
-                    else module.weight.detach()
-                )
-                packed = torch.ops.mkldnn._reorder_linear_weight(weight.contiguous())
-                module.forward = functools.partial(_packed_linear, packed, module.bias)
-                changed.append(module)
+            if not _can_pack(module):
+                continue
+            weight = module.weight.detach()
+            if isinstance(module, Conv1D):  # GPT-2's layers store the transposed weight
+                weight = weight.t()
+            packed = torch.ops.mkldnn._reorder_linear_weight(weight.contiguous())
+            module.forward = functools.partial(_packed_linear, packed, module.bias)
+            changed.append(module)
         yield
     finally:
         for module in changed:
             del module.forward
+
+
+def _can_pack(module: nn.Module) -> bool:
+    return (
+        type(module) in (nn.Linear, Conv1D)
+        and module.weight.device.type == "cpu"
+        and module.weight.dtype == torch.float32
+    )
 
 
 def _packed_linear(weight: Tensor, bias: Tensor | None, rows: Tensor) -> Tensor:
@@ -228,4 +237,5 @@ def _packed_linear(weight: Tensor, bias: Tensor | None, rows: Tensor) -> Tensor:
 
 
 def _until_eos(tokens: list[int], eos: int) -> list[int]:
+    """The tokens up to the first EOS, which is included."""
     return tokens[: tokens.index(eos) + 1] if eos in tokens else tokens

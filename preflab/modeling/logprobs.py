@@ -1,10 +1,12 @@
-"""The only code that touches logits: response log-probs, full-vocabulary KL and entropy, chunked
-over tokens, in fp32.
+"""The only code that touches logits: response log-probs, full-vocabulary KL and entropy, in fp32.
 
-The LM head is applied to the hidden states of scored positions alone, a chunk of tokens at a time,
-in one function with the log-softmax and with a backward pass of its own. So no tensor of
-[responses, positions, vocabulary] ever exists: what is kept for the backward pass is (tokens,
-hidden size), and probabilities only where they are few.
+The LM head is applied to the hidden states of scored positions only, a chunk of tokens at a time,
+in one function with the log-softmax and its own backward pass (fused_head.py). No tensor of
+(responses, positions, vocabulary) ever exists: hidden states are saved for the backward pass, and
+probabilities only where there are few.
+
+Shapes: T scored tokens of a batch, R responses, V vocabulary, H hidden size. A scored token is a
+response token, in the order of `batch.targets`; its hidden state sits one position before it.
 """
 
 import contextlib
@@ -18,77 +20,78 @@ from torch.utils.checkpoint import checkpoint
 
 from preflab.batching.packed_attention import block_mask
 from preflab.batching.packing import Batch
-from preflab.modeling.fused_head import LinearLogProbs, Tokens, chunk_slices, together
+from preflab.modeling.fused_head import LinearLogProbs, TokenScores, chunk_slices, concatenate
 from utils import ConfigError
 
 
 class Scorer:
     """A causal LM split into body and head, so that the head can run on scored positions only.
 
-    adapter_off: a LoRA model read as the model it was adapted from (the reference of a LoRA run).
-    autocast: dtype of the forward pass, or None for the dtype of the weights.
+    adapter_off: a LoRA model read as its base model (the reference of a LoRA run). autocast: dtype
+    of the forward pass, or None for the dtype of the weights.
+
+    A placement changes three attributes. enter: calls a function while a sharded model's weights
+    are gathered. placed_on: the device of inputs, where it is not that of the weights. mixed: dtype
+    of the forward pass where it is not that of the weights, whether by autocast or by FSDP.
     """
 
     def __init__(
         self, model: nn.Module, *, adapter_off: bool = False, autocast: torch.dtype | None = None
     ):
-        self.model, self.adapter_off, self.autocast = model, adapter_off, autocast
-        # dtype of the forward pass where it is not that of the weights, whoever sees to it
+        self.model = model
+        self.adapter_off = adapter_off
+        self.autocast = autocast
         self.mixed = autocast
-        self.enter: Callable = lambda function: (
-            function()
-        )  # where a sharded model gathers its weights
-        self.placed_on: torch.device | None = (
-            None  # where inputs go, if that is not where the weights rest
-        )
+        self.enter: Callable = lambda function: function()
+        self.placed_on: torch.device | None = None
 
     @property
     def causal_lm(self) -> nn.Module:
-        """The transformers model inside a possible LoRA wrapper."""
+        """The transformers model, without the LoRA wrapper if there is one."""
         return self.model.get_base_model() if hasattr(self.model, "peft_config") else self.model
 
     @property
     def device(self) -> torch.device:
-        """Where inputs go."""
+        """The device of inputs."""
         return self.placed_on or self.causal_lm.get_input_embeddings().weight.device
 
     @contextlib.contextmanager
     def active(self):
-        """Whatever runs the whole model runs inside this; what runs parts of it goes through
-        `run`."""
+        """Autocast and the adapter's state, for code that runs the whole model. Code that runs
+        parts of it goes through `run`."""
         with contextlib.ExitStack() as stack:
             if self.adapter_off:
-                stack.enter_context(_adapter_off(self.model))
+                stack.enter_context(_adapter_disabled(self.model))
             if self.autocast is not None:
                 stack.enter_context(torch.autocast(self.device.type, self.autocast))
             yield
 
     def run(self, function: Callable):
-        """`function()`, which may use `hidden` and `logits`: a sharded model has its weights only
+        """`function()`, which may call `hidden` and `logits`: a sharded model has its weights only
         in here."""
         with self.active():
             return self.enter(function)
 
     def hidden(self, batch: Batch, positions: Tensor) -> Tensor:
-        """Last hidden states at `positions` of rows*width: (positions, hidden size)."""
+        """Last hidden states (T, H) at `positions` (T,), indices into rows*width."""
         body = getattr(self.causal_lm, self.causal_lm.base_model_prefix)
         options = {} if batch.segments is None else {"position_ids": batch.position_ids}
         output = body(
-            input_ids=batch.input_ids, attention_mask=_mask(batch), use_cache=False, **options
+            input_ids=batch.input_ids,
+            attention_mask=_attention_mask(batch),
+            use_cache=False,
+            **options,
         )
         states = output.last_hidden_state
         hidden = states.flatten(0, 1)[positions.to(states.device)]
         head = self.causal_lm.get_output_embeddings()
-        # Of a model spread over GPUs, layer after layer, the head need not be where the last layer
-        # is.
-        return (
-            hidden.to(head.weight.device)
-            if head is not None and hasattr(self.causal_lm, "hf_device_map")
-            else hidden
-        )
+        if head is not None and hasattr(self.causal_lm, "hf_device_map"):
+            # Layers are spread over GPUs, and the head may be on another one than the last layer.
+            return hidden.to(head.weight.device)
+        return hidden
 
     def logits(self, hidden: Tensor) -> Tensor:
-        """(tokens, hidden size) -> (tokens, vocabulary), in fp32 or better."""
+        """Hidden states (T, H) to logits (T, V), in fp32 or better."""
         config = self.causal_lm.config.get_text_config()
         logits = self.causal_lm.get_output_embeddings()(hidden)
         logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
@@ -101,41 +104,31 @@ class Scorer:
         return logits
 
     def plain_head(self) -> tuple[Tensor, Tensor | None] | None:
-        """Weight and bias of the LM head, where logits are a linear layer of whole weights and
-        nothing more."""
-        head, config = (
-            self.causal_lm.get_output_embeddings(),
-            self.causal_lm.config.get_text_config(),
-        )
-        more = [
-            getattr(config, name, None)
-            for name in ("logit_scale", "logits_scaling", "final_logit_softcapping")
-        ]
+        """Weight (V, H) and bias (V,) of the LM head where logits are one linear layer with
+        unsharded weights and no scaling or cap; else None."""
+        head = self.causal_lm.get_output_embeddings()
+        config = self.causal_lm.config.get_text_config()
+        transforms = ("logit_scale", "logits_scaling", "final_logit_softcapping")
         if (
             not isinstance(head, nn.Linear)
-            or hasattr(head, "base_layer")
+            or hasattr(head, "base_layer")  # a LoRA layer
             or isinstance(head.weight, DTensor)
-            or any(more)
+            or any(getattr(config, name, None) for name in transforms)
         ):
             return None
         return head.weight, head.bias
 
     def values(self, batch: Batch) -> Tensor:
-        """Output of a scalar head at the last token of each response, (responses,) float64."""
-        return (
-            self.run(lambda: self.causal_lm.score(self.hidden(batch, batch.ends)))
-            .squeeze(-1)
-            .double()
-            .to(batch.ends.device)
-        )
+        """Output of a scalar head at the last token of each response, (R,) float64."""
+        values = self.run(lambda: self.causal_lm.score(self.hidden(batch, batch.ends)))
+        return values.squeeze(-1).double().to(batch.ends.device)
 
     @torch.no_grad()
     def check(self) -> None:
-        """Refuse a model whose own logits differ from head(body(x)): its log-probs would be
-        silently wrong."""
-        ids = torch.arange(1, 9, device=self.device).remainder(
-            self.causal_lm.config.get_text_config().vocab_size
-        )[None]
+        """Compare head(body(x)) with the model's own logits. Raises ConfigError where they differ,
+        since the log-probs would be silently wrong."""
+        vocabulary = self.causal_lm.config.get_text_config().vocab_size
+        ids = torch.arange(1, 9, device=self.device).remainder(vocabulary)[None]
         batch = Batch(ids, *[None] * 8, attention_mask=torch.ones_like(ids))
         ours = self.run(lambda: self.logits(self.hidden(batch, torch.arange(8))))
         with self.active():
@@ -144,34 +137,32 @@ class Scorer:
         bound = 1e-3 if self.is_full_precision() else 0.1
         if not error < bound:
             raise ConfigError(
-                f"{type(self.causal_lm).__name__} does something between its last hidden state and"
-                f" its logits that is not known here: log-probs differ by {error:.3g}; add it to"
-                " Scorer.logits in logprobs.py"
+                f"{type(self.causal_lm).__name__} computes its logits with a step that is not known"
+                f" here: its log-probs differ by {error:.3g} from those of its last hidden states"
+                " and its head; add the step to Scorer.logits in preflab/modeling/logprobs.py"
             )
 
     def is_full_precision(self) -> bool:
-        return self.mixed is None and next(self.model.parameters()).dtype in (
-            torch.float32,
-            torch.float64,
-        )
+        dtype = next(self.model.parameters()).dtype
+        return self.mixed is None and dtype in (torch.float32, torch.float64)
 
 
-def _mask(batch: Batch):
-    """What goes to the layers as the attention mask of a batch; see attention.py."""
+def _attention_mask(batch: Batch):
+    """The attention mask that the layers of a model get; see packed_attention.py."""
     if batch.segments is None:
         return batch.attention_mask
-    return (
-        batch.segments if batch.blocks is None else block_mask(batch.blocks, batch.input_ids.device)
-    )
+    if batch.blocks is None:
+        return batch.segments
+    return block_mask(batch.blocks, batch.input_ids.device)
 
 
 @dataclass
 class ResponseScores:
-    """Log-probs of a batch's responses; sums in float64, tokens as computed. None where not asked
-    for.
+    """Log-probs of a batch's responses: sums in float64, token values as computed. None where not
+    asked for.
 
-    logps, reference_logps, kl, collision: (responses,). token_logps, reference_token_logps,
-    token_kl, token_entropy: (tokens,), in the order of `batch.targets`.
+    (R,): logps, reference_logps, kl, collision. (T,), in the order of `batch.targets`: token_logps,
+    reference_token_logps, token_kl, token_entropy.
     """
 
     logps: Tensor
@@ -182,6 +173,20 @@ class ResponseScores:
     token_kl: Tensor | None = None
     token_entropy: Tensor | None = None
     collision: Tensor | None = None
+
+
+@dataclass(frozen=True)
+class _Extras:
+    """What to compute for each scored token beside its log-prob; see `score_responses`.
+
+    reference, reference_hidden (T, H): the other model of the KL, and its hidden states.
+    """
+
+    kl: str | None = None
+    entropy: bool = False
+    collision: bool = False
+    reference: Scorer | None = None
+    reference_hidden: Tensor | None = None
 
 
 def score_responses(
@@ -196,140 +201,149 @@ def score_responses(
     """Log-probs of every response token, under the policy (with gradient, if enabled) and the
     reference (without).
 
-    reference: not run where the batch knows what it says of each token. kl: full-vocabulary KL at
+    reference: does not run where the batch has its log-probs already. kl: full-vocabulary KL at
     each scored position, with gradient through the policy: "reference||policy" (TDPO) or
     "policy||reference" (evaluation of samples); needs `reference`. entropy: of the policy's
     distribution at each scored position, in nats, without gradient. collision: the log of the
-    probability that two draws from it are the same token, log sum_v pi(v)^2, likewise; summed over
-    positions.
+    probability that two draws from it are the same token, log sum_v pi(v)^2, without gradient,
+    summed over positions.
     """
-    n = len(batch.lengths)
     reference_hidden, reference_token_logps = None, batch.reference_logps
     if kl is not None:
         with torch.no_grad():
             reference_hidden = reference.run(lambda: reference.hidden(batch, batch.positions))
     elif reference is not None and reference_token_logps is None:
         with torch.no_grad():
-            reference_token_logps = reference.run(lambda: _score_body(reference, batch)).logps
-    tokens = policy.run(
-        lambda: _score_body(
-            policy, batch, reference if kl else None, reference_hidden, kl, entropy, collision
-        )
+            reference_token_logps = reference.run(
+                lambda: _score_tokens(reference, batch, _Extras())
+            ).logps
+    extras = _Extras(kl, entropy, collision, reference if kl else None, reference_hidden)
+    tokens = policy.run(lambda: _score_tokens(policy, batch, extras))
+    if kl is not None:
+        reference_token_logps = tokens.reference_logps
+    return _sum_scores(batch, tokens, reference_token_logps)
+
+
+def _sum_scores(
+    batch: Batch, tokens: TokenScores, reference_token_logps: Tensor | None
+) -> ResponseScores:
+    """Token scores and their sums, on the device of the batch."""
+    owners, n = batch.owners, len(batch.lengths)
+    tokens = TokenScores(
+        *(column if column is None else column.to(owners.device) for column in tokens)
     )
-    owners = batch.owners
-    tokens = Tokens(*(column if column is None else column.to(owners.device) for column in tokens))
     scores = ResponseScores(
         sum_by_owner(tokens.logps, owners, n),
         tokens.logps,
         token_kl=tokens.kl,
         token_entropy=tokens.entropy,
     )
-    if kl is not None:
-        reference_token_logps = tokens.reference_logps
     if reference_token_logps is not None:
-        scores.reference_token_logps = reference_token_logps.to(tokens.logps.device)
+        scores.reference_token_logps = reference_token_logps.to(owners.device)
         scores.reference_logps = sum_by_owner(scores.reference_token_logps, owners, n)
-    if kl is not None:
+    if tokens.kl is not None:
         scores.kl = sum_by_owner(tokens.kl, owners, n)
-    if collision:
+    if tokens.collision is not None:
         scores.collision = sum_by_owner(tokens.collision, owners, n)
     return scores
 
 
-def _score_body(scorer: Scorer, batch: Batch, *more) -> Tokens:
+def _score_tokens(scorer: Scorer, batch: Batch, extras: _Extras) -> TokenScores:
+    """Scores of the T scored tokens of a batch: body, then head."""
     hidden = scorer.hidden(batch, batch.positions)
-    return _score_hidden(scorer, hidden, batch.targets.to(hidden.device), *more)
+    targets = batch.targets.to(hidden.device)
+    scores = _score_fused(scorer, hidden, targets, extras)
+    return _score_chunks(scorer, hidden, targets, extras) if scores is None else scores
 
 
-def _score_hidden(
-    policy: Scorer,
-    hidden: Tensor,
-    targets: Tensor,
-    reference: Scorer | None = None,
-    reference_hidden: Tensor | None = None,
-    kl: str | None = None,
-    entropy: bool = False,
-    collision: bool = False,
-) -> Tokens:
-    """Tokens whose hidden states are known; with `kl` also those of the reference, which then comes
-    along."""
-    heads = [policy.plain_head(), reference.plain_head() if reference is not None else (None, None)]
-    if None not in heads and (kl is None or heads[1][0].device == hidden.device):
-        theirs = (None, None, None) if kl is None else (reference_hidden, *heads[1])
-        ours, theirs = _autocast(hidden, *heads[0]), _autocast(*theirs)
-        differentiable = torch.is_grad_enabled()
-        with torch.autocast(hidden.device.type, enabled=False):
-            return Tokens(
-                *LinearLogProbs.apply(
-                    *ours, targets, *theirs, kl, entropy, differentiable, collision
-                )
-            )
+def _score_fused(
+    policy: Scorer, hidden: Tensor, targets: Tensor, extras: _Extras
+) -> TokenScores | None:
+    """Scores by `LinearLogProbs`; None where a head is not plain or on another device."""
+    policy_head = policy.plain_head()
+    if policy_head is None:
+        return None
+    operands = _cast_for_autocast(hidden, *policy_head)
+    reference_operands = [None, None, None]
+    if extras.kl is not None:
+        reference_head = extras.reference.plain_head()
+        if reference_head is None or reference_head[0].device != hidden.device:
+            return None
+        reference_operands = _cast_for_autocast(extras.reference_hidden, *reference_head)
+    differentiable = torch.is_grad_enabled()
+    with torch.autocast(hidden.device.type, enabled=False):
+        columns = LinearLogProbs.apply(
+            *operands,
+            targets,
+            *reference_operands,
+            extras.kl,
+            extras.entropy,
+            differentiable,
+            extras.collision,
+        )
+    return TokenScores(*columns)
+
+
+def _score_chunks(policy: Scorer, hidden: Tensor, targets: Tensor, extras: _Extras) -> TokenScores:
+    """Scores by each head's own module, for heads of any type; the backward pass recomputes each
+    chunk."""
     chunks = []
     for piece in chunk_slices(hidden, policy.causal_lm.config.get_text_config().vocab_size):
-        arguments = (
-            policy,
-            hidden[piece],
-            targets[piece],
-            reference,
-            None if kl is None else reference_hidden[piece],
-            kl,
-            entropy,
-            collision,
-        )
+        reference_hidden = None if extras.kl is None else extras.reference_hidden[piece]
+        arguments = (policy, hidden[piece], targets[piece], reference_hidden, extras)
         if torch.is_grad_enabled() and hidden.requires_grad:
-            chunks.append(
-                checkpoint(_score_chunk, *arguments, use_reentrant=False, preserve_rng_state=False)
+            chunk = checkpoint(
+                _score_chunk, *arguments, use_reentrant=False, preserve_rng_state=False
             )
         else:
-            chunks.append(_score_chunk(*arguments))
-    return together(chunks)
+            chunk = _score_chunk(*arguments)
+        chunks.append(chunk)
+    return concatenate(chunks)
 
 
-def _autocast(*tensors: Tensor | None) -> list[Tensor | None]:
-    """What autocast would do to the operands of a linear layer."""
+def _cast_for_autocast(*tensors: Tensor | None) -> list[Tensor | None]:
+    """Cast the operands of a linear layer as autocast would."""
     device = next((tensor.device.type for tensor in tensors if tensor is not None), None)
     if device is None or not torch.is_autocast_enabled(device):
         return list(tensors)
-    return [
-        tensor if tensor is None else tensor.to(torch.get_autocast_dtype(device))
-        for tensor in tensors
-    ]
+    dtype = torch.get_autocast_dtype(device)
+    return [tensor if tensor is None else tensor.to(dtype) for tensor in tensors]
 
 
 def _score_chunk(
     policy: Scorer,
     hidden: Tensor,
     targets: Tensor,
-    reference: Scorer | None,
     reference_hidden: Tensor | None,
-    kl: str | None,
-    entropy: bool,
-    collision: bool,
-) -> Tokens:
-    """The tokens of a chunk, for any kind of head, by autograd."""
+    extras: _Extras,
+) -> TokenScores:
+    """Scores of a chunk of tokens, by autograd. reference_hidden: of the chunk."""
     logps = policy.logits(hidden).log_softmax(-1)
-    token_kl = reference_logps = None
-    if kl is not None:
-        with torch.no_grad(), reference.active():
-            theirs = reference.logits(reference_hidden).to(logps.device).log_softmax(-1)
-        reference_logps = theirs.gather(-1, targets[:, None]).squeeze(-1)
-        p, q = (theirs, logps) if kl == "reference||policy" else (logps, theirs)
+    token_kl = reference_token_logps = None
+    if extras.kl is not None:
+        with torch.no_grad(), extras.reference.active():
+            reference_logps = extras.reference.logits(reference_hidden)
+            reference_logps = reference_logps.to(logps.device).log_softmax(-1)
+        reference_token_logps = reference_logps.gather(-1, targets[:, None]).squeeze(-1)
+        if extras.kl == "reference||policy":
+            p, q = reference_logps, logps
+        else:
+            p, q = logps, reference_logps
         token_kl = (p.exp() * (p - q)).sum(-1)
-    token_entropy = torch.special.entr(logps.detach().exp()).sum(-1) if entropy else None
-    token_collision = (2 * logps.detach()).logsumexp(-1) if collision else None
-    return Tokens(
+    detached = logps.detach()
+    return TokenScores(
         logps.gather(-1, targets[:, None]).squeeze(-1),
         token_kl,
-        token_entropy,
-        reference_logps,
-        token_collision,
+        torch.special.entr(detached.exp()).sum(-1) if extras.entropy else None,
+        reference_token_logps,
+        (2 * detached).logsumexp(-1) if extras.collision else None,
     )
 
 
 @contextlib.contextmanager
-def _adapter_off(model: nn.Module):
-    """A PEFT model as its base model. PEFT's own way also freezes the adapter for that time, which
-    FSDP would keep."""
+def _adapter_disabled(model: nn.Module):
+    """A PEFT model as its base model. PEFT's own `disable_adapter` also freezes the adapter
+    meanwhile, and under FSDP it would stay frozen."""
     layers = [module for module in model.modules() if hasattr(module, "_disable_adapters")]
     before = [layer._disable_adapters for layer in layers]
     for layer in layers:
@@ -337,22 +351,28 @@ def _adapter_off(model: nn.Module):
     try:
         yield
     finally:
-        for layer, off in zip(layers, before):
-            layer._disable_adapters = off
+        for layer, disabled in zip(layers, before, strict=True):
+            layer._disable_adapters = disabled
 
 
 def sum_by_owner(values: Tensor, owners: Tensor, n: int) -> Tensor:
-    """Sums of token values by the response that owns them, (n,) in float64: float32 would keep 3e-5
-    of rounding."""
-    return torch.zeros(n, dtype=torch.float64, device=values.device).index_add(
-        0, owners, values.double()
-    )
+    """Sums of token values (T,) over the tokens of each response, (n,) in float64: float32 would
+    add rounding errors of 3e-5.
+
+    owners (T,): the response of each token.
+    """
+    zeros = torch.zeros(n, dtype=torch.float64, device=values.device)
+    return zeros.index_add(0, owners, values.double())
 
 
 def pad_by_owner(values: Tensor, owners: Tensor, lengths: Tensor) -> Tensor:
-    """Token values as (responses, longest response) float64, zero behind each response."""
+    """Token values (T,) as (R, longest response) float64, zero after the end of each response.
+
+    owners (T,): the response of each token. lengths (R,): scored tokens of each response.
+    """
     lengths = lengths.to(values.device)
-    within = torch.arange(len(values), device=values.device) - (lengths.cumsum(0) - lengths)[owners]
+    begins = lengths.cumsum(0) - lengths
+    within = torch.arange(len(values), device=values.device) - begins[owners]
     padded = torch.zeros(
         len(lengths), int(lengths.max()), dtype=torch.float64, device=values.device
     )

@@ -1,15 +1,19 @@
-"""What the frozen reference says of each response: computed once, kept on disk, shared by every run
-that has the same.
+"""Log-probs of the frozen reference: computed once for each response, on disk, and shared by every
+run with the same reference and data.
 
 The log-probs of one token store under one reference are a folder under `cache_dir`/reference, named
-by the content of both: weights, tokens, dtypes and versions. Runs of a sweep that start together
-wait for the one that computes.
+after a hash of the weights, tokens, dtypes and versions. Runs of a sweep that start together wait
+for the one that computes.
 """
 
+import contextlib
 import functools
 import hashlib
-from collections.abc import Callable
+import logging
+from collections.abc import Callable, Collection, Iterator
+from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -26,17 +30,81 @@ from preflab.modeling.logprobs import Scorer, score_responses
 from preflab.modeling.weights_io import archive_files, model_files
 from utils import ConfigError, DataError, content_hash
 
+logger = logging.getLogger(__name__)
+
 VERSION = 1  # raise it whenever the same weights and tokens would give other log-probs
 
+# Responses of each data set whose log-probs are computed again when a run reads them from disk.
+SPOT_CHECKS = 4
 
-SPOT_CHECKS = 4  # responses of each data set computed anew when log-probs are found on disk
+
+# ------------------------------------------------------------------- whether a run has a reference
+
+
+@dataclass(frozen=True)
+class ReferencePlan:
+    """How a run uses the frozen reference.
+
+    cached: the steps read its log-probs from disk. built: its model is loaded, to run in the steps
+    or to draw samples. not_cached_because: the reason where the steps run it, else empty.
+    """
+
+    cached: bool
+    built: bool
+    not_cached_because: str = ""
+
+
+def plan_reference(
+    reads: Collection[str],
+    *,
+    loss_name: str,
+    function: str,
+    cache: bool | str,
+    from_scratch: bool,
+    draws_samples: bool,
+) -> ReferencePlan:
+    """How a run with a loss that reads `reads` uses the reference.
+
+    function, cache, from_scratch: the settings `function`, `reference.cache` (true, false or auto)
+    and `model.from_scratch`. draws_samples: whether its evaluations sample from the reference.
+    Raises ConfigError for `reference.cache=true` where the log-probs cannot be cached.
+    """
+    if function == "eval":
+        return ReferencePlan(cached=False, built=draws_samples)
+    if "reference" not in reads:
+        return ReferencePlan(cached=False, built=False)
+    obstacle = _obstacle(reads, loss_name, function, from_scratch)
+    if obstacle and cache is True:
+        raise ConfigError(
+            f"reference.cache=true: {obstacle}, so its log-probs cannot be cached; use"
+            " reference.cache=auto"
+        )
+    if obstacle or cache is False:
+        reason = obstacle or "reference.cache=false"
+        return ReferencePlan(cached=False, built=True, not_cached_because=reason)
+    return ReferencePlan(cached=True, built=draws_samples)
+
+
+def _obstacle(reads: Collection[str], loss_name: str, function: str, from_scratch: bool) -> str:
+    """The reason why the log-probs cannot be computed before the first step; empty if they can."""
+    if "token_kl" in reads:
+        return f"loss={loss_name} reads the reference's whole distribution at every token"
+    if from_scratch:
+        return "model.from_scratch=true draws new weights for the reference"
+    if function == "online":
+        return "each round trains on new samples of the policy"
+    return ""
+
+
+# ------------------------------------------------------------------------------- log-probs on disk
 
 
 class ReferenceLogps:
-    """Log-probs of the responses of a token store, a number a token, memory-mapped.
+    """Log-probs of the responses of a token store, one number per token, memory-mapped.
 
-    Both files are as long as the store is: a value for each of its tokens (those of prompts are
-    never written, and take no space on disk), and for each of its responses whether it is known.
+    Both files are as long as the store: `logps` has a value for each of its tokens (those of
+    prompts are never written and take no space on disk), `known` a byte for each of its responses,
+    1 once its log-probs are written.
     """
 
     def __init__(self, folder: Path, store: TokenStore, dtype: str, mode: str = "r"):
@@ -49,7 +117,7 @@ class ReferenceLogps:
         )
 
     def logps(self, response: int) -> np.ndarray:
-        """(tokens of the response,)"""
+        """Log-probs of a response, (tokens,). Raises DataError where they are not on disk."""
         if not self.known[response]:
             raise DataError(
                 f"the reference's log-probs of response {response} are not in {self.folder}; delete"
@@ -59,60 +127,21 @@ class ReferenceLogps:
         return self.values[begin:end]
 
     def write(self, logps: dict[int, np.ndarray]) -> None:
-        """logps: by response."""
+        """logps: (tokens,) by response."""
         for response, values in logps.items():
             begin, end = self.spans[response]
             self.values[begin:end] = values
-        self.values.flush()  # known only once it is there
+        self.values.flush()  # before they are marked as known
         self.known[list(logps)] = 1
 
 
-def why_not_cached(config, loss) -> str | None:
-    """Why the reference has to run in every step, in a run that reads it; None where its log-probs
-    can be kept."""
-    if "token_kl" in loss.reads:
-        return f"loss={loss.name} reads the reference's whole distribution at every token"
-    if config.model.from_scratch:
-        return "model.from_scratch=true draws the reference's weights anew"
-    if config.function == "online":
-        return "the policy's own samples are new in every round"
-    return None
+def reference_key(model, *, own_mixed_precision: bool) -> str:
+    """A hash of the contents of the reference's weights, its dtypes, and the versions of the code
+    that computes with them.
 
-
-def wants_cache(config, loss) -> bool:
-    """Whether a training run keeps the reference's log-probs. Raises ConfigError where it was asked
-    to and cannot."""
-    if (
-        config.reference.cache is False
-        or config.function == "eval"
-        or "reference" not in loss.reads
-    ):
-        return False
-    why = why_not_cached(config, loss)
-    if why and config.reference.cache is True:
-        raise ConfigError(
-            f"reference.cache=true: {why}, which is not kept; use reference.cache=auto"
-        )
-    return why is None
-
-
-def is_built(config, loss) -> bool:
-    """Whether a training run has a reference beside its policy, to run in the steps or to sample
-    from."""
-    return "reference" in loss.reads and (samples(config, loss) or not wants_cache(config, loss))
-
-
-def samples(config, loss) -> bool:
-    """Whether evaluations sample from policy and reference, and measure the KL between them."""
-    return "scalar_head" not in loss.reads and (
-        config.sample_during_eval or config.function == "eval"
-    )
-
-
-def reference_key(config, *, own_mixed_precision: bool) -> str:
-    """Changes with the content of the reference's weights, its dtypes, and the code that computes
-    with them."""
-    model = config.model
+    model: the settings of the model. own_mixed_precision: whether FSDP casts the weights, where other
+    placements use autocast, which runs some operations in float32.
+    """
     archive = model.reference_archive or model.archive
     files = [
         path
@@ -120,116 +149,137 @@ def reference_key(config, *, own_mixed_precision: bool) -> str:
         if not archive or path.name == "config.json"
     ]
     files += archive_files(archive) if archive else []
-    hashes = []
-    for path in files:
-        with open(path, "rb") as f:
-            hashes.append(hashlib.file_digest(f, "sha256").hexdigest())
-    mixed = ""
-    if model.fsdp_policy_mp:  # autocast keeps more in float32
-        mixed = f"{model.fsdp_policy_mp} {own_mixed_precision}"
+    hashes = [_file_hash(path) for path in files]
+    mixed = f"{model.fsdp_policy_mp} {own_mixed_precision}" if model.fsdp_policy_mp else ""
     return content_hash(
         f"reference {VERSION}", transformers.__version__, _weights_dtype(model), mixed, *hashes
     )
 
 
+def _file_hash(path: Path) -> str:
+    with open(path, "rb") as f:
+        return hashlib.file_digest(f, "sha256").hexdigest()
+
+
 def _weights_dtype(model) -> str:
-    """That of the reference's weights; with LoRA they are the policy's."""
-    return (
-        model.policy_dtype
-        if model.lora.r and not model.reference_archive
-        else model.reference_dtype
-    )
+    """Dtype of the reference's weights; with LoRA they are the policy's."""
+    shares_weights = model.lora.r and not model.reference_archive
+    return model.policy_dtype if shares_weights else model.reference_dtype
+
+
+# ----------------------------------------------------------------------- what a run reads and adds
 
 
 def attach_reference(
-    config,
     data: dict[str, PreferenceData],
     needed: dict[str, np.ndarray],
-    scorer: Callable[[], Scorer],
-    layout: Layout,
-    tokens: int,
-    world: World,
     *,
+    cache_dir: str | Path,
+    model,
     own_mixed_precision: bool,
+    build_scorer: Callable[[], Scorer],
+    layout: Layout,
+    microbatch_tokens: int,
+    world: World,
 ) -> None:
-    """Give the stores of `data` the reference's log-probs of the `needed` examples, computing those
-    that are not on disk.
+    """Set `reference` of the stores of `data` to the log-probs of the `needed` examples, after
+    computing those that are not on disk.
 
-    needed: indices of examples by split. scorer: builds the reference, or what equals it. tokens:
-    of a forward pass.
+    needed: indices of examples by split. model, own_mixed_precision: as in `reference_key`. build_scorer:
+    returns the reference, or a model that equals it; called only where something is computed.
+    microbatch_tokens: input tokens of a forward pass. Raises ConfigError where the ranks see
+    different folders, DataError where log-probs on disk are wrong.
     """
-    scorer = functools.cache(scorer)
-    root = Path(config.cache_dir) / "reference"
-    key = world.agree(lambda: reference_key(config, own_mixed_precision=own_mixed_precision))
+    build_scorer = functools.cache(build_scorer)
+    key = world.agree(lambda: reference_key(model, own_mixed_precision=own_mixed_precision))
     stores = {store.key: store for split in data.values() for store in split.stores}
-    wanted = _responses_of(data, needed)
-    folders = {name: root / content_hash(key, name) for name in stores}
-    dtype = "float64" if _weights_dtype(config.model) == "float64" else "float32"
-    world.agree(
-        lambda: [_create(folders[name], stores[name], np.dtype(dtype).itemsize) for name in stores]
-    )
-    lock = FileLock(root / f"{content_hash(key, *sorted(stores))}.lock")
-    told = False
-    while not world.agree(lambda: _acquire(lock, 20.0 if told else 0.1)):
-        if not told:
-            print("another run computes the reference's log-probs; waiting for it")
-        told = True
-    try:
-        kept = (
-            {name: ReferenceLogps(folders[name], stores[name], dtype, "r+") for name in stores}
-            if world.rank == 0
-            else {}
-        )
-        # As rank 0 saw it: another rank may look when the first values are there already.
-        found, missing = world.agree(
-            lambda: [
-                {name: wanted[name][kept[name].known[wanted[name]] == known] for name in stores}
-                for known in (1, 0)
-            ]
-        )
+    responses = _responses_of(data, needed)
+    dtype = "float64" if _weights_dtype(model) == "float64" else "float32"
+    cache = _Cache(Path(cache_dir) / "reference", key, stores, dtype)
+    world.agree(cache.create_files)
+    with _locked(cache.lock, world):
+        # As rank 0 sees it: another rank may look when the first new values are there already.
+        on_disk, missing = world.agree(lambda: cache.split_by_known(responses))
         if any(map(len, missing.values())):
-            _fill(stores, missing, kept, scorer(), layout, tokens, world)
+            _compute(missing, cache, build_scorer(), layout, microbatch_tokens, world)
         world.barrier()
-    finally:
-        lock.release()
-    n_found, n_all = (sum(map(len, lists.values())) for lists in (found, wanted))
-    print(
-        f"reference: log-probs of {n_all:,} responses, {n_found:,} of them found on disk; it does"
-        " not run in the training steps"
+    n_responses, n_on_disk = (sum(map(len, lists.values())) for lists in (responses, on_disk))
+    logger.info(
+        f"reference: log-probs of {n_responses:,} responses, {n_on_disk:,} of them found on disk;"
+        " it does not run in the training steps"
     )
     for store in (store for split in data.values() for store in split.stores):
-        there = (folders[store.key] / "known").is_file()
-        store.reference = ReferenceLogps(folders[store.key], store, dtype) if there else None
-        if not there or not store.reference.known[wanted[store.key]].all():
+        store.reference = cache.open(store)
+        if store.reference is None or not store.reference.known[responses[store.key]].all():
             raise ConfigError(
-                f"cache_dir={config.cache_dir} is not the same folder on every machine; put it on a"
+                f"cache_dir={cache_dir} is not the same folder on every machine; put it on a"
                 " shared disk, or use reference.cache=false"
             )
-    if n_found:
-        _spot_check(stores, found, scorer(), layout)
+    if n_on_disk:
+        _spot_check(stores, on_disk, build_scorer(), layout)
 
 
 def _responses_of(
     data: dict[str, PreferenceData], needed: dict[str, np.ndarray]
 ) -> dict[str, np.ndarray]:
     """The responses of some examples by the key of their store, each once, in order."""
-    wanted: dict[str, list[np.ndarray]] = {}
+    parts: dict[str, list[np.ndarray]] = {}
     for split, examples in needed.items():
         for store, rows in data[split].by_store(examples):
-            wanted.setdefault(store.key, []).append(
-                np.asarray(store.pairs if data[split].kind == "pairs" else store.targets)[
-                    rows
-                ].ravel()
-            )
-    return {name: np.unique(np.concatenate(parts)) for name, parts in wanted.items()}
+            table = store.pairs if data[split].kind == "pairs" else store.targets
+            parts.setdefault(store.key, []).append(np.asarray(table)[rows].ravel())
+    return {key: np.unique(np.concatenate(responses)) for key, responses in parts.items()}
 
 
-def _create(folder: Path, store: TokenStore, itemsize: int) -> None:
-    folder.mkdir(parents=True, exist_ok=True)
-    for name, size in (("logps", itemsize * len(store.tokens)), ("known", len(store.responses))):
-        with open(folder / name, "ab") as f:  # zeros that take no space until they are written to
-            if f.tell() < size:
-                f.truncate(size)
+class _Cache:
+    """The folders of one reference's log-probs, one for each token store, by the store's key."""
+
+    def __init__(self, root: Path, key: str, stores: dict[str, TokenStore], dtype: str):
+        self.stores, self.dtype = stores, dtype
+        self.folders = {name: root / content_hash(key, name) for name in stores}
+        self.lock = FileLock(root / f"{content_hash(key, *sorted(stores))}.lock")
+
+    def create_files(self) -> None:
+        """Files of zeros, which take no space on disk until they are written to."""
+        itemsize = np.dtype(self.dtype).itemsize
+        for name, store in self.stores.items():
+            folder = self.folders[name]
+            folder.mkdir(parents=True, exist_ok=True)
+            sizes = {"logps": itemsize * len(store.tokens), "known": len(store.responses)}
+            for file, size in sizes.items():
+                with open(folder / file, "ab") as f:
+                    if f.tell() < size:
+                        f.truncate(size)
+
+    def open(self, store: TokenStore, mode: str = "r") -> ReferenceLogps | None:
+        """The log-probs of a store; None where this machine does not see its folder."""
+        folder = self.folders[store.key]
+        if not (folder / "known").is_file():
+            return None
+        return ReferenceLogps(folder, store, self.dtype, mode)
+
+    def split_by_known(
+        self, responses: dict[str, np.ndarray]
+    ) -> tuple[dict[str, np.ndarray], dict[str, np.ndarray]]:
+        """Those of some responses whose log-probs are on disk, and the others."""
+        on_disk, missing = {}, {}
+        for name, store in self.stores.items():
+            known = self.open(store).known[responses[name]] == 1
+            on_disk[name], missing[name] = responses[name][known], responses[name][~known]
+        return on_disk, missing
+
+
+@contextlib.contextmanager
+def _locked(lock: FileLock, world: World) -> Iterator[None]:
+    """Inside, no other run computes the same log-probs. Rank 0 holds the lock."""
+    if not world.agree(lambda: _acquire(lock, 0.1)):
+        logger.info("another run computes the reference's log-probs; waiting for it")
+        while not world.agree(lambda: _acquire(lock, 20.0)):
+            pass
+    try:
+        yield
+    finally:
+        lock.release()
 
 
 def _acquire(lock: FileLock, seconds: float) -> bool:
@@ -240,30 +290,32 @@ def _acquire(lock: FileLock, seconds: float) -> bool:
     return True
 
 
-def _fill(
-    stores,
+# --------------------------------------------------------------------------------------- computing
+
+
+class _PromptGroup(NamedTuple):
+    """A prompt and those of its responses whose log-probs are computed together."""
+
+    store: str  # its key
+    prompt: int
+    responses: list[int]
+    n_tokens: int
+
+
+def _compute(
     missing: dict[str, np.ndarray],
-    kept: dict[str, ReferenceLogps],
+    cache: _Cache,
     scorer: Scorer,
     layout: Layout,
-    tokens: int,
+    microbatch_tokens: int,
     world: World,
 ) -> None:
-    """Compute what is missing, a prompt with all its responses at a time; rank 0 writes it down."""
-    trees: dict[tuple[str, int], list[int]] = {}
-    for name, responses in missing.items():
-        for r in responses.tolist():
-            trees.setdefault((name, int(stores[name].response_prompt[r])), []).append(r)
-    work = [
-        (name, prompt, responses, _tokens_of(stores[name], prompt, responses))
-        for (name, prompt), responses in trees.items()
-    ]
-    work.sort(key=lambda item: -item[3])
-    batches = [[]]
-    for item in work:
-        if batches[-1] and sum(other[3] for other in batches[-1]) + item[3] > tokens:
-            batches.append([])
-        batches[-1].append(item)
+    """Compute the missing log-probs over all ranks; rank 0 writes them."""
+    stores = cache.stores
+    files = (
+        {name: cache.open(store, "r+") for name, store in stores.items()} if world.rank == 0 else {}
+    )
+    batches = _batches(_prompt_groups(stores, missing), microbatch_tokens)
     bar = tqdm(
         total=sum(map(len, missing.values())),
         desc="reference",
@@ -272,71 +324,109 @@ def _fill(
         disable=world.no_bar,
     )
     for [batch], n_real in world.batches(batches, 1):
-        logps = iter(
-            _logps(
-                scorer,
-                [_tree(stores[name], prompt, responses) for name, prompt, responses, _ in batch],
-                layout,
-            )
-        )
-        done = [
-            (name, responses, [next(logps) for _ in responses]) for name, _, responses, _ in batch
-        ]
-        found: dict[str, dict[int, np.ndarray]] = {}
-        for name, responses, values in world.gather(done if n_real else []):
-            _check_finite(stores[name], responses, values)
-            found.setdefault(name, {}).update(zip(responses, values))
-            bar.update(len(responses))
-        for name in kept.keys() & found.keys():
-            kept[name].write(found[name])
+        computed = _logps_of_groups(scorer, stores, batch, layout)
+        by_store: dict[str, dict[int, np.ndarray]] = {}
+        for group, logps in world.gather(computed if n_real else []):
+            _check_finite(stores[group.store], group.responses, logps)
+            by_response = dict(zip(group.responses, logps, strict=True))
+            by_store.setdefault(group.store, {}).update(by_response)
+            bar.update(len(group.responses))
+        for name in files.keys() & by_store.keys():
+            files[name].write(by_store[name])
     bar.close()
 
 
-def _tokens_of(store: TokenStore, prompt: int, responses: list[int]) -> int:
-    return int(
-        np.diff(store.prompts[prompt])[0] + np.diff(store.responses[responses], axis=1).sum()
-    )
+def _prompt_groups(
+    stores: dict[str, TokenStore], missing: dict[str, np.ndarray]
+) -> list[_PromptGroup]:
+    """The missing responses by prompt, the longest group first."""
+    by_prompt: dict[tuple[str, int], list[int]] = {}
+    for name, responses in missing.items():
+        for response in responses.tolist():
+            prompt = int(stores[name].response_prompt[response])
+            by_prompt.setdefault((name, prompt), []).append(response)
+    groups = [
+        _PromptGroup(name, prompt, responses, _count_tokens(stores[name], prompt, responses))
+        for (name, prompt), responses in by_prompt.items()
+    ]
+    return sorted(groups, key=lambda group: -group.n_tokens)
+
+
+def _count_tokens(store: TokenStore, prompt: int, responses: list[int]) -> int:
+    of_prompt = np.diff(store.prompts[prompt])[0]
+    of_responses = np.diff(store.responses[responses], axis=1).sum()
+    return int(of_prompt + of_responses)
+
+
+def _batches(groups: list[_PromptGroup], max_tokens: int) -> list[list[_PromptGroup]]:
+    """Groups in order, as many in a batch as fit into `max_tokens`, at least one."""
+    batches: list[list[_PromptGroup]] = [[]]
+    n_tokens = 0
+    for group in groups:
+        if batches[-1] and n_tokens + group.n_tokens > max_tokens:
+            batches.append([])
+            n_tokens = 0
+        batches[-1].append(group)
+        n_tokens += group.n_tokens
+    return batches
+
+
+def _logps_of_groups(
+    scorer: Scorer, stores: dict[str, TokenStore], groups: list[_PromptGroup], layout: Layout
+) -> list[tuple[_PromptGroup, list[np.ndarray]]]:
+    """Each group with the log-probs of its responses."""
+    trees = [_tree(stores[group.store], group.prompt, group.responses) for group in groups]
+    logps = iter(_logps(scorer, trees, layout))
+    return [(group, [next(logps) for _ in group.responses]) for group in groups]
 
 
 def _tree(store: TokenStore, prompt: int, responses: list[int]) -> tuple:
+    """(prompt tokens, [response tokens, ...])"""
     spans = [store.prompts[prompt], *(store.responses[r] for r in responses)]
-    first, *rest = (store.tokens[begin:end] for begin, end in spans)
-    return first, rest
+    prompt_tokens, *response_tokens = (store.tokens[begin:end] for begin, end in spans)
+    return prompt_tokens, response_tokens
 
 
 @torch.no_grad()
 def _logps(scorer: Scorer, trees: list[tuple], layout: Layout) -> list[np.ndarray]:
-    """Log-probs of each response of some trees, in order."""
+    """Log-probs (tokens,) of each response of some trees, in order."""
     batch = lay_out(trees, layout).to(scorer.device)
     values: Tensor = score_responses(scorer, batch).token_logps.cpu()
     return [piece.numpy() for piece in values.split(batch.lengths.tolist())]
 
 
-def _check_finite(store: TokenStore, responses: list[int], values: list[np.ndarray]) -> None:
-    for response, of_response in zip(responses, values):
-        if not np.isfinite(of_response).all():
+def _check_finite(store: TokenStore, responses: list[int], logps: list[np.ndarray]) -> None:
+    for response, values in zip(responses, logps, strict=True):
+        if not np.isfinite(values).all():
             raise DataError(
                 "the reference's log-probs of a response of"
-                f" {store.sources[store.response_prompt[response]]} are not finite"
+                f" {store.sources[store.response_prompt[response]]} are NaN or infinite; look at"
+                " that record, or use another dtype with model.reference_dtype"
             )
 
 
-def _spot_check(stores, found: dict[str, np.ndarray], scorer: Scorer, layout: Layout) -> None:
-    """Compute a few of the log-probs found on disk again. Raises DataError where they differ beyond
+def _spot_check(
+    stores: dict[str, TokenStore], on_disk: dict[str, np.ndarray], scorer: Scorer, layout: Layout
+) -> None:
+    """Compute a few of the log-probs on disk again. Raises DataError where they differ by more than
     rounding."""
     bound = 1e-3 if scorer.is_full_precision() else 0.05
-    for name, r in (
-        (name, int(r)) for name, responses in found.items() for r in _spread(responses, SPOT_CHECKS)
-    ):
+    for name, responses in on_disk.items():
         store = stores[name]
-        [now] = _logps(scorer, [_tree(store, int(store.response_prompt[r]), [r])], layout)
-        error = np.abs(now - store.reference.logps(r)).mean()
-        if not error < bound:
-            raise DataError(
-                f"the reference's log-probs in {store.reference.folder} are off by {error:.3g} a"
-                f" token at response {r}: delete that folder, and they are computed anew"
-            )
+        for response in map(int, _evenly_spaced(responses, SPOT_CHECKS)):
+            tree = _tree(store, int(store.response_prompt[response]), [response])
+            [logps] = _logps(scorer, [tree], layout)
+            error = np.abs(logps - store.reference.logps(response)).mean()
+            if not error < bound:
+                raise DataError(
+                    f"the reference's log-probs in {store.reference.folder} are off by {error:.3g}"
+                    f" per token at response {response}: delete that folder, and they are computed"
+                    " again"
+                )
 
 
-def _spread(items: np.ndarray, n: int) -> np.ndarray:
-    return items[np.unique(np.linspace(0, len(items) - 1, n).astype(int))] if len(items) else items
+def _evenly_spaced(items: np.ndarray, n: int) -> np.ndarray:
+    """At most `n` of some items, the first and the last among them."""
+    if not len(items):
+        return items
+    return items[np.unique(np.linspace(0, len(items) - 1, n).astype(int))]

@@ -1,4 +1,4 @@
-"""Reading weights: archives, saved folders, and the state that a checkpoint holds."""
+"""Reading weights from archives and saved folders, and the state dict that a checkpoint holds."""
 
 import contextlib
 import os
@@ -13,7 +13,7 @@ from transformers.utils import cached_file, logging
 
 from utils import ConfigError
 
-# Masks and tables that old transformers versions kept in checkpoints; none of them is a weight.
+# Masks and rotary tables that old transformers versions saved in checkpoints; they are no weights.
 OLD_BUFFERS = (
     ".attn.bias",
     ".attn.masked_bias",
@@ -25,42 +25,46 @@ OLD_BUFFERS = (
 
 @contextlib.contextmanager
 def readable(key: str, path: str):
-    """Turn the many ways in which a folder or a hub name can fail to load into one message."""
+    """Inside, whatever error transformers raises for a folder or a hub name becomes a ConfigError
+    of one line.
+
+    key: the setting that holds `path`, a folder or a hub name.
+    """
     try:
         yield
     except (OSError, ValueError) as error:
-        where = (
-            "is a folder that cannot be read as such"
-            if os.path.isdir(path)
-            else "is neither a folder here nor a name on a reachable hub"
-        )
-        told = next(
-            (line for line in str(error).splitlines() if line.strip()), type(error).__name__
-        )
-        raise ConfigError(f"{key}={path} {where}: {told}") from error
+        if os.path.isdir(path):
+            problem = "is a folder that cannot be read as such"
+        else:
+            problem = "is neither a folder here nor a name on a reachable hub"
+        lines = [line for line in str(error).splitlines() if line.strip()]
+        cause = lines[0] if lines else type(error).__name__
+        raise ConfigError(f"{key}={path} {problem}: {cause}") from error
 
 
 def read_archive(path: str | Path) -> dict[str, torch.Tensor]:
-    """The weights in an archive, on the CPU.
+    """The state dict in an archive, on the CPU.
 
-    Accepted: a `policy.pt` of this or of the original family of repositories ({step_idx, state,
-    metrics}), a plain state dict, a safetensors file, a `save_pretrained` folder, a run or a
-    checkpoint folder of ours. Nothing is unpickled but tensors and plain containers.
+    Accepted: a `policy.pt` of this project or of the repository of Rafailov et al. (2023) and its
+    forks ({step_idx, state, metrics}), a plain state dict, a safetensors file, a `save_pretrained`
+    folder, a run folder or a checkpoint folder. Only tensors and plain containers are unpickled.
+    Raises ConfigError for anything else.
     """
-    return {
-        key: value for file in archive_files(path) for key, value in _read_tensors(file).items()
-    }
+    state = {}
+    for file in archive_files(path):
+        state |= _read_tensors(file)
+    return state
 
 
 def archive_files(path: str | Path) -> list[Path]:
     """The files that hold the weights of an archive. Raises ConfigError when there are none."""
     path = Path(path)
-    found = next(
-        (p for p in (path / "policy.pt", path / "LATEST" / "policy.pt") if p.is_file()), path
-    )
-    if not found.exists():
+    if not path.exists():
         raise ConfigError(f"archive {path}: no such file or folder")
-    files = _weight_files(found) if found.is_dir() else [found]
+    for file in (path / "policy.pt", path / "LATEST" / "policy.pt"):
+        if file.is_file():
+            return [file]
+    files = _weight_files(path) if path.is_dir() else [path]
     if not files:
         raise ConfigError(
             f"archive {path}: a folder without policy.pt, LATEST/policy.pt or *.safetensors; give a"
@@ -70,13 +74,14 @@ def archive_files(path: str | Path) -> list[Path]:
 
 
 def model_files(name_or_path: str) -> list[Path]:
-    """The config and the weights of a model, in its folder or in the local copy of the hub's."""
+    """The files of a model's config and weights, in its folder or in the local hub cache."""
     with readable("model.name_or_path", name_or_path):
         config = Path(cached_file(name_or_path, "config.json"))
     return [config, *_weight_files(config.parent)]
 
 
 def _weight_files(folder: Path) -> list[Path]:
+    """The safetensors files of a folder; those of torch where it has none."""
     return sorted(folder.glob("*.safetensors")) or sorted(folder.glob("pytorch_model*.bin"))
 
 
@@ -87,7 +92,7 @@ def _read_tensors(path: Path) -> dict[str, torch.Tensor]:
         content = torch.load(
             path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path)
         )
-    except Exception as error:  # torch raises many kinds; all mean the same to the user
+    except Exception as error:  # of many classes, with the same meaning for the user
         raise ConfigError(
             f"archive {path} is not a file of tensors that can be read safely (weights_only):"
             f" {str(error).splitlines()[0]}"
@@ -104,14 +109,15 @@ def _read_tensors(path: Path) -> dict[str, torch.Tensor]:
 
 
 def load_archive(model: nn.Module, path: str | Path, *, mapped: bool = False) -> None:
-    """Copy an archive's weights into a model of the same architecture; with `mapped`, map them from
-    the file instead.
+    """Copy an archive's weights into a model of the same architecture. mapped: let the model use
+    the tensors as they are mapped from the file instead.
 
-    Raises ConfigError naming the first tensors that are missing, unknown or of another shape.
+    Raises ConfigError with the first tensors that are missing, unknown or of another shape. A model
+    with a scalar head keeps its own head where the archive is that of a language model.
     """
     state = {key.removeprefix("module."): value for key, value in read_archive(path).items()}
     # Through transformers, which knows the names that earlier versions gave to the same tensors.
-    with _silent():
+    with _only_errors_logged():
         loaded, info = type(model).from_pretrained(
             None,
             config=model.config,
@@ -120,41 +126,45 @@ def load_archive(model: nn.Module, path: str | Path, *, mapped: bool = False) ->
             output_loading_info=True,
             ignore_mismatched_sizes=True,
         )
-    scalar = hasattr(
-        model, "score"
-    )  # a reward model that starts from a language model keeps its body and has a new head
-    unknown = [
-        k
-        for k in info["unexpected_keys"]
-        if not k.endswith(OLD_BUFFERS) and not (scalar and k.startswith("lm_head."))
-    ]
-    missing = [k for k in info["missing_keys"] if not (scalar and k.startswith("score."))]
-    shapes = [
-        f"{key} {tuple(theirs)} against {tuple(ours)}"
-        for key, theirs, ours in info["mismatched_keys"]
-    ]
-    problems = [
-        ("of another shape", shapes),
-        ("unknown to the model", unknown),
-        ("missing from the archive", missing),
-    ]
-    if any(names for _, names in problems):
-        told = "; ".join(
-            f"{len(names)} {what}: {', '.join(sorted(names)[:3])}"
-            for what, names in problems
-            if names
-        )
+    if differences := _differences(info, has_scalar_head=hasattr(model, "score")):
         raise ConfigError(
-            f"archive {path} does not fit {type(model).__name__} ({told}); is model= the model it"
-            " was trained from?"
+            f"archive {path} does not fit {type(model).__name__} ({differences}); set model= to the"
+            " model it was trained from"
         )
     model.load_state_dict(loaded.state_dict(), assign=mapped)
     model.tie_weights()  # assigning unties
 
 
+def _differences(info: dict, *, has_scalar_head: bool) -> str:
+    """What transformers reports about tensors that do not fit; empty if all do.
+
+    A reward model that starts from a language model takes its body and has a new head, so the
+    archive may have an LM head and lack the scalar head.
+    """
+    unknown = [key for key in info["unexpected_keys"] if not key.endswith(OLD_BUFFERS)]
+    missing = list(info["missing_keys"])
+    if has_scalar_head:
+        unknown = [key for key in unknown if not key.startswith("lm_head.")]
+        missing = [key for key in missing if not key.startswith("score.")]
+    other_shapes = [
+        f"{key} {tuple(in_archive)} against {tuple(in_model)}"
+        for key, in_archive, in_model in info["mismatched_keys"]
+    ]
+    problems = {
+        "of another shape": other_shapes,
+        "unknown to the model": unknown,
+        "missing from the archive": missing,
+    }
+    return "; ".join(
+        f"{len(names)} {problem}: {', '.join(sorted(names)[:3])}"
+        for problem, names in problems.items()
+        if names
+    )
+
+
 @contextlib.contextmanager
-def _silent():
-    """transformers logs a table of what did not fit; our own message says it."""
+def _only_errors_logged():
+    """transformers logs a table of the tensors that do not fit; our own error has them."""
     level = logging.get_verbosity()
     logging.set_verbosity_error()
     try:
@@ -164,6 +174,6 @@ def _silent():
 
 
 def archive_state(model: nn.Module) -> dict[str, torch.Tensor]:
-    """All weights on the CPU, under the names that the model's published checkpoints use."""
+    """The state dict on the CPU, with the tensor names of the model's published checkpoints."""
     state = {key: value.detach().cpu() for key, value in model.state_dict().items()}
     return revert_weight_conversion(model, state)

@@ -1,5 +1,6 @@
 """A discriminator: a model that scores responses and learns from bought labels (D2PO)."""
 
+import logging
 import math
 from concurrent.futures import Future
 from pathlib import Path
@@ -22,6 +23,8 @@ from preflab.training.learner import Learner, NonFiniteLoss, NonFiniteStep
 from preflab.training.metrics import MetricLog, rewind
 from utils import ConfigError, model_folder, seed_everything
 
+logger = logging.getLogger(__name__)
+
 
 def build_discriminator(trainer: type, settings, run_dir: Path, world: World) -> "Discriminator":
     """The discriminator of `online.discriminator`, placed as `trainer` places models."""
@@ -30,7 +33,7 @@ def build_discriminator(trainer: type, settings, run_dir: Path, world: World) ->
     folder = run_dir / "discriminator"
     folder.mkdir(parents=True, exist_ok=True)
     start = settings.online.discriminator_path or own.model.archive or own.model.name_or_path
-    print(f"discriminator: loss={loss.name}, from {start}")
+    logger.info(f"discriminator: loss={loss.name}, from {start}")
     return Discriminator(own, loss, folder, trainer, world)
 
 

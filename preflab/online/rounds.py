@@ -5,6 +5,7 @@ trainers are made of; here is what a round is.
 """
 
 import contextlib
+import logging
 import sys
 import time
 from pathlib import Path
@@ -18,7 +19,7 @@ from preflab.batching.token_store import store_of
 from preflab.distributed.process_group import ALONE, World
 from preflab.distributed.signals import StopSignals
 from preflab.evaluation.evaluator import Evaluator
-from preflab.modeling.reference_cache import samples
+from preflab.evaluation.worklist import draws_samples
 from preflab.objective.registry import BoundLoss
 from preflab.online.build import make_labeler
 from preflab.online.drawing import Drawing, build_sampler, rollouts_file
@@ -31,6 +32,8 @@ from preflab.training.metrics import MetricLog, rewind
 from preflab.training.profiling import Profiler
 from preflab.training.session import Session
 from utils import PrefLabError, in_use, seed_everything
+
+logger = logging.getLogger(__name__)
 
 PATIENCE = 20  # rounds without a single pair before the run gives up
 
@@ -95,7 +98,7 @@ class OnlineTrainer:
                 loss,
                 tokenizer,
                 data["test"],
-                rewards if samples(settings, loss) else {},
+                rewards if draws_samples(settings, loss) else {},
                 run_dir,
                 world,
             ),
@@ -144,7 +147,7 @@ class OnlineTrainer:
         if (session.last_eval or {}).get("round") != self.round:
             self._evaluate()  # the run ended early, or was stopped in its last evaluation
         if reason:
-            print(f"ended after {self.round} rounds: {reason}")
+            logger.info(f"ended after {self.round} rounds: {reason}")
         return session.finish(
             temperature=self.settings.temperature,
             rounds=self.round,

@@ -7,6 +7,7 @@ evaluation and no run folder.
 from __future__ import annotations
 
 import gc
+import logging
 import math
 import time
 from concurrent.futures import Future
@@ -26,12 +27,7 @@ from preflab.modeling.loading import build_policy, build_reference
 from preflab.modeling.logprobs import Scorer
 from preflab.modeling.parallelism import bind_place
 from preflab.modeling.placed_weights import bytes_here, clip_grad_norm, sum_over_ranks
-from preflab.modeling.reference_cache import (
-    attach_reference,
-    is_built,
-    wants_cache,
-    why_not_cached,
-)
+from preflab.modeling.reference_cache import ReferencePlan, attach_reference, plan_reference
 from preflab.modeling.tensor_parallel import on_first_device
 from preflab.objective.registry import BoundLoss
 from preflab.training.checkpoints import (
@@ -46,6 +42,8 @@ from preflab.training.metrics import Sums
 from preflab.training.optimizers import make_optimizer
 from preflab.training.saved_weights import save_weights
 from utils import PrefLabError
+
+logger = logging.getLogger(__name__)
 
 STATE = "training_state.pt"  # of a checkpoint: all but the weights and the optimizer's tensors
 
@@ -102,7 +100,7 @@ class Learner:
             last_tokens=self.scalar,
         )
         reshard(self.policy.model)
-        print(f"layout: {self.layout.name}" + (f" ({reason})" if reason else ""))
+        logger.info(f"layout: {self.layout.name}" + (f" ({reason})" if reason else ""))
 
     # ----------------------------------------------------------------------------------- reference
 
@@ -112,31 +110,43 @@ class Learner:
         at_archive: it starts where the policy starts (`model.archive`), otherwise it is
         `model.reference_archive` or the model as it is.
         """
-        if is_built(self.settings, self.loss):
+        plan = self._reference_plan()
+        if plan.built:
             self.reference = self._new_reference(at_archive)
-        if "reference" in self.loss.reads and not wants_cache(self.settings, self.loss):
-            reason = why_not_cached(self.settings, self.loss) or "reference.cache=false"
-            print(f"reference: runs in every step ({reason})")
+        if plan.not_cached_because:
+            logger.info(f"reference: runs in every step ({plan.not_cached_because})")
 
     def cache_reference(self, data: dict[str, PreferenceData], needed: dict) -> None:
         """Give `data` the reference's log-probs of the `needed` examples, if the run caches them.
 
         needed: indices of examples by split.
         """
-        if not wants_cache(self.settings, self.loss):
+        if not self._reference_plan().cached:
             return
         attach_reference(
-            self.settings,
             data,
             needed,
-            self._like_reference,
-            self.layout,
-            self._microbatch_tokens(),
-            self.world,
+            cache_dir=self.settings.cache_dir,
+            model=self.settings.model,
             own_mixed_precision=self.placement.own_mixed_precision,
+            build_scorer=self._like_reference,
+            layout=self.layout,
+            microbatch_tokens=self._microbatch_tokens(),
+            world=self.world,
         )
         reshard(self.policy.model)  # it may have stood in for the reference
         gc.collect()  # the reference may not be needed any more, and some models form cycles
+
+    def _reference_plan(self) -> ReferencePlan:
+        settings = self.settings
+        return plan_reference(
+            self.loss.reads,
+            loss_name=self.loss.name,
+            function=settings.function,
+            cache=settings.reference.cache,
+            from_scratch=settings.model.from_scratch,
+            draws_samples=settings.sample_during_eval and not self.scalar,
+        )
 
     def _new_reference(self, at_archive: bool = True) -> Scorer:
         return build_reference(

@@ -25,12 +25,12 @@ from preflab.batching.loader import Loader
 from preflab.batching.microbatches import microbatch_tokens, split_step
 from preflab.batching.packing import Batch, Layout
 from preflab.distributed.process_group import ALONE, World
-from preflab.modeling.fused_head import CHUNK_ELEMENTS, ON_A_GPU
+from preflab.modeling.fused_head import CHUNK_ELEMENTS, GPU_FACTOR
 from preflab.modeling.layout_choice import known_layouts
 from preflab.modeling.loading import dtype_of, skeleton
 from preflab.modeling.logprobs import Scorer
 from preflab.modeling.parallelism import bind_place, data_ranks
-from preflab.modeling.reference_cache import is_built
+from preflab.modeling.reference_cache import plan_reference
 from preflab.training.registry import find_trainer
 
 GIB = 2**30
@@ -77,7 +77,15 @@ def make_plan(config, loss, data: PreferenceData) -> Plan:
         "optimizer": int(trained_bytes * slots),
         "gathered weights": gathered,
     }
-    if is_built(config, loss):
+    reference = plan_reference(
+        loss.reads,
+        loss_name=loss.name,
+        function=config.function,
+        cache=config.reference.cache,
+        from_scratch=config.model.from_scratch,
+        draws_samples=config.sample_during_eval and not scalar,
+    )
+    if reference.built:
         separate = not config.model.lora.r or config.model.reference_archive
         whole, gathered = (
             _bytes_on_a_rank(config, False, config.model.reference_dtype, lora=False)
@@ -316,7 +324,7 @@ def _activations(config, scalar: bool, shape: tuple[int, int]) -> int:
         total = total // layers + layers * rows * width * settings.hidden_size * compute.itemsize
     peers = _peers(config)
     vocabulary = model.config.get_text_config().vocab_size
-    limit = CHUNK_ELEMENTS * (ON_A_GPU if _device(config) == "cuda" else 1)
+    limit = CHUNK_ELEMENTS * (GPU_FACTOR if _device(config) == "cuda" else 1)
     chunk = (
         0 if scalar else 3 * 4 * min(limit, rows * width * vocabulary)
     )  # logits, their softmax and gradient

@@ -1,9 +1,10 @@
-"""Means of a step, and metrics.jsonl."""
+"""Means over the examples of a step, and metrics.jsonl."""
 
 import json
+import logging
 import math
-import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -13,16 +14,19 @@ from preflab.distributed.process_group import World
 from preflab.training.checkpoints import Counters
 from utils import atomic_write, json_lines
 
+logger = logging.getLogger(__name__)
+
 
 class Sums:
-    """Sums of per-example metrics, kept on the device until they are read."""
+    """Sums of per-example metrics, on the device of the metrics until they are read."""
 
     def __init__(self):
         self._sums: dict[str, Tensor] = {}
         self._counts: dict[str, int] = {}
 
     def add(self, metrics: dict[str, Tensor], n: int) -> None:
-        """metrics: (examples,) tensors by name, of which the first `n` count."""
+        """metrics: (examples,) tensors by name, of which the first `n` count: a batch that stands
+        in on a rank without examples has n=0."""
         for name, values in metrics.items():
             total = values[:n].detach().double().sum()
             self._sums[name] = self._sums[name] + total if name in self._sums else total
@@ -33,25 +37,33 @@ class Sums:
         transfer."""
         if not self._sums:
             return {}
-        totals = torch.stack(list(self._sums.values())).tolist()
-        both = world.sum([*totals, *map(float, self._counts.values())])
-        means = {name: total / n for name, total, n in zip(self._sums, both, both[len(totals) :])}
+        names = list(self._sums)
+        local_sums = torch.stack(list(self._sums.values())).tolist()
+        local_counts = map(float, self._counts.values())
+        values = world.sum([*local_sums, *local_counts])
+        sums, counts = values[: len(names)], values[len(names) :]
         self._sums, self._counts = {}, {}
-        return means
+        return {name: total / count for name, total, count in zip(names, sums, counts, strict=True)}
 
 
 class MetricLog:
-    """metrics.jsonl, every row; wandb, at most once in `interval` seconds for train rows. Ranks
-    other than 0 write nothing."""
+    """Writes every row to metrics.jsonl, and to wandb except for train rows that follow another row
+    within `interval` seconds.
+
+    wandb_run: from `start_wandb`, or None. writes: False on the ranks that write nothing.
+    """
 
     def __init__(
         self, run_dir: Path, wandb_run=None, interval: float = 1.0, *, writes: bool = True
     ):
-        self.path, self.writes = run_dir / "metrics.jsonl", writes
-        self.wandb_run, self.interval = wandb_run, interval
+        self.path = run_dir / "metrics.jsonl"
+        self.writes = writes
+        self.wandb_run = wandb_run
+        self.interval = interval
         self._last = -math.inf
 
     def write(self, row: dict) -> None:
+        """Write a row; a float that is NaN or infinite, which JSON does not have, becomes null."""
         if not self.writes:
             return
         row = {
@@ -66,7 +78,7 @@ class MetricLog:
         ):
             self._last = now
             numbers = {key: value for key, value in row.items() if isinstance(value, (int, float))}
-            self._tell_wandb(lambda run: run.log(numbers, step=row["step"]))
+            self._call_wandb(lambda run: run.log(numbers, step=row["step"]))
 
     def write_at(self, counters: Counters, split: str, values: dict) -> None:
         """A row that says where the run is: after how many examples and steps."""
@@ -78,32 +90,32 @@ class MetricLog:
         self.write(where | values | progress)
 
     def finish(self) -> None:
-        self._tell_wandb(lambda run: run.finish())
+        self._call_wandb(lambda run: run.finish())
 
-    def _tell_wandb(self, what) -> None:
-        """What goes wrong at wandb's end, its service killed for example, ends the mirror and not
-        the run."""
+    def _call_wandb(self, call: Callable) -> None:
+        """`call(wandb_run)`. An error of wandb, such as a killed service, ends logging to wandb and
+        not the run."""
         if self.wandb_run is None:
             return
         try:
-            what(self.wandb_run)
+            call(self.wandb_run)
         except Exception as error:
             self.wandb_run = None
-            print(f"wandb stopped, the run goes on without it: {error}", file=sys.stderr)
+            logger.warning(f"wandb stopped, the run continues without it: {error}")
 
 
 def rewind(path: Path, last: int, by: str = "examples") -> None:
-    """Drop the rows of a JSON-lines file written after `last` examples (or rounds), and a last line
-    that a kill cut short."""
+    """Remove the rows of a JSON-lines file whose column `by` is above `last`, and a last line that
+    a kill cut short."""
     if not path.is_file():
         return
-    kept = []
+    remaining = []
     for line in json_lines(path):
         try:
             row = json.loads(line)
         except json.JSONDecodeError:
             continue
         if row.get(by, last) <= last:
-            kept.append(line)
+            remaining.append(line)
     with atomic_write(path) as f:
-        f.writelines(line + "\n" for line in kept)
+        f.writelines(line + "\n" for line in remaining)

@@ -1,4 +1,4 @@
-"""Where time and memory of a run go."""
+"""Peak memory of a process, and traces of training steps."""
 
 import resource
 import threading
@@ -10,11 +10,10 @@ from utils import atomic_write
 
 
 class HostMemory:
-    """`with HostMemory() as memory: ...` measures by how much this process's own memory grew
-    meanwhile: `memory.peak` bytes.
+    """`with HostMemory() as memory: ...` measures the peak growth of this process's anonymous
+    memory, `memory.peak` in bytes; None where /proc is missing.
 
-    Pages mapped from files do not count, for the system takes them back when it needs them. None
-    where /proc is missing.
+    Pages mapped from files do not count, since the system can drop them at any time.
     """
 
     def __enter__(self) -> "HostMemory":
@@ -27,7 +26,7 @@ class HostMemory:
     def __exit__(self, *exception) -> None:
         self._done.set()
         self._thread.join()
-        self._look()  # on a busy machine the thread may not have had a turn
+        self._measure()  # on a busy machine the thread may not have run
 
     @property
     def peak(self) -> int | None:
@@ -35,23 +34,23 @@ class HostMemory:
 
     def _watch(self) -> None:
         while not self._done.wait(0.005):
-            self._look()
+            self._measure()
 
-    def _look(self) -> None:
+    def _measure(self) -> None:
         if self._before is not None:
             self._highest = max(self._highest, _anonymous_memory())
 
 
 def peak_memory() -> int:
-    """The most memory this process ever had, in bytes: on its GPU, else of the host, libraries and
-    mapped files included."""
+    """Peak memory of this process in bytes: of its GPU if it has one, else of the host, with
+    libraries and mapped files."""
     if torch.cuda.is_available():
         return torch.cuda.max_memory_allocated()
     return 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 
 
 def _anonymous_memory() -> int | None:
-    """Bytes of memory of this process that no file stands behind."""
+    """Bytes of this process's memory that are not mapped from files."""
     try:
         status = Path("/proc/self/status").read_text(encoding="ascii")
     except OSError:
@@ -60,27 +59,27 @@ def _anonymous_memory() -> int | None:
 
 
 class Profiler:
-    """Records `steps` training steps after two of warm-up, with torch.profiler; None records
+    """Records `steps` training steps with torch.profiler, after two for warm-up; None records
     nothing.
 
-    Writes profile.json, a trace that Perfetto and chrome://tracing show, and profile.txt, the
-    operations that took longest.
+    Writes profile.json, a trace for Perfetto or chrome://tracing, and profile.txt, the operations
+    that took longest.
     """
 
     def __init__(self, run_dir: Path, steps: int | None):
         self.run_dir, self._profile = run_dir, None
         if steps:
-            kinds = [torch.profiler.ProfilerActivity.CPU] + [
-                torch.profiler.ProfilerActivity.CUDA
-            ] * torch.cuda.is_available()
+            activities = [torch.profiler.ProfilerActivity.CPU]
+            if torch.cuda.is_available():
+                activities.append(torch.profiler.ProfilerActivity.CUDA)
             schedule = torch.profiler.schedule(wait=1, warmup=1, active=steps, repeat=1)
             self._profile = torch.profiler.profile(
-                activities=kinds, schedule=schedule, on_trace_ready=self._write
+                activities=activities, schedule=schedule, on_trace_ready=self._write
             )
             self._profile.start()
 
     def step(self) -> None:
-        """To be called after each step."""
+        """Call it after each step."""
         if self._profile is not None:
             self._profile.step()
 

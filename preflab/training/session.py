@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import time
 from collections.abc import Callable
 from concurrent.futures import Future
@@ -13,6 +14,8 @@ from preflab.training.checkpointer import Checkpointer
 from preflab.training.learner import Learner
 from preflab.training.metrics import MetricLog, rewind
 from preflab.training.summary import write_summary
+
+logger = logging.getLogger(__name__)
 
 ROWS = ("metrics.jsonl", "samples.jsonl")  # files of rows that say after how many examples
 
@@ -113,7 +116,7 @@ class Session:
             state = self.learner.load(checkpoint)
             self.last_eval, self.best_accuracy = state["last_eval"], state["best_accuracy"]
             counters = self.learner.counters
-            print(
+            logger.info(
                 f"continuing {self.run_dir} from step {counters.steps}"
                 f" ({counters.examples:,} examples)"
             )

@@ -1,18 +1,20 @@
-"""The mirror of metrics.jsonl at wandb, which never prompts, hangs or fails a run."""
+"""Logging to Weights & Biases, which never prompts, hangs or fails a run."""
 
+import logging
 import netrc
 import os
-import sys
 from pathlib import Path
 
+logger = logging.getLogger(__name__)
 
-def start_wandb(config, run_dir: Path, resolved: dict):
-    """A wandb run, or None when it is off or does not start: logging elsewhere never stops a run,
-    nor asks anything.
 
-    Without a configured key it runs offline, into the run folder; `wandb sync` uploads it later.
+def start_wandb(settings, run_dir: Path, resolved: dict):
+    """A wandb run, or None where it is off or does not start.
+
+    settings: enabled, entity and project. resolved: the config to show there. Without a configured
+    key the run is offline, in the run folder; `wandb sync` uploads it later.
     """
-    if not config.enabled:
+    if not settings.enabled:
         return None
     os.environ.setdefault("WANDB_SILENT", "true")
     if "WANDB_MODE" not in os.environ and not _has_wandb_key():
@@ -21,16 +23,16 @@ def start_wandb(config, run_dir: Path, resolved: dict):
         import wandb  # slow to import
 
         return wandb.init(
-            entity=config.entity,
-            project=config.project,
+            entity=settings.entity,
+            project=settings.project,
             name=run_dir.name,
             dir=str(run_dir),
             config=resolved,
             resume="allow",
             settings=wandb.Settings(init_timeout=30, console="off", x_disable_stats=True),
         )
-    except Exception as error:  # whatever goes wrong there, the run and its metrics.jsonl go on
-        print(f"wandb did not start, the run goes on without it: {error}", file=sys.stderr)
+    except Exception as error:  # of any class: the run has its metrics.jsonl in any case
+        logger.warning(f"wandb did not start, the run continues without it: {error}")
         return None
 
 
