@@ -19,11 +19,11 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import losses  # noqa: F401  registers the losses
 import preference_datasets  # noqa: F401  registers the datasets
-from preflab.objective.registry import BoundLoss, bind_loss  # noqa: E402
-from preflab.objective.types import Pair  # noqa: E402
-from preflab.reports.plot_style import png, style  # noqa: E402
-from preflab.settings.keys import CONFIG_DIR  # noqa: E402
-from utils import atomic_write  # noqa: E402
+from preflab.objective.registry import BoundLoss, bind_loss
+from preflab.objective.types import Pair, Side
+from preflab.reports.plot_style import png, style
+from preflab.settings.keys import CONFIG_DIR
+from utils import atomic_write
 
 GAPS = torch.linspace(-40, 40, 801, dtype=torch.float64)
 BESIDE = {"dpo, label_smoothing=0.1": {"name": "dpo", "beta": 0.1, "label_smoothing": 0.1}}
@@ -59,7 +59,9 @@ def values(loss: BoundLoss, share: float, gaps: torch.Tensor = GAPS) -> torch.Te
     """The loss at each gap, of which the chosen response's log-ratio has `share` and the rejected
     one's the rest."""
     zero = torch.zeros_like(gaps)
-    return loss(Pair(share * gaps, (share - 1) * gaps, zero, zero)).losses
+    chosen = Side(policy_logps=share * gaps, reference_logps=zero)
+    rejected = Side(policy_logps=(share - 1) * gaps, reference_logps=zero)
+    return loss(Pair(chosen, rejected)).losses
 
 
 def draw(bound: dict[str, BoundLoss]) -> Figure:
