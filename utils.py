@@ -196,7 +196,7 @@ def _import_file(path: Path) -> ModuleType:
         # Compiled here: Python's cache of bytecode can miss a change within the same second.
         exec(compile(source, path, "exec", dont_inherit=True), vars(module))
     except BaseException:
-        del sys.modules[name]
+        sys.modules.pop(name, None)
         raise
     return module
 

@@ -66,24 +66,24 @@ def values(loss: BoundLoss, share: float, gaps: torch.Tensor = GAPS) -> torch.Te
 
 def draw(bound: dict[str, BoundLoss]) -> Figure:
     figure = Figure(figsize=(10, 4), layout="constrained")
-    left, right = figure.subplots(1, 2)
+    values_axes, weight_axes = figure.subplots(1, 2)
     for i, (name, loss) in enumerate(bound.items()):
         gaps = GAPS.clone().requires_grad_()
         value = values(loss, 1.0, gaps)
         weight = -torch.autograd.grad(value.sum(), gaps)[0]
         scale = weight.abs().mean()
-        left.plot(GAPS, (value / scale).detach(), **style(i), linewidth=1.6, label=name)
-        right.plot(GAPS, weight / scale, **style(i), linewidth=1.6)
-    left.set(
+        values_axes.plot(GAPS, (value / scale).detach(), **style(i), linewidth=1.6, label=name)
+        weight_axes.plot(GAPS, weight / scale, **style(i), linewidth=1.6)
+    values_axes.set(
         title="loss",
         xlabel="gap h of the log-ratios (nats)",
         ylabel="in units of the mean |dL/dh| shown",
         ylim=(-12, 85),
     )
-    right.set(
+    weight_axes.set(
         title="gradient weight, -dL/dh", xlabel="gap h of the log-ratios (nats)", ylim=(-1.8, 3.2)
     )
-    for axes in (left, right):
+    for axes in (values_axes, weight_axes):
         axes.axvline(0, color="0.7", linewidth=0.8, zorder=0)
         axes.axhline(0, color="0.7", linewidth=0.8, zorder=0)
         axes.spines[["top", "right"]].set_visible(False)

@@ -558,8 +558,8 @@ def gradients(name, data, **settings):
         for key in ("policy_chosen_logps", "policy_rejected_logps", "chosen_kl", "rejected_kl")
     }
     leaves = {key: leaf for key, leaf in leaves.items() if leaf is not None}
-    found = torch.autograd.grad(output.losses.sum(), list(leaves.values()), allow_unused=True)
-    return {key: None if g is None else g.item() for key, g in zip(leaves, found, strict=True)}
+    gradient = torch.autograd.grad(output.losses.sum(), list(leaves.values()), allow_unused=True)
+    return {key: None if g is None else g.item() for key, g in zip(leaves, gradient, strict=True)}
 
 
 def test_tdpo2_sends_no_gradient_through_the_chosen_kl_and_tdpo1_does():
@@ -580,9 +580,9 @@ def test_odpo_gradient_grows_with_the_score_gap():
 
 def test_cal_dpo_calibration_pulls_each_log_ratio_to_its_own_target():
     for d_w, d_l, up, down in ((4, -4, 1, 1), (6, -6, -1, -1)):
-        found = gradients("cal-dpo", pair(d_w, d_l), beta=0.1, cal_weight=1.0)  # targets +5 and -5
-        assert math.copysign(1, -found["policy_chosen_logps"]) == up
-        assert math.copysign(1, found["policy_rejected_logps"]) == down
+        pulls = gradients("cal-dpo", pair(d_w, d_l), beta=0.1, cal_weight=1.0)  # targets +5 and -5
+        assert math.copysign(1, -pulls["policy_chosen_logps"]) == up
+        assert math.copysign(1, pulls["policy_rejected_logps"]) == down
 
 
 def everything(d_w=0.0, d_l=0.0) -> Pair:
@@ -604,9 +604,9 @@ PULLS_AT = {"slic": (-3, 0), "apo_down": (0, -1), "discopop": (-5, 0)}
 
 @pytest.mark.parametrize("name", PAIRWISE)
 def test_every_loss_pulls_chosen_up_and_rejected_down_near_the_reference(name):
-    found = gradients(name, everything(*PULLS_AT.get(name, (0, 0))))
+    pulls = gradients(name, everything(*PULLS_AT.get(name, (0, 0))))
     sign = -1 if name == "apo_down" else 1  # both down: the chosen one follows the rejected one
-    assert found["policy_chosen_logps"] * sign < 0 < found["policy_rejected_logps"]
+    assert pulls["policy_chosen_logps"] * sign < 0 < pulls["policy_rejected_logps"]
 
 
 def test_discopop_pulls_the_wrong_way_on_its_hump_at_the_reference():
@@ -948,16 +948,17 @@ TREES = [([5, 6], [[7, 8, 9, 200, 3], [1]]), ([11] * 9, [[250, 1, 2], [3, 4, 5, 
     "layout, head, kl",
     [
         *((layout, "plain", None) for layout in LAYOUTS),
-        ("packed", "of another kind", None),
+        ("packed", "any", None),
         ("prefix_shared", "plain", "reference||policy"),
         ("packed", "plain", "policy||reference"),
-        ("padded", "of another kind", "reference||policy"),
+        ("padded", "any", "reference||policy"),
     ],
 )
 def test_collision_is_that_of_a_naive_float64_softmax_in_every_layout(
     layout, head, kl, monkeypatch
 ):
-    monkeypatch.setattr(fused_head, "CHUNK_ELEMENTS", 5 * 258)  # several chunks and a left-over one
+    # several chunks and a shorter last one
+    monkeypatch.setattr(fused_head, "CHUNK_ELEMENTS", 5 * 258)
     model, reference = (make_model("llama", seed=seed, dtype=torch.float64) for seed in (0, 1))
     expected = []
     for prompt, of_prompt in TREES:
@@ -995,10 +996,10 @@ def test_collision_is_that_of_a_naive_float64_softmax_in_every_layout(
 
 def test_collision_does_not_underflow_where_a_distribution_is_wide():
     hidden, weight = torch.zeros(1, 1), torch.zeros(100_000, 1)
-    found = fused_head.LinearLogProbs.apply(
+    collision = fused_head.LinearLogProbs.apply(
         hidden, weight, None, torch.tensor([1]), None, None, None, None, False, True, True
     )[4]
-    assert found.item() == pytest.approx(-math.log(100_000), rel=1e-5)
+    assert collision.item() == pytest.approx(-math.log(100_000), rel=1e-5)
 
 
 # ----------------------------------------------------------------------------------- docs/losses.md
@@ -1009,18 +1010,18 @@ DOCS = ROOT / "docs" / "losses.md"
 def section(name: str) -> str:
     """What docs/losses.md says under the heading of a loss."""
     parts = re.split(r"(?m)^### (.+)$", DOCS.read_text(encoding="utf-8"))
-    found = [
+    bodies = [
         body
         for heading, body in zip(parts[1::2], parts[2::2], strict=True)
         if f"`{name}`" in heading
     ]
-    assert len(found) == 1, f"{len(found)} sections of {name}"
-    return found[0]
+    assert len(bodies) == 1, f"{len(bodies)} sections of {name}"
+    return bodies[0]
 
 
 @pytest.mark.parametrize("name", YAMLS)
 def test_the_documentation_has_every_loss_with_its_settings_and_what_it_reads(name):
-    told = section(name)
+    text = section(name)
     for key, default in defaults(name).items():
         if key != "name":
             shown = (
@@ -1028,29 +1029,30 @@ def test_the_documentation_has_every_loss_with_its_settings_and_what_it_reads(na
                 if isinstance(default, (bool, type(None)))
                 else default
             )
-            assert f"`{key}` ({shown})" in told, (
+            assert f"`{key}` ({shown})" in text, (
                 f"{key} ({shown}) is missing from the section of {name}"
             )
     reads = ", ".join(sorted(bind(name).reads)) or "nothing beside the policy"
-    assert f"Reads: {reads}" in told
-    assert ("batch" in told) or not LOSSES[name].couples_batch
+    assert f"Reads: {reads}" in text
+    assert ("batch" in text) or not LOSSES[name].couples_batch
 
 
 def test_the_picture_of_the_losses_is_drawn_from_the_functions(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(sys, "argv", ["draw_losses.py", str(tmp_path / "losses.png")])
     runpy.run_path(str(ROOT / "scripts" / "draw_losses.py"), run_name="__main__")
-    told = capsys.readouterr().out
+    printed = capsys.readouterr().out
     assert (tmp_path / "losses.png").read_bytes()[:8] == b"\x89PNG\r\n\x1a\n"
     for name in ("dpo", "ipo", "robust", "hinge", "exo", "discopop"):
-        assert re.search(rf"\b{name}\b", told)
-    assert not re.search(r"\b(nca|simpo|sppo|cal-dpo)\b", told)  # these depend on more than the gap
+        assert re.search(rf"\b{name}\b", printed)
+    # These depend on more than the gap.
+    assert not re.search(r"\b(nca|simpo|sppo|cal-dpo)\b", printed)
 
 
 # ------------------------------------------------------------------------------------- bad settings
 
 
 @pytest.mark.parametrize(
-    "name, settings, told",
+    "name, settings, message",
     [
         (
             "dpo",
@@ -1084,8 +1086,8 @@ def test_the_picture_of_the_losses_is_drawn_from_the_functions(tmp_path, monkeyp
         ("dpo", {"name": "dop"}, "did you mean dpo"),
     ],
 )
-def test_bad_settings_are_refused(name, settings, told):
-    with pytest.raises(ConfigError, match=told):
+def test_bad_settings_are_refused(name, settings, message):
+    with pytest.raises(ConfigError, match=message):
         bind(name, **settings)
 
 

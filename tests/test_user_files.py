@@ -1,5 +1,5 @@
-"""Losses, rewards and datasets in files outside the project: how they are imported, and a run with
-one of each."""
+"""Losses, rewards and datasets in files outside the project: their import, and a run with one of
+each."""
 
 import sys
 import textwrap
