@@ -12,8 +12,10 @@ import random
 import shutil
 import sys
 import tempfile
+import traceback
 from collections.abc import Iterable, Iterator
 from pathlib import Path
+from types import ModuleType
 
 import numpy as np
 from filelock import FileLock, Timeout
@@ -150,28 +152,68 @@ def model_folder(path: str | Path) -> Path | str:
     return next((folder for folder in candidates if folder.is_dir()), path)
 
 
-def load_module(module: str, key: str):
-    """Import `my_losses` or `path/to/my_losses.py`, whose calls add to a registry. key: the setting
-    that names it."""
-    path = Path(module)
-    if path.suffix == ".py":
-        if not path.is_file():
-            raise ConfigError(f"{key}={module!r}: no such file (looked in {Path.cwd()})")
-        spec = importlib.util.spec_from_file_location(path.stem, path)
-        loaded = importlib.util.module_from_spec(spec)
-        spec.loader.exec_module(loaded)
-        return loaded
-    if str(Path.cwd()) not in sys.path:
-        sys.path.insert(0, str(Path.cwd()))
+def load_module(module: str, key: str) -> ModuleType:
+    """Import `my_losses` or `path/to/my_losses.py`, whose decorators add to a registry.
+
+    A file is imported under a name of its own, once until its content changes; it can import the
+    modules beside it. key: the setting that names the module. Raises ConfigError for one that does
+    not exist, and, with file and line, for one that fails.
+    """
+    path = Path(module).expanduser()
+    is_file = path.suffix == ".py"
+    if is_file and not path.is_file():
+        raise ConfigError(f"{key}={module!r}: no such file (looked in {Path.cwd()})")
+    folder = path.resolve().parent if is_file else Path.cwd()
+    if str(folder) not in sys.path:
+        # At the end: a file of the user's must not be imported in place of an installed package.
+        sys.path.append(str(folder))
     try:
-        return importlib.import_module(module)
-    except ModuleNotFoundError as error:
-        if error.name != module.split(".")[0] and error.name != module:
-            raise
-        raise ConfigError(
-            f"{key}={module!r} cannot be imported from {Path.cwd()}; give a module name or a path"
-            " ending in .py"
-        )
+        return _import_file(path.resolve()) if is_file else importlib.import_module(module)
+    except Exception as error:
+        missing = error.name or "" if isinstance(error, ModuleNotFoundError) else None
+        if not is_file and missing and f"{module}.".startswith(f"{missing}."):
+            raise ConfigError(
+                f"{key}={module!r} cannot be imported from {Path.cwd()}; give a module name or a"
+                " path ending in .py"
+            ) from error
+        text = str(error) if isinstance(error, PrefLabError) else first_line(error)
+        raise ConfigError(f"{key}={module!r}: {_place(error, folder)}: {text}") from error
+
+
+def _import_file(path: Path) -> ModuleType:
+    """The module of a file outside the import path, executed unless this content already was."""
+    source = path.read_bytes()
+    name, digest = f"{path.stem}_{content_hash(str(path))[:8]}", content_hash(source)
+    before = sys.modules.get(name)
+    if before is not None and before.__source_hash__ == digest:
+        return before
+    module = importlib.util.module_from_spec(importlib.util.spec_from_file_location(name, path))
+    module.__source_hash__ = digest
+    sys.modules[name] = module  # before its code runs: dataclasses look their module up by name
+    try:
+        # Compiled here: Python's cache of bytecode can miss a change within the same second.
+        exec(compile(source, path, "exec", dont_inherit=True), vars(module))
+    except BaseException:
+        sys.modules.pop(name, None)
+        raise
+    return module
+
+
+def _place(error: Exception, folder: Path) -> str:
+    """File and line of an error: the innermost one in `folder`, where the user's code is."""
+    if isinstance(error, SyntaxError) and error.filename:
+        return f"{error.filename}:{error.lineno}"
+    project = Path(__file__).resolve().parent
+    frames = traceback.extract_tb(error.__traceback__)
+    theirs = [
+        frame
+        for frame in frames
+        if Path(frame.filename).is_relative_to(folder)
+        and not Path(frame.filename).is_relative_to(project / "preflab")
+        and frame.filename != __file__
+    ]
+    frame = (theirs or frames)[-1]
+    return f"{frame.filename}:{frame.lineno}"
 
 
 def content_hash(*parts: str | bytes | Path) -> str:

@@ -20,7 +20,7 @@ from preflab.rewards.registry import all_rewards, check_reward
 from preflab.settings.overrides import check_keys
 from preflab.settings.values import check_choice, check_whole, exists, temperatures
 from preflab.training.registry import find_trainer
-from utils import ConfigError, nearest
+from utils import ConfigError, load_module, nearest
 
 
 def check_config(config: DictConfig) -> tuple[BoundLoss, dict[str, list[Source]]]:
@@ -235,6 +235,8 @@ def _open_datasets(config: DictConfig, loss: BoundLoss) -> dict[str, list[Source
         raise ConfigError(
             f"datasets={config.datasets} must be a list in brackets, such as datasets=[hh,shp]"
         )
+    if config.get("dataset_module"):
+        load_module(config.dataset_module, "dataset_module")
     settings = dict(
         data_dir=config.data_dir,
         pairing=config.pairing,

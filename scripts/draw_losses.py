@@ -20,7 +20,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import losses  # noqa: F401  registers the losses
 import preference_datasets  # noqa: F401  registers the datasets
 from preflab.objective.registry import BoundLoss, bind_loss
-from preflab.objective.types import Pair
+from preflab.objective.types import Pair, Side
 from preflab.reports.plot_style import png, style
 from preflab.settings.keys import CONFIG_DIR
 from utils import atomic_write
@@ -61,29 +61,31 @@ def values(loss: BoundLoss, share: float, gaps: torch.Tensor = GAPS) -> torch.Te
     """The loss at each gap, (gaps,). The chosen response's log-ratio is `share` of the gap, and the
     rejected one's is minus the rest."""
     zero = torch.zeros_like(gaps)
-    return loss(Pair(share * gaps, (share - 1) * gaps, zero, zero)).losses
+    chosen = Side(policy_logps=share * gaps, reference_logps=zero)
+    rejected = Side(policy_logps=(share - 1) * gaps, reference_logps=zero)
+    return loss(Pair(chosen, rejected)).losses
 
 
 def draw(bound: dict[str, BoundLoss]) -> Figure:
     figure = Figure(figsize=(10, 4), layout="constrained")
-    left, right = figure.subplots(1, 2)
+    values_axes, weight_axes = figure.subplots(1, 2)
     for i, (name, loss) in enumerate(bound.items()):
         gaps = GAPS.clone().requires_grad_()
         value = values(loss, 1.0, gaps)
         weight = -torch.autograd.grad(value.sum(), gaps)[0]
         scale = weight.abs().mean()
-        left.plot(GAPS, (value / scale).detach(), **style(i), linewidth=1.6, label=name)
-        right.plot(GAPS, weight / scale, **style(i), linewidth=1.6)
-    left.set(
+        values_axes.plot(GAPS, (value / scale).detach(), **style(i), linewidth=1.6, label=name)
+        weight_axes.plot(GAPS, weight / scale, **style(i), linewidth=1.6)
+    values_axes.set(
         title="loss",
         xlabel="gap h of the log-ratios (nats)",
         ylabel="in units of the mean |dL/dh| shown",
         ylim=(-12, 85),
     )
-    right.set(
+    weight_axes.set(
         title="gradient weight, -dL/dh", xlabel="gap h of the log-ratios (nats)", ylim=(-1.8, 3.2)
     )
-    for axes in (left, right):
+    for axes in (values_axes, weight_axes):
         axes.axvline(0, color="0.7", linewidth=0.8, zorder=0)
         axes.axhline(0, color="0.7", linewidth=0.8, zorder=0)
         axes.spines[["top", "right"]].set_visible(False)

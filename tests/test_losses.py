@@ -6,6 +6,9 @@ import math
 import re
 import runpy
 import sys
+from dataclasses import fields, replace
+from types import SimpleNamespace
+from typing import Annotated, Literal
 
 import pytest
 import torch
@@ -20,8 +23,9 @@ from preflab.batching.packing import LAYOUTS, Layout, lay_out
 from preflab.modeling import fused_head
 from preflab.modeling.logprobs import Scorer, score_responses
 from preflab.objective import registry, types
+from preflab.objective.ranges import Between, NonNegative, Positive, expected
 from preflab.objective.registry import LOSSES, bind_loss, made_up_batch
-from preflab.objective.types import Pair, Target
+from preflab.objective.types import FIELDS, NEEDS, Pair, Side, Target
 from preflab.settings.keys import CONFIG_DIR
 from preflab.settings.run_folder import register_resolvers
 from utils import ConfigError, DataError
@@ -44,13 +48,13 @@ def sigmoid(x):
 
 def pair(d_w=0.0, d_l=0.0, *, ref_w=-3.0, ref_l=-5.0, **more) -> Pair:
     """One pair with the given log-ratios, as leaves that take gradients."""
-    fields = dict(
-        policy_chosen_logps=ref_w + d_w,
-        policy_rejected_logps=ref_l + d_l,
-        reference_chosen_logps=ref_w,
-        reference_rejected_logps=ref_l,
-    )
-    return Pair(
+    fields = {
+        "policy_chosen_logps": ref_w + d_w,
+        "policy_rejected_logps": ref_l + d_l,
+        "reference_chosen_logps": ref_w,
+        "reference_rejected_logps": ref_l,
+    }
+    return pair_of(
         **{
             key: torch.tensor([float(value)], dtype=torch.float64, requires_grad=True)
             for key, value in (fields | more).items()
@@ -58,13 +62,43 @@ def pair(d_w=0.0, d_l=0.0, *, ref_w=-3.0, ref_l=-5.0, **more) -> Pair:
     )
 
 
+def pair_of(**fields) -> Pair:
+    """A pair from the names by which its sides' fields can be read, such as `chosen_lengths`."""
+
+    def of_side(side):
+        return {
+            name.replace(f"{side}_", ""): value
+            for name, value in fields.items()
+            if f"{side}_" in name
+        }
+
+    return Pair(Side(**of_side("chosen")), Side(**of_side("rejected")))
+
+
+def changed(data: Pair, chosen=None, rejected=None) -> Pair:
+    """The pair with other values in some fields of its sides."""
+    return replace(
+        data,
+        chosen=replace(data.chosen, **(chosen or {})),
+        rejected=replace(data.rejected, **(rejected or {})),
+    )
+
+
+def without_reference(data: Pair) -> Pair:
+    return changed(data, {"reference_logps": None}, {"reference_logps": None})
+
+
 def pairs(d_w, d_l, *, ref_w=-3.0, ref_l=-5.0) -> Pair:
     """Several pairs with the given log-ratios; the reference's log-probs are a number for all, or a
     list."""
-    column = lambda values: torch.tensor(values, dtype=torch.float64)
+
+    def column(values):
+        return torch.tensor(values, dtype=torch.float64)
+
     ref_w, ref_l = column(ref_w).expand(len(d_w)), column(ref_l).expand(len(d_l))
     return Pair(
-        (ref_w + column(d_w)).requires_grad_(), (ref_l + column(d_l)).requires_grad_(), ref_w, ref_l
+        Side(policy_logps=(ref_w + column(d_w)).requires_grad_(), reference_logps=ref_w),
+        Side(policy_logps=(ref_l + column(d_l)).requires_grad_(), reference_logps=ref_l),
     )
 
 
@@ -93,8 +127,7 @@ def test_dpo_with_label_smoothing():
 
 def test_dpo_without_reference_sees_log_probs_alone():
     loss = bind("dpo", beta=0.5, reference_free=True)
-    data = pair(2, -1)  # log-probs -1 and -6
-    data.reference_chosen_logps = data.reference_rejected_logps = None
+    data = without_reference(pair(2, -1))  # log-probs -1 and -6
     output = loss(data)
     assert loss.reads == frozenset()
     assert output.losses.item() == pytest.approx(-math.log(sigmoid(0.5 * 5)), rel=1e-12)
@@ -160,15 +193,15 @@ def test_tdpo():
 
 
 def test_sft():
-    target = Target(torch.tensor([-6.0, -9.0]), torch.tensor([2.0, 3.0]))
+    target = Target(policy_logps=torch.tensor([-6.0, -9.0]), lengths=torch.tensor([2.0, 3.0]))
     assert bind("sft")(target).losses.tolist() == [6.0, 9.0]
     assert bind("sft", reduction="mean")(target).losses.tolist() == [3.0, 3.0]
 
 
 def test_bradley_terry_subtracts_the_margin_column():
     data = Pair(
-        chosen_values=torch.tensor([1.5]),
-        rejected_values=torch.tensor([0.25]),
+        Side(values=torch.tensor([1.5])),
+        Side(values=torch.tensor([0.25])),
         columns={"magnitude": torch.tensor([0.5])},
     )
     assert value("bradley_terry", data) == pytest.approx(-math.log(sigmoid(1.25)), rel=1e-6)
@@ -262,7 +295,9 @@ def test_dpop_where_the_chosen_response_lost():
 
 
 def test_orpo_from_odds_as_the_paper_has_them():
-    odds = lambda p: math.exp(p) / (1 - math.exp(p))
+    def odds(p):
+        return math.exp(p) / (1 - math.exp(p))
+
     expected = 1 / 4 - 0.3 * log_s(math.log(odds(P_W) / odds(P_L)))
     assert value("orpo", pair(2, -1, **LENGTHS), or_weight=0.3) == pytest.approx(
         expected, rel=1e-12
@@ -280,9 +315,7 @@ def test_orpo_from_odds_as_the_paper_has_them():
 )
 def test_without_a_reference_the_logged_rewards_are_those_of_the_paper(name, chosen, rejected):
     loss = bind(name)
-    data = pair(2, -1, **LENGTHS)
-    data.reference_chosen_logps = data.reference_rejected_logps = None
-    output = loss(data)
+    output = loss(without_reference(pair(2, -1, **LENGTHS)))
     assert "reference" not in loss.reads
     assert (output.chosen_rewards.item(), output.rejected_rewards.item()) == pytest.approx(
         (chosen, rejected), rel=1e-12
@@ -308,7 +341,10 @@ def test_orpo_is_finite_where_a_probability_is_one():
 def test_bco_shifts_by_the_mean_reward_of_both_sides_and_keeps_it():
     loss = bind("bco", beta=0.5, momentum=0.75)
     output = loss(pairs([2, 0], [-1, -3]))  # rewards 1, 0 and -1/2, -3/2: mean -1/4
-    by_hand = lambda chosen, rejected, delta: -log_s(chosen - delta) - log_s(delta - rejected)
+
+    def by_hand(chosen, rejected, delta):
+        return -log_s(chosen - delta) - log_s(delta - rejected)
+
     assert output.losses.tolist() == pytest.approx(
         [by_hand(1, -0.5, -0.25), by_hand(0, -1.5, -0.25)], rel=1e-12
     )
@@ -350,9 +386,11 @@ def test_aot_compares_margins_of_equal_rank():
 
 def test_aot_does_not_care_which_pair_a_reference_margin_belongs_to():
     data = pairs([1, -2, 3], [0, 1, -1], ref_w=[-3, -1, -2], ref_l=[-5, -2, -9])
-    swapped = pairs([1, -2, 3], [0, 1, -1], ref_w=[-3, -1, -2], ref_l=[-5, -2, -9])
-    swapped.reference_chosen_logps, swapped.reference_rejected_logps = (
-        t[[2, 0, 1]] for t in (data.reference_chosen_logps, data.reference_rejected_logps)
+    others = [2, 0, 1]
+    swapped = changed(
+        data,
+        {"reference_logps": data.reference_chosen_logps[others]},
+        {"reference_logps": data.reference_rejected_logps[others]},
     )
     assert bind("aot")(swapped).losses.tolist() == pytest.approx(
         bind("aot")(data).losses.tolist(), rel=1e-12
@@ -365,7 +403,10 @@ def test_aot_does_not_care_which_pair_a_reference_margin_belongs_to():
 def test_kto_measures_against_the_mean_log_ratio_but_never_below_zero():
     loss = bind("kto", beta=0.5)
     losses = loss(pairs([2, 4], [-1, 3])).losses.tolist()  # z = (2 + 4 - 1 + 3) / 4 = 2
-    side = lambda x: 1 - sigmoid(x)
+
+    def side(x):
+        return 1 - sigmoid(x)
+
     assert losses == pytest.approx(
         [(side(0) + side(0.5 * 3)) / 2, (side(0.5 * 2) + side(0.5 * -1)) / 2], rel=1e-12
     )
@@ -376,20 +417,25 @@ def test_kto_measures_against_the_mean_log_ratio_but_never_below_zero():
 
 def responses(data: Pair, scores) -> Target:
     """Chosen, then rejected responses as examples of their own."""
-    both = lambda side: (
-        torch.cat([getattr(data, f"{side}_chosen_logps"), getattr(data, f"{side}_rejected_logps")])
-        .detach()
-        .requires_grad_()
-    )
+
+    def both(side):
+        return (
+            torch.cat(
+                [getattr(data, f"{side}_chosen_logps"), getattr(data, f"{side}_rejected_logps")]
+            )
+            .detach()
+            .requires_grad_()
+        )
+
     return Target(
-        both("policy"),
+        policy_logps=both("policy"),
         reference_logps=both("reference"),
         scores=torch.tensor(scores, dtype=torch.float64),
     )
 
 
 def test_kto_of_single_responses_is_that_of_the_pairs_they_make():
-    weights = dict(beta=0.3, desirable_weight=1.3, undesirable_weight=0.7)
+    weights = {"beta": 0.3, "desirable_weight": 1.3, "undesirable_weight": 0.7}
     data = pairs([2, -1, 4], [1, -3, 0.5])
     paired, single = (
         bind("kto", **weights)(data),
@@ -512,8 +558,8 @@ def gradients(name, data, **settings):
         for key in ("policy_chosen_logps", "policy_rejected_logps", "chosen_kl", "rejected_kl")
     }
     leaves = {key: leaf for key, leaf in leaves.items() if leaf is not None}
-    found = torch.autograd.grad(output.losses.sum(), list(leaves.values()), allow_unused=True)
-    return {key: None if g is None else g.item() for key, g in zip(leaves, found)}
+    gradient = torch.autograd.grad(output.losses.sum(), list(leaves.values()), allow_unused=True)
+    return {key: None if g is None else g.item() for key, g in zip(leaves, gradient, strict=True)}
 
 
 def test_tdpo2_sends_no_gradient_through_the_chosen_kl_and_tdpo1_does():
@@ -534,9 +580,9 @@ def test_odpo_gradient_grows_with_the_score_gap():
 
 def test_cal_dpo_calibration_pulls_each_log_ratio_to_its_own_target():
     for d_w, d_l, up, down in ((4, -4, 1, 1), (6, -6, -1, -1)):
-        found = gradients("cal-dpo", pair(d_w, d_l), beta=0.1, cal_weight=1.0)  # targets +5 and -5
-        assert math.copysign(1, -found["policy_chosen_logps"]) == up
-        assert math.copysign(1, found["policy_rejected_logps"]) == down
+        pulls = gradients("cal-dpo", pair(d_w, d_l), beta=0.1, cal_weight=1.0)  # targets +5 and -5
+        assert math.copysign(1, -pulls["policy_chosen_logps"]) == up
+        assert math.copysign(1, pulls["policy_rejected_logps"]) == down
 
 
 def everything(d_w=0.0, d_l=0.0) -> Pair:
@@ -558,9 +604,9 @@ PULLS_AT = {"slic": (-3, 0), "apo_down": (0, -1), "discopop": (-5, 0)}
 
 @pytest.mark.parametrize("name", PAIRWISE)
 def test_every_loss_pulls_chosen_up_and_rejected_down_near_the_reference(name):
-    found = gradients(name, everything(*PULLS_AT.get(name, (0, 0))))
+    pulls = gradients(name, everything(*PULLS_AT.get(name, (0, 0))))
     sign = -1 if name == "apo_down" else 1  # both down: the chosen one follows the rejected one
-    assert found["policy_chosen_logps"] * sign < 0 < found["policy_rejected_logps"]
+    assert pulls["policy_chosen_logps"] * sign < 0 < pulls["policy_rejected_logps"]
 
 
 def test_discopop_pulls_the_wrong_way_on_its_hump_at_the_reference():
@@ -738,40 +784,49 @@ def test_docstring_says_where_it_comes_from(name):
 @pytest.mark.parametrize("gap", [0.0, 100.0, -100.0, 1e4, -1e4])
 def test_loss_and_gradient_are_finite_and_inputs_untouched(name, gap):
     loss = bind(name)
-    data = made_up_batch(loss)
-    policy_fields = [
-        f
-        for f in ("policy_chosen_logps", "policy_rejected_logps", "chosen_values", "policy_logps")
-        if getattr(data, f, None) is not None
-    ]
-    if loss.examples != "pairs":
-        data.policy_logps = (
-            data.reference_logps + gap
-            if "reference" in loss.reads
-            else data.policy_logps - abs(gap)
-        )
-    elif "reference" in loss.reads:
-        data.policy_chosen_logps = data.reference_chosen_logps + gap
-        data.policy_rejected_logps = data.reference_rejected_logps.clone()
-    elif "scalar_head" in loss.reads:
-        data.chosen_values = data.chosen_values + gap
-    elif gap > 0:  # a log-prob is never positive
-        data.policy_rejected_logps = data.policy_rejected_logps - gap
-    else:
-        data.policy_chosen_logps = data.policy_chosen_logps + gap
-    tensors = {key: t for key, t in vars(data).items() if isinstance(t, torch.Tensor)}
+    data = shifted(made_up_batch(loss), gap)
+    sides = {"": data} if isinstance(data, Target) else {"w": data.chosen, "l": data.rejected}
+    tensors = {
+        (side, f): value
+        for side, values in sides.items()
+        for f in FIELDS
+        if (value := getattr(values, f)) is not None
+    }
     for t in tensors.values():
         t.requires_grad_(True)
     before = {key: t.detach().clone() for key, t in tensors.items()}
+    contents = [(thing, dict(vars(thing))) for thing in (data, *sides.values())]
     output = loss(data)
     output.losses.sum().backward()
     assert output.losses.shape == (3,)
     assert torch.isfinite(output.losses).all()
-    for field in policy_fields:
-        assert torch.isfinite(tensors[field].grad).all()
-    assert gap != 0 or any(tensors[field].grad.abs().sum() > 0 for field in policy_fields)
+    trained = [t for (_, f), t in tensors.items() if f in ("policy_logps", "values")]
+    assert trained and all(torch.isfinite(t.grad).all() for t in trained)
+    assert gap != 0 or any(t.grad.abs().sum() > 0 for t in trained)
     for key, t in tensors.items():
         assert torch.equal(t, before[key]), f"{name} wrote to {key}"
+    for thing, content in contents:
+        assert all(vars(thing)[key] is value for key, value in content.items())
+
+
+def shifted(data: Pair | Target, gap: float) -> Pair | Target:
+    """The examples with this log-ratio, gap of values, or change of a log-prob."""
+    if isinstance(data, Target):
+        base, by = data.policy_logps, -abs(gap)  # a log-prob is never positive
+        if data.reference_logps is not None:
+            base, by = data.reference_logps, gap
+        return replace(data, policy_logps=base + by)
+    if data.chosen.values is not None:
+        return changed(data, {"values": data.chosen.values + gap})
+    if data.chosen.reference_logps is not None:
+        return changed(
+            data,
+            {"policy_logps": data.chosen.reference_logps + gap},
+            {"policy_logps": data.rejected.reference_logps.clone()},
+        )
+    if gap > 0:
+        return changed(data, rejected={"policy_logps": data.rejected.policy_logps - gap})
+    return changed(data, {"policy_logps": data.chosen.policy_logps + gap})
 
 
 @pytest.mark.parametrize("name", [n for n in YAMLS if "beta" in LOSSES[n].settings])
@@ -789,13 +844,13 @@ def test_logged_rewards_are_beta_times_log_ratios_whatever_is_optimised(name):
 
 def some_of(data, rows):
     """These examples of a batch."""
-    picked = {key: t[rows] if isinstance(t, torch.Tensor) else t for key, t in vars(data).items()}
-    picked |= (
-        {"columns": {key: t[rows] for key, t in data.columns.items()}}
-        if isinstance(data, Pair)
-        else {}
-    )
-    return type(data)(**picked)
+    if isinstance(data, torch.Tensor):
+        return data[rows]
+    if isinstance(data, dict):
+        return {key: some_of(value, rows) for key, value in data.items()}
+    if isinstance(data, Pair | Side):
+        return replace(data, **{f.name: some_of(getattr(data, f.name), rows) for f in fields(data)})
+    return data
 
 
 @pytest.mark.parametrize("name", YAMLS)
@@ -816,6 +871,69 @@ def test_the_order_of_the_examples_changes_nothing(name):
     assert torch.allclose(loss(some_of(data, order)).losses, loss(data).losses[order], rtol=1e-12)
 
 
+# ---------------------------------------------------------------------- what a loss can read
+
+
+def test_a_side_holds_exactly_what_is_read():
+    @registry.register_loss("curious", reads=lambda settings: {settings["need"]})
+    def curious(pair, *, need: str):
+        return types.LossOutput(torch.ones(3))
+
+    try:
+        for name, need in NEEDS.items():
+            data = made_up_batch(bind_loss({"name": "curious", "need": name}))
+            always = set() if need.source == "head" else {"policy_logps"}
+            for side in (data.chosen, data.rejected):
+                filled = {f for f in FIELDS if getattr(side, f) is not None}
+                assert {FIELDS[f].name for f in filled - always} == {name} and always <= filled
+                assert all(len(getattr(side, f)) == 3 for f in filled)
+        with pytest.raises(ConfigError, match=r"reads .'weather'.; accepted: .*token_kl"):
+            bind_loss({"name": "curious", "need": "weather"})
+    finally:
+        del LOSSES["curious"]
+
+
+def test_log_probs_are_not_read_from_a_model_with_a_scalar_head():
+    @registry.register_loss("greedy", reads={"scalar_head", "reference", "lengths"})
+    def greedy(pair):
+        return types.LossOutput(pair.chosen_values)
+
+    try:
+        with pytest.raises(ConfigError, match="reads reference, and scalar_head"):
+            bind_loss({"name": "greedy"})
+    finally:
+        del LOSSES["greedy"]
+
+
+def test_the_fields_of_both_sides_have_a_name_in_the_pair_and_cannot_be_written():
+    data = everything(2, -1)
+    names = {
+        "policy_chosen_logps": data.chosen.policy_logps,
+        "reference_rejected_logps": data.rejected.reference_logps,
+        "chosen_lengths": data.chosen.lengths,
+        "rejected_scores": data.rejected.scores,
+        "rejected_kl": data.rejected.kl,
+        "chosen_token_logps": data.chosen.token_logps,
+        "rejected_collision": data.rejected.collision,
+        "chosen_values": data.chosen.values,
+    }
+    assert all(getattr(data, name) is value for name, value in names.items())
+    assert data.chosen_logratio.item() == pytest.approx(2.0)
+    assert data.rejected_logratio.item() == data.rejected.logratio.item() == pytest.approx(-1.0)
+    for name in (*names, "chosen_logratio", "chosen"):
+        with pytest.raises(AttributeError):
+            setattr(data, name, None)
+    with pytest.raises(AttributeError):
+        data.chosen.lengths = None
+
+
+def test_token_log_probs_are_padded_with_zeros_to_the_longest_response():
+    scores = SimpleNamespace(token_logps=torch.tensor([-1.0, -2.0, -3.0, -4.0]))
+    padded = NEEDS["token_logps"].take(scores, SimpleNamespace(lengths=torch.tensor([1, 3])))
+    assert padded.tolist() == [[-1.0, 0.0, 0.0], [-2.0, -3.0, -4.0]]
+    assert padded.dtype == torch.float64
+
+
 # ----------------------------------------------------------------------------------- what wpo reads
 
 TREES = [([5, 6], [[7, 8, 9, 200, 3], [1]]), ([11] * 9, [[250, 1, 2], [3, 4, 5, 6, 7, 8, 9, 10]])]
@@ -825,16 +943,17 @@ TREES = [([5, 6], [[7, 8, 9, 200, 3], [1]]), ([11] * 9, [[250, 1, 2], [3, 4, 5, 
     "layout, head, kl",
     [
         *((layout, "plain", None) for layout in LAYOUTS),
-        ("packed", "of another kind", None),
+        ("packed", "any", None),
         ("prefix_shared", "plain", "reference||policy"),
         ("packed", "plain", "policy||reference"),
-        ("padded", "of another kind", "reference||policy"),
+        ("padded", "any", "reference||policy"),
     ],
 )
 def test_collision_is_that_of_a_naive_float64_softmax_in_every_layout(
     layout, head, kl, monkeypatch
 ):
-    monkeypatch.setattr(fused_head, "CHUNK_ELEMENTS", 5 * 258)  # several chunks and a left-over one
+    # several chunks and a shorter last one
+    monkeypatch.setattr(fused_head, "CHUNK_ELEMENTS", 5 * 258)
     model, reference = (make_model("llama", seed=seed, dtype=torch.float64) for seed in (0, 1))
     expected = []
     for prompt, of_prompt in TREES:
@@ -858,21 +977,24 @@ def test_collision_is_that_of_a_naive_float64_softmax_in_every_layout(
     assert (
         max(expected) < -0.01 and min(expected) < -1
     )  # neither sure nor uniform, or this would say little
-    gradient = lambda collision: torch.autograd.grad(
-        score_responses(
-            Scorer(model), batch, reference=Scorer(reference), kl=kl, collision=collision
-        ).logps.sum(),
-        model.lm_head.weight,
-    )[0]
+
+    def gradient(collision):
+        return torch.autograd.grad(
+            score_responses(
+                Scorer(model), batch, reference=Scorer(reference), kl=kl, collision=collision
+            ).logps.sum(),
+            model.lm_head.weight,
+        )[0]
+
     assert torch.equal(gradient(True), gradient(False))
 
 
 def test_collision_does_not_underflow_where_a_distribution_is_wide():
     hidden, weight = torch.zeros(1, 1), torch.zeros(100_000, 1)
-    found = fused_head.LinearLogProbs.apply(
+    collision = fused_head.LinearLogProbs.apply(
         hidden, weight, None, torch.tensor([1]), None, None, None, None, False, True, True
     )[4]
-    assert found.item() == pytest.approx(-math.log(100_000), rel=1e-5)
+    assert collision.item() == pytest.approx(-math.log(100_000), rel=1e-5)
 
 
 # ----------------------------------------------------------------------------------- docs/losses.md
@@ -883,14 +1005,18 @@ DOCS = ROOT / "docs" / "losses.md"
 def section(name: str) -> str:
     """What docs/losses.md says under the heading of a loss."""
     parts = re.split(r"(?m)^### (.+)$", DOCS.read_text(encoding="utf-8"))
-    found = [body for heading, body in zip(parts[1::2], parts[2::2]) if f"`{name}`" in heading]
-    assert len(found) == 1, f"{len(found)} sections of {name}"
-    return found[0]
+    bodies = [
+        body
+        for heading, body in zip(parts[1::2], parts[2::2], strict=True)
+        if f"`{name}`" in heading
+    ]
+    assert len(bodies) == 1, f"{len(bodies)} sections of {name}"
+    return bodies[0]
 
 
 @pytest.mark.parametrize("name", YAMLS)
 def test_the_documentation_has_every_loss_with_its_settings_and_what_it_reads(name):
-    told = section(name)
+    text = section(name)
     for key, default in defaults(name).items():
         if key != "name":
             shown = (
@@ -898,29 +1024,30 @@ def test_the_documentation_has_every_loss_with_its_settings_and_what_it_reads(na
                 if isinstance(default, (bool, type(None)))
                 else default
             )
-            assert f"`{key}` ({shown})" in told, (
+            assert f"`{key}` ({shown})" in text, (
                 f"{key} ({shown}) is missing from the section of {name}"
             )
     reads = ", ".join(sorted(bind(name).reads)) or "nothing beside the policy"
-    assert f"Reads: {reads}" in told
-    assert ("batch" in told) or not LOSSES[name].couples_batch
+    assert f"Reads: {reads}" in text
+    assert ("batch" in text) or not LOSSES[name].couples_batch
 
 
 def test_the_picture_of_the_losses_is_drawn_from_the_functions(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(sys, "argv", ["draw_losses.py", str(tmp_path / "losses.png")])
     runpy.run_path(str(ROOT / "scripts" / "draw_losses.py"), run_name="__main__")
-    told = capsys.readouterr().out
+    printed = capsys.readouterr().out
     assert (tmp_path / "losses.png").read_bytes()[:8] == b"\x89PNG\r\n\x1a\n"
     for name in ("dpo", "ipo", "robust", "hinge", "exo", "discopop"):
-        assert re.search(rf"\b{name}\b", told)
-    assert not re.search(r"\b(nca|simpo|sppo|cal-dpo)\b", told)  # these depend on more than the gap
+        assert re.search(rf"\b{name}\b", printed)
+    # These depend on more than the gap.
+    assert not re.search(r"\b(nca|simpo|sppo|cal-dpo)\b", printed)
 
 
 # ------------------------------------------------------------------------------------- bad settings
 
 
 @pytest.mark.parametrize(
-    "name, settings, told",
+    "name, settings, message",
     [
         (
             "dpo",
@@ -931,32 +1058,88 @@ def test_the_picture_of_the_losses_is_drawn_from_the_functions(tmp_path, monkeyp
         ("dpo", {"beta": 0.0}, "greater than 0"),
         ("dpo", {"beta": "high"}, "finite number"),
         ("dpo", {"reference_free": "yes"}, "true or false"),
-        ("dpo", {"sft_weight": -0.1}, "loss.sft_weight=-0.1 of loss=dpo must not be negative"),
+        ("dpo", {"sft_weight": -0.1}, "loss.sft_weight=-0.1 of loss=dpo must be at least 0"),
         ("robust", {"label_smoothing": 0.5}, r"\[0, 0.5\)"),
         ("exo", {"label_smoothing": 0.0}, r"\(0, 0.5\)"),
-        ("hinge", {"margin": -1.0}, "must not be negative"),
+        ("hinge", {"margin": -1.0}, "must be at least 0"),
         ("hinge", {"margin": "wide"}, "finite number"),
         ("discopop", {"tau": 0.0}, r"\(0, 1\]"),
         ("discopop", {"tau": 1.5}, "outgrows"),
-        ("dpop", {"penalty_weight": -1.0}, "must not be negative"),
+        ("dpop", {"penalty_weight": -1.0}, "must be at least 0"),
         ("dpop", {"penalty_weight": None}, "finite number"),
         ("bco", {"momentum": 1.0}, r"\[0, 1\)"),
         ("beta-dpo", {"smallest": 0.0}, "greater than 0"),
         ("slic", {"delta": float("inf")}, "finite number"),
-        ("kto", {"undesirable_weight": -1}, "must not be negative"),
+        ("kto", {"undesirable_weight": -1}, "must be at least 0"),
         ("kto_unpaired", {"sft_weight": 0.1}, "set it to 0"),
         ("dpo", {"label_smoothing": 0.5}, r"\[0, 0.5\)"),
-        ("odpo", {"offset": "lgo"}, "accepted: log, ratio, identity"),
+        ("odpo", {"offset": "lgo"}, "must be one of log, ratio, identity, log1p, none"),
         ("odpo", {"offset": "identity", "ratio": True}, "contradict"),
-        ("odpo", {"alpha": -1.0}, "must not be negative"),
-        ("sft", {"reduction": "max"}, "accepted: sum, mean"),
+        ("odpo", {"alpha": -1.0}, "must be at least 0"),
+        ("sft", {"reduction": "max"}, "must be one of sum, mean"),
         ("sft", {"sft_weight": 0.1}, "set it to 0"),
         ("dpo", {"name": "dop"}, "did you mean dpo"),
     ],
 )
-def test_bad_settings_are_refused(name, settings, told):
-    with pytest.raises(ConfigError, match=told):
+def test_bad_settings_are_refused(name, settings, message):
+    with pytest.raises(ConfigError, match=message):
         bind(name, **settings)
+
+
+@pytest.mark.parametrize(
+    "annotation, accepted, refused, text",
+    [
+        (float, [1, -2.5, 0], ["1", True, None, math.nan, math.inf], "a finite number"),
+        (int, [3, -3], [3.0, True, "3"], "a whole number"),
+        (bool, [True, False], [0, 1, "no"], "true or false"),
+        (str, ["x"], [1, None, False], "text"),
+        (str | None, ["x", None], [1], "text or null"),
+        (Literal["a", "b"], ["a", "b"], ["c", None], "one of a, b"),
+        (Annotated[float, Positive], [1e-9, 5], [0.0, -1], "greater than 0"),
+        (Annotated[float, NonNegative], [0, 7], [-1e-9], "at least 0"),
+        (Annotated[float, NonNegative], [], ["1", None], "a finite number"),
+        (Annotated[float, Between(-1, 2)], [-1, 0, 1.9], [2, -1.1], "in [-1, 2)"),
+        (Annotated[float, Between(0, 1, "(]", "so")], [1, 0.1], [0, 1.1], "in (0, 1]: so"),
+        (Annotated[float | None, Positive], [None, 1.0], [0.0], "greater than 0"),
+        (list, [[1], "anything"], [], None),
+        (None, [[1], "anything"], [], None),
+    ],
+)
+def test_what_an_annotation_accepts(annotation, accepted, refused, text):
+    assert [expected(annotation, value) for value in accepted] == [None] * len(accepted)
+    assert [expected(annotation, value) for value in refused] == [text] * len(refused)
+
+
+def test_ranges_have_ends_that_exist():
+    with pytest.raises(ValueError, match=r"accepted: '\[\]'"):
+        Between(0, 1, "))")
+
+
+def test_a_setting_has_the_range_of_its_annotation_whatever_its_name():
+    @registry.register_loss("free", reads={"reference"})
+    def free(pair, *, alpha: float, beta, momentum: "Annotated[float, Between(-3, -1)]" = -2.0):
+        return types.LossOutput(alpha * pair.chosen_logratio)
+
+    try:
+        assert bind_loss({"name": "free", "alpha": -1.0, "beta": -1}).settings["alpha"] == -1.0
+        with pytest.raises(
+            ConfigError, match=r"loss.momentum=0.5 of loss=free must be in \[-3, -1"
+        ):
+            bind_loss({"name": "free", "alpha": -1.0, "beta": "x", "momentum": 0.5})
+    finally:
+        del LOSSES["free"]
+
+
+def test_an_annotation_that_cannot_be_evaluated_is_named():
+    @registry.register_loss("hidden", reads={"reference"})
+    def hidden(pair, *, alpha: "Missing" = 1.0):  # noqa: F821
+        return types.LossOutput(pair.chosen_logratio)
+
+    try:
+        with pytest.raises(ConfigError, match=r"test_losses.py have an annotation .*'Missing'"):
+            bind_loss({"name": "hidden"})
+    finally:
+        del LOSSES["hidden"]
 
 
 @pytest.mark.parametrize(
@@ -964,9 +1147,10 @@ def test_bad_settings_are_refused(name, settings, told):
     [("log", (1.0, 1.0)), ("log", (0.5, 1.0)), ("ratio", (1.0, 0.0)), ("ratio", (1.0, -2.0))],
 )
 def test_odpo_names_the_example_with_unusable_scores(offset, scores):
-    data = pair(chosen_scores=scores[0], rejected_scores=scores[1])
-    data.names = ["imdb.jsonl:12"]
-    with pytest.raises(DataError, match="imdb.jsonl:12"):
+    data = replace(
+        pair(chosen_scores=scores[0], rejected_scores=scores[1]), names=["imdb.jsonl:12"]
+    )
+    with pytest.raises(DataError, match=r"imdb\.jsonl:12"):
         bind("odpo", offset=offset)(data)
 
 
@@ -983,7 +1167,7 @@ def test_a_loss_that_reads_more_than_it_declares_is_refused_before_it_trains():
         return types.LossOutput(pair.chosen_logratio * pair.chosen_scores)
 
     try:
-        with pytest.raises(ConfigError, match="declares to read .reference."):
+        with pytest.raises(ConfigError, match=r"declares to read .reference."):
             bind_loss({"name": "careless", "beta": 0.1})
     finally:
         del LOSSES["careless"]

@@ -1,25 +1,22 @@
-"""The registry of losses: a loss is one function whose signature is its settings and whose `reads` is its input."""
+"""The registry of losses: a signature is the settings of a loss, `reads` is its input."""
 
 import inspect
-import math
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, replace
+from typing import Annotated, Any
 
 import torch
 from torch import Tensor
 
-from preflab.objective.types import LossOutput, Pair, Target
+from preflab.objective.needs import MadeUp
+from preflab.objective.ranges import NonNegative, annotations_of, expected, settings_of
+from preflab.objective.types import NEEDS, LossOutput, Pair, Side, Target, needs_of
 from utils import ConfigError, load_module, nearest
 
-NEEDS = {
-    "reference",  # log-probs under the frozen reference: reference_*_logps, *_logratio
-    "scores",  # numbers that came with the data: *_scores
-    "token_kl",  # full-vocabulary KL(reference || policy) summed over response positions: *_kl
-    "token_logps",  # log-prob of each response token under the policy: *_token_logps
-    "lengths",  # response lengths in tokens: *_lengths
-    "collision",  # log sum_v pi(v)^2 summed over response positions, without gradient: *_collision
-    "scalar_head",  # a model with one output instead of a vocabulary: *_values
-}
+EXAMPLES = ("pairs", "targets", "responses")
+# Keys of the `loss` group that belong to every loss and are handled here, not by the function.
+COMMON_KEYS = {"name", "module", "sft_weight"}
+Declared = Iterable[str] | Callable[[dict], Iterable[str]]
 
 
 @dataclass(frozen=True)
@@ -28,79 +25,58 @@ class LossSpec:
 
     name: str
     function: Callable
-    reads: Callable[[dict], frozenset]
-    columns: Callable[[dict], frozenset]
+    reads: Callable[[dict], Iterable[str]]
+    columns: Callable[[dict], Iterable[str]]
     examples: str
     couples_batch: bool
     inspect_scores: Callable | None
 
     @property
     def settings(self) -> dict[str, inspect.Parameter]:
-        parameters = inspect.signature(self.function).parameters.values()
-        return {p.name: p for p in parameters if p.kind is inspect.Parameter.KEYWORD_ONLY}
+        return settings_of(self.function)
 
 
 LOSSES: dict[str, LossSpec] = {}
 
 
-EXAMPLES = ("pairs", "targets", "responses")
-
-
-# Keys of the `loss` group that belong to every loss and are handled here, not by the function.
-COMMON_KEYS = {"name", "module", "sft_weight"}
-
-
-SFT_WEIGHT = inspect.Parameter(
-    "sft_weight", inspect.Parameter.KEYWORD_ONLY, default=0.0, annotation=float
-)
-
-
-# What a number must satisfy, by the name of its setting. Those that end in _weight are like alpha.
-RANGES = {
-    "beta": (lambda value: value > 0, "be greater than 0; docs/losses.md has usual values"),
-    "label_smoothing": (lambda value: 0 <= value < 0.5, "lie in [0, 0.5)"),
-    "momentum": (lambda value: 0 <= value < 1, "lie in [0, 1)"),
-    **dict.fromkeys(
-        ("alpha", "gamma", "delta", "margin"), (lambda value: value >= 0, "not be negative")
-    ),
-}
-
-
 def register_loss(
     name: str,
     *,
-    reads=frozenset(),
-    columns=frozenset(),
-    examples="pairs",
-    couples_batch=False,
-    inspect_scores=None,
-):
+    reads: Declared = frozenset(),
+    columns: Declared = frozenset(),
+    examples: str = "pairs",
+    couples_batch: bool = False,
+    inspect_scores: Callable | None = None,
+) -> Callable[[Callable], Callable]:
     """Register a loss function under `loss=name`.
 
-    reads: subset of `NEEDS`, or a function from the settings (a dict) to one, when it depends on
-    them. columns: numeric data columns read through `pair.columns`, likewise a set or a function of
-    the settings. examples: "pairs" (the function gets a `Pair`), "targets" (it gets a `Target` with
-    the responses to imitate) or
-        "responses" (it gets a `Target` with any of the data's responses).
-    couples_batch: the loss of an example depends on the others of the batch, so a batch must not be
-    split; in
-        evaluation it is computed over batches of `eval_batch_size`, and is not comparable with
-        other sizes.
-    inspect_scores: `f(chosen_scores, rejected_scores, names, **settings) -> str`, called once with
-    the scores of all
-        training pairs before a model loads; it raises on data the loss cannot use and returns a
-        line to print.
+    reads: names of `NEEDS`, or a function from the settings (a dict) to them. columns: numeric data
+    columns read through `pair.columns`, likewise names or a function. examples: "pairs" (the
+    function gets a `Pair`), "targets" (a `Target` with the responses to imitate) or "responses" (a
+    `Target` with any of the data's responses). couples_batch: the loss of an example depends on the
+    others of the batch, so a batch is not split; in evaluation it is computed over batches of
+    `eval_batch_size` and is not comparable with other sizes. inspect_scores: `f(chosen_scores,
+    rejected_scores, names, **settings) -> str`, called once with the scores of all training pairs
+    before a model loads; it raises on data that the loss cannot use and returns a line to print.
+
+    A setting is a keyword-only parameter; its annotation says what is accepted (see `ranges`).
     """
     if examples not in EXAMPLES:
         raise ValueError(
             f"register_loss({name!r}): examples={examples!r}; accepted: {', '.join(EXAMPLES)}"
         )
 
-    def as_function(declared):
-        return declared if callable(declared) else lambda settings: frozenset(declared)
+    def as_function(declared: Declared) -> Callable[[dict], Iterable[str]]:
+        return declared if callable(declared) else lambda settings: declared
 
-    def decorate(function):
-        spec = LossSpec(
+    def decorate(function: Callable) -> Callable:
+        known = LOSSES.get(name)
+        if known is not None and _source(known.function) != _source(function):
+            raise ConfigError(
+                f"a loss named {name!r} is already registered in"
+                f" {known.function.__code__.co_filename}; pick another name"
+            )
+        LOSSES[name] = LossSpec(
             name,
             function,
             as_function(reads),
@@ -109,13 +85,6 @@ def register_loss(
             couples_batch,
             inspect_scores,
         )
-        known = LOSSES.get(name)
-        if known is not None and _source(known.function) != _source(function):
-            raise ConfigError(
-                f"a loss named {name!r} is already registered in {known.function.__module__}; pick"
-                " another name"
-            )
-        LOSSES[name] = spec
         return function
 
     return decorate
@@ -128,8 +97,8 @@ def _source(function: Callable) -> tuple[str, str]:
 class BoundLoss:
     """A loss with its settings, ready to call: `BoundLoss(pair) -> LossOutput`.
 
-    Calling it changes nothing. A loss with means over the steps has them in `running`, which moves
-    by `keep` alone.
+    Calling it changes neither the loss nor its input. A loss with means over the steps has them in
+    `running`, which moves by `keep` alone.
     """
 
     def __init__(self, spec: LossSpec, settings: dict, sft_weight: float = 0.0):
@@ -140,11 +109,7 @@ class BoundLoss:
         self.sft_weight = sft_weight
         self.reads = frozenset(spec.reads(settings)) | ({"lengths"} if sft_weight else frozenset())
         self.columns = frozenset(spec.columns(settings))
-        unknown = self.reads - NEEDS
-        if unknown:
-            raise ConfigError(
-                f"loss {spec.name!r} reads {sorted(unknown)}; accepted: {sorted(NEEDS)}"
-            )
+        _check_reads(spec.name, self.reads)
         self._spec = spec
         self.running: dict[str, Tensor] = {}
 
@@ -156,21 +121,18 @@ class BoundLoss:
         return self._spec.inspect_scores(chosen_scores, rejected_scores, names, **self.settings)
 
     def __call__(self, data: Pair | Target) -> LossOutput:
-        if isinstance(data, Pair):
-            data.running = self.running
-        output = self._spec.function(data, **self.settings)
-        if self.sft_weight:
-            output.losses = (
-                output.losses - self.sft_weight * data.policy_chosen_logps / data.chosen_lengths
-            )
-        return output
+        output = self._spec.function(replace(data, running=self.running), **self.settings)
+        if not self.sft_weight:
+            return output
+        likelihood = self.sft_weight * data.chosen.policy_logps / data.chosen.lengths
+        return replace(output, losses=output.losses - likelihood)
 
     def keep(self, output: LossOutput) -> None:
         """Take over the running means that a training batch led to, once its step was taken."""
         self.running = {name: value.detach().double() for name, value in output.running.items()}
 
-    def state_dict(self) -> dict:
-        """Numbers by name; nothing for a loss without running means."""
+    def state_dict(self) -> dict[str, float]:
+        """The running means by name; empty for a loss that has none."""
         return {name: value.item() for name, value in self.running.items()}
 
     def load_state_dict(self, state: Mapping[str, float]) -> None:
@@ -179,12 +141,24 @@ class BoundLoss:
         }
 
 
+def _check_reads(name: str, reads: frozenset[str]) -> None:
+    unknown = sorted(reads - NEEDS.keys())
+    if unknown:
+        raise ConfigError(f"loss {name!r} reads {unknown}; accepted: {sorted(NEEDS)}")
+    text = sorted(need for need in reads if NEEDS[need].source == "text")
+    if "scalar_head" in reads and text:
+        raise ConfigError(
+            f"loss {name!r} reads {', '.join(text)}, and scalar_head, a model that has no"
+            " log-probs; leave out one or the other"
+        )
+
+
 def bind_loss(config: Mapping) -> BoundLoss:
     """Match the yaml of a loss (`config`: name, module, sft_weight and the settings) with its
     function's signature.
 
-    Raises ConfigError for an unknown loss, an unknown or missing setting, or a setting out of its
-    range.
+    Raises ConfigError for an unknown loss, an unknown or missing setting, or a value that the
+    annotation of its setting does not accept.
     """
     config = dict(config)
     if config.get("module"):
@@ -196,28 +170,8 @@ def bind_loss(config: Mapping) -> BoundLoss:
         )
     spec = LOSSES[name]
     settings = {key: value for key, value in config.items() if key not in COMMON_KEYS}
-    accepted = spec.settings
-    unknown = [key for key in settings if key not in accepted]
-    if unknown:
-        raise ConfigError(
-            f"loss={name} has no setting {', '.join(unknown)}; accepted:"
-            f" {', '.join(accepted) or 'none'}"
-        )
-    missing = [
-        key for key, p in accepted.items() if p.default is p.empty and settings.get(key) is None
-    ]
-    if missing:
-        raise ConfigError(
-            f"loss={name} needs {', '.join('loss.' + key for key in missing)}; accepted:"
-            f" {', '.join(accepted)}"
-        )
     sft_weight = config.get("sft_weight") or 0.0
-    for key, parameter in (spec.settings | {"sft_weight": SFT_WEIGHT}).items():
-        _check_setting(
-            name,
-            parameter,
-            sft_weight if key == "sft_weight" else settings.get(key, parameter.default),
-        )
+    _check_settings(spec, settings, sft_weight)
     if sft_weight and (spec.examples != "pairs" or "scalar_head" in spec.reads(settings)):
         raise ConfigError(
             f"loss.sft_weight={sft_weight} mixes in a likelihood, which loss={name} does not have;"
@@ -228,44 +182,44 @@ def bind_loss(config: Mapping) -> BoundLoss:
     return loss
 
 
+def _check_settings(spec: LossSpec, settings: Mapping[str, Any], sft_weight: Any) -> None:
+    """Every setting is a parameter, none is missing, and each is what its annotation accepts."""
+    accepted = spec.settings
+    unknown = [key for key in settings if key not in accepted]
+    if unknown:
+        raise ConfigError(
+            f"loss={spec.name} has no setting {', '.join(unknown)}; accepted:"
+            f" {', '.join(accepted) or 'none'}"
+        )
+    missing = [
+        key for key, p in accepted.items() if p.default is p.empty and settings.get(key) is None
+    ]
+    if missing:
+        raise ConfigError(
+            f"loss={spec.name} needs {', '.join('loss.' + key for key in missing)}; accepted:"
+            f" {', '.join(accepted)}"
+        )
+    annotations = annotations_of(spec.function) | {"sft_weight": Annotated[float, NonNegative]}
+    values = {key: p.default for key, p in accepted.items()} | dict(settings)
+    for key, value in (values | {"sft_weight": sft_weight}).items():
+        if text := expected(annotations.get(key), value):
+            raise ConfigError(f"loss.{key}={value!r} of loss={spec.name} must be {text}")
+
+
 def made_up_batch(loss: BoundLoss, n: int = 3, seed: int = 0) -> Pair | Target:
     """Random numbers for exactly what the loss declares to read, as `n` examples; the rest is
     None."""
     generator = torch.Generator().manual_seed(seed)
 
-    def normal(*shape):
-        return torch.randn(*shape, generator=generator, dtype=torch.float64)
+    def filled(side: str) -> dict[str, Tensor]:
+        draw = MadeUp(n, side, generator)
+        return {name: need.made_up(draw) for name, need in needs_of(loss.reads).items()}
 
-    lengths = torch.tensor([float(2 + i % 3) for i in range(n)], dtype=torch.float64)
     if loss.examples != "pairs":
-        return Target(
-            policy_logps=normal(n) - 4,
-            lengths=lengths,
-            reference_logps=normal(n) - 4,
-            scores=torch.arange(n).remainder(2).double(),
-        )
-    filled = {
-        "reference": {
-            "reference_chosen_logps": normal(n) - 4,
-            "reference_rejected_logps": normal(n) - 4,
-        },
-        "scores": {
-            "chosen_scores": normal(n).abs() + 2,
-            "rejected_scores": normal(n).abs().clamp(max=1) + 0.5,
-        },
-        "token_kl": {"chosen_kl": normal(n).abs(), "rejected_kl": normal(n).abs()},
-        "token_logps": {
-            "chosen_token_logps": -normal(n, 4).abs(),
-            "rejected_token_logps": -normal(n, 4).abs(),
-        },
-        "lengths": {"chosen_lengths": lengths, "rejected_lengths": lengths + 1},
-        "collision": {"chosen_collision": -2 * lengths, "rejected_collision": -2 * lengths},
-        "scalar_head": {"chosen_values": normal(n), "rejected_values": normal(n)},
-    }
-    fields = {key: value for need in sorted(loss.reads) for key, value in filled[need].items()}
-    if "scalar_head" not in loss.reads:
-        fields |= {"policy_chosen_logps": normal(n) - 4, "policy_rejected_logps": normal(n) - 4}
-    return Pair(**fields, columns={name: normal(n) for name in sorted(loss.columns)})
+        return Target(**filled("single"))
+    chosen, rejected = Side(**filled("chosen")), Side(**filled("rejected"))
+    columns = MadeUp(n, "chosen", generator)
+    return Pair(chosen, rejected, {name: columns.normal() for name in sorted(loss.columns)})
 
 
 def _try_out(loss: BoundLoss) -> None:
@@ -276,8 +230,8 @@ def _try_out(loss: BoundLoss) -> None:
     except (TypeError, AttributeError, KeyError) as error:
         raise ConfigError(
             f"loss={loss.name} failed on a made-up batch that holds what it declares to read"
-            f" ({', '.join(sorted(loss.reads)) or 'nothing'}): {error}; mend the function, its"
-            " yaml, or `reads`"
+            f" ({', '.join(sorted(loss.reads)) or 'nothing'}): {error}; correct the function, its"
+            f" yaml, or `reads`, which may name {', '.join(sorted(NEEDS))}"
         ) from error
     if output.losses.shape != (3,) or not bool(torch.isfinite(output.losses).all()):
         raise ConfigError(
@@ -289,24 +243,3 @@ def _try_out(loss: BoundLoss) -> None:
             f"loss={loss.name} keeps running means of whole batches; register it with"
             " couples_batch=True"
         )
-
-
-def _check_setting(name: str, parameter: inspect.Parameter, value) -> None:
-    """A setting is of the kind that the function's signature says, and in the range that goes with
-    its name."""
-    key = parameter.name
-    holds, told = (
-        RANGES["alpha" if key.endswith("_weight") else key]
-        if key in RANGES or key.endswith("_weight")
-        else (lambda value: True, "")
-    )
-    if parameter.annotation in (bool, "bool") and not isinstance(value, bool):
-        raise ConfigError(f"loss.{key}={value!r} of loss={name} must be true or false")
-    if parameter.annotation not in (float, "float") and not (
-        parameter.annotation is parameter.empty and told
-    ):
-        return
-    if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value):
-        raise ConfigError(f"loss.{key}={value!r} of loss={name} must be a finite number")
-    if not holds(value):
-        raise ConfigError(f"loss.{key}={value} of loss={name} must {told}")

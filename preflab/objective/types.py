@@ -1,62 +1,167 @@
 """What a loss reads and what it returns."""
 
-from collections.abc import Mapping
-from dataclasses import dataclass, field
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, fields
+from operator import attrgetter
+from typing import Annotated, get_args, get_type_hints
 
 from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
+
+from preflab.objective.needs import Need
 
 
-@dataclass
-class Pair:
-    """A batch of pairs as a loss sees it; what the loss did not ask for in `reads` is None.
+@dataclass(frozen=True, eq=False, kw_only=True)
+class Side:
+    """One response of every example of a batch; what the loss does not name in `reads` is None.
 
-    Every field is (pairs,) unless said otherwise. Log-probs are sums over response tokens, in nats.
+    Each field is a float64 tensor (examples,) unless its comment says otherwise. Log-probs are sums
+    over response tokens, in nats. To let losses read something new, add a field here: `bind_loss`,
+    `made_up_batch` and `compute_loss` find it by its `Need`.
     """
 
-    policy_chosen_logps: Tensor | None = None
-    policy_rejected_logps: Tensor | None = None
-    reference_chosen_logps: Tensor | None = None
-    reference_rejected_logps: Tensor | None = None
-    chosen_lengths: Tensor | None = None
-    rejected_lengths: Tensor | None = None
-    chosen_scores: Tensor | None = None
-    rejected_scores: Tensor | None = None
-    chosen_kl: Tensor | None = None
-    rejected_kl: Tensor | None = None
-    chosen_token_logps: Tensor | None = (
-        None  # (pairs, longest response), zero behind each response's length
-    )
-    rejected_token_logps: Tensor | None = None
-    chosen_collision: Tensor | None = None
-    rejected_collision: Tensor | None = None
-    chosen_values: Tensor | None = None  # output of the scalar head
-    rejected_values: Tensor | None = None
-    columns: Mapping[str, Tensor] = field(
-        default_factory=dict
-    )  # further numbers of the data, by column name
-    names: list[str] = field(default_factory=list)  # which example each is, for error messages
-    running: Mapping[str, Tensor] = field(
-        default_factory=dict
-    )  # means over the steps so far, of a loss that keeps some
+    policy_logps: Annotated[
+        Tensor | None,
+        Need(
+            "policy",
+            "log-probs under the policy",
+            take=lambda scores, batch: scores.logps,
+            made_up=lambda draw: draw.normal() - 4,
+        ),
+    ] = None
+    reference_logps: Annotated[
+        Tensor | None,
+        Need(
+            "reference",
+            "log-probs under the frozen reference",
+            take=lambda scores, batch: scores.reference_logps,
+            made_up=lambda draw: draw.normal() - 4,
+            reference=True,
+        ),
+    ] = None
+    lengths: Annotated[
+        Tensor | None,
+        Need(
+            "lengths",
+            "response lengths in tokens",
+            take=lambda scores, batch: batch.lengths.double(),
+            made_up=lambda draw: draw.lengths(),
+            source="data",
+        ),
+    ] = None
+    scores: Annotated[
+        Tensor | None,
+        Need(
+            "scores",
+            "numbers that came with the data",
+            take=lambda scores, batch: batch.scores,
+            made_up=lambda draw: draw.scores(),
+            source="data",
+        ),
+    ] = None
+    kl: Annotated[
+        Tensor | None,
+        Need(
+            "token_kl",
+            "KL(reference || policy) over the whole vocabulary, summed over response positions",
+            take=lambda scores, batch: scores.kl,
+            made_up=lambda draw: draw.normal().abs(),
+            score_options={"kl": "reference||policy"},
+            reference=True,
+        ),
+    ] = None
+    # (examples, longest response of the batch), zero behind each response's length
+    token_logps: Annotated[
+        Tensor | None,
+        Need(
+            "token_logps",
+            "log-prob of each response token under the policy",
+            take=lambda scores, batch: pad_sequence(
+                scores.token_logps.double().split(batch.lengths.tolist()), batch_first=True
+            ),
+            made_up=lambda draw: -draw.normal(4).abs(),
+        ),
+    ] = None
+    collision: Annotated[
+        Tensor | None,
+        Need(
+            "collision",
+            "log sum_v pi(v)^2 summed over response positions, without gradient",
+            take=lambda scores, batch: scores.collision,
+            made_up=lambda draw: -2 * draw.lengths(),
+            score_options={"collision": True},
+        ),
+    ] = None
+    values: Annotated[
+        Tensor | None,
+        Need(
+            "scalar_head",
+            "output of a model that has one output instead of a vocabulary",
+            take=lambda scores, batch: scores.values,
+            made_up=lambda draw: draw.normal(),
+            source="head",
+        ),
+    ] = None
 
     @property
-    def chosen_logratio(self) -> Tensor:
-        return self.policy_chosen_logps - self.reference_chosen_logps
-
-    @property
-    def rejected_logratio(self) -> Tensor:
-        return self.policy_rejected_logps - self.reference_rejected_logps
+    def logratio(self) -> Tensor:
+        """log pi(y|x) - log pi_ref(y|x), (examples,)."""
+        return self.policy_logps - self.reference_logps
 
 
-@dataclass
-class Target:
-    """A batch of single responses, to imitate or with scores; fields are (examples,), None as in
-    `Pair`."""
+_ANNOTATIONS = get_type_hints(Side, include_extras=True)
+FIELDS: dict[str, Need] = {f.name: get_args(_ANNOTATIONS[f.name])[1] for f in fields(Side)}
+# What `reads` may name. Every loss reads the policy's log-probs, unless the model has none.
+NEEDS: dict[str, Need] = {need.name: need for need in FIELDS.values() if need.name != "policy"}
 
-    policy_logps: Tensor
-    lengths: Tensor | None = None
-    reference_logps: Tensor | None = None
-    scores: Tensor | None = None
+
+def needs_of(reads: Iterable[str]) -> dict[str, Need]:
+    """The fields of a `Side` that are filled for a loss with these `reads`, in their order."""
+    names = {"policy", *reads} - ({"policy"} if "scalar_head" in reads else set())
+    return {name: need for name, need in FIELDS.items() if need.name in names}
+
+
+@dataclass(frozen=True, eq=False)
+class Pair:
+    """A batch of pairs as a loss sees it.
+
+    chosen, rejected: the two responses of each pair. columns: further numbers of the data by column
+    name, (pairs,) each. names: which example each pair is, for error messages. running: means over
+    the steps so far by name, of a loss that returns some.
+
+    The fields of a side can also be read by one name, with the side behind the model's name or in
+    front of the others: `policy_chosen_logps`, `reference_rejected_logps`, `chosen_lengths`,
+    `rejected_scores`, `chosen_logratio`, ...
+    """
+
+    chosen: Side
+    rejected: Side
+    columns: Mapping[str, Tensor] = field(default_factory=dict)
+    names: Sequence[str] = ()
+    running: Mapping[str, Tensor] = field(default_factory=dict)
+
+
+def _name_in_pair(side: str, name: str) -> str:
+    """`policy_logps` of the chosen side is `policy_chosen_logps`, `kl` is `chosen_kl`."""
+    model, _, rest = name.partition("_")
+    return f"{model}_{side}_{rest}" if model in ("policy", "reference") else f"{side}_{name}"
+
+
+for _side in ("chosen", "rejected"):
+    for _name in (*FIELDS, "logratio"):
+        _path = f"{_side}.{_name}"
+        setattr(Pair, _name_in_pair(_side, _name), property(attrgetter(_path), doc=f"`{_path}`."))
+
+
+@dataclass(frozen=True, eq=False, kw_only=True)
+class Target(Side):
+    """A batch of single responses, to imitate or with scores.
+
+    names, running: as in `Pair`.
+    """
+
+    names: Sequence[str] = ()
+    running: Mapping[str, Tensor] = field(default_factory=dict)
 
 
 @dataclass
@@ -66,7 +171,7 @@ class LossOutput:
     losses: (examples,). chosen_rewards, rejected_rewards: (pairs,), beta times the log-ratios, so
     that losses can be compared whatever they optimise; without a reference what the paper takes for
     the reward. metrics: further (examples,) tensors by name, logged as `<name>` with `{split}`
-    filled in, e.g. `kl_{split}/chosen`. running: what `Pair.running` is for the next step, by name.
+    filled in, e.g. `kl_{split}/chosen`. running: what `running` is in the next step, by name.
     """
 
     losses: Tensor

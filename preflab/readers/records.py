@@ -10,9 +10,11 @@ import hashlib
 import itertools
 import json
 import random
+import sys
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from pathlib import Path
 
 from preflab.readers.fields import text
 from preflab.readers.files import Rows
@@ -108,6 +110,7 @@ class Source:
         """Changes with the content of the files and with every option that shapes the records."""
         o = self.options
         told = [
+            *_own_code(self.reader),
             READER_VERSION,
             self.name,
             self.split,
@@ -195,6 +198,15 @@ class Source:
         if not test or len(test) == len(groups):
             test = {min(place, key=place.get)}
         return test
+
+
+def _own_code(reader: Reader) -> list[str]:
+    """The content of the file that a user's own reader is in; `READER_VERSION` is that of ours."""
+    module = type(reader).__module__
+    file = getattr(sys.modules.get(module), "__file__", None)
+    if file is None or module.split(".")[0] in ("preflab", "preference_datasets"):
+        return []
+    return [content_hash(Path(file))]
 
 
 def _digest(prompt) -> bytes:
