@@ -1,10 +1,11 @@
-"""Every reader on small files of its schema, every pairing by hand, every kind of bad input with
-its place."""
+"""Every reader on small files of its schema, every pairing by hand, and errors that name the
+place."""
 
 import contextlib
 import json
 import math
 import os
+import re
 import tempfile
 from dataclasses import replace
 from pathlib import Path
@@ -53,24 +54,16 @@ def test_scored_lines_merge_prompts_that_come_back(tmp_path, name, file):
     write_jsonl(tmp_path / file, rows("p", a=1.0, b=3.0) + rows("q", c=2.0) + rows("p", d=2.0))
     records, source = read(name, tmp_path)
     assert [r.prompt for r in records] == ["p", "q"]
-    kept = 2 if name != "reviews" else 3  # first_two leaves the others out
-    assert (
-        records[0].responses == ["a", "b", "d"][:kept]
-        and records[0].scores == [1.0, 3.0, 2.0][:kept]
-    )
+    n = 2 if name != "reviews" else 3  # first_two drops the others
+    assert records[0].responses == ["a", "b", "d"][:n]
+    assert records[0].scores == [1.0, 3.0, 2.0][:n]
     assert records[0].sft_target == 1 and records[1].pairs == []
     assert records[0].source == f"{tmp_path / file}:1" and records[1].source.endswith(":3")
     expected = [("b", "a")] if name != "reviews" else [("b", "a"), ("d", "a"), ("b", "d")]
     assert named_pairs(records[0]) == expected
-    assert (
-        source.counts["rows"] == 4
-        and source.counts["prompts"] == 2
-        and source.counts["responses"] == kept + 1
-    )
-    assert (
-        source.counts["pairs"] == len(expected)
-        and source.counts["skipped"]["prompts without a pair"] == 1
-    )
+    counts = source.counts
+    assert (counts["rows"], counts["prompts"], counts["responses"]) == (4, 2, n + 1)
+    assert counts["pairs"] == len(expected) and counts["skipped"]["prompts without a pair"] == 1
     assert source.truncation == "keep_start" and source.provides == {"pairs", "scores"}
 
 
@@ -86,32 +79,32 @@ def test_scored_lines_merge_prompts_that_come_back(tmp_path, name, file):
 )
 def test_pairing_by_hand(tmp_path, pairing, min_gap, expected):
     write_jsonl(tmp_path / "imdb-sft-train.jsonl", rows("p", a=1.0, b=1.0, c=2.5, d=0.0))
-    records, source = read("imdb", tmp_path, pairing=pairing, min_gap=min_gap)
-    assert named_pairs(records[0]) == expected
-    assert records[0].sft_target == (
-        0 if pairing == "first_two" else 2
-    )  # the higher of those that are in use
+    (record,), _ = read("imdb", tmp_path, pairing=pairing, min_gap=min_gap)
+    assert named_pairs(record) == expected
+    assert record.sft_target == (0 if pairing == "first_two" else 2)  # the best of those in use
 
 
 def test_random_pairing_depends_on_seed_and_prompt_alone(tmp_path):
     data = [row for i in range(30) for row in rows(f"p{i}", a=1.0, b=2.0, c=3.0)]
-    write_jsonl(tmp_path / "imdb-sft-train.jsonl", data)
-    chosen = {
-        s: [named_pairs(r) for r in read("imdb", tmp_path, pairing="random", seed=s)[0]]
-        for s in (0, 1)
-    }
-    assert all(len(p) == 1 for p in chosen[0]) and len({str(p) for p in chosen[0]}) == 3
-    assert chosen[0] != chosen[1]
+    for split in ("train", "test"):
+        write_jsonl(tmp_path / f"imdb-sft-{split}.jsonl", data)
+
+    def pairs(split, seed):
+        records, _ = read("imdb", tmp_path, split, pairing="random", seed=seed)
+        return [named_pairs(record) for record in records]
+
+    first = pairs("train", seed=0)
+    assert all(len(of_prompt) == 1 for of_prompt in first) and len({str(p) for p in first}) == 3
+    assert pairs("train", seed=1) != first
+    assert pairs("test", seed=1) == pairs("test", seed=0)  # seeds are compared on one test set
     write_jsonl(tmp_path / "imdb-sft-train.jsonl", data[::-1])
-    assert [named_pairs(r) for r in read("imdb", tmp_path, pairing="random")[0]][::-1] == chosen[0]
+    assert pairs("train", seed=0)[::-1] == first
 
 
 def test_an_empty_sample_is_a_sample(tmp_path):
     """A policy that ends at once was scored for it; the published files hold such rows."""
-    write_jsonl(
-        tmp_path / "imdb-sft-train.jsonl",
-        rows("p", a=1.0) + [{"prompt": "p", "text": "", "reward": 2.0}],
-    )
+    empty = {"prompt": "p", "text": "", "reward": 2.0}
+    write_jsonl(tmp_path / "imdb-sft-train.jsonl", [*rows("p", a=1.0), empty])
     records, source = read("imdb", tmp_path)
     assert named_pairs(records[0]) == [("", "a")] and source.counts["empty_responses"] == 1
 
@@ -142,10 +135,8 @@ def test_hh(tmp_path):
     hub(tmp_path, "Anthropic/hh-rlhf", [{"chosen": long + " t", "rejected": long + " u"}], "test")
     records, source = read("hh", tmp_path)
     assert len(records) == 1 and records[0].prompt == long
-    assert records[0].responses == [" good", " bad", " worse"] and named_pairs(records[0]) == [
-        (" good", " bad"),
-        (" good", " worse"),
-    ]
+    assert records[0].responses == [" good", " bad", " worse"]
+    assert named_pairs(records[0]) == [(" good", " bad"), (" good", " worse")]
     assert records[0].scores is None and records[0].responses[records[0].sft_target] == " good"
     assert source.truncation == "keep_end" and source.provides == {"pairs"}
     assert source.counts["skipped"] == {
@@ -180,25 +171,22 @@ def test_shp(tmp_path):
     records, source = read("shp", tmp_path)
     assert records[0].prompt == "\n\nHuman: q\n\nAssistant:"
     assert named_pairs(records[0]) == [(" one", " two"), (" three", " one")]
-    assert (
-        records[0].scores == [10, 5, 40] and records[0].responses[records[0].sft_target] == " three"
-    )
+    assert records[0].scores == [10, 5, 40]
+    assert records[0].responses[records[0].sft_target] == " three"
     assert source.counts["skipped"] == {"the larger score is not twice the smaller": 1}
     same_text = [row("q", "same", "low", 10, 1, 1), row("q", "high", "same", 90, 2, 1)]
     hub(tmp_path, "stanfordnlp/SHP", same_text)
     (record,) = read("shp", tmp_path)[0]
-    assert all(
-        record.scores[a] > record.scores[b] for a, b in record.pairs
-    )  # a text with two scores is two responses
+    # A text with two scores is two responses.
+    assert all(record.scores[a] > record.scores[b] for a, b in record.pairs)
     hub(
         tmp_path,
         "stanfordnlp/SHP",
         [row("q", "x", "y", 3, 1, 0), row("q", "x", "z", 1, 9, 1), row("q", "v", "w", 1, 2, 0)],
     )
     (record,), source = read("shp", tmp_path)
-    assert named_pairs(record) == [(" w", " v")] and source.counts["skipped"] == {
-        "the label contradicts the scores": 2
-    }
+    assert named_pairs(record) == [(" w", " v")]
+    assert source.counts["skipped"] == {"the label contradicts the scores": 2}
 
 
 def test_se(tmp_path):
@@ -211,30 +199,24 @@ def test_se(tmp_path):
         return {"question": f"<p>question {i}</p>", "answers": answers}
 
     hub(tmp_path, "HuggingFaceH4/stack-exchange-preferences", [row(i) for i in range(200)])
-    train, source = read("se", tmp_path)
+    train, _ = read("se", tmp_path)
     test, _ = read("se", tmp_path, "test")
     assert (len(train), len(test)) == (198, 2)
     assert not {r.prompt for r in train} & {r.prompt for r in test}
     record = train[0]
-    assert record.prompt.startswith("\n\nHuman: question ") and record.prompt.endswith(
-        "\n\nAssistant:"
-    )
+    assert record.prompt.startswith("\n\nHuman: question ")
+    assert record.prompt.endswith("\n\nAssistant:")
     assert record.responses == [" plain & bold", " see <code>x < 1</code>", " tie"]
-    assert named_pairs(record) == [
-        (record.responses[1], record.responses[0]),
-        (record.responses[1], record.responses[2]),
-    ]
+    plain, code, tie = record.responses
+    assert named_pairs(record) == [(code, plain), (code, tie)]
     assert record.sft_target == 1
 
 
 def test_a_hub_set_out_of_reach_says_where_a_copy_goes(tmp_path, monkeypatch):
-    import datasets
+    def unreachable(name):
+        raise ConnectionError(f"no network for {name}")
 
-    monkeypatch.setattr(
-        datasets,
-        "load_dataset",
-        lambda name: (_ for _ in ()).throw(ConnectionError(f"no network for {name}")),
-    )
+    monkeypatch.setattr("datasets.load_dataset", unreachable)
     with pytest.raises(
         DataError, match=r"Anthropic/hh-rlhf cannot be loaded \(no network.*put a copy.*hh-rlhf"
     ):
@@ -252,18 +234,15 @@ def test_tldr_ratings(tmp_path):
     (tmp_path / "tldr-sft-train-rel.json").write_text(json.dumps(posts))
     records, source = read("tldr", tmp_path)
     assert records[0].prompt == "post one\n\nTL;DR:" and records[0].responses == [" a", " b", " d"]
-    assert named_pairs(records[0]) == [(" b", " a"), (" b", " d")] and records[0].scores == [
-        5,
-        7,
-        5,
-    ]
+    assert named_pairs(records[0]) == [(" b", " a"), (" b", " d")]
+    assert records[0].scores == [5, 7, 5]
     assert records[1].pairs == []
     assert source.counts["skipped"]["responses that contain <|endoftext|>"] == 1
 
 
 def test_tldr_pairs_and_neither(tmp_path):
     with pytest.raises(
-        DataError, match=r"tldr-sft-train-rel.json.*tldr/train.json.*preproc_pref.py"
+        DataError, match=r"tldr-sft-train-rel\.json.*tldr/train\.json.*preproc_pref\.py"
     ):
         open_dataset("tldr", "train", data_dir=str(tmp_path))
     (tmp_path / "tldr").mkdir()
@@ -271,11 +250,8 @@ def test_tldr_pairs_and_neither(tmp_path):
         json.dumps([{"prompt": "p", "chosen": " a", "rejected": " b"}])
     )
     records, source = read("tldr", tmp_path)
-    assert (
-        named_pairs(records[0]) == [(" a", " b")]
-        and source.provides == {"pairs"}
-        and records[0].prompt == "p"
-    )
+    assert records[0].prompt == "p" and named_pairs(records[0]) == [(" a", " b")]
+    assert source.provides == {"pairs"}
     (tmp_path / "tldr-sft-train-rel.json").write_text(
         json.dumps({"post": {"responses": [" a", " b"], "rewards": [1, 2]}})
     )
@@ -283,7 +259,7 @@ def test_tldr_pairs_and_neither(tmp_path):
 
 
 def test_tldr_filtered_has_targets_only_and_each_row_is_one(tmp_path):
-    with pytest.raises(DataError, match="preproc_filter.py"):
+    with pytest.raises(DataError, match=r"preproc_filter\.py"):
         open_dataset("tldr_filtered", "train", data_dir=str(tmp_path))
     (tmp_path / "tldr_filtered").mkdir()
     (tmp_path / "tldr_filtered" / "train.json").write_text(
@@ -325,9 +301,9 @@ def test_pairs_in_any_type_of_file_and_a_split_without_leaks(tmp_path, suffix):
     test, _ = read(path, tmp_path, "test", test_fraction=0.25)
     assert {r.prompt for r in train} | {r.prompt for r in test} == {f"p{i}" for i in range(40)}
     assert not {r.prompt for r in train} & {r.prompt for r in test} and 2 <= len(test) <= 20
-    other, _ = read(path, tmp_path, "test", test_fraction=0.25, seed=1)
-    assert {r.prompt for r in other} != {r.prompt for r in test}
-    assert "held out by seed 0" in source.counts["note"] and source.truncation == "keep_end"
+    assert read(path, tmp_path, "test", test_fraction=0.25, seed=1)[0] == test
+    note = f"{len(test)} of 40 prompts are held out, the same for every seed"
+    assert note in source.counts["note"] and source.truncation == "keep_end"
     merged = next(r for r in train + test if r.prompt == "p0")
     assert len(merged.responses) == 2 and len(merged.pairs) == 2
 
@@ -346,17 +322,15 @@ def test_a_folder_with_train_and_test(tmp_path):
     (tmp_path / "test.csv").rename(tmp_path / "validation.csv")
     assert (len(read(tmp_path, tmp_path)[0]), len(read(tmp_path, tmp_path, "test")[0])) == (3, 2)
     (tmp_path / "validation.csv").unlink()
-    assert sorted(len(read(tmp_path, tmp_path, split)[0]) for split in ("train", "test")) == [
-        1,
-        2,
-    ]  # made from train
+    sizes = {len(read(tmp_path, tmp_path, split)[0]) for split in ("train", "test")}
+    assert sizes == {1, 2}  # both from train
     as_file(tmp_path / "train.csv", PAIRS[:3])
-    with pytest.raises(DataError, match="train.jsonl and train.csv, expected one of them"):
+    with pytest.raises(DataError, match=r"train\.jsonl and train\.csv, expected one of them"):
         read(tmp_path, tmp_path)
     (tmp_path / "train.csv").unlink()
     (tmp_path / "train.jsonl").rename(tmp_path / "all.jsonl")
     as_files(tmp_path / "constrain", {"trainer": PAIRS})
-    with pytest.raises(DataError, match="no file named train .*there is: all.jsonl, constrain/"):
+    with pytest.raises(DataError, match=r"no file named train .*there is: all\.jsonl, constrain/"):
         read(tmp_path, tmp_path, "test")
 
 
@@ -396,12 +370,9 @@ def test_columns_under_other_names(tmp_path):
         tmp_path / "x.jsonl",
         [{"instruction": f"p{i}", "better": " a", "worse": " b"} for i in range(4)],
     )
+    sets = "accepted sets: prompt, chosen, rejected; question, response_j"
     with pytest.raises(
-        DataError,
-        match=(
-            "columns instruction, better, worse; accepted sets: prompt, chosen,"
-            " rejected;.*dataset_columns"
-        ),
+        DataError, match=f"columns instruction, better, worse; {sets}.*dataset_columns"
     ):
         both(path, tmp_path)
     records = both(
@@ -469,6 +440,10 @@ SETS = {
 }
 
 
+def without_source(records):
+    return [replace(record, source="") for record in records]
+
+
 def as_files(folder, parts):
     for split, rows in parts.items():
         write_jsonl(folder / f"{split}.jsonl", rows)
@@ -505,8 +480,8 @@ def as_configs(folder, parts):
 @pytest.mark.parametrize("form", SETS)
 @pytest.mark.parametrize("layout", [as_saved, as_on_the_hub, as_configs])
 def test_folders_of_datasets_and_of_the_hub_hold_what_plain_files_hold(tmp_path, layout, form):
-    """Splits that are there, and the split that is made by the seed where there is one only; in a
-    folder with an odd name."""
+    """With both splits, and with a test split held out of the only one; in a folder with an odd
+    name."""
     rows = [row for i in range(30) for row in SETS[form](i)]
     for n_splits in (2, 1):
         parts = (
@@ -518,22 +493,16 @@ def test_folders_of_datasets_and_of_the_hub_hold_what_plain_files_hold(tmp_path,
         as_files(plain, parts)
         layout(folder, parts)
         for split in ("train", "test"):
-            expected, told = read(plain, tmp_path, split, test_fraction=0.3)
-            found, source = read(folder, tmp_path, split, test_fraction=0.3)
-            assert [replace(r, source="") for r in found] == [
-                replace(r, source="") for r in expected
-            ] and found
-            assert (
-                source.counts == told.counts
-                and source.provides == told.provides
-                and ("note" in source.counts) == (n_splits == 1)
-            )
-            assert (
-                found[0].source.startswith(f"{folder}[")
-                and source.fingerprint() != told.fingerprint()
-            )
+            expected, plain_source = read(plain, tmp_path, split, test_fraction=0.3)
+            records, source = read(folder, tmp_path, split, test_fraction=0.3)
+            assert without_source(records) == without_source(expected) and records
+            assert source.counts == plain_source.counts
+            assert source.provides == plain_source.provides
+            assert ("note" in source.counts) == (n_splits == 1)
+            assert records[0].source.startswith(f"{folder}[")
+            assert source.fingerprint() != plain_source.fingerprint()
             if n_splits == 2:
-                assert len(found) == {"train": 20, "test": 10}[split]
+                assert len(records) == {"train": 20, "test": 10}[split]
 
 
 def test_a_dataset_is_read_as_rows_whatever_it_was_saved_as_and_its_splits_may_be_given(
@@ -545,19 +514,16 @@ def test_a_dataset_is_read_as_rows_whatever_it_was_saved_as_and_its_splits_may_b
     data.with_format("numpy", columns=["reward"]).select(range(9)).save_to_disk(tmp_path / "numpy")
     assert sorted(r.prompt for r in both(tmp_path / "numpy", tmp_path)) == ["p0", "p1", "p2"]
     datasets.DatasetDict(test=data).save_to_disk(tmp_path / "test only")
-    assert (
-        len(read(tmp_path / "test only", tmp_path, "test")[0]) == 4
-    )  # all of it, for function=eval
+    everything, _ = read(tmp_path / "test only", tmp_path, "test")  # for function=eval
+    assert len(everything) == 4
     with pytest.raises(DataError, match="test only has no train split; it has: test"):
         read(tmp_path / "test only", tmp_path)
     assert len(both(tmp_path / "test only" / "test", tmp_path)) == 4
     datasets.DatasetDict(train=data, validation=data.select([0])).save_to_disk(
         tmp_path / "mirror" / "me" / "mine"
     )
-    assert (
-        len(read("me/mine", tmp_path / "mirror")[0]) == 4
-        and len(read("me/mine", tmp_path / "mirror", "test")[0]) == 1
-    )
+    assert len(read("me/mine", tmp_path / "mirror")[0]) == 4
+    assert len(read("me/mine", tmp_path / "mirror", "test")[0]) == 1
     datasets.DatasetDict(train=data, more=data).save_to_disk(tmp_path / "two")
     with pytest.raises(DataError, match="two has no test or validation split; it has: train, more"):
         read(tmp_path / "two", tmp_path, "test")
@@ -594,19 +560,15 @@ def test_folders_that_cannot_be_loaded(tmp_path):
         "---\nconfigs:\n- config_name: one\n  data_files: data/*\n- config_name: other\n "
         " data_files: data/*\n---\n"
     )
-    with pytest.raises(
-        DataError,
-        match=(
-            r"/hub cannot be loaded \(Config name is missing.*'one', 'other'.*give one file of it"
-        ),
-    ):
+    match = r"/hub cannot be loaded \(Config name is missing.*'one', 'other'.*give one file of it"
+    with pytest.raises(DataError, match=match):
         read(tmp_path / "hub", tmp_path)
     (tmp_path / "hub" / "README.md").write_text("---\nconfigs: [:\n---\n")
     with pytest.raises(DataError, match=r"/hub cannot be loaded \(while parsing"):
         read(tmp_path / "hub", tmp_path)
     as_on_the_hub(tmp_path / "a[b]", {"train": PAIRS})
     with pytest.raises(
-        DataError, match=r"a\[b\]: datasets takes .* for a pattern; rename the folder"
+        DataError, match=r"a\[b\]: datasets reads .* as a pattern; rename the folder"
     ):
         read(tmp_path / "a[b]", tmp_path)
     as_on_the_hub(tmp_path / "columns", {"train": [{"x": 1}]})
@@ -617,9 +579,7 @@ def test_folders_that_cannot_be_loaded(tmp_path):
     arrow.write_bytes(arrow.read_bytes().replace(b"good 7", b"good \xff"))
     with pytest.raises(DataError, match=r"bytes\[train\]:7: cannot be read \(.*0xff"):
         read(tmp_path / "bytes", tmp_path)
-    assert (
-        pyarrow.ipc.open_stream(arrow).read_all().num_rows == 40
-    )  # it is the text that is broken, and not the file
+    assert pyarrow.ipc.open_stream(arrow).read_all().num_rows == 40  # the file itself is valid
 
 
 # ---------------------------------------------------------------------------------------------- CSV
@@ -644,46 +604,34 @@ def test_csv_holds_what_jsonl_holds_with_lists_and_messages_as_json(tmp_path, fo
         ]
         for row in rows
     ]
-    found = both(write_csv(tmp_path / "x.csv", list(rows[0]), cells), tmp_path)
-    assert [replace(r, source="") for r in found] == [
-        replace(r, source="") for r in both(as_file(tmp_path / "x.jsonl", rows), tmp_path)
-    ]
+    records = both(write_csv(tmp_path / "x.csv", list(rows[0]), cells), tmp_path)
+    expected = both(as_file(tmp_path / "x.jsonl", rows), tmp_path)
+    assert without_source(records) == without_source(expected)
     folder = tmp_path / "folder"
     folder.mkdir()
     write_csv(folder / "train.csv", list(rows[0]), cells)
-    assert sorted(r.source for r in both(folder, tmp_path)) == sorted(
-        r.source.replace("x.csv", "folder/train.csv") for r in found
-    )
+    sources = {r.source.replace("x.csv", "folder/train.csv") for r in records}
+    assert {r.source for r in both(folder, tmp_path)} == sources
 
 
 def test_csv_messages_as_prompt_and_under_other_names(tmp_path):
     prompts = [chat(f'hi {i}, "you"\n') for i in range(3)]
-    path = write_csv(
-        tmp_path / "x.csv",
-        ["asked", "better", "worse"],
-        [[json.dumps(prompt), "yes", json.dumps(chat("x", "no"))[1:]] for prompt in prompts],
-    )
-    records = both(
-        path, tmp_path, columns={"prompt": "asked", "chosen": "better", "rejected": "worse"}
-    )
-    assert sorted((r.prompt for r in records), key=str) == prompts and records[0].responses == [
-        "yes",
-        json.dumps(chat("x", "no"))[1:],
-    ]
+    no_list = json.dumps(chat("x", "no"))[1:]
+    rows = [[json.dumps(prompt), "yes", no_list] for prompt in prompts]
+    path = write_csv(tmp_path / "x.csv", ["question", "better", "worse"], rows)
+    columns = {"prompt": "question", "chosen": "better", "rejected": "worse"}
+    records = both(path, tmp_path, columns=columns)
+    assert sorted((r.prompt for r in records), key=str) == prompts
+    assert records[0].responses == ["yes", no_list]
     texts = ["[x] y", "{1}", "[]", '["a"]', "[ ] {"]  # none of them begins as messages do
-    records = both(
-        write_csv(
-            tmp_path / "x.csv",
-            ["prompt", "chosen", "rejected"],
-            [[f"p{i}", text, f"not {text}"] for i, text in enumerate(texts)],
-        ),
-        tmp_path,
-    )
+    rows = [[f"p{i}", text, f"not {text}"] for i, text in enumerate(texts)]
+    path = write_csv(tmp_path / "x.csv", ["prompt", "chosen", "rejected"], rows)
+    records = both(path, tmp_path)
     assert sorted(r.responses[0] for r in records) == sorted(texts)
 
 
 @pytest.mark.parametrize(
-    "content, told",
+    "content, message",
     [
         (
             "prompt,chosen,rejected,chosen\np,a,b,c\n",
@@ -722,7 +670,7 @@ def test_csv_messages_as_prompt_and_under_other_names(tmp_path):
         ),
         (
             'prompt,responses,scores\np,"[""a"", ""b""]","[1, NaN]"\n',
-            r"x.csv:2, 'scores': NaN is no number",
+            r"x.csv:2, 'scores': NaN is not a JSON number",
         ),
         (
             'prompt,responses,scores\np,"[""a"", ""b""]","[1]"\n',
@@ -736,9 +684,9 @@ def test_csv_messages_as_prompt_and_under_other_names(tmp_path):
         ("prompt,text,reward\np,a,nan\n", r"x.csv:2: 'reward' is nan, expected a finite number"),
     ],
 )
-def test_csv_that_cannot_be_used_is_told_with_its_line(tmp_path, content, told):
+def test_errors_in_a_csv_file_name_its_line(tmp_path, content, message):
     (tmp_path / "x.csv").write_text(content, encoding="utf-8", newline="")
-    with pytest.raises(DataError, match=told):
+    with pytest.raises(DataError, match=message):
         read(tmp_path / "x.csv", tmp_path)
 
 
@@ -753,7 +701,7 @@ GOOD = '{"prompt": "p", "text": "t", "reward": 1.0}'
 
 
 @pytest.mark.parametrize(
-    "line, told",
+    "line, message",
     [
         ("no json", r"imdb-sft-train.jsonl:2: not JSON"),
         ("[1, 2]", r":2: list .*expected an object"),
@@ -766,7 +714,7 @@ GOOD = '{"prompt": "p", "text": "t", "reward": 1.0}'
             r":2: 'reward' is str '1', expected a number",
         ),
         ('{"prompt": "p", "text": "t", "reward": true}', r":2: 'reward' is bool"),
-        ('{"prompt": "p", "text": "t", "reward": NaN}', r":2: NaN is no number"),
+        ('{"prompt": "p", "text": "t", "reward": NaN}', r":2: NaN is not a JSON number"),
         (
             '{"prompt": "p", "text": "t", "reward": 1e999}',
             r":2: 'reward' is inf, expected a finite number",
@@ -774,17 +722,17 @@ GOOD = '{"prompt": "p", "text": "t", "reward": 1.0}'
         (b'{"prompt": "p\xff", "text": "t", "reward": 1}', r":2: byte 0xff is not UTF-8"),
     ],
 )
-def test_a_bad_line_is_named(tmp_path, line, told):
+def test_a_bad_line_is_named(tmp_path, line, message):
     content = line if isinstance(line, bytes) else line.encode()
     (tmp_path / "imdb-sft-train.jsonl").write_bytes(
         GOOD.encode() + b"\n" + content + b"\n" + GOOD.encode() + b"\n"
     )
-    with pytest.raises(DataError, match=told):
+    with pytest.raises(DataError, match=message):
         read("imdb", tmp_path)
 
 
 def test_bad_files(tmp_path):
-    with pytest.raises(DataError, match="imdb-sft-train.jsonl: no such file; in .*: nothing"):
+    with pytest.raises(DataError, match=r"imdb-sft-train\.jsonl: no such file; in .*: nothing"):
         read("imdb", tmp_path)
     (tmp_path / "imdb-sft-train.jsonl").write_text("")
     with pytest.raises(DataError, match="the file is empty"):
@@ -796,19 +744,19 @@ def test_bad_files(tmp_path):
     with pytest.raises(DataError, match="expected a list of objects"):
         read(tmp_path / "a.json", tmp_path)
     (tmp_path / "a.json").write_text('[{"prompt": "p",\n"chosen": }]')
-    with pytest.raises(DataError, match="a.json:2: not JSON"):
+    with pytest.raises(DataError, match=r"a\.json:2: not JSON"):
         read(tmp_path / "a.json", tmp_path)
     (tmp_path / "a.parquet").write_text("no parquet")
-    with pytest.raises(DataError, match="a.parquet: no readable parquet"):
+    with pytest.raises(DataError, match=r"a\.parquet: no readable parquet"):
         read(tmp_path / "a.parquet", tmp_path)
     write_jsonl(tmp_path / "a.jsonl", [PAIRS[0], PAIRS[0] | {"magnitude": "1", "rejected": " c"}])
-    with pytest.raises(DataError, match="a.jsonl:2: 'magnitude' is str '1', expected a number"):
+    with pytest.raises(DataError, match=r"a\.jsonl:2: 'magnitude' is str '1', expected a number"):
         read(tmp_path / "a.jsonl", tmp_path)
     write_jsonl(tmp_path / "a.jsonl", [PAIRS[0] | {"chosen": "\ud800"}])
-    with pytest.raises(DataError, match="a.jsonl:1: 'chosen' holds half a surrogate pair"):
+    with pytest.raises(DataError, match=r"a\.jsonl:1: 'chosen' holds half a surrogate pair"):
         read(tmp_path / "a.jsonl", tmp_path)
     for missing in ({"chosen": ""}, {"rejected": "  "}):
-        write_jsonl(tmp_path / "a.jsonl", PAIRS[:2] + [PAIRS[3] | missing])
+        write_jsonl(tmp_path / "a.jsonl", [*PAIRS[:2], PAIRS[3] | missing])
         with pytest.raises(DataError, match=f"a.jsonl:3: '{next(iter(missing))}' is empty"):
             read(tmp_path / "a.jsonl", tmp_path)
 
@@ -829,8 +777,28 @@ def test_names_and_options_are_checked_at_once(tmp_path):
         open_dataset("imdb", "validation")
     with pytest.raises(ConfigError, match="did you mean best_worst"):
         open_dataset("imdb", "train", pairing="best_wurst")
-    with pytest.raises(DataError, match="nowhere.jsonl: no such file"):
-        open_dataset(str(tmp_path / "nowhere.jsonl"), "train")
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["/nowhere/pairs", "./pairs", "../pairs", "data/my/pairs", "pairs.jsonl", "me/pairs.parquet"],
+)
+def test_a_mistyped_path_is_not_looked_up_on_the_hub(tmp_path, monkeypatch, name):
+    monkeypatch.setattr("datasets.load_dataset", lambda name: pytest.fail("asked the hub"))
+    (tmp_path / "data").mkdir()
+    monkeypatch.chdir(tmp_path / "data")
+    nearest = {"/nowhere/pairs": "/: ", "../pairs": f"{tmp_path}: data/"}
+    nearest = nearest.get(name, f"{tmp_path / 'data'}: nothing")
+    message = re.escape(f"{Path(name)}: no such file or folder; in {nearest}")
+    with pytest.raises(DataError, match=message):
+        open_dataset(name, "train", data_dir=str(tmp_path))
+
+
+def test_a_home_folder_is_not_expanded(monkeypatch):
+    monkeypatch.setattr("datasets.load_dataset", lambda name: pytest.fail("asked the hub"))
+    for name in ("~/pairs", "~/pairs.jsonl", "~somebody"):
+        with pytest.raises(DataError, match=f"{name}: no such file or folder; ~ is not expanded"):
+            open_dataset(name, "train")
 
 
 @pytest.mark.parametrize(
@@ -849,10 +817,10 @@ def test_names_that_no_file_can_have_are_refused(tmp_path, monkeypatch, name):
     monkeypatch.chdir(tmp_path)
     for data_dir in (tmp_path, "d" * 300):
         with pytest.raises(
-            (DataError, ConfigError), match="File name too long|cannot be loaded|no such file"
+            (DataError, ConfigError), match=r"File name too long|cannot be loaded|no such file"
         ):
             open_dataset(name, "train", data_dir=str(data_dir))
-    with pytest.raises(DataError, match="d{300}/imdb-sft-train.jsonl: File name too long"):
+    with pytest.raises(DataError, match=r"d{300}/imdb-sft-train\.jsonl: File name too long"):
         open_dataset("imdb", "train", data_dir="d" * 300)
 
 
@@ -893,32 +861,36 @@ def test_files_that_may_not_be_read_are_named(tmp_path):
             for name in ("closed", "closed/x.jsonl"):
                 with pytest.raises(DataError, match=f"/{name}.*: Permission denied"):
                     open_dataset(str(folder / name), "train")
-            with pytest.raises(DataError, match="rel.json: Permission denied"):
+            with pytest.raises(DataError, match=r"rel\.json: Permission denied"):
                 open_dataset("tldr", "train", data_dir=str(folder))
 
 
-def test_what_is_no_file_or_goes_away_is_told(tmp_path):
+def test_what_is_not_a_file_or_is_deleted_is_named(tmp_path):
     (tmp_path / "imdb-sft-train.jsonl").mkdir()
-    with pytest.raises(DataError, match="imdb-sft-train.jsonl: a folder, expected a file"):
+    with pytest.raises(DataError, match=r"imdb-sft-train\.jsonl: a folder, expected a file"):
         read("imdb", tmp_path)
     os.mkfifo(tmp_path / "x.jsonl")  # as a shell makes of <(command)
-    with pytest.raises(DataError, match="x.jsonl: a pipe or a device, expected a file"):
+    with pytest.raises(DataError, match=r"x\.jsonl: a pipe or a device, expected a file"):
         read(tmp_path / "x.jsonl", tmp_path)
     source = open_dataset(str(as_file(tmp_path / "y.jsonl", PAIRS)), "train")
     (tmp_path / "y.jsonl").unlink()
-    with pytest.raises(DataError, match="y.jsonl: No such file"):
+    with pytest.raises(DataError, match=r"y\.jsonl: No such file"):
         list(source.records())
 
 
 def test_fingerprint_follows_content_and_options(tmp_path):
     path = write_jsonl(tmp_path / "imdb-sft-train.jsonl", rows("p", a=1.0, b=2.0))
-    prints = [
-        open_dataset("imdb", "train", data_dir=tmp_path, **o).fingerprint()
-        for o in ({}, {}, {"pairing": "all"}, {"min_gap": 0.5}, {"seed": 1})
-    ]
-    assert prints[0] == prints[1] and len(set(prints)) == 4
+
+    def fingerprint(**options):
+        return open_dataset("imdb", "train", data_dir=tmp_path, **options).fingerprint()
+
+    before = fingerprint()
+    assert fingerprint() == fingerprint(seed=1) == before
+    changed = [{"pairing": "all"}, {"min_gap": 0.5}, {"pairing": "random"}]
+    changed.append({"pairing": "random", "seed": 1})
+    assert len({before, *(fingerprint(**options) for options in changed)}) == 5
     path.write_text(path.read_text().replace("2.0", "2.5"))
-    assert open_dataset("imdb", "train", data_dir=tmp_path).fingerprint() not in prints
+    assert fingerprint() != before
 
 
 def test_the_registry_holds_the_documented_names():

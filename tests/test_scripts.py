@@ -168,7 +168,7 @@ def without(row: dict, key: str) -> dict:
             "a summary: 'text' is int '3'",
         ),
         (b'{"info": }', "not JSON: Expecting value"),
-        (b'{"info": NaN}', "NaN is no number"),
+        (b'{"info": NaN}', "NaN is not a JSON number"),
         (b'{"info": "\xff"}', "byte 0xff is not UTF-8"),
         (b"[" * 100_000, "not JSON: .*recursion"),
         (b'"text"', "str 'text', expected an object"),
