@@ -14,8 +14,11 @@ import pytest
 from conftest import write_jsonl
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from test_configuration import compose
 
+from preflab.checks import check_config
 from preflab.readers.registry import DATASETS, open_dataset
+from trainers import TRAINERS
 from utils import ConfigError, DataError
 
 
@@ -99,6 +102,24 @@ def test_random_pairing_depends_on_seed_and_prompt_alone(tmp_path):
     assert pairs("test", seed=1) == pairs("test", seed=0)  # seeds are compared on one test set
     write_jsonl(tmp_path / "imdb-sft-train.jsonl", data[::-1])
     assert pairs("train", seed=0)[::-1] == first
+
+
+def test_the_seed_of_a_run_reaches_random_pairing_and_nothing_else(tmp_path):
+    data = [row for i in range(30) for row in rows(f"p{i}", a=1.0, b=2.0, c=3.0)]
+    path = write_jsonl(tmp_path / "scored.jsonl", data)
+
+    def opened(seed, pairing):
+        config = compose(f"datasets=[{path}]", f"seed={seed}", f"pairing={pairing}")
+        _, sources = check_config(config, TRAINERS)
+        sources = {split: source for split, (source,) in sources.items()}
+        records = {split: list(source.records()) for split, source in sources.items()}
+        return {split: source.fingerprint() for split, source in sources.items()}, records
+
+    (keys, first), (other_keys, other) = opened(0, "random"), opened(1, "random")
+    assert {r.prompt for r in other["test"]} == {r.prompt for r in first["test"]}
+    assert other["test"] == first["test"] and other_keys["test"] == keys["test"]
+    assert other["train"] != first["train"] and other_keys["train"] != keys["train"]
+    assert opened(0, "all") == opened(1, "all")
 
 
 def test_an_empty_sample_is_a_sample(tmp_path):
