@@ -251,7 +251,7 @@ class Tldr(Reader):
                     responses.append(response)
                     scores.append(float(score))
         if not responses:
-            raise Skip("no response left")
+            raise Skip("no response without <|endoftext|>")
         return scored_record(prompt, responses, scores, source, pair)
 
 

@@ -221,8 +221,7 @@ def _uniform(seed: int, key: bytes) -> float:
 class Pairing:
     """Scored responses to pairs. Equal scores, and gaps below `min_gap`, never form one.
 
-    policy: one of PAIRINGS; None pairs as "all" does. skipped: a counter that takes what is left
-    out.
+    policy: one of PAIRINGS; None pairs as "all" does. skipped: counts what is dropped, by reason.
     """
 
     def __init__(self, policy: str | None, min_gap: float, seed: int, skipped: Counter):
