@@ -1,4 +1,4 @@
-"""One reader per named dataset: raw rows to records. A new dataset is one class with a
+"""One reader for each named dataset: raw rows to records. A new dataset is one class with a
 decorator."""
 
 from pathlib import Path
@@ -6,16 +6,24 @@ from pathlib import Path
 import numpy as np
 
 from preflab.readers.columns import check_pair, response_of
-from preflab.readers.fields import items, kind_of, number, text
-from preflab.readers.files import Rows, as_object, decode, file_rows, parse_json
+from preflab.readers.fields import items, number, text, type_and_value
+from preflab.readers.files import Rows, as_object, file_rows, read_json
 from preflab.readers.hub import hub_rows
-from preflab.readers.records import Reader, Record, Responses, Skip, pairs_record, scored_record
+from preflab.readers.records import (
+    Reader,
+    Record,
+    Responses,
+    Skip,
+    pairs_record,
+    scored_record,
+    targets_record,
+)
 from preflab.readers.registry import register_dataset
 from utils import DataError, content_hash
 
 
 class ScoredLines(Reader):
-    """imdb-like files: a line a response, {prompt, text, reward}."""
+    """Files with one response on each line: {prompt, text, reward}."""
 
     provides = frozenset({"pairs", "scores"})
     pairing = "first_two"
@@ -25,17 +33,14 @@ class ScoredLines(Reader):
         return file_rows(Path(options.data_dir) / self.file.format(split=split))
 
     def prompt(self, row, where):
-        text(row, "text", where, may_be_empty=True), number(row, "reward", where)
+        text(row, "text", where, may_be_empty=True)
+        number(row, "reward", where)
         return text(row, "prompt", where)
 
     def record(self, prompt, rows, source, pair):
-        return scored_record(
-            prompt,
-            [row["text"] for row in rows],
-            [float(row["reward"]) for row in rows],
-            source,
-            pair,
-        )
+        responses = [row["text"] for row in rows]
+        scores = [float(row["reward"]) for row in rows]
+        return scored_record(prompt, responses, scores, source, pair)
 
 
 @register_dataset("imdb")
@@ -62,8 +67,8 @@ class Reviews(ScoredLines):
 
 @register_dataset("hh")
 class HelpfulHarmless(Reader):
-    """Anthropic's helpful and harmless dialogues (arXiv:2204.05862): chosen and rejected, whole
-    dialogues."""
+    """Anthropic's helpful and harmless dialogues (arXiv:2204.05862): chosen and rejected are whole
+    dialogues that share all but the last answer."""
 
     truncation = "keep_end"
     provides = frozenset({"pairs"})
@@ -89,22 +94,19 @@ class HelpfulHarmless(Reader):
         return prompt
 
     def record(self, prompt, rows, source, pair):
-        responses = Responses()
-        for row in rows:
-            responses.prefer(row["chosen"][len(prompt) :], row["rejected"][len(prompt) :])
-        return Record(
-            prompt, responses.texts, responses.pairs, responses.pairs[0][0], None, {}, source
-        )
+        n = len(prompt)
+        pairs = [(row["chosen"][n:], row["rejected"][n:]) for row in rows]
+        return pairs_record(prompt, pairs, source)
 
 
-def _question(asked: str) -> str:
-    return f"\n\nHuman: {asked}\n\nAssistant:"
+def _as_dialogue(question: str) -> str:
+    return f"\n\nHuman: {question}\n\nAssistant:"
 
 
 @register_dataset("shp")
 class StanfordHumanPreferences(Reader):
-    """Reddit answers with votes (SHP, arXiv:2110.08420): pairs in which one has at least twice the
-    votes."""
+    """Reddit answers with votes (SHP, arXiv:2110.08420): pairs in which one answer has at least
+    twice the votes of the other."""
 
     provides = frozenset({"pairs", "scores"})
 
@@ -113,7 +115,8 @@ class StanfordHumanPreferences(Reader):
 
     def prompt(self, row, where):
         for side in "AB":
-            text(row, f"human_ref_{side}", where), number(row, f"score_{side}", where)
+            text(row, f"human_ref_{side}", where)
+            number(row, f"score_{side}", where)
         if number(row, "labels", where) not in (0, 1):
             raise DataError(
                 f"{where}: 'labels' is {row['labels']}, expected 1 (A preferred) or 0 (B preferred)"
@@ -125,17 +128,15 @@ class StanfordHumanPreferences(Reader):
             raise Skip("chosen and rejected identical")
         if (row["labels"] == 1) != (row["score_A"] > row["score_B"]):
             raise Skip("the label contradicts the scores")
-        return _question(text(row, "history", where))
+        return _as_dialogue(text(row, "history", where))
 
     def record(self, prompt, rows, source, pair):
         responses = Responses()
         for row in rows:
-            a, b = (
-                responses.add(f" {row[f'human_ref_{side}']}", float(row[f"score_{side}"]))
-                for side in "AB"
-            )
+            a = responses.add(f" {row['human_ref_A']}", float(row["score_A"]))
+            b = responses.add(f" {row['human_ref_B']}", float(row["score_B"]))
             responses.pairs.append((a, b) if row["labels"] == 1 else (b, a))
-        best = max(range(len(responses.scores)), key=lambda i: responses.scores[i])
+        best = max(range(len(responses.scores)), key=responses.scores.__getitem__)
         return Record(prompt, responses.texts, responses.pairs, best, responses.scores, {}, source)
 
 
@@ -150,40 +151,42 @@ class StackExchange(Reader):
         rows = hub_rows(
             "HuggingFaceH4/stack-exchange-preferences", split, options.data_dir, only="train"
         )
-        order = (
-            np.random.default_rng(42).permutation(rows.n).tolist()
-        )  # what datasets' shuffle(seed=42) does
+        # The order of `Dataset.shuffle(seed=42)`.
+        order = np.random.default_rng(42).permutation(rows.n).tolist()
         n_test = max(1, rows.n // 100)
         order = order[:n_test] if split == "test" else order[n_test:]
         note = "1% of the rows, shuffled with seed 42, are the test split"
-        return Rows(
-            len(order),
-            lambda i: rows.read(order[i]),
-            lambda i: rows.where(order[i] if order else 0),
-            rows.fingerprint,
-            note=note,
-        )
+
+        def read(i: int) -> dict:
+            return rows.read(order[i])
+
+        def where(i: int) -> str:
+            return rows.where(order[i] if order else 0)
+
+        return Rows(len(order), read, where, rows.fingerprint, note=note)
 
     def prompt(self, row, where):
         for i, answer in enumerate(items(row, "answers", where)):
-            answer = as_object(answer, f"{where}, answer {i + 1}")
-            (
-                text(answer, "text", f"{where}, answer {i + 1}"),
-                number(answer, "pm_score", f"{where}, answer {i + 1}"),
-            )
-        return _question(_without_html(text(row, "question", where)))
+            place = f"{where}, answer {i + 1}"
+            answer = as_object(answer, place)
+            text(answer, "text", place)
+            number(answer, "pm_score", place)
+        return _as_dialogue(_plain_text(text(row, "question", where)))
 
     def record(self, prompt, rows, source, pair):
         responses = Responses()
-        for answer in (answer for row in rows for answer in row["answers"]):
-            if response := _without_html(answer["text"]).strip("\n"):
-                responses.add(f" {response}", float(answer["pm_score"]))
+        for row in rows:
+            for answer in row["answers"]:
+                response = _plain_text(answer["text"]).strip("\n")
+                if response:
+                    responses.add(f" {response}", float(answer["pm_score"]))
         if not responses.texts:
             raise Skip("no answer with text")
         return scored_record(prompt, responses.texts, responses.scores, source, pair)
 
 
-def _without_html(html: str) -> str:
+def _plain_text(html: str) -> str:
+    """The text of HTML, with code between <code> and </code>."""
     from bs4 import BeautifulSoup, ParserRejectedMarkup  # slow to import
 
     try:
@@ -197,8 +200,8 @@ def _without_html(html: str) -> str:
 
 @register_dataset("tldr")
 class Tldr(Reader):
-    """Reddit posts and summaries: rated ones (ODPO, arXiv:2402.10571) or pairs (arXiv:2009.01325),
-    whichever is there."""
+    """Reddit posts and summaries: rated ones (ODPO, arXiv:2402.10571), or pairs (arXiv:2009.01325)
+    where there are no ratings."""
 
     provides = frozenset({"pairs", "scores"})
     pairing = "all"
@@ -220,60 +223,53 @@ class Tldr(Reader):
     def prompt(self, row, where):
         if "post" not in row:
             return check_pair(row, where)
-        ratings = items(row, "rewards", where)
-        if len(items(row, "responses", where)) != len(ratings):
+        responses, scores = items(row, "responses", where), items(row, "rewards", where)
+        if len(responses) != len(scores):
             raise DataError(
-                f"{where}: {len(row['responses'])} responses and {len(ratings)} rewards, expected"
-                " as many"
+                f"{where}: {len(responses)} responses and {len(scores)} rewards, expected one"
+                " reward for each response"
             )
-        for i in range(len(ratings)):
-            text(
-                {"response": row["responses"][i]},
-                "response",
-                f"{where}, response {i + 1}",
-                may_be_empty=True,
-            )
-            number({"reward": ratings[i]}, "reward", f"{where}, response {i + 1}")
+        for i, (response, score) in enumerate(zip(responses, scores, strict=True), 1):
+            place = f"{where}, response {i}"
+            text({"response": response}, "response", place, may_be_empty=True)
+            number({"reward": score}, "reward", place)
         return text(row, "post", where) + "\n\nTL;DR:"
 
     def record(self, prompt, rows, source, pair):
         if "post" not in rows[0]:
-            return pairs_record(
-                prompt,
-                [
-                    (response_of(row, "chosen", source), response_of(row, "rejected", source))
-                    for row in rows
-                ],
-                source,
-            )
-        rated = [
-            (r, float(score)) for row in rows for r, score in zip(row["responses"], row["rewards"])
-        ]
-        kept = [(r, score) for r, score in rated if "<|endoftext|>" not in r]
-        if len(kept) < len(rated):
-            pair.skipped["responses that contain <|endoftext|>"] += len(rated) - len(kept)
-        if not kept:
-            raise Skip("no response left")
-        return scored_record(
-            prompt, [r for r, _ in kept], [score for _, score in kept], source, pair
-        )
+            pairs = [
+                (response_of(row, "chosen", source), response_of(row, "rejected", source))
+                for row in rows
+            ]
+            return pairs_record(prompt, pairs, source)
+        responses, scores = [], []
+        for row in rows:
+            for response, score in zip(row["responses"], row["rewards"], strict=True):
+                if "<|endoftext|>" in response:
+                    pair.skipped["responses that contain <|endoftext|>"] += 1
+                else:
+                    responses.append(response)
+                    scores.append(float(score))
+        if not responses:
+            raise Skip("no response without <|endoftext|>")
+        return scored_record(prompt, responses, scores, source, pair)
 
 
 def _rated_posts(path: Path) -> Rows:
-    content = parse_json(decode(path.read_bytes(), str(path)), str(path))
+    content = read_json(path)
     if not isinstance(content, dict):
-        raise DataError(f"{path}: {kind_of(content)}, expected {{post: {{responses, rewards}}}}")
+        raise DataError(
+            f"{path}: {type_and_value(content)}, expected {{post: {{responses, rewards}}}}"
+        )
     posts = list(content)
 
     def where(i: int) -> str:
         return f"{path}: post {i + 1}"
 
-    return Rows(
-        len(posts),
-        lambda i: {"post": posts[i], **as_object(content[posts[i]], where(i))},
-        where,
-        content_hash(path),
-    )
+    def read(i: int) -> dict:
+        return {"post": posts[i], **as_object(content[posts[i]], where(i))}
+
+    return Rows(len(posts), read, where, content_hash(path))
 
 
 @register_dataset("tldr_filtered")
@@ -296,4 +292,4 @@ class TldrFiltered(Reader):
         return text(row, "prompt", where)
 
     def record(self, prompt, rows, source, pair):
-        return Record(prompt, [rows[0]["chosen"]], [], 0, None, {}, source)
+        return targets_record(prompt, rows[0]["chosen"], source)

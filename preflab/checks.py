@@ -241,6 +241,7 @@ def _open_datasets(config: DictConfig, loss: BoundLoss) -> dict[str, list[Source
         data_dir=config.data_dir,
         pairing=config.pairing,
         min_gap=config.min_gap,
+        seed=config.seed,
         test_fraction=config.test_fraction,
         columns={ours: theirs for ours, theirs in config.dataset_columns.items() if theirs},
     )

@@ -20,7 +20,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from preflab.readers.fields import kind_of, present, text
+from preflab.readers.fields import present, text, type_and_value
 from preflab.readers.files import FILE_TYPES, as_object, check_file, decode, file_rows, parse_json
 from utils import ConfigError, DataError, PrefLabError, atomic_write
 
@@ -111,8 +111,8 @@ def answers_of(row: dict, side: str, where: str, answers: str) -> list[str]:
         variants = parse_json(variants, f"{where}, {key!r}")
     if not isinstance(variants, list) or not variants:
         raise DataError(
-            f"{where}: {key!r} is {kind_of(variants)}, expected a JSON list of answers,"
-            f" for --answers {answers}"
+            f"{where}: {key!r} is {type_and_value(variants)}, expected a JSON list of answers, for"
+            f" --answers {answers}"
         )
     variants = [label_of(variant, key, where) for variant in variants]
     return variants if answers == "variants" else labels + variants
@@ -156,12 +156,12 @@ def _other_rows(path: Path) -> list[tuple[dict, str]]:
 def _json_rows(path: Path) -> list[tuple[dict, str]]:
     """A list of rows, an object of columns (lists, or {number: value} as pandas writes them), or
     JSON lines."""
-    content = decode(path.read_bytes(), str(path))
+    content = decode(path.read_bytes(), str(path), whole_file=True)
     try:
         rows = json.loads(content, parse_constant=lambda constant: None)  # NaN: pandas' empty cell
     except (ValueError, RecursionError):
         if content.lstrip().startswith("["):
-            parse_json(content, str(path))  # says where it is wrong
+            parse_json(content, str(path), whole_file=True)  # says where it is wrong
         lines = [
             (line, f"{path}:{n}") for n, line in enumerate(content.split("\n"), 1) if line.strip()
         ]
@@ -171,7 +171,7 @@ def _json_rows(path: Path) -> list[tuple[dict, str]]:
     elif isinstance(rows, dict):
         rows = [rows]  # one JSON line
     if not isinstance(rows, list):
-        raise DataError(f"{path}: {kind_of(rows)}, expected a list of situations")
+        raise DataError(f"{path}: {type_and_value(rows)}, expected a list of situations")
     return [
         (as_object(row, f"{path}: row {i}"), f"{path}: row {i}") for i, row in enumerate(rows, 1)
     ]

@@ -1,5 +1,6 @@
 """Tokenising, truncating, ordering and collating, against small cases worked out by hand."""
 
+import itertools
 import json
 from types import SimpleNamespace
 
@@ -28,11 +29,8 @@ class FakeSource:
 
     def __init__(self, records, truncation="keep_start", version="1"):
         self.name, self.split, self.truncation, self.version = "fake", "train", truncation, version
-        self.content, self.counts, self.reads = (
-            records,
-            {"rows": len(records), "pairs": 0, "skipped": {}},
-            0,
-        )
+        self.content, self.reads = records, 0
+        self.counts = {"rows": len(records), "pairs": 0, "skipped": {}}
 
     def fingerprint(self):
         return self.version + repr(self.content)
@@ -43,24 +41,30 @@ class FakeSource:
 
 
 def record(
-    prompt="ab", responses=("x", "yz"), pairs=((1, 0),), scores=(0.5, 2.0), target=1, **more
+    prompt="ab",
+    responses=("x", "yz"),
+    pairs=((1, 0),),
+    scores=(0.5, 2.0),
+    target=1,
+    columns=None,
+    source="f.jsonl:1",
 ):
-    return Record(
-        prompt,
-        list(responses),
-        list(pairs),
-        target,
-        list(scores) if scores else None,
-        more.pop("columns", {}),
-        more.pop("source", "f.jsonl:1"),
+    scores = list(scores) if scores else None
+    return Record(prompt, list(responses), list(pairs), target, scores, columns or {}, source)
+
+
+def store_of(tmp_path, records, *, max_length=64, max_prompt_length=32, **options):
+    return prepare(
+        FakeSource(records, **options),
+        make_tokenizer(),
+        max_length=max_length,
+        max_prompt_length=max_prompt_length,
+        cache_dir=tmp_path,
     )
 
 
-def store_of(tmp_path, records, **options):
-    sizes = {"max_length": 64, "max_prompt_length": 32} | {
-        k: options.pop(k) for k in ("max_length", "max_prompt_length") if k in options
-    }
-    return prepare(FakeSource(records, **options), make_tokenizer(), cache_dir=tmp_path, **sizes)
+def pairs_of(tmp_path, records, **options):
+    return PreferenceData([store_of(tmp_path, records, **options)], "pairs", "fake")
 
 
 def ids(text):
@@ -84,12 +88,9 @@ def test_store_holds_bos_prompt_and_responses_with_eos(tmp_path):
 
 
 def test_second_start_reads_the_cache_and_a_changed_file_does_not(tmp_path):
-    options = dict(max_length=64, max_prompt_length=32, cache_dir=tmp_path)
-    first, again, changed = (
-        FakeSource([record()]),
-        FakeSource([record()]),
-        FakeSource([record("other")]),
-    )
+    options = {"max_length": 64, "max_prompt_length": 32, "cache_dir": tmp_path}
+    first, again = FakeSource([record()]), FakeSource([record()])
+    changed = FakeSource([record("other")])
     a, b = prepare(first, make_tokenizer(), **options), prepare(again, make_tokenizer(), **options)
     assert (first.reads, again.reads) == (1, 0)
     assert np.array_equal(a.tokens, b.tokens) and a.counts == b.counts
@@ -106,14 +107,9 @@ def test_a_reader_that_fails_leaves_nothing_behind(tmp_path):
             yield self.content[0]
             raise DataError("f.jsonl:2: broken")
 
-    with pytest.raises(DataError, match="f.jsonl:2"):
-        prepare(
-            Broken([record()]),
-            make_tokenizer(),
-            max_length=64,
-            max_prompt_length=32,
-            cache_dir=tmp_path,
-        )
+    options = {"max_length": 64, "max_prompt_length": 32, "cache_dir": tmp_path}
+    with pytest.raises(DataError, match=r"f\.jsonl:2"):
+        prepare(Broken([record()]), make_tokenizer(), **options)
     assert list((tmp_path / "tokens").iterdir()) == []
 
 
@@ -126,14 +122,8 @@ def test_no_prompt_at_all_is_an_error(tmp_path):
 
 
 def cut(prompt, responses, truncation="keep_start", max_length=10, max_prompt_length=4):
-    return truncate(
-        list(range(prompt)),
-        [list(range(n)) for n in responses],
-        make_tokenizer(),
-        truncation,
-        max_length,
-        max_prompt_length,
-    )
+    prompt, responses = list(range(prompt)), [list(range(n)) for n in responses]
+    return truncate(prompt, responses, make_tokenizer(), truncation, max_length, max_prompt_length)
 
 
 def test_nothing_is_cut_when_all_fits():
@@ -142,10 +132,10 @@ def test_nothing_is_cut_when_all_fits():
     assert cuts == (False, [False, False])
 
 
-@pytest.mark.parametrize("truncation, kept", [("keep_start", [0, 1, 2]), ("keep_end", [3, 4, 5])])
-def test_the_prompt_is_cut_first_and_keeps_its_bos(truncation, kept):
+@pytest.mark.parametrize("truncation, rest", [("keep_start", [0, 1, 2]), ("keep_end", [3, 4, 5])])
+def test_the_prompt_is_cut_first_and_keeps_its_bos(truncation, rest):
     prompt, responses, cuts = cut(6, [3, 1], truncation)
-    assert prompt == [BOS, *kept] and responses == [[0, 1, 2, EOS], [0, EOS]]
+    assert prompt == [BOS, *rest] and responses == [[0, 1, 2, EOS], [0, EOS]]
     assert cuts == (True, [False, False])
 
 
@@ -163,9 +153,8 @@ def test_a_short_prompt_leaves_its_room_to_the_responses():
 
 
 def test_counts_of_what_was_cut(tmp_path):
-    store = store_of(
-        tmp_path, [record("p" * 20, ("x" * 30, "y")), record()], max_length=16, max_prompt_length=8
-    )
+    records = [record("p" * 20, ("x" * 30, "y")), record()]
+    store = store_of(tmp_path, records, max_length=16, max_prompt_length=8)
     assert (store.counts["truncated_prompts"], store.counts["truncated_responses"]) == (1, 1)
 
 
@@ -178,15 +167,15 @@ def test_chat_messages_go_through_the_template_with_one_bos():
     with pytest.raises(DataError, match="no chat template"):
         render_prompt(chat, tokenizer)
     tokenizer.chat_template = (
-        "{{ bos_token }}{% for m in messages %}[{{ m.role }}]{{ m.content }}{% endfor %}{% if"
-        " add_generation_prompt %}[assistant]{% endif %}"
+        "{{ bos_token }}{% for m in messages %}[{{ m.role }}]{{ m.content }}{% endfor %}"
+        "{% if add_generation_prompt %}[assistant]{% endif %}"
     )
     assert render_prompt(chat, tokenizer) == "[user]hi[assistant]"
 
 
 def test_prompts_to_sample_are_distinct_cut_and_the_same_for_every_seed(tmp_path):
     records = [record("p" * 40 + str(i), pairs=((1, 0), (0, 1))) for i in range(9)]
-    data = PreferenceData([store_of(tmp_path, records, truncation="keep_end")], "pairs", "fake")
+    data = pairs_of(tmp_path, records, truncation="keep_end")
     prompts = prompts_to_sample(data, 5, max_prompt_length=10)
     assert len({p.key for p in prompts}) == 5
     for p in prompts:
@@ -205,18 +194,18 @@ def test_order_is_a_permutation_and_a_function_of_seed_and_epoch():
     assert epoch_order(groups, 0, 0).tolist() == orders[0, 0]
 
 
+def smallest_distance(order, groups):
+    """How close two examples of a group come in an order."""
+    place = np.argsort(order)
+    return min(np.diff(np.sort(place[groups == g])).min() for g in np.unique(groups))
+
+
 def test_pairs_of_one_prompt_are_spread_out():
     groups = np.repeat(np.arange(25), 4)
     for seed in range(5):
-        where = np.argsort(epoch_order(groups, seed, 0))
-        for g in range(25):
-            assert (
-                np.diff(np.sort(where[groups == g])).min() >= 15
-            )  # 100 pairs, 4 a prompt: 25 apart but for rounding
-    plain = np.argsort(np.random.default_rng(0).permutation(100))
-    assert (
-        min(np.diff(np.sort(plain[groups == g])).min() for g in range(25)) < 15
-    )  # a plain shuffle does not
+        # 100 pairs, 4 for each prompt: 25 apart, but for rounding.
+        assert smallest_distance(epoch_order(groups, seed, 0), groups) >= 15
+    assert smallest_distance(np.random.default_rng(0).permutation(100), groups) < 15  # the control
 
 
 def test_which_pair_of_a_prompt_comes_first_is_random():
@@ -225,15 +214,15 @@ def test_which_pair_of_a_prompt_comes_first_is_random():
 
 
 def loader(n=10, **options):
-    return Loader(
-        np.arange(n), **({"batch_size": 4, "seed": 0, "n_epochs": 1, "n_examples": None} | options)
-    )
+    defaults = {"batch_size": 4, "seed": 0, "n_epochs": 1, "n_examples": None}
+    return Loader(np.arange(n), **(defaults | options))
 
 
 def test_every_example_once_an_epoch_the_last_partial_batch_included():
     batches = [b.tolist() for b in loader(n_epochs=2)]
     assert [len(b) for b in batches] == [4, 4, 2, 4, 4, 2]
-    assert sorted(sum(batches[:3], [])) == sorted(sum(batches[3:], [])) == list(range(10))
+    for epoch in (batches[:3], batches[3:]):
+        assert sorted(itertools.chain.from_iterable(epoch)) == list(range(10))
     assert batches[:3] != batches[3:]
 
 
@@ -265,11 +254,8 @@ def test_order_prompts_keeps_the_pairs_of_a_prompt_together():
     assert sorted(order) == list(range(60))
     assert [len(set(groups[order[i : i + 3]])) for i in range(0, 60, 3)] == [1] * 20
     assert groups[order].tolist() != sorted(groups.tolist())  # prompts are shuffled
-    assert (
-        order.tolist()
-        == epoch_order(groups, 0, 0, "prompts").tolist()
-        != epoch_order(groups, 1, 0, "prompts").tolist()
-    )
+    assert order.tolist() == epoch_order(groups, 0, 0, "prompts").tolist()
+    assert order.tolist() != epoch_order(groups, 1, 0, "prompts").tolist()
 
 
 def test_the_next_step_is_prepared_ahead_and_the_state_is_that_of_what_was_used():
@@ -308,7 +294,7 @@ def uneven_data(tmp_path, n_prompts=9):
         record("p" * (1 + 3 * i % 17), ["a" * (i + 1), "b" * 3, "c" * (20 - i)], every, None)
         for i in range(n_prompts)
     ]
-    return PreferenceData([store_of(tmp_path, records)], "pairs", "fake")
+    return pairs_of(tmp_path, records)
 
 
 def tokens_of(data, examples, layout):
@@ -325,19 +311,13 @@ def test_microbatches_hold_every_example_of_a_step_once(
 ):
     data, examples = uneven_data(tmp_path), np.random.default_rng(0).permutation(27)
     layout = Layout(name, PAD)
-    parts = split_step(
-        data, examples, layout, ranks=ranks, at_least=at_least, tokens=tokens, grouping=grouping
-    )
+    options = {"ranks": ranks, "at_least": at_least, "tokens": tokens, "grouping": grouping}
+    parts = split_step(data, examples, layout, **options)
     assert len(parts) == ranks and len({len(of_rank) for of_rank in parts}) == 1
     assert sorted(int(e) for of_rank in parts for part in of_rank for e in part) == list(range(27))
     assert len(parts[0]) >= min(at_least, 9)
-    assert [e.tolist() for of_rank in parts for e in of_rank] == [
-        e.tolist()
-        for of_rank in split_step(
-            data, examples, layout, ranks=ranks, at_least=at_least, tokens=tokens, grouping=grouping
-        )
-        for e in of_rank
-    ]
+    for of_rank, again in zip(parts, split_step(data, examples, layout, **options), strict=True):
+        assert [part.tolist() for part in of_rank] == [part.tolist() for part in again]
     if name == "prefix_shared":
         homes = [{int(data.groups[e]) for e in part} for of_rank in parts for part in of_rank]
         assert sum(map(len, homes)) == len(set.union(*homes))  # no prompt in two microbatches
@@ -349,11 +329,8 @@ def test_microbatches_hold_every_example_of_a_step_once(
 
 
 def test_grouping_by_length_saves_padding(tmp_path):
-    data, examples, layout = (
-        uneven_data(tmp_path),
-        np.random.default_rng(0).permutation(27),
-        Layout("padded", PAD),
-    )
+    data, examples = uneven_data(tmp_path), np.random.default_rng(0).permutation(27)
+    layout = Layout("padded", PAD)
 
     def padded(grouping):
         parts = split_step(data, examples, layout, ranks=1, at_least=6, grouping=grouping)[0]
@@ -365,15 +342,11 @@ def test_grouping_by_length_saves_padding(tmp_path):
 def test_padding_counts_towards_the_size_of_a_microbatch(tmp_path):
     """One long pair among short ones: a microbatch by real tokens alone would be mostly padding."""
     records = [record("p" * 5, ["a" * n, "b" * n], ((0, 1),), None) for n in (50, *[5] * 30)]
-    data, layout = (
-        PreferenceData([store_of(tmp_path, records)], "pairs", "fake"),
-        Layout("padded", PAD),
-    )
+    data, layout = pairs_of(tmp_path, records), Layout("padded", PAD)
     for grouping in (True, False):
         parts = split_step(data, np.arange(31), layout, ranks=1, tokens=400, grouping=grouping)[0]
-        assert all(
-            len(part) and collate(data, part, layout).input_ids.numel() <= 400 for part in parts
-        )
+        assert all(len(part) for part in parts)
+        assert max(collate(data, part, layout).input_ids.numel() for part in parts) <= 400
 
 
 def test_fewer_prompts_than_ranks_leave_a_rank_empty(tmp_path):
@@ -387,22 +360,19 @@ def test_fewer_prompts_than_ranks_leave_a_rank_empty(tmp_path):
 
 
 def test_batch_says_where_each_scored_token_is_predicted_and_who_owns_it(tmp_path):
-    data = PreferenceData(
-        [store_of(tmp_path, [record(), record("longer", ("q", "rst"), ((0, 1),))])], "pairs", "fake"
-    )
+    data = pairs_of(tmp_path, [record(), record("longer", ("q", "rst"), ((0, 1),))])
     batch = collate(data, np.array([0, 1]), PADDED)
     rows, width = batch.input_ids.shape
     assert (rows, width) == (4, 11)
-    expected = [ids("yz") + [EOS], ids("x") + [EOS], ids("q") + [EOS], ids("rst") + [EOS]]
+    expected = [[*ids(text), EOS] for text in ("yz", "x", "q", "rst")]
     flat = batch.input_ids.reshape(-1)
     for r, tokens in enumerate(expected):
-        mine = batch.owners == r
-        assert batch.targets[mine].tolist() == tokens
-        assert (
-            flat[batch.positions[mine] + 1].tolist() == tokens
-        )  # predicted one position before it stands
-        assert (batch.positions[mine] // width).unique().tolist() == [r]
-        assert batch.ends[r].item() == batch.positions[mine][-1].item() + 1
+        own = batch.owners == r
+        positions = batch.positions[own]
+        assert batch.targets[own].tolist() == tokens
+        assert flat[positions + 1].tolist() == tokens  # predicted one place before its own
+        assert (positions // width).unique().tolist() == [r]
+        assert batch.ends[r].item() == positions[-1].item() + 1
     assert batch.lengths.tolist() == [3, 2, 2, 4]
     assert (batch.chosen.tolist(), batch.rejected.tolist()) == ([0, 2], [1, 3])
     assert batch.scores.tolist() == [2.0, 0.5, 0.5, 2.0]
@@ -414,9 +384,7 @@ def test_batch_says_where_each_scored_token_is_predicted_and_who_owns_it(tmp_pat
 def test_masks_come_from_lengths_not_from_ids(tmp_path):
     """A response that holds the EOS and pad ids in its text is scored in full."""
     text = "a<|endoftext|>b<|pad|>c"
-    data = PreferenceData(
-        [store_of(tmp_path, [record("p", (text, "x"), ((0, 1),))])], "pairs", "fake"
-    )
+    data = pairs_of(tmp_path, [record("p", (text, "x"), ((0, 1),))])
     batch = collate(data, np.array([0]), PADDED)
     assert EOS in ids(text) and PAD in ids(text)
     assert batch.targets[batch.owners == 0].tolist() == [*ids(text), EOS]
@@ -424,15 +392,8 @@ def test_masks_come_from_lengths_not_from_ids(tmp_path):
 
 
 def test_a_response_in_several_pairs_is_one_row(tmp_path):
-    data = PreferenceData(
-        [
-            store_of(
-                tmp_path, [record("p", ("a", "b", "c"), ((0, 1), (0, 2), (1, 2)), (3, 2, 1), 0)]
-            )
-        ],
-        "pairs",
-        "fake",
-    )
+    pairs = ((0, 1), (0, 2), (1, 2))
+    data = pairs_of(tmp_path, [record("p", ("a", "b", "c"), pairs, (3, 2, 1), 0)])
     batch = collate(data, np.array([0, 1, 2]), PADDED)
     assert batch.input_ids.shape[0] == 3
     assert (batch.chosen.tolist(), batch.rejected.tolist()) == ([0, 0, 1], [1, 2, 2])
@@ -451,18 +412,21 @@ def test_targets_and_mixtures_and_columns(tmp_path):
 
 
 def loss_that(**fields):
-    defaults = dict(
-        name="some", reads=frozenset(), columns=frozenset(), inspect_scores=lambda *a: "told"
-    )
+    defaults = {
+        "name": "some",
+        "reads": frozenset(),
+        "columns": frozenset(),
+        "inspect_scores": lambda *scores: "a remark",
+    }
     return SimpleNamespace(**(defaults | fields))
 
 
 def test_data_are_checked_for_what_the_loss_reads(tmp_path):
-    scored = PreferenceData([store_of(tmp_path, [record()])], "pairs", "fake")
-    bare = PreferenceData([store_of(tmp_path, [record(scores=None)])], "pairs", "fake")
-    assert scored.check_for(loss_that(reads={"scores"})) == "told"
+    scored = pairs_of(tmp_path, [record()])
+    bare = pairs_of(tmp_path, [record(scores=None)])
+    assert scored.check_for(loss_that(reads={"scores"})) == "a remark"
     assert bare.check_for(loss_that()) is None
-    with pytest.raises(DataError, match="f.jsonl:1.*has none"):
+    with pytest.raises(DataError, match=r"f\.jsonl:1.*has none"):
         bare.check_for(loss_that(reads={"scores"}))
     with pytest.raises(DataError, match="column 'magnitude'"):
         scored.check_for(loss_that(columns={"magnitude"}))
@@ -470,21 +434,18 @@ def test_data_are_checked_for_what_the_loss_reads(tmp_path):
 
 def test_histograms_count_everything(tmp_path):
     store = store_of(tmp_path, [record("p" * n, scores=(0.5, 0.5 + n / 10)) for n in range(1, 40)])
-    told = describe_data([store])
-    assert sum(told["histograms"]["prompt_tokens"]["counts"]) == 39
-    assert sum(told["histograms"]["response_tokens"]["counts"]) == 78
-    assert sum(told["histograms"]["score_gap"]["counts"]) == 39
-    for h in told["histograms"].values():
-        assert len(h["edges"]) == len(h["counts"]) + 1
-    json.dumps(told)
+    description = describe_data([store])
+    histograms = description["histograms"]
+    totals = {name: sum(histogram["counts"]) for name, histogram in histograms.items()}
+    assert totals == {"prompt_tokens": 39, "response_tokens": 78, "score_gap": 39}
+    for histogram in histograms.values():
+        assert len(histogram["edges"]) == len(histogram["counts"]) + 1
+    json.dumps(description)
 
 
 def test_batch_moves_with_all_its_tensors(tmp_path):
-    data = PreferenceData(
-        [store_of(tmp_path, [record(columns={"magnitude": [0.25]})])], "pairs", "fake"
-    )
+    data = pairs_of(tmp_path, [record(columns={"magnitude": [0.25]})])
     moved = collate(data, np.array([0]), PADDED).to("meta")
-    tensors = [v for v in vars(moved).values() if isinstance(v, torch.Tensor)] + list(
-        moved.columns.values()
-    )
+    values = [*vars(moved).values(), *moved.columns.values()]
+    tensors = [value for value in values if isinstance(value, torch.Tensor)]
     assert len(tensors) == 11 and all(t.device.type == "meta" for t in tensors)

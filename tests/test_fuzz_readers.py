@@ -1,5 +1,5 @@
-"""Whatever a file holds, reading and tokenising it gives sound records or a PrefLabError that says
-where."""
+"""Whatever a file holds, reading and tokenising it gives valid records or a PrefLabError with a
+place."""
 
 import csv
 import io
@@ -29,9 +29,8 @@ TOKENIZER.chat_template = (
     "{% for m in messages %}{{ m['role'] }}: {{ m['content'] }}\n{% endfor %}assistant: "
 )
 MAX_LENGTH, MAX_PROMPT_LENGTH = 24, 12
-EXAMPLES = int(
-    os.environ.get("FUZZ_EXAMPLES", "50")
-)  # of each test; the same ones every time, unless a number is asked for
+# Examples of each test; the same ones every time, unless FUZZ_EXAMPLES is set.
+EXAMPLES = int(os.environ.get("FUZZ_EXAMPLES", "50"))
 FOLDER = "-dossier ü 数据"  # a dash, spaces and letters beyond ASCII in every path
 
 fuzz = settings(
@@ -41,8 +40,8 @@ fuzz = settings(
     derandomize="FUZZ_EXAMPLES" not in os.environ,
 )
 
-# Ends of lines to `splitlines` but not to JSON lines or CSV, what CSV and HTML give a meaning, half
-# a surrogate pair, ...
+# Line breaks of `splitlines` that are none in JSON lines or CSV, characters with a meaning in CSV
+# or HTML, half a surrogate pair, ...
 NASTY = [
     "",
     " ",
@@ -86,33 +85,20 @@ PROMPTS = st.sampled_from(["p", "q", "\n\nHuman: hi\n\nAssistant:"]) | TEXTS
 
 
 def mostly(good):
-    """What belongs there, and now and then anything at all."""
+    """A valid value; in one of 16 draws any JSON at all."""
     return st.integers(0, 15).flatmap(lambda i: JSON if i == 0 else good)
 
 
-CHAT = st.builds(
-    lambda asked, said: [
-        {"role": "user", "content": asked},
-        {"role": "assistant", "content": said},
-    ],
-    st.sampled_from("pq"),
-    TEXTS,
-)
-MESSAGES = (
-    CHAT
-    | CHAT.map(lambda chat: chat[:1])
-    | st.lists(
-        mostly(
-            st.fixed_dictionaries(
-                {"role": mostly(st.sampled_from(["user", "assistant"])), "content": mostly(TEXTS)}
-            )
-        ),
-        max_size=3,
-    )
-)
-ANSWERS = st.lists(
-    mostly(st.fixed_dictionaries({"text": mostly(TEXTS), "pm_score": mostly(NUMBERS)})), max_size=3
-)
+def chat(question, answer):
+    return [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]
+
+
+ROLES = st.sampled_from(["user", "assistant"])
+CHAT = st.builds(chat, st.sampled_from("pq"), TEXTS)
+MESSAGE = st.fixed_dictionaries({"role": mostly(ROLES), "content": mostly(TEXTS)})
+MESSAGES = CHAT | CHAT.map(lambda chat: chat[:1]) | st.lists(mostly(MESSAGE), max_size=3)
+ANSWER = st.fixed_dictionaries({"text": mostly(TEXTS), "pm_score": mostly(NUMBERS)})
+ANSWERS = st.lists(mostly(ANSWER), max_size=3)
 LISTS = {
     "responses": st.lists(mostly(TEXTS), max_size=3),
     "scores": st.lists(mostly(NUMBERS), max_size=3),
@@ -120,7 +106,7 @@ LISTS = {
 DIALOGUES = st.builds(
     "{}{}".format, st.sampled_from(["\n\nHuman: hi\n\nAssistant:", "\n\nHuman: ", ""]), TEXTS
 )
-KINDS = {
+VALUES = {
     "prompt": PROMPTS,
     "question": PROMPTS,
     "magnitude": NUMBERS,
@@ -129,8 +115,8 @@ KINDS = {
     **LISTS,
 }
 COLUMNS = {
-    form: {name: KINDS.get(name, TEXTS) for name in ("prompt", *needed)}
-    for form, needed in FORMS.items()
+    form: {name: VALUES.get(name, TEXTS) for name in ("prompt", *columns)}
+    for form, columns in FORMS.items()
 }
 COLUMNS["pairs"]["magnitude"] = COLUMNS["j_over_k"]["magnitude"] = NUMBERS
 COLUMNS["messages"] = {"prompt": MESSAGES, "chosen": MESSAGES, "rejected": MESSAGES}
@@ -138,30 +124,29 @@ COLUMNS["messages alone"] = {"chosen": MESSAGES, "rejected": MESSAGES}
 
 
 def rows_of(columns: dict):
-    """Rows of some columns, each there or not, each mostly of its kind."""
-    row = st.fixed_dictionaries({}, optional={name: mostly(kind) for name, kind in columns.items()})
-    whole = st.fixed_dictionaries({name: mostly(kind) for name, kind in columns.items()})
+    """Rows of some columns, whose values are mostly valid; in some rows columns are missing."""
+    columns = {name: mostly(values) for name, values in columns.items()}
+    row = st.fixed_dictionaries({}, optional=columns)
+    whole = st.fixed_dictionaries(columns)
     return st.lists(whole | whole | whole | row, min_size=1, max_size=6)
 
 
-def check(name: str, data_dir: Path, told: str, in_row: bool) -> None:
-    """Read both splits and tokenise them; `told` must be in any error, with a line, row or post if
-    `in_row`."""
+def check(name: str, data_dir: Path, place: str, in_row: bool) -> None:
+    """Read both splits and tokenise them; any error must name `place`, followed by a line, row or
+    post if `in_row`."""
     try:
         for split in ("train", "test"):
             source = open_dataset(name, split, data_dir=str(data_dir))
             for record in source.records():
                 check_record(record, source.truncation)
-                assert record.scores is None or all(
-                    record.scores[a] > record.scores[b] for a, b in record.pairs
-                )
+                if record.scores is not None:
+                    assert all(record.scores[a] > record.scores[b] for a, b in record.pairs)
     except PrefLabError as error:
         message = str(error)
-        assert told in message
-        whole_file = r"holds one prompt only|holds no row|the file is empty"
-        assert not in_row or re.search(
-            rf"(:|row |post )\d+|{whole_file}", message[message.index(told) + len(told) :]
-        ), message
+        assert place in message
+        _, rest = message.split(place, 1)
+        of_the_file = r"holds one prompt only|holds no row|the file is empty"
+        assert not in_row or re.search(rf"(:|row |post )\d+|{of_the_file}", rest), message
 
 
 def check_record(record, truncation: str) -> None:
@@ -173,15 +158,13 @@ def check_record(record, truncation: str) -> None:
         len(values) == len(record.pairs) and all(map(math.isfinite, values))
         for values in record.columns.values()
     )
-    (prompt,), (responses,) = tokenise([record], TOKENIZER)
-    whole = [*responses]
+    (prompt,), (whole,) = tokenise([record], TOKENIZER)
     prompt, responses, (prompt_cut, cuts) = truncate(
-        prompt, responses, TOKENIZER, truncation, MAX_LENGTH, MAX_PROMPT_LENGTH
+        prompt, whole, TOKENIZER, truncation, MAX_LENGTH, MAX_PROMPT_LENGTH
     )
-    assert prompt[0] == TOKENIZER.bos_token_id and (
-        not prompt_cut or len(prompt) == MAX_PROMPT_LENGTH
-    )
-    for tokens, uncut, cut in zip(responses, whole, cuts):
+    assert prompt[0] == TOKENIZER.bos_token_id
+    assert not prompt_cut or len(prompt) == MAX_PROMPT_LENGTH
+    for tokens, uncut, cut in zip(responses, whole, cuts, strict=True):
         assert len(prompt) + len(tokens) <= MAX_LENGTH
         assert tokens == (uncut[: len(tokens)] if cut else [*uncut, TOKENIZER.eos_token_id])
 
@@ -198,14 +181,12 @@ def as_csv(rows, newline, bom) -> bytes:
     out = io.StringIO()
     names = list(dict.fromkeys(name for row in rows for name in row))
     writer = csv.writer(out, lineterminator=newline.decode())
-    cells = [
-        {
-            name: json.dumps(value) if isinstance(value, (list, dict)) else value
-            for name, value in row.items()
-        }
-        for row in rows
-    ]
-    writer.writerows([names, *([row.get(name, "") for name in names] for row in cells)])
+    writer.writerow(names)
+    for row in rows:
+        cells = [row.get(name, "") for name in names]
+        writer.writerow(
+            [json.dumps(cell) if isinstance(cell, (list, dict)) else cell for cell in cells]
+        )
     return bom + out.getvalue().encode("utf-8", "surrogatepass")
 
 
@@ -235,17 +216,11 @@ def test_rows_of_mixed_types(folder, form, data, suffix, newline, bom):
 @pytest.mark.parametrize("suffix", [".jsonl", ".json", ".csv", ".parquet"])
 @fuzz
 @given(data=st.data(), form=st.sampled_from(["pairs", "scored_rows"]))
-def test_spoilt_bytes(folder, suffix, data, form):
-    """A sound file with some of its bytes changed, dropped or put in."""
-    sound = {
-        name: (
-            st.sampled_from(["p", "q", "r"])
-            if name not in ("reward", "magnitude")
-            else st.integers(0, 3)
-        )
-        for name in COLUMNS[form]
-    }
-    rows = data.draw(st.lists(st.fixed_dictionaries(sound), min_size=2, max_size=5))
+def test_corrupted_bytes(folder, suffix, data, form):
+    """A valid file with some of its bytes changed, dropped or inserted."""
+    numbers, texts = st.integers(0, 3), st.sampled_from(["p", "q", "r"])
+    valid = {name: numbers if name in ("reward", "magnitude") else texts for name in COLUMNS[form]}
+    rows = data.draw(st.lists(st.fixed_dictionaries(valid), min_size=2, max_size=5))
     path = folder / f"pairs{suffix}"
     if suffix == ".parquet":
         pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), path)
@@ -288,9 +263,8 @@ HUB = {
 
 
 def test_every_named_dataset_is_tried():
-    assert {name.split()[0] for name in NAMED} | set(HUB) | {"toxicity"} == set(
-        DATASETS
-    )  # toxicity reads as imdb does
+    tried = {name.split()[0] for name in NAMED} | set(HUB)
+    assert tried | {"toxicity"} == set(DATASETS)  # toxicity is read as imdb is
 
 
 @pytest.mark.parametrize("name", NAMED)
@@ -302,24 +276,22 @@ def test_files_of_named_datasets(folder, name, data):
     rows = data.draw(content)
     for split in ("train", "test"):
         path = folder / file.format(split)
-        path.write_bytes(
-            as_jsonl(rows, b"\n", b"") if path.suffix == ".jsonl" else as_json(rows, b"\n", b"")
-        )
-    check(
-        name.split()[0],
-        folder,
-        file.format("train"),
-        in_row=isinstance(rows, list) and name != "tldr rated",
-    )
+        path.write_bytes(FORMATS[path.suffix](rows, b"\n", b""))
+    in_row = isinstance(rows, list) and name != "tldr rated"
+    check(name.split()[0], folder, file.format("train"), in_row=in_row)
+
+
+def put_on_the_hub(monkeypatch, rows: list[dict]) -> None:
+    """Every hub dataset of the named readers has these rows in each split."""
+    there = Rows(len(rows), rows.__getitem__, lambda i: f"repo[train]:{i}", "fingerprint")
+    monkeypatch.setattr(preference_datasets, "hub_rows", lambda *args, **options: there)
 
 
 @pytest.mark.parametrize("name", HUB)
 @fuzz
 @given(data=st.data())
 def test_rows_of_hub_sets(folder, monkeypatch, name, data):
-    rows = data.draw(rows_of(HUB[name]))
-    there = Rows(len(rows), rows.__getitem__, lambda i: f"repo[train]:{i}", "fingerprint")
-    monkeypatch.setattr(preference_datasets, "hub_rows", lambda *a, **k: there)
+    put_on_the_hub(monkeypatch, data.draw(rows_of(HUB[name])))
     check(name, folder, "repo[train]", in_row=True)
 
 
@@ -330,32 +302,25 @@ def write(path: Path, rows: list[dict]) -> str:
     if path.suffix == ".parquet":
         pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), path)
     else:
-        path.write_bytes(
-            FORMATS[path.suffix](rows, b"\r\n", b"")
-        )  # csv's writer leaves a lone \r unquoted before other ends of lines
+        # With any other line break, csv's writer does not quote a lone \r.
+        path.write_bytes(FORMATS[path.suffix](rows, b"\r\n", b""))
     return str(path)
 
 
 def stored(name: str, cache_dir: Path) -> dict[str, list[str]]:
     """The responses to each prompt, as the token store has them on disk."""
-    found = {}
+    responses = {}
+    sizes = {"max_length": 2**22, "max_prompt_length": 2**21}
     for split in ("train", "test"):
-        store = prepare(
-            open_dataset(name, split),
-            TOKENIZER,
-            max_length=2**22,
-            max_prompt_length=2**21,
-            cache_dir=cache_dir,
-        )
+        source = open_dataset(name, split)
+        store = prepare(source, TOKENIZER, cache_dir=cache_dir, **sizes)
         for i, (begin, end) in enumerate(store.prompts):
-            own = store.responses[np.asarray(store.response_prompt) == i]
-            assert all(store.tokens[end - 1] == TOKENIZER.eos_token_id for _, end in own) and str(
-                store.sources[i]
-            ).startswith(name)
-            found[TOKENIZER.decode(store.tokens[begin + 1 : end])] = [
-                TOKENIZER.decode(store.tokens[b : e - 1]) for b, e in own
-            ]
-    return found
+            spans = store.responses[np.asarray(store.response_prompt) == i]
+            assert all(store.tokens[last - 1] == TOKENIZER.eos_token_id for _, last in spans)
+            assert str(store.sources[i]).startswith(name)
+            prompt = TOKENIZER.decode(store.tokens[begin + 1 : end])
+            responses[prompt] = [TOKENIZER.decode(store.tokens[b : e - 1]) for b, e in spans]
+    return responses
 
 
 @pytest.mark.parametrize("suffix", [*FORMATS, ".parquet"])
@@ -378,12 +343,12 @@ def test_rows_of_a_megabyte(folder, suffix):
         folder / f"long{suffix}",
         [{"prompt": p, "chosen": f"{p}{LONG}", "rejected": LONG} for p in "pqr"],
     )
-    found = {
+    responses = {
         record.prompt: record.responses
         for split in ("train", "test")
         for record in open_dataset(name, split).records()
     }
-    assert found == {p: [p + LONG, LONG] for p in "pqr"} and len(LONG) > 2**20
+    assert responses == {p: [p + LONG, LONG] for p in "pqr"} and len(LONG) > 2**20
 
 
 def test_a_row_of_a_megabyte_is_tokenised(folder, tmp_path):
@@ -462,69 +427,50 @@ ODD = {
 
 @pytest.mark.parametrize("name", ODD)
 def test_odd_files_are_refused_with_a_place(folder, name):
-    content, told = ODD[name]
+    content, message = ODD[name]
     if content is None:
         pyarrow.parquet.write_table(pyarrow.Table.from_pylist([json.loads(ROW)]), folder / name)
         content = (folder / name).read_bytes()[:-20]
     (folder / name).write_bytes(content)
-    with pytest.raises(PrefLabError, match=re.escape(name) + ".*" + told):
+    with pytest.raises(PrefLabError, match=re.escape(name) + ".*" + message):
         list(open_dataset(str(folder / name), "train").records())
 
 
-def test_parquet_text_that_is_no_text(folder):
-    """Bytes that no UTF-8 decoder takes, in a column that says it is text."""
-    broken = pyarrow.Array.from_buffers(
-        pyarrow.string(),
-        2,
-        [
-            None,
-            pyarrow.py_buffer(np.array([0, 1, 2], np.int32).tobytes()),
-            pyarrow.py_buffer(b"\xff\xfe"),
-        ],
-    )
+def test_parquet_text_that_is_not_utf8(folder):
+    offsets = pyarrow.py_buffer(np.array([0, 1, 2], np.int32).tobytes())
+    content = pyarrow.py_buffer(b"\xff\xfe")
+    broken = pyarrow.Array.from_buffers(pyarrow.string(), 2, [None, offsets, content])
     pyarrow.parquet.write_table(
         pyarrow.table({"prompt": broken, "chosen": ["a", "b"], "rejected": ["c", "d"]}),
         folder / "pairs.parquet",
     )
-    with pytest.raises(PrefLabError, match="pairs.parquet: no readable parquet file: .*0xff"):
+    with pytest.raises(PrefLabError, match=r"pairs\.parquet: no readable parquet file: .*0xff"):
         open_dataset(str(folder / "pairs.parquet"), "train")
 
 
 def test_chat_messages_in_the_files_of_tldr(folder):
-    chat = [{"role": "user", "content": "post"}, {"role": "assistant", "content": "good"}]
+    row = {"chosen": chat("post", "good"), "rejected": chat("post", "bad")}
     (folder / "tldr").mkdir()
-    write(
-        folder / "tldr" / "train.json",
-        [{"chosen": chat, "rejected": [chat[0], {"role": "assistant", "content": "bad"}]}],
-    )
+    write(folder / "tldr" / "train.json", [row])
     (record,) = open_dataset("tldr", "train", data_dir=str(folder)).records()
-    assert (
-        record.prompt == chat[:1]
-        and record.responses == ["good", "bad"]
-        and record.pairs == [(0, 1)]
-    )
+    assert record.prompt == chat("post", "good")[:1]
+    assert record.responses == ["good", "bad"] and record.pairs == [(0, 1)]
 
 
 def test_an_answer_that_is_no_object(monkeypatch):
-    rows = [{"question": "q", "answers": [{"text": "a", "pm_score": 1}, None]}] * 2
-    monkeypatch.setattr(
-        preference_datasets,
-        "hub_rows",
-        lambda *a, **k: Rows(2, rows.__getitem__, lambda i: f"repo[train]:{i}", "fingerprint"),
-    )
-    with pytest.raises(
-        PrefLabError, match=r"repo\[train\]:\d, answer 2: NoneType 'None', expected an object"
-    ):
+    row = {"question": "q", "answers": [{"text": "a", "pm_score": 1}, None]}
+    put_on_the_hub(monkeypatch, [row] * 2)
+    match = r"repo\[train\]:\d, answer 2: NoneType 'None', expected an object"
+    with pytest.raises(PrefLabError, match=match):
         list(open_dataset("se", "train").records())
 
 
-def test_html_that_no_parser_takes_is_left_out_and_counted(folder, monkeypatch):
+def test_html_that_cannot_be_parsed_is_skipped_and_counted(folder, monkeypatch):
     answers = [{"text": "<p>yes</p>", "pm_score": 2}, {"text": "<p>no</p>", "pm_score": 1}]
     rows = [
         {"question": f"<p>q{i}</p>" if i % 2 else "<![0 x", "answers": answers} for i in range(300)
     ]
-    there = Rows(len(rows), rows.__getitem__, lambda i: f"repo[train]:{i}", "fingerprint")
-    monkeypatch.setattr(preference_datasets, "hub_rows", lambda *a, **k: there)
+    put_on_the_hub(monkeypatch, rows)
     source = open_dataset("se", "train")
     assert {record.responses[0] for record in source.records()} == {" yes"}
     assert source.counts["rows"] + source.counts["skipped"]["HTML that cannot be read"] == 297

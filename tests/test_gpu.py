@@ -15,8 +15,8 @@ from conftest import (
     small_run,
 )
 
-from preflab.batching.packed_attention import SHARING, enable, flex_problem, window_of
-from preflab.modeling.layout_choice import sharing_problem
+from preflab.batching.packed_attention import SHARING, check_flex, enable, window_of
+from preflab.modeling.layout_choice import check_sharing
 from preflab.modeling.logprobs import Scorer
 
 pytestmark = [
@@ -105,9 +105,8 @@ def test_packed_rows_give_the_losses_of_padded_ones(command, tmp_path, trainer, 
 def test_every_architecture_shares_prompts_on_a_gpu(architecture, flex):
     model = make_model(architecture).cuda()
     enable(model)
-    assert (flex and window_of(model.config) is not None) or sharing_problem(
-        Scorer(model), flex
-    ) is None
+    is_windowed = window_of(model.config) is not None  # then a GPU attends by segments
+    assert (flex and is_windowed) or check_sharing(Scorer(model), flex).ok
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -117,7 +116,7 @@ def test_every_architecture_shares_prompts_on_a_gpu(architecture, flex):
 def test_flex_attention_has_the_values_and_gradients_of_attention_by_segments(
     heads, kv_heads, head_size, dtype
 ):
-    assert flex_problem(heads, kv_heads, head_size, dtype, torch.device("cuda")) is None
+    assert check_flex(heads, kv_heads, head_size, dtype, torch.device("cuda")).ok
 
 
 def test_packed_rows_go_through_flex_attention(command, capfd):

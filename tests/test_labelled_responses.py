@@ -1,5 +1,4 @@
-"""Rows of prompt, completion and label: how they are read, and how single responses become
-examples, down to a run."""
+"""Rows of prompt, completion and label: their records, single responses as examples, and runs."""
 
 import json
 
@@ -30,22 +29,20 @@ def kto(**settings):
 def records_of(path):
     source = open_dataset(str(path), "train", test_fraction=0.01)
     held_out = open_dataset(str(path), "test", test_fraction=0.01)
-    return (
-        sorted(
-            [*source.records(), *held_out.records()],
-            key=lambda record: int(record.source.rsplit(":", 1)[1].split()[-1]),
-        ),
-        source,
+    records = [*source.records(), *held_out.records()]
+    return sorted(records, key=lambda record: int(record.source.rsplit(":", 1)[1])), source
+
+
+def prepared(source, tmp_path):
+    return prepare(
+        source, make_tokenizer(), max_length=64, max_prompt_length=32, cache_dir=tmp_path / "cache"
     )
 
 
 def store_of(tmp_path, rows=ROWS):
     for split in ("train", "test"):
         write_jsonl(tmp_path / "labelled" / f"{split}.jsonl", rows)
-    source = open_dataset(str(tmp_path / "labelled"), "train")
-    return prepare(
-        source, make_tokenizer(), max_length=64, max_prompt_length=32, cache_dir=tmp_path / "cache"
-    )
+    return prepared(open_dataset(str(tmp_path / "labelled"), "train"), tmp_path)
 
 
 def test_labels_are_scores_and_responses_of_a_prompt_meet(tmp_path):
@@ -55,9 +52,8 @@ def test_labels_are_scores_and_responses_of_a_prompt_meet(tmp_path):
         ("two", [" bad"], [0.0]),
         ("three", [" fine"], [1.0]),
     ]
-    assert (
-        records[0].pairs == [(0, 1)] and records[1].pairs == []
-    )  # where both labels are there, there is a pair as well
+    # A prompt with both labels makes a pair as well.
+    assert records[0].pairs == [(0, 1)] and records[1].pairs == []
     assert source.provides == {"pairs", "scores"}
 
 
@@ -72,22 +68,14 @@ def test_labels_of_a_csv_file_are_text(tmp_path, true, false):
 
 
 def test_a_completion_may_be_chat_messages(tmp_path):
-    said = lambda role, content: {"role": role, "content": content}
-    rows = [
-        {
-            "prompt": [said("user", "hello")],
-            "completion": [said("assistant", answer)],
-            "label": answer == "hi",
+    def row(question, answer, label):
+        return {
+            "prompt": [{"role": "user", "content": question}],
+            "completion": [{"role": "assistant", "content": answer}],
+            "label": label,
         }
-        for answer in ("hi", "go away")
-    ]
-    rows.append(
-        {
-            "prompt": [said("user", "and you?")],
-            "completion": [said("assistant", "fine")],
-            "label": 1,
-        }
-    )
+
+    rows = [row("hello", "hi", True), row("hello", "go away", False), row("and you?", "fine", 1)]
     records, _ = records_of(write_jsonl(tmp_path / "chat.jsonl", rows))
     assert [(r.responses, r.scores) for r in records] == [
         (["hi", "go away"], [1.0, 0.0]),
@@ -96,7 +84,7 @@ def test_a_completion_may_be_chat_messages(tmp_path):
 
 
 @pytest.mark.parametrize(
-    "label, told",
+    "label, message",
     [
         ("good", "'label' is str 'good', expected true"),
         (0.5, "expected true"),
@@ -104,11 +92,10 @@ def test_a_completion_may_be_chat_messages(tmp_path):
         (None, "no 'label'"),
     ],
 )
-def test_other_labels_are_refused_with_their_place(tmp_path, label, told):
-    path = write_jsonl(
-        tmp_path / "labelled.jsonl", [*ROWS, {"prompt": "four", "completion": " x", "label": label}]
-    )
-    with pytest.raises(DataError, match=f":5.*{told}"):
+def test_other_labels_are_refused_with_their_place(tmp_path, label, message):
+    row = {"prompt": "four", "completion": " x", "label": label}
+    path = write_jsonl(tmp_path / "labelled.jsonl", [*ROWS, row])
+    with pytest.raises(DataError, match=f":5.*{message}"):
         records_of(path)
 
 
@@ -118,52 +105,36 @@ def test_every_response_is_an_example(tmp_path, layout):
     assert len(data) == 4 and data.groups.tolist() == [0, 0, 1, 2]
     batch = collate(data, np.array([1, 3, 0]), Layout(layout, 257))
     assert batch.rejected is None and batch.scores[batch.chosen].tolist() == [0.0, 1.0, 1.0]
-    for example, text in zip(batch.chosen.tolist(), (" worse", " fine", " good")):
+    texts = (" worse", " fine", " good")
+    for example, text in zip(batch.chosen.tolist(), texts, strict=True):
         assert make_tokenizer().decode(batch.targets[batch.owners == example][:-1]) == text
 
 
-def test_a_prompt_is_sampled_once_and_its_best_response_stands_beside(tmp_path):
+def test_a_prompt_is_sampled_once_and_compared_with_its_best_response(tmp_path):
     rows = [
         {"prompt": "p", "completion": f" {label}{i}", "label": label}
         for i, label in enumerate([False, True, False])
-    ] + ROWS
-    prompts = prompts_to_sample(
-        PreferenceData([store_of(tmp_path, rows)], "responses", "labelled"), 10, 32
-    )
-    told = {
-        make_tokenizer().decode(p.tokens[1:]): make_tokenizer().decode(p.chosen[:-1])
-        for p in prompts
-    }
-    assert told == {"p": " True1", "one": " good", "two": " bad", "three": " fine"}
+    ]
+    store = store_of(tmp_path, [*rows, *ROWS])
+    prompts = prompts_to_sample(PreferenceData([store], "responses", "labelled"), 10, 32)
+    decode = make_tokenizer().decode
+    best = {decode(p.tokens[1:]): decode(p.chosen[:-1]) for p in prompts}
+    assert best == {"p": " True1", "one": " good", "two": " bad", "three": " fine"}
 
 
 def test_responses_without_a_label_are_refused_by_name(tmp_path):
-    write_jsonl(
-        tmp_path / "mixed.jsonl",
-        [{"prompt": p, "chosen": " a", "rejected": " b"} for p in ("one", "two")],
-    )
-    source = open_dataset(str(tmp_path / "mixed.jsonl"), "train")
-    data = PreferenceData(
-        [
-            prepare(
-                source,
-                make_tokenizer(),
-                max_length=64,
-                max_prompt_length=32,
-                cache_dir=tmp_path / "cache",
-            )
-        ],
-        "responses",
-        "mixed",
-    )
-    with pytest.raises(DataError, match="kto_unpaired needs scores, but .*mixed.jsonl"):
+    rows = [{"prompt": p, "chosen": " a", "rejected": " b"} for p in ("one", "two")]
+    path = write_jsonl(tmp_path / "mixed.jsonl", rows)
+    store = prepared(open_dataset(str(path), "train"), tmp_path)
+    data = PreferenceData([store], "responses", "mixed")
+    with pytest.raises(DataError, match=r"kto_unpaired needs scores, but .*mixed\.jsonl"):
         data.check_for(kto())
     assert PreferenceData([store_of(tmp_path)], "responses", "labelled").check_for(kto()) is None
 
 
 @pytest.fixture
 def labelled(tmp_path):
-    """One response a prompt; those with ! are desirable."""
+    """One response for each prompt; those with ! are desirable."""
     rows = [
         {
             "prompt": f"prompt number {i}",
@@ -180,33 +151,22 @@ def labelled(tmp_path):
 def test_kto_trains_on_responses_without_a_pair(run, labelled):
     folder = run("run", "loss=kto_unpaired", labelled, "lr=1e-4", "n_epochs=2")
     first, *_, last = read_rows(folder / "metrics.jsonl")
-    assert (
-        first["loss/eval"] == first["rewards_eval/accuracies"] == 0.5
-        and first["kl_eval/estimate"] == 0
-    )
-    assert (
-        last["examples"] == 48 and last["loss/eval"] < 0.5 and last["rewards_eval/accuracies"] > 0.5
-    )
+    assert first["loss/eval"] == first["rewards_eval/accuracies"] == 0.5
+    assert first["kl_eval/estimate"] == 0
+    assert last["examples"] == 48 and last["loss/eval"] < 0.5
+    assert last["rewards_eval/accuracies"] > 0.5
     assert last["desirable_eval/share"] == 0.5
     summary = json.loads((folder / "summary.json").read_text(encoding="utf-8"))
     assert summary["eval_accuracy"] == last["rewards_eval/accuracies"]
 
 
 def test_the_reference_may_run_in_every_step_or_be_looked_up(run, labelled):
+    options = ("loss=kto_unpaired", labelled, "lr=1e-4", "sample_during_eval=false")
     cached, computed = (
-        run(
-            f"cache-{cache}",
-            "loss=kto_unpaired",
-            labelled,
-            "lr=1e-4",
-            "sample_during_eval=false",
-            f"reference.cache={cache}",
-        )
+        read_rows(run(cache, *options, f"reference.cache={cache}") / "metrics.jsonl")
         for cache in ("auto", "false")
     )
-    for a, b in zip(
-        *(read_rows(folder / "metrics.jsonl") for folder in (cached, computed)), strict=True
-    ):
+    for a, b in zip(cached, computed, strict=True):
         assert a[f"loss/{a['split']}"] == pytest.approx(b[f"loss/{b['split']}"], rel=1e-5)
 
 

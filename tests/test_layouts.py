@@ -2,19 +2,15 @@
 parameter's gradient."""
 
 import copy
-from types import SimpleNamespace
 
 import pytest
 import torch
-import torch.nn.functional as F
 from conftest import ARCHITECTURES, ROOT, make_model
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from omegaconf import OmegaConf
 from torch.nn.attention.flex_attention import flex_attention
-from transformers import AttentionInterface
-from transformers.integrations.sdpa_attention import sdpa_attention_forward
-from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
+from torch.nn.functional import scaled_dot_product_attention
 
 from preflab.batching import packed_attention
 from preflab.batching.packed_attention import (
@@ -24,36 +20,34 @@ from preflab.batching.packed_attention import (
     describe_tokens,
 )
 from preflab.batching.packing import LAYOUTS, Layout, lay_out
-from preflab.distributed.process_group import ALONE
-from preflab.modeling import fused_head, layout_choice
+from preflab.modeling import fused_head
 from preflab.modeling.layout_choice import (
-    choose_layout,
+    check_sharing,
     known_layouts,
-    sharing_problem,
-    why_not_flex,
 )
 from preflab.modeling.loading import fuse_activations
 from preflab.modeling.logprobs import Scorer, score_responses
-from utils import ConfigError
 
 PACKED = [name for name in LAYOUTS if name != "padded"]
 SHARING = sorted(packed_attention.SHARING)
 WINDOWLESS = [
     name for name in SHARING if packed_attention.window_of(make_model(name).config) is None
 ]
-# Lengths of prompts and of their responses: prompts of one token, responses of one (nothing to
-# feed), several, one alone. The longest go beyond the attention windows of the models that have
+# Lengths of prompts and of their responses: prompts of one token, responses of one (no input),
+# several responses, a single one. The longest exceed the attention windows of the models that have
 # one.
 LENGTHS = [(1, (5, 1)), (12, (3, 9, 7)), (20, (30, 25)), (4, (1, 1)), (7, (6,)), (2, (1, 8))]
-FLOAT32_INSIDE = {
-    "gpt_neo",
-    "gptj",
-}  # their own attention, to which ours is compared, computes in float32
+# Their own attention, to which ours is compared, computes in float32.
+FLOAT32_INSIDE = {"gpt_neo", "gptj"}
+LEARNED_POSITIONS = {"gpt2", "gpt_neo", "opt"}
 
 
 def draw(lengths=LENGTHS, seed=0):
     generator = torch.Generator().manual_seed(seed)
-    ids = lambda n: torch.randint(0, 258, (n,), generator=generator).tolist()
+
+    def ids(n):
+        return torch.randint(0, 258, (n,), generator=generator).tolist()
+
     return [(ids(prompt), [ids(n) for n in responses]) for prompt, responses in lengths]
 
 
@@ -63,9 +57,8 @@ def naive(model, trees):
     logps = []
     for prompt, responses in trees:
         for response in responses:
-            logits = model(input_ids=torch.tensor([prompt + response]), use_cache=False).logits[
-                0, len(prompt) - 1 : -1
-            ]
+            logits = model(input_ids=torch.tensor([prompt + response]), use_cache=False).logits
+            logits = logits[0, len(prompt) - 1 : -1]
             logps.append(logits.log_softmax(-1).gather(1, torch.tensor(response)[:, None])[:, 0])
     return torch.cat(logps)
 
@@ -95,9 +88,8 @@ def largest_difference(ours, theirs):
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("architecture", SHARING)
 def test_values_and_gradients_match_each_response_alone(architecture, layout, monkeypatch):
-    monkeypatch.setattr(
-        fused_head, "CHUNK_ELEMENTS", 9 * 258
-    )  # several chunks of the head and a left-over one
+    # Several chunks of the head, and a smaller last one.
+    monkeypatch.setattr(fused_head, "CHUNK_ELEMENTS", 9 * 258)
     plain = make_model(architecture, dtype=torch.float64)
     model = ready(copy.deepcopy(plain))
     expected = naive(plain, draw())
@@ -114,29 +106,22 @@ def test_values_and_gradients_match_each_response_alone(architecture, layout, mo
 
 @pytest.mark.parametrize("architecture", SHARING)
 def test_a_wrong_mask_does_not_match(architecture):
-    """The control: responses that see each other, and a prompt without its first half, must be told
-    apart."""
+    """The control: responses that see each other, and shifted positions, must be detected."""
     plain = make_model(architecture, dtype=torch.float64)
     model = ready(copy.deepcopy(plain))
     expected = naive(plain, draw())
-    seeing, cut = (lay_out(draw(), Layout("prefix_shared")) for _ in range(2))
-    begin, prompt, at, length = seeing.segments[0, 0].T
-    one = [
-        (b, prompt[begin == b][0], at[begin == b][0], length[begin == b].sum())
-        for b in begin.unique()
-    ]
-    seeing.segments = torch.tensor(one)[None, None]
-    cut.position_ids = cut.position_ids + 1
-    for batch in (seeing, cut) if architecture in LEARNED_POSITIONS else (seeing,):
+    seeing, shifted = (lay_out(draw(), Layout("prefix_shared")) for _ in range(2))
+    begin, prompt, response_begin, length = seeing.segments[0, 0].T
+    merged = []  # all responses of a prompt as one
+    for b in begin.unique():
+        own = begin == b
+        merged.append((b, prompt[own][0], response_begin[own][0], length[own].sum()))
+    seeing.segments = torch.tensor(merged)[None, None]
+    shifted.position_ids = shifted.position_ids + 1
+    # Rotary positions give the same when all of them are shifted.
+    for batch in (seeing, shifted) if architecture in LEARNED_POSITIONS else (seeing,):
         wrong = score_responses(Scorer(model), batch).token_logps
         assert (wrong - expected).abs().max() > 1e-2  # where right ones agree to 1e-9
-
-
-LEARNED_POSITIONS = {
-    "gpt2",
-    "gpt_neo",
-    "opt",
-}  # rotary ones do not change when all of them are shifted
 
 
 @pytest.mark.parametrize("architecture", SHARING)
@@ -148,25 +133,18 @@ def test_segments_equal_the_dense_mask(architecture):
     batch = lay_out(draw(), Layout("prefix_shared"))
     segments = score_responses(Scorer(ready(copy.deepcopy(plain))), batch).token_logps
     allowed = allowed_pairs(batch.segments, batch.input_ids.shape[1])
-    batch.segments, batch.position_ids = None, None
-    batch.attention_mask = torch.zeros(allowed.shape, dtype=torch.float64).masked_fill(
-        ~allowed, torch.finfo(torch.float64).min
-    )[None, None]
-    positions = describe_tokens(
-        lay_out(draw(), Layout("prefix_shared")).segments, batch.input_ids.shape[1]
-    )[2][None]
+    _, _, positions = describe_tokens(batch.segments, batch.input_ids.shape[1])
+    mask = torch.zeros(allowed.shape, dtype=torch.float64)
+    mask = mask.masked_fill(~allowed, torch.finfo(torch.float64).min)
     body = getattr(plain, plain.base_model_prefix)
     states = body(
         input_ids=batch.input_ids,
-        attention_mask=batch.attention_mask,
-        position_ids=positions,
+        attention_mask=mask[None, None],
+        position_ids=positions[None],
         use_cache=False,
     ).last_hidden_state
-    dense = (
-        plain.get_output_embeddings()(states[0, batch.positions])
-        .log_softmax(-1)
-        .gather(1, batch.targets[:, None])[:, 0]
-    )
+    logits = plain.get_output_embeddings()(states[0, batch.positions])
+    dense = logits.log_softmax(-1).gather(1, batch.targets[:, None])[:, 0]
     assert torch.allclose(segments, dense, rtol=1e-6 if architecture in FLOAT32_INSIDE else 1e-9)
 
 
@@ -215,9 +193,8 @@ def test_rows_without_further_responses_need_no_mask(monkeypatch):
 @settings(max_examples=80, deadline=None)
 def test_blocks_are_those_with_an_allowed_pair_and_no_others(lengths, name, beyond):
     segments, size = lay_out(draw(lengths), Layout(name)).segments, 4
-    n = (
-        int((segments[..., 2] + segments[..., 3]).max()) + beyond
-    )  # tokens behind the last segment are a tree of their own
+    # Tokens behind the last segment form one more tree.
+    n = int((segments[..., 2] + segments[..., 3]).max()) + beyond
     width = -(-n // size) * size
     allowed = torch.zeros(width, width, dtype=torch.bool)
     allowed[:n, :n] = allowed_pairs(segments, n)
@@ -227,25 +204,17 @@ def test_blocks_are_those_with_an_allowed_pair_and_no_others(lengths, name, beyo
 
 
 def stand_in(module, query, key, value, mask, scaling=None, **options):
-    """FlexAttention where it cannot be compiled: the same function of the same block mask, and
-    where no gradient is wanted its own code."""
+    """FlexAttention where it cannot be compiled: uncompiled without gradients, which is all it has
+    on a CPU, and else the same function of the same block mask."""
     assert query.dtype == key.dtype == value.dtype  # or torch 2.11 refuses
     options = {"scale": scaling, "enable_gqa": True}
-    if not torch.is_grad_enabled() or not query.requires_grad:
-        return (
-            flex_attention(query, key, value, block_mask=mask, **options)
-            .transpose(1, 2)
-            .contiguous(),
-            None,
-        )
-    rows, columns = torch.meshgrid(*[torch.arange(query.shape[2])] * 2, indexing="ij")
-    allowed = mask.mask_mod(0, 0, rows, columns)
-    return (
-        F.scaled_dot_product_attention(query, key, value, attn_mask=allowed, **options)
-        .transpose(1, 2)
-        .contiguous(),
-        None,
-    )
+    if torch.is_grad_enabled() and query.requires_grad:
+        rows, columns = torch.meshgrid(*[torch.arange(query.shape[2])] * 2, indexing="ij")
+        allowed = mask.mask_mod(0, 0, rows, columns)
+        output = scaled_dot_product_attention(query, key, value, attn_mask=allowed, **options)
+    else:
+        output = flex_attention(query, key, value, block_mask=mask, **options)
+    return output.transpose(1, 2).contiguous(), None
 
 
 @pytest.mark.filterwarnings("ignore:flex_attention called without torch.compile")
@@ -266,7 +235,7 @@ def test_rows_with_a_block_mask_match_each_response_alone(architecture, monkeypa
         gradients(plain, objective(expected)),
     )
     assert largest_difference(ours, theirs) < 1e-6
-    assert sharing_problem(Scorer(model), flex=True) is None
+    assert check_sharing(Scorer(model), flex=True).ok
 
 
 @pytest.mark.filterwarnings("ignore:flex_attention called without torch.compile")
@@ -296,88 +265,12 @@ def test_compiled_flex_attention_gives_what_attention_by_segments_gives():
         for heads in (4, 2, 2)
     )
     with torch.no_grad():
+        blocks = block_mask(block_table(batch.segments, n), torch.device("cpu"))
         segments, flex = (
             packed_attention.segment_attention(module, query, key, value, mask, scaling=0.25)[0]
-            for mask in (
-                batch.segments,
-                block_mask(block_table(batch.segments, n), torch.device("cpu")),
-            )
+            for mask in (batch.segments, blocks)
         )
     assert torch.allclose(segments, flex, rtol=1e-5, atol=1e-6)
-
-
-@pytest.mark.filterwarnings("ignore:flex_attention called without torch.compile")
-def test_flex_attention_is_tried_before_it_is_used(monkeypatch):
-    shapes = 4, 2, 16, torch.float32, torch.device("cpu")
-    monkeypatch.setattr(packed_attention, "flex_attention_forward", stand_in)
-    assert packed_attention.flex_problem(*shapes) is None
-    # noqa: E731
-    too_sharp = lambda *inputs, scaling, **more: stand_in(*inputs, scaling=1.02 * scaling, **more)
-    monkeypatch.setattr(packed_attention, "flex_attention_forward", too_sharp)
-    assert "off by" in packed_attention.flex_problem(*shapes)
-    detached = lambda module, query, key, *more, **options: stand_in(
-        module, query, key.detach(), *more, **options
-    )  # noqa: E731
-    monkeypatch.setattr(packed_attention, "flex_attention_forward", detached)
-    assert "fails here (RuntimeError" in packed_attention.flex_problem(
-        *shapes
-    )  # a key without a gradient
-
-    def no_gradient(module, query, key, value, *more, **options):
-        key = key.clone()
-        key.register_hook(lambda gradient: gradient * float("nan"))
-        return stand_in(module, query, key, value, *more, **options)
-
-    monkeypatch.setattr(packed_attention, "flex_attention_forward", no_gradient)
-    assert "off by nan" in packed_attention.flex_problem(*shapes)
-    monkeypatch.setattr(packed_attention, "flex_attention_forward", lambda *inputs, **more: 1 / 0)
-    assert "fails here (ZeroDivisionError" in packed_attention.flex_problem(*shapes)
-
-
-@pytest.mark.filterwarnings("ignore:flex_attention called without torch.compile")
-def test_without_flex_attention_a_gpu_attends_segment_by_segment(monkeypatch):
-    """The choice of a GPU, made on the CPU: where FlexAttention cannot be had, packed rows still
-    can."""
-    on_gpu = lambda model: SimpleNamespace(
-        causal_lm=model, model=model, device=torch.device("cuda"), mixed=None
-    )  # noqa: E731
-    llama, windowed = make_model("llama"), make_model("mistral")
-    monkeypatch.setattr(layout_choice, "flex_problem", lambda *shapes: None)
-    assert why_not_flex(settings_of(), on_gpu(llama), ALONE) is None
-    assert "windows of 16 tokens, texts of up to max_length=64" in why_not_flex(
-        settings_of(), on_gpu(windowed), ALONE
-    )
-    assert why_not_flex(settings_of(max_length=16), on_gpu(windowed), ALONE) is None
-    elsewhere = SimpleNamespace(max=lambda values: [1.0])
-    assert "another rank" in why_not_flex(settings_of(), on_gpu(llama), elsewhere)
-    monkeypatch.setattr(layout_choice, "flex_problem", lambda *shapes: "no compiler")
-    assert (
-        why_not_flex(settings_of(), on_gpu(llama), ALONE)
-        == "attention segment by segment, slower: no compiler"
-    )
-    assert why_not_flex(settings_of(), Scorer(llama), ALONE) == ""
-    packed_attention.enable(llama)
-    monkeypatch.setattr(layout_choice, "why_not_flex", lambda *_: "slower: no compiler")
-    assert choose_layout(settings_of(), Scorer(llama)) == (
-        Layout("prefix_shared"),
-        "slower: no compiler",
-    )
-    monkeypatch.setattr(packed_attention, "flex_attention_forward", stand_in)
-    monkeypatch.setattr(layout_choice, "why_not_flex", lambda *_: None)
-    assert choose_layout(settings_of(), Scorer(llama), pad_id=3) == (
-        Layout("prefix_shared", pad_id=3, flex=True),
-        "",
-    )
-    blind = lambda module, query, key, value, mask, scaling=None, **more: sdpa_attention_forward(
-        module, query, key, value, None, scaling=scaling, is_causal=True
-    )  # noqa: E731
-    monkeypatch.setattr(packed_attention, "flex_attention_forward", blind)
-    layout, why = choose_layout(settings_of(), Scorer(llama))
-    assert (
-        layout == Layout("prefix_shared")
-        and why.startswith("attention segment by segment, slower: hidden states")
-        and "off by" in why
-    )
 
 
 @given(
@@ -436,59 +329,13 @@ def test_a_shared_prompt_is_fed_once():
     }
 
 
-@pytest.mark.parametrize("architecture", ["gpt2", "llama"])
-def test_the_check_at_the_start_finds_a_model_that_ignores_its_mask(architecture):
-    model = make_model(architecture)
-    packed_attention.enable(model)
-    assert sharing_problem(Scorer(model)) is None
-    ignore_masks(model)
-    assert "off by" in sharing_problem(Scorer(model))
-
-
-def test_attention_that_fails_is_padded_or_told(monkeypatch):
-    """A kernel that raises, as one may on a GPU of another make."""
-    model = make_model("llama")
-    packed_attention.enable(model)
-    monkeypatch.setattr(packed_attention, "_trees", lambda segments: 1 / 0)
-    layout, why = choose_layout(settings_of(), Scorer(model))
-    assert layout.name == "padded" and "fails here (ZeroDivisionError" in why
-    placed = Scorer(model)
-    placed.placed_on = torch.device("cpu")
-    with pytest.raises(ConfigError, match="fails here.*use layout=padded"):
-        choose_layout(settings_of(), placed)
-
-
-def ignore_masks(model):
-    ignoring = lambda module, query, key, value, mask, **more: sdpa_attention_forward(
-        module, query, key, value, None, **more
-    )
-    AttentionInterface.register("ignoring", ignoring)
-    AttentionMaskInterface.register("ignoring", sdpa_mask)
-    model.set_attn_implementation("ignoring")
-
-
 def settings_of(**more):
     model = {"attn_implementation": None, **more.pop("model", {})}
     return OmegaConf.create({"layout": "auto", "max_length": 64, "model": model, **more})
 
 
-def test_the_fastest_supported_layout_is_taken_and_others_refused_by_name():
-    model = make_model("llama")
-    packed_attention.enable(model)
-    assert choose_layout(settings_of(), Scorer(model)) == (Layout("prefix_shared"), "")
-    assert choose_layout(settings_of(layout="packed"), Scorer(model)) == (Layout("packed"), "")
-    layout, why = choose_layout(settings_of(), Scorer(make_model("gemma2")))
-    assert layout.name == "padded" and "gemma2" in why
-    with pytest.raises(ConfigError, match="layout=prefix_shared cannot be had.*use layout=padded"):
-        choose_layout(settings_of(layout="prefix_shared"), Scorer(make_model("gemma2")))
-    layout, why = choose_layout(settings_of(model={"attn_implementation": "eager"}), Scorer(model))
-    assert layout.name == "padded" and "attn_implementation=eager" in why
-    ignore_masks(model)
-    assert choose_layout(settings_of(), Scorer(model))[0].name == "padded"
-
-
-def test_generation_is_what_it_was():
-    """With our attention enabled, a model without segments attends as before: greedy tokens are the
+def test_generation_does_not_change():
+    """With our attention enabled, a model attends as before without segments: greedy tokens are the
     same."""
     for architecture in ("gpt2", "gptj", "llama", "mistral"):
         plain = make_model(architecture)
@@ -496,7 +343,8 @@ def test_generation_is_what_it_was():
         ids = torch.randint(0, 256, (3, 7), generator=torch.Generator().manual_seed(1))
         mask = torch.ones_like(ids)
         mask[0, :3] = 0
-        options = dict(attention_mask=mask, max_new_tokens=12, do_sample=False, pad_token_id=257)
+        options = {"attention_mask": mask, "max_new_tokens": 12}
+        options |= {"do_sample": False, "pad_token_id": 257}
         assert torch.equal(model.generate(ids, **options), plain.generate(ids, **options))
 
 
@@ -506,13 +354,12 @@ MARKS = "<!-- layouts: `python tests/test_layouts.py` writes this table -->\n", 
 
 
 def supported(architecture: str) -> str:
-    """The layouts that can be had, by what the code says of this architecture and, on this CPU, by
-    what it computes."""
+    """The layouts that an architecture is known to support, checked by what it computes here."""
     model = make_model(architecture)
     names, _ = known_layouts(settings_of(), model.config)
     if names != ("padded",):
         packed_attention.enable(model)
-        assert sharing_problem(Scorer(model)) is None
+        assert check_sharing(Scorer(model)).ok
     return ", ".join(names)
 
 
@@ -522,34 +369,26 @@ def table() -> str:
         "| --- | --- | --- | --- |",
     ]
     for architecture in sorted(ARCHITECTURES):
-        window, names = (
-            packed_attention.window_of(make_model(architecture).config),
-            supported(architecture),
-        )
-        how = (
-            ""
-            if names == "padded"
-            else (
-                "segments, FlexAttention if no text exceeds the window"
-                if window
-                else "FlexAttention"
-            )
-        )
-        lines.append(f"| {architecture} | {names} | {'yes' if window else 'no'} | {how} |")
+        window = packed_attention.window_of(make_model(architecture).config)
+        names = supported(architecture)
+        attention = "FlexAttention"
+        if names == "padded":
+            attention = ""
+        elif window:
+            attention = "segments, FlexAttention if no text exceeds the window"
+        lines.append(f"| {architecture} | {names} | {'yes' if window else 'no'} | {attention} |")
     return "\n".join(lines) + "\n"
 
 
 def test_the_table_in_the_docs_is_what_the_code_does():
     text = (ROOT / "docs" / "models.md").read_text(encoding="utf-8")
     assert text.split(MARKS[0])[1].split(MARKS[1])[0] == table()
-    assert packed_attention.SHARING < set(
-        ARCHITECTURES
-    )  # all of them are tested here, and one that cannot share
+    # All of them are tested here, and at least one that cannot share.
+    assert set(ARCHITECTURES) > packed_attention.SHARING
 
 
 if __name__ == "__main__":
     docs = ROOT / "docs" / "models.md"
     before, rest = docs.read_text(encoding="utf-8").split(MARKS[0])
-    docs.write_text(
-        before + MARKS[0] + table() + MARKS[1] + rest.split(MARKS[1])[1], encoding="utf-8"
-    )
+    after = rest.split(MARKS[1])[1]
+    docs.write_text(before + MARKS[0] + table() + MARKS[1] + after, encoding="utf-8")

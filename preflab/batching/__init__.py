@@ -1,1 +1,1 @@
-"""How prompts and responses become rows of tokens; nothing here knows a loss or a rank."""
+"""Prompts and responses as batches of token rows; nothing here knows a loss or a rank."""

@@ -1,4 +1,4 @@
-"""Examples of a microbatch become a `Batch` in the layout of the run."""
+"""The examples of a microbatch as a `Batch` in the layout of the run."""
 
 import numpy as np
 import torch
@@ -9,51 +9,64 @@ from preflab.batching.token_store import TokenStore
 
 
 def collate(data: PreferenceData, examples: np.ndarray, layout: Layout) -> Batch:
-    """Each distinct response of the examples once, however many of them it takes part in."""
-    trees: dict[
-        tuple[int, int], dict[int, int]
-    ] = {}  # (store, prompt) -> its responses in this batch
+    """A batch with each distinct response of the examples once, in however many pairs it is.
+
+    examples (examples,): indices into `data`.
+    """
     located = [data.responses_of(int(example)) for example in examples]
-    for store, responses in located:
-        tree = trees.setdefault(
-            (data.number_of(store), int(store.response_prompt[responses[0]])), {}
-        )
-        for r in responses:
-            tree.setdefault(r, len(tree))
-    sequences, scores, reference_logps, first = [], [], [], {}
-    for (number, prompt), tree in trees.items():
-        store = data.stores[number]
-        first[number, prompt] = len(scores)
-        sequences.append(
-            (
-                _tokens(store, store.prompts[prompt]),
-                [_tokens(store, store.responses[r]) for r in tree],
-            )
-        )
-        scores.extend(float(store.scores[r]) for r in tree)
+    trees = _trees(data, located)
+    sequences, scores, reference_logps, first_response = [], [], [], {}
+    for (store_number, prompt), responses in trees.items():
+        store = data.stores[store_number]
+        first_response[store_number, prompt] = len(scores)
+        tokens = [_tokens(store, store.responses[r]) for r in responses]
+        sequences.append((_tokens(store, store.prompts[prompt]), tokens))
+        scores.extend(float(store.scores[r]) for r in responses)
         if store.reference is not None:
-            reference_logps.extend(store.reference.logps(r) for r in tree)
+            reference_logps.extend(store.reference.logps(r) for r in responses)
     batch = lay_out(sequences, layout)
-    members = []
-    for store, responses in located:
-        key = data.number_of(store), int(store.response_prompt[responses[0]])
-        members.append([first[key] + trees[key][r] for r in responses])
-    if data.kind == "pairs":
-        rows = [data.locate(int(example)) for example in examples]
-        shared = set.intersection(*(set(store.columns) for store, _ in rows))
-        batch.columns = {
-            name: torch.tensor(
-                [float(store.columns[name][i]) for store, i in rows], dtype=torch.float64
-            )
-            for name in shared
-        }
-    batch.chosen = torch.tensor([pair[0] for pair in members])
-    batch.rejected = torch.tensor([pair[1] for pair in members]) if data.kind == "pairs" else None
     batch.scores = torch.tensor(scores, dtype=torch.float64)
     batch.examples = [int(example) for example in examples]
+    members = []  # of each example, its responses as indices into the batch
+    for store, responses in located:
+        key = _tree_key(data, store, responses)
+        members.append([first_response[key] + trees[key][r] for r in responses])
+    batch.chosen = torch.tensor([responses[0] for responses in members])
+    if data.kind == "pairs":
+        batch.rejected = torch.tensor([responses[1] for responses in members])
+        batch.columns = _columns(data, examples)
     if len(reference_logps) == len(scores):
         batch.reference_logps = torch.from_numpy(np.concatenate(reference_logps))
     return batch
+
+
+def _trees(
+    data: PreferenceData, located: list[tuple[TokenStore, list[int]]]
+) -> dict[tuple[int, int], dict[int, int]]:
+    """(store, prompt) -> {response: its place among the prompt's responses in this batch}."""
+    trees: dict[tuple[int, int], dict[int, int]] = {}
+    for store, responses in located:
+        places = trees.setdefault(_tree_key(data, store, responses), {})
+        for response in responses:
+            places.setdefault(response, len(places))
+    return trees
+
+
+def _tree_key(data: PreferenceData, store: TokenStore, responses: list[int]) -> tuple[int, int]:
+    """(number of the store, prompt) of an example's responses."""
+    return data.number_of(store), int(store.response_prompt[responses[0]])
+
+
+def _columns(data: PreferenceData, examples: np.ndarray) -> dict[str, torch.Tensor]:
+    """The columns that the stores of all these pairs have, (examples,) by name."""
+    rows = [data.locate(int(example)) for example in examples]
+    shared = set.intersection(*(set(store.columns) for store, _ in rows))
+    return {
+        name: torch.tensor(
+            [float(store.columns[name][i]) for store, i in rows], dtype=torch.float64
+        )
+        for name in shared
+    }
 
 
 def _tokens(store: TokenStore, span: np.ndarray) -> np.ndarray:

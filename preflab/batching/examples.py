@@ -1,4 +1,4 @@
-"""Examples of a split over one or several token stores, and prompts to sample for."""
+"""The examples of a split over one or several token stores, and the prompts to sample for."""
 
 import json
 from collections.abc import Iterator
@@ -13,29 +13,31 @@ from utils import DataError
 
 
 class PreferenceData:
-    """One or several token stores read as one: examples are pairs, prompts with the response to
-    imitate, or responses.
+    """One or several token stores read as one; `len(data)` counts examples.
 
-    kind: "pairs", "targets", "responses", or "prompts", which are for sampling alone. `len(data)`
-    counts examples.
+    kind: what an example is. "pairs": a chosen and a rejected response. "targets": a prompt with
+    the response to imitate. "responses": a single response. "prompts": a prompt to sample for.
+    groups (examples,): the prompt of each example, numbered through all stores.
     """
 
     def __init__(self, stores: list[TokenStore], kind: str, name: str):
-        if kind == "responses":  # each of them is a target
+        if kind == "responses":  # an example for each, so each is a target
             stores = [replace(store, targets=np.arange(len(store.responses))) for store in stores]
         self.stores, self.kind = stores, kind
         sizes = [len(store.pairs if kind == "pairs" else store.targets) for store in stores]
         self.begins = np.cumsum([0, *sizes])
-        prompts = np.cumsum([0, *(len(store.prompts) for store in stores)])
+        n_prompts = [len(store.prompts) for store in stores]
+        first_prompts = np.cumsum([0, *n_prompts[:-1]])
         self.groups = np.concatenate(
-            [self._example_prompts(store) + n for store, n in zip(stores, prompts)]
+            [
+                self._example_prompts(store) + first
+                for store, first in zip(stores, first_prompts, strict=True)
+            ]
         )
         self._numbers = {id(store): i for i, store in enumerate(stores)}
         if not len(self):
-            raise DataError(
-                f"datasets: {name} hold no {kind}; counts:"
-                f" {json.dumps([store.counts for store in stores])}"
-            )
+            counts = json.dumps([store.counts for store in stores])
+            raise DataError(f"datasets: {name} hold no {kind}; counts: {counts}")
 
     def __len__(self) -> int:
         return int(self.begins[-1])
@@ -46,65 +48,71 @@ class PreferenceData:
         return np.asarray(store.response_prompt)[responses]
 
     def locate(self, example: int) -> tuple[TokenStore, int]:
+        """The store of an example, and its row among the store's pairs or targets."""
         part = int(np.searchsorted(self.begins, example, side="right")) - 1
         return self.stores[part], int(example - self.begins[part])
 
     def by_store(self, examples: np.ndarray) -> Iterator[tuple[TokenStore, np.ndarray]]:
-        """Each store with its own part of some examples, as rows of its pairs or targets."""
-        for begin, end, store in zip(self.begins[:-1], self.begins[1:], self.stores):
+        """Each store with the examples that are its own, as rows of its pairs or targets."""
+        for begin, end, store in zip(self.begins[:-1], self.begins[1:], self.stores, strict=True):
             yield store, examples[(examples >= begin) & (examples < end)] - begin
 
     def responses_of(self, example: int) -> tuple[TokenStore, list[int]]:
         """The store and the response indices of an example: [chosen, rejected], or [target]."""
         store, i = self.locate(example)
-        return store, (
-            [int(r) for r in store.pairs[i]] if self.kind == "pairs" else [int(store.targets[i])]
-        )
+        if self.kind == "pairs":
+            return store, [int(response) for response in store.pairs[i]]
+        return store, [int(store.targets[i])]
 
     def number_of(self, store: TokenStore) -> int:
+        """The place of a store in `stores`."""
         return self._numbers[id(store)]
 
     def describe(self, example: int) -> str:
-        """Where an example came from, for messages."""
+        """The file and line that an example came from, for messages."""
         store, responses = self.responses_of(example)
         return f"{store.sources[store.response_prompt[responses[0]]]} (example {example})"
 
     def check_for(self, loss) -> str | None:
-        """Whether these data hold what a loss reads, before a model loads; returns what the loss
-        says of the scores."""
+        """Raise DataError unless these data hold what a loss reads; runs before a model loads.
+
+        Returns what `loss.inspect_scores` remarks on the scores, if anything.
+        """
         for column in sorted(loss.columns):
             for store in self.stores:
                 if column not in store.columns:
-                    has = ", ".join(store.columns) or "none"
+                    columns = ", ".join(store.columns) or "none"
                     raise DataError(
                         f"loss={loss.name} reads the column {column!r}, which {store.name} does not"
-                        f" have; it has: {has}"
+                        f" have; it has: {columns}"
                     )
         if "scores" not in loss.reads:
             return None
-        scores = (
-            self.pair_scores()
-            if self.kind == "pairs"
-            else [
-                np.concatenate([np.asarray(store.scores)[store.targets] for store in self.stores])
-            ]
-        )
-        for i in np.flatnonzero(~np.isfinite(scores).all(axis=0))[:1]:
-            raise DataError(f"loss={loss.name} needs scores, but {self.describe(int(i))} has none")
+        scores = self.pair_scores() if self.kind == "pairs" else [self._target_scores()]
+        missing = np.flatnonzero(~np.isfinite(scores).all(axis=0))
+        if len(missing):
+            place = self.describe(int(missing[0]))
+            raise DataError(f"loss={loss.name} needs scores, but {place} has none")
         if self.kind != "pairs":
             return None
         chosen, rejected = map(torch.from_numpy, scores)
         return loss.inspect_scores(chosen, rejected, ExampleNames(self, range(len(self))))
 
     def pair_scores(self) -> tuple[np.ndarray, np.ndarray]:
-        """Scores of the chosen and of the rejected responses, (pairs,) each; NaN where the data has
-        none."""
-        both = [np.asarray(store.scores)[np.asarray(store.pairs)] for store in self.stores]
-        return tuple(np.concatenate([part[:, side] for part in both]) for side in (0, 1))
+        """Scores of the chosen and of the rejected responses, (pairs,) each; NaN where the data
+        have none."""
+        scores = np.concatenate(
+            [np.asarray(store.scores)[np.asarray(store.pairs)] for store in self.stores]
+        )
+        return np.ascontiguousarray(scores[:, 0]), np.ascontiguousarray(scores[:, 1])
+
+    def _target_scores(self) -> np.ndarray:
+        """Scores of the targets, (examples,)."""
+        return np.concatenate([np.asarray(store.scores)[store.targets] for store in self.stores])
 
 
 class ExampleNames:
-    """Descriptions of some examples, looked up only when an error message asks for one."""
+    """Descriptions of some examples, made only when a message asks for one."""
 
     def __init__(self, data: PreferenceData, examples):
         self.data, self.examples = data, examples
@@ -118,8 +126,11 @@ class ExampleNames:
 
 @dataclass
 class PromptToSample:
-    """A prompt for sampling, cut to max_prompt_length, and the best response the data has for
-    it."""
+    """A prompt to sample for.
+
+    tokens: the prompt, cut to max_prompt_length. chosen: the tokens of the best response that the
+    data have. key: the number of the prompt in `PreferenceData.groups`.
+    """
 
     tokens: list[int]
     chosen: list[int]
@@ -129,14 +140,14 @@ class PromptToSample:
 def prompts_to_sample(data: PreferenceData, n: int, max_prompt_length: int) -> list[PromptToSample]:
     """The first `n` distinct prompts of the fixed evaluation order, the same whatever the seed of
     the run."""
-    found: dict[int, PromptToSample] = {}
+    prompts: dict[int, PromptToSample] = {}
     for example in evaluation_order(data.groups):
-        if int(data.groups[example]) not in found:
+        if int(data.groups[example]) not in prompts:
             prompt = prompt_to_sample(data, int(example), max_prompt_length)
-            found[prompt.key] = prompt
-        if len(found) == n:
+            prompts[prompt.key] = prompt
+        if len(prompts) == n:
             break
-    return list(found.values())
+    return list(prompts.values())
 
 
 def prompt_to_sample(data: PreferenceData, example: int, max_prompt_length: int) -> PromptToSample:
@@ -146,18 +157,17 @@ def prompt_to_sample(data: PreferenceData, example: int, max_prompt_length: int)
     prompt = store.tokens[begin:end].tolist()
     if len(prompt) > max_prompt_length:
         head = 1 if store.truncation == "keep_end" else 0  # a BOS stays in front
-        prompt = prompt[:head] + list(
-            cut_prompt(prompt[head:], max_prompt_length - head, store.truncation)
-        )
-    begin, end = store.responses[
-        _best_response(store, responses[0]) if data.kind == "responses" else responses[0]
-    ]
+        body = cut_prompt(prompt[head:], max_prompt_length - head, store.truncation)
+        prompt = [*prompt[:head], *body]
+    chosen = responses[0]
+    if data.kind == "responses":
+        chosen = _best_response(store, chosen)
+    begin, end = store.responses[chosen]
     return PromptToSample(prompt, store.tokens[begin:end].tolist(), int(data.groups[example]))
 
 
 def _best_response(store: TokenStore, response: int) -> int:
     """The response of the same prompt with the highest score."""
-    begin, end = np.searchsorted(
-        store.response_prompt, store.response_prompt[response] + np.array([0, 1])
-    )
+    prompt = store.response_prompt[response]
+    begin, end = np.searchsorted(store.response_prompt, [prompt, prompt + 1])
     return int(begin + np.argmax(store.scores[begin:end]))

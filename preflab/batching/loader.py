@@ -1,4 +1,4 @@
-"""The order of examples, a pure function of (seed, epoch), and the loader that can be resumed."""
+"""The order of examples, a pure function of (seed, epoch), and a loader that can be resumed."""
 
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -12,10 +12,10 @@ ORDERS = ("pairs", "prompts")
 def epoch_order(groups: np.ndarray, seed: int, epoch: int, order: str = "pairs") -> np.ndarray:
     """A permutation of the examples, a pure function of (seed, epoch).
 
-    groups (examples,): the prompt of each example. order: "pairs" spreads the examples of a prompt
-    out: its m examples sit at u/m, (1+u)/m, ... of the epoch for one random u a prompt, so two of
-    them meet in a batch only when the batch is longer than an m-th of the epoch. "prompts" keeps
-    them together, prompt after prompt.
+    groups (examples,): the prompt of each example.
+    order: "pairs" spreads the examples of a prompt out: its m examples sit at u/m, (1+u)/m, ... of
+    the epoch, with one random u for each prompt, so two of them meet in a batch only when the batch
+    is longer than an m-th of the epoch. "prompts" keeps them together, prompt after prompt.
     """
     rng = np.random.default_rng([seed, epoch])
     shuffled = rng.permutation(len(groups))
@@ -39,14 +39,14 @@ def evaluation_order(groups: np.ndarray) -> np.ndarray:
 class Loader:
     """Yields the example indices of one optimizer step at a time, each example once an epoch.
 
-    Stops after `n_epochs` epochs or `n_examples` examples, whichever comes first (null means no
-    limit, not both). The last batch of an epoch, and the last of all, may be smaller. State:
-    (epoch, cursor).
+    Stops after `n_epochs` epochs or `n_examples` examples, whichever comes first; None means no
+    limit, and one of them must be given. The last batch of an epoch, and the last of all, may be
+    smaller. The state is (epoch, cursor).
     """
 
     def __init__(
         self,
-        groups,
+        groups: np.ndarray,
         *,
         batch_size: int,
         seed: int,
@@ -55,14 +55,16 @@ class Loader:
         order: str = "pairs",
     ):
         self.groups, self.batch_size, self.seed, self.order = groups, batch_size, seed, order
-        limits = [n for n in (n_examples, n_epochs and n_epochs * len(groups)) if n is not None]
-        self.total = min(limits)
+        limits = [] if n_examples is None else [n_examples]
+        if n_epochs is not None:
+            limits.append(n_epochs * len(groups))
+        self.total = min(limits)  # examples of the whole run
         self.epoch = self.cursor = 0
         self._order: tuple[int, np.ndarray] | None = None
 
     @property
     def examples(self) -> int:
-        """How many examples were yielded since the start of the run."""
+        """Examples yielded since the start of the run."""
         return self.epoch * len(self.groups) + self.cursor
 
     def __iter__(self) -> Iterator[np.ndarray]:
@@ -78,25 +80,30 @@ class Loader:
         return indices
 
     def peek(self) -> np.ndarray:
-        """What comes next, and empty at the end."""
+        """The indices of the next step, without a move of the cursor; empty at the end."""
         if self._order is None or self._order[0] != self.epoch:
             self._order = self.epoch, epoch_order(self.groups, self.seed, self.epoch, self.order)
+        _, order = self._order
         size = min(self.batch_size, self.total - self.examples)
-        return self._order[1][self.cursor : self.cursor + max(0, size)]
+        return order[self.cursor : self.cursor + max(0, size)]
 
     def first_epoch(self) -> np.ndarray:
-        """All examples of a run, each once."""
+        """The distinct examples of a run, in the order of its first epoch."""
         return epoch_order(self.groups, self.seed, 0, self.order)[: self.total]
 
     def ahead(self, prepare: Callable[[np.ndarray], Any]) -> Iterator[tuple[np.ndarray, Any]]:
-        """(indices, `prepare(indices)`) of each step, the next one prepared by a thread while this
+        """(indices, `prepare(indices)`) of each step; a thread prepares the next step while this
         one is used."""
         with ThreadPoolExecutor(1, "prepare") as thread:
-            coming = thread.submit(prepare, self.peek()) if len(self.peek()) else None
-            while coming is not None:
-                prepared = coming.result()
+
+            def submit():
+                return thread.submit(prepare, self.peek()) if len(self.peek()) else None
+
+            upcoming = submit()
+            while upcoming is not None:
+                prepared = upcoming.result()
                 indices = next(self)
-                coming = thread.submit(prepare, self.peek()) if len(self.peek()) else None
+                upcoming = submit()
                 yield indices, prepared
 
     def step_back(self, n: int) -> None:

@@ -1,14 +1,14 @@
-"""Attention over prompts that several responses share: exact, and without a mask over the whole
-row.
+"""Attention over prompts that several responses share: exact, without a mask over the whole row.
 
 A packed row holds trees, one after the other: a prompt, then each of its responses, whose positions
-go on from the prompt's. A response sees its prompt and itself, never another response. The rows of
-`Batch.segments` say where they are: (begin of the prompt, its length, begin of a response, its
-length). They reach every layer in place of the attention mask, which transformers hands on
-untouched when it has four dimensions.
+continue from the prompt's. A response sees its prompt and itself, never another response. The rows
+of `Batch.segments` are (begin of the prompt, its length, begin of a response, its length). They
+reach every layer in place of the attention mask, which transformers passes through unchanged when
+it has four dimensions.
 """
 
 import types
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
@@ -21,7 +21,6 @@ from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
 from utils import first_line
 
 NAME = "preflab_segments"
-
 
 # The architectures whose layers were compared, shared against padded, for values and gradients
 # (tests/test_layouts.py).
@@ -41,24 +40,33 @@ SHARING = {
     "qwen3",
 }
 
+# Modules that compute attention themselves, whatever `attn_implementation` is.
+OWN_ATTENTION = {"GPTJAttention", "GPTNeoSelfAttention"}
+
+
+@dataclass(frozen=True)
+class Support:
+    """Whether something can be used here. reason: a sentence for the user where it cannot; empty
+    where there is nothing to report."""
+
+    ok: bool
+    reason: str = ""
+
 
 def enable(model: nn.Module) -> None:
-    """Let a transformers model take segments (or a block mask of `block_mask`) as its attention
-    mask.
+    """Let a transformers model accept segments, or a mask of `block_mask`, as its attention mask.
 
-    Without them it attends as with `attn_implementation="sdpa"`, in generation for example.
+    With any other mask, in generation for example, it attends as `attn_implementation="sdpa"`.
     """
-    # FlexAttention is compiled anew for rows of one block, without gradient, for another model;
-    # past 8 it would go uncompiled.
+    # FlexAttention is compiled again for rows of one block, for passes without gradient and for
+    # another model; beyond the default limit of 8 it would run uncompiled.
     torch._dynamo.config.recompile_limit = max(64, torch._dynamo.config.recompile_limit)
     AttentionInterface.register(NAME, segment_attention)
     AttentionMaskInterface.register(NAME, sdpa_mask)
-    own_loops = [module for module in model.modules() if type(module).__name__ in OWN_LOOPS]
-    for module in (
-        own_loops
-    ):  # GPT-J and GPT-Neo compute attention themselves, whatever implementation is asked for
-        module._attn = types.MethodType(_instead_of_own_loop, module)
-    if not own_loops:
+    modules = [module for module in model.modules() if type(module).__name__ in OWN_ATTENTION]
+    for module in modules:
+        module._attn = types.MethodType(_replace_own_attention, module)
+    if not modules:
         model.set_attn_implementation(NAME)
 
 
@@ -68,20 +76,19 @@ def segment_attention(
     """An attention function of transformers: query (1, heads, tokens, head size) to output (1,
     tokens, heads, head size).
 
-    attention_mask: segments, a block mask, or what `sdpa` takes.
+    attention_mask: segments (int64), a block mask, or what `sdpa` accepts.
     """
     if isinstance(attention_mask, BlockMask):
-        # Under autocast rotary embeddings and norms leave queries and keys in fp32, and in torch
-        # 2.11 it does not see to FlexAttention.
-        return flex_attention_forward(
-            module, query.to(value.dtype), key.to(value.dtype), value, attention_mask, **options
-        )
+        # Under autocast, rotary embeddings and norms leave queries and keys in fp32, and autocast
+        # of torch 2.11 does not cover FlexAttention, which needs one dtype.
+        query, key = query.to(value.dtype), key.to(value.dtype)
+        return flex_attention_forward(module, query, key, value, attention_mask, **options)
     if attention_mask is None or attention_mask.dtype != torch.int64:
         return sdpa_attention_forward(module, query, key, value, attention_mask, **options)
     return _by_segments(module, query, key, value, attention_mask, **options), None
 
 
-@torch.compiler.disable  # its loop is another for every row, and each would be compiled
+@torch.compiler.disable  # its loop differs from row to row, and each would be compiled
 def _by_segments(
     module: nn.Module,
     query: Tensor,
@@ -91,19 +98,19 @@ def _by_segments(
     sliding_window: int | None = None,
     **options,
 ) -> Tensor:
+    """Attention tree by tree: a prompt with its first response in one causal call, then each other
+    response over the prompt's keys and its own."""
     trees, window = _trees(segments), sliding_window
-    masked = [prompt + n for prompt, (_, *others) in trees for n in others] + [
-        prompt + first for prompt, (first, *_) in trees if window is not None
-    ]
+    masked = [prompt + n for prompt, (_, *others) in trees for n in others]
+    if window is not None:
+        masked += [prompt + first for prompt, (first, *_) in trees]
     causal = _mask(max(masked), window, query.dtype, query.device) if masked else None
-    # Split and concatenate: slices of the whole would each fill a zero tensor of its size in the
-    # backward pass.
-    sizes = [
-        size
-        for prompt, responses in trees
-        for size in (prompt + responses[0], *filter(None, responses[1:]))
-    ]
-    pieces = iter(zip(*(tensor.split(sizes, dim=2) for tensor in (query, key, value))))
+    sizes = []
+    for prompt, (first, *others) in trees:
+        sizes += [prompt + first, *filter(None, others)]
+    # Split and concatenate: in the backward pass, each slice of a whole tensor would fill a zero
+    # tensor of the whole's size.
+    pieces = zip(*(tensor.split(sizes, dim=2) for tensor in (query, key, value)), strict=True)
     outputs = []
     for prompt, (first, *others) in trees:
         q, k, v = next(pieces)
@@ -114,9 +121,8 @@ def _by_segments(
         for n in (prompt + length for length in others if length):
             q, k, v = next(pieces)
             k, v = torch.cat([prompt_k, k], dim=2), torch.cat([prompt_v, v], dim=2)
-            outputs.append(
-                sdpa_attention_forward(module, q, k, v, causal[:, :, prompt:n, :n], **options)[0]
-            )
+            mask = causal[:, :, prompt:n, :n]
+            outputs.append(sdpa_attention_forward(module, q, k, v, mask, **options)[0])
     return torch.cat(outputs, dim=1)
 
 
@@ -128,41 +134,42 @@ def _trees(segments: Tensor) -> list[tuple[int, tuple[int, ...]]]:
     return [(prompt, tuple(lengths)) for prompt, lengths in trees.values()]
 
 
-_masks: dict[tuple, Tensor] = {}  # every layer asks for the same
+_masks: dict[tuple, Tensor] = {}  # every layer needs the same ones
 
 
 def _mask(n: int, window: int | None, dtype: torch.dtype, device: torch.device) -> Tensor:
-    """Additive causal mask of at least `n` tokens, (1, 1, tokens, tokens): that of a response
+    """Additive causal mask of at least `n` tokens, (1, 1, tokens, tokens); the mask of a response
     behind its prompt is a part of it."""
-    kind = window, dtype, device
-    if kind not in _masks or _masks[kind].shape[-1] < n:
+    key = window, dtype, device
+    if key not in _masks or _masks[key].shape[-1] < n:
         n = -(-n // 256) * 256
         hidden = torch.full((n, n), torch.finfo(dtype).min, dtype=dtype)
         mask = hidden.triu(1) if window is None else hidden.triu(1) + hidden.tril(-window)
-        _masks[kind] = mask[None, None].to(device)
-    return _masks[kind]
+        _masks[key] = mask[None, None].to(device)
+    return _masks[key]
 
 
 def describe_tokens(segments: Tensor, n_tokens: int) -> tuple[Tensor, Tensor, Tensor]:
     """For every token of a packed row: its tree, its response (0 in a prompt) and its position,
     (tokens,) each.
 
-    What no segment holds is a tree of its own, of which each token sees only itself and those
-    before.
+    Tokens outside all segments form one more tree, in which attention is causal.
     """
     tree = torch.full((n_tokens,), -1)
     response, position = torch.zeros_like(tree), torch.arange(n_tokens)
-    for i, (begin, prompt, at, length) in enumerate(segments.flatten(0, -2).tolist()):
+    rows = segments.flatten(0, -2).tolist()
+    for number, (begin, prompt, response_begin, length) in enumerate(rows, 1):
         tree[begin : begin + prompt] = begin
         position[begin : begin + prompt] = torch.arange(prompt)
-        tree[at : at + length], response[at : at + length] = begin, i + 1
-        position[at : at + length] = torch.arange(prompt, prompt + length)
+        own = slice(response_begin, response_begin + length)
+        tree[own], response[own] = begin, number
+        position[own] = torch.arange(prompt, prompt + length)
     return tree, response, position
 
 
 def allowed_pairs(segments: Tensor, n_tokens: int, window: int | None = None) -> Tensor:
-    """Which token (row) sees which (column), (tokens, tokens): the dense mask that everything else
-    is tested against."""
+    """The dense mask, (tokens, tokens): whether a token (row) sees another (column). The tests
+    compare all other masks with it."""
     tree, response, position = describe_tokens(segments, n_tokens)
     own = (response[:, None] == response) | (response == 0)
     allowed = (tree[:, None] == tree) & own & (position[:, None] >= position)
@@ -170,32 +177,33 @@ def allowed_pairs(segments: Tensor, n_tokens: int, window: int | None = None) ->
 
 
 def block_table(segments: Tensor, n_tokens: int, size: int = 128) -> tuple[Tensor, ...]:
-    """What a block mask is made of: tree, response and position of every token, (tokens,), and the
-    blocks of size x size with an allowed pair.
+    """The parts of a block mask: tree, response and position of every token, (tokens,), and the
+    blocks of size x size with an allowed pair: how many there are in each row of blocks (1, 1,
+    blocks), and their columns in front of the others (1, 1, blocks, blocks).
 
-    Which those are follows from what each block holds, so nothing of tokens x tokens is ever made.
+    They are computed from the trees and responses in each block, never from tokens x tokens.
     """
     tree, response, position = describe_tokens(segments, n_tokens)
     block, n_blocks = torch.arange(n_tokens) // size, -(-n_tokens // size)
 
-    def holds(kind: Tensor, which: Tensor) -> Tensor:
-        """(blocks, kinds): 1 where a block has a token of that kind, among those of `which`."""
-        found = torch.zeros(n_blocks, int(kind.max()) + 1)
-        found[block[which], kind[which]] = 1
-        return found
+    def contains(label: Tensor, selected: Tensor) -> Tensor:
+        """(blocks, labels): 1 where a block has a selected token of that label."""
+        table = torch.zeros(n_blocks, int(label.max()) + 1)
+        table[block[selected], label[selected]] = 1
+        return table
 
-    _, number = tree.unique(return_inverse=True)
-    to_prompt = holds(number, response >= 0) @ holds(number, response == 0).T
-    to_itself = holds(response, response > 0) @ holds(response, response > 0).T
-    some = ((to_prompt + to_itself) > 0).tril()
-    counts = some.sum(1, dtype=torch.int32)
-    order = some.to(torch.int8).argsort(dim=1, descending=True, stable=True).to(torch.int32)
+    _, tree_number = tree.unique(return_inverse=True)
+    in_response = contains(response, response > 0)
+    to_prompt = contains(tree_number, response >= 0) @ contains(tree_number, response == 0).T
+    to_response = in_response @ in_response.T
+    allowed = ((to_prompt + to_response) > 0).tril()
+    counts = allowed.sum(1, dtype=torch.int32)
+    order = allowed.to(torch.int8).argsort(dim=1, descending=True, stable=True).to(torch.int32)
     return tree, response, position, counts[None, None], order[None, None]
 
 
 def block_mask(table: tuple[Tensor, ...], device: torch.device, size: int = 128) -> BlockMask:
-    """The mask of a `block_table` for FlexAttention, which computes the blocks in it and no
-    others."""
+    """The mask of a `block_table` for FlexAttention, which computes only the blocks in it."""
     tree, response, position, counts, order = (column.to(device) for column in table)
 
     def allowed(batch, head, q, k):
@@ -205,87 +213,90 @@ def block_mask(table: tuple[Tensor, ...], device: torch.device, size: int = 128)
     mask = BlockMask.from_kv_blocks(
         counts, order, BLOCK_SIZE=size, mask_mod=allowed, seq_lengths=(len(tree), len(tree))
     )
-    mask.ndim = 4  # GPT-2 asks its mask
+    mask.ndim = 4  # GPT-2 reads it
     return mask
 
 
-def flex_problem(
+def check_flex(
     heads: int, kv_heads: int, head_size: int, dtype: torch.dtype, device: torch.device
-) -> str | None:
-    """What is wrong with FlexAttention here, values and gradients against attention segment by
-    segment; None if nothing.
+) -> Support:
+    """Whether FlexAttention gives the values and gradients of attention segment by segment.
 
     Its kernels are compiled for each device, dtype and head size, and not every combination exists
-    everywhere. Rows of two lengths are tried, for at the second they are compiled for rows of any
-    length.
+    everywhere. Rows of two lengths are tried, because at the second length the kernels are compiled
+    for rows of any length.
     """
     generator = torch.Generator().manual_seed(0)
-    module, errors = nn.Module().eval(), []
+    module = nn.Module().eval()
     module.num_key_value_groups = heads // kv_heads
+    rows = [
+        ([[0, 150, 150, 40], [0, 150, 190, 9], [199, 3, 202, 60]], 262),
+        ([[0, 300, 300, 50], [0, 300, 350, 40]], 390),
+    ]
+    errors = []
     try:
-        for segments, n in (
-            ([[0, 150, 150, 40], [0, 150, 190, 9], [199, 3, 202, 60]], 262),
-            ([[0, 300, 300, 50], [0, 300, 350, 40]], 390),
-        ):
-            draw = lambda heads, n=n: torch.randn(1, heads, n, head_size, generator=generator).to(
-                device, dtype
-            )  # noqa: E731
-            inputs, weight, found = (
-                [draw(heads), draw(kv_heads), draw(kv_heads)],
-                draw(heads).transpose(1, 2),
-                [],
+        for segments, n_tokens in rows:
+            query, key, value, weight = (
+                torch.randn(1, n, n_tokens, head_size, generator=generator).to(device, dtype)
+                for n in (heads, kv_heads, kv_heads, heads)
             )
             segments = torch.tensor(segments)[None, None]
-            for mask in (segments, block_mask(block_table(segments, n), device)):
-                leaves = [tensor.clone().requires_grad_() for tensor in inputs]
-                output, _ = segment_attention(module, *leaves, mask, scaling=head_size**-0.5)
-                found.append(
-                    [output.detach(), *torch.autograd.grad((output * weight).sum(), leaves)]
-                )
+            blocks = block_mask(block_table(segments, n_tokens), device)
+            expected, actual = (
+                _output_and_gradients(module, (query, key, value), weight.transpose(1, 2), mask)
+                for mask in (segments, blocks)
+            )
             errors += [
-                ((ours - theirs).norm() / theirs.norm()).item() for theirs, ours in zip(*found)
+                ((ours - theirs).norm() / theirs.norm()).item()
+                for theirs, ours in zip(expected, actual, strict=True)
             ]
-    except Exception as failure:  # compilers and kernels fail in ways of their own
-        return f"FlexAttention fails here ({first_line(failure)})"
+    except Exception as failure:  # compilers and kernels have no common exception class
+        return Support(False, f"FlexAttention fails here ({first_line(failure)})")
     bound = 0.05 if dtype in (torch.bfloat16, torch.float16) else 1e-3
-    worst = torch.tensor(errors).max().item()  # NaN if any is
-    return (
-        None
-        if worst < bound
-        else f"FlexAttention is off by {worst:.2g} here, values or gradients, relative"
+    worst = torch.tensor(errors).max().item()  # NaN if any error is
+    if worst < bound:
+        return Support(True)
+    return Support(
+        False, f"FlexAttention is off by {worst:.2g} here, values or gradients, relative"
     )
+
+
+def _output_and_gradients(
+    module: nn.Module, inputs: tuple[Tensor, ...], weight: Tensor, mask
+) -> list[Tensor]:
+    """Attention's output, and the gradients of its weighted sum in query, key and value."""
+    leaves = [tensor.clone().requires_grad_() for tensor in inputs]
+    head_size = inputs[0].shape[-1]
+    output, _ = segment_attention(module, *leaves, mask, scaling=head_size**-0.5)
+    return [output.detach(), *torch.autograd.grad((output * weight).sum(), leaves)]
 
 
 def window_of(config) -> int | None:
-    """The smallest attention window of an architecture, in tokens; None where every layer sees
-    everything."""
+    """The smallest attention window of an architecture, in tokens; None where every layer sees the
+    whole text."""
     if config.model_type == "gpt_neo":
         return config.window_size if "local" in config.attention_layers else None
-    return (
-        getattr(config, "sliding_window", None)
-        if getattr(config, "use_sliding_window", True)
-        else None
-    )
+    if not getattr(config, "use_sliding_window", True):
+        return None
+    return getattr(config, "sliding_window", None)
 
 
-OWN_LOOPS = {"GPTJAttention", "GPTNeoSelfAttention"}
-
-
-def _instead_of_own_loop(
+def _replace_own_attention(
     module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask=None
 ) -> tuple[Tensor, None]:
-    """`_attn` of GPT-J and GPT-Neo for segments; their own for anything else. Returns (1, heads,
-    tokens, head size)."""
-    if not isinstance(attention_mask, BlockMask) and (
-        attention_mask is None or attention_mask.dtype != torch.int64
-    ):
+    """`_attn` of GPT-J and GPT-Neo for segments and block masks, and the module's own for any other
+    mask. Returns (1, heads, tokens, head size)."""
+    is_packed = isinstance(attention_mask, BlockMask) or (
+        attention_mask is not None and attention_mask.dtype == torch.int64
+    )
+    if not is_packed:
         return type(module)._attn(module, query, key, value, attention_mask)
-    local = (
-        getattr(module, "attention_type", None) == "local"
-    )  # GPT-Neo: every other layer, and no scaling
+    # GPT-J divides by `scale_attn`. GPT-Neo does not scale, and every other layer is local.
     scaling = 1 / float(module.scale_attn) if hasattr(module, "scale_attn") else 1.0
-    options = {"scaling": scaling, "sliding_window": module.config.window_size if local else None}
+    is_local = getattr(module, "attention_type", None) == "local"
+    window = module.config.window_size if is_local else None
+    query, key = query.to(value.dtype), key.to(value.dtype)
     output, _ = segment_attention(
-        module, query.to(value.dtype), key.to(value.dtype), value, attention_mask, **options
+        module, query, key, value, attention_mask, scaling=scaling, sliding_window=window
     )
     return output.transpose(1, 2), None

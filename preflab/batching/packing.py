@@ -1,6 +1,6 @@
-"""How prompts and responses become rows: padded, packed, or packed with each prompt written once.
+"""Rows of prompts and responses: padded, packed, or packed with each prompt written once.
 
-Every batch says, for each scored token, where its hidden state sits, which token it is and which
+A batch holds, for each scored token, where its hidden state is, which token it is and which
 response owns it, so that losses and log-probs never see rows.
 """
 
@@ -12,16 +12,21 @@ from torch import Tensor
 
 from preflab.batching.packed_attention import block_table
 
+LAYOUTS = ("prefix_shared", "packed", "padded")  # the fastest first
+
 
 @dataclass(frozen=True)
 class Layout:
-    """How responses become rows.
+    """A way to write responses as rows.
 
-    padded: a row for each response, its prompt in front, padding behind. packed: the same one after
-    the other in a single row, without padding. prefix_shared: packed, with each prompt written once
-    and all its responses behind it. last_tokens: also feed the last token of each response, which
-    nothing is predicted from (a scalar head reads it). flex: attention over packed rows by
-    FlexAttention; otherwise segment by segment, see attention.py.
+    name: "padded": a row for each response, its prompt in front, padding behind. "packed": the same
+    one after the other in a single row, without padding. "prefix_shared": packed, with each prompt
+    written once and all its responses behind it.
+    pad_id: the token that fills padded rows.
+    last_tokens: also feed the last token of each response, which a scalar head reads; no token is
+    predicted from it.
+    flex: attention over packed rows is FlexAttention's; else it runs segment by segment, see
+    packed_attention.py.
     """
 
     name: str = "padded"
@@ -30,22 +35,23 @@ class Layout:
     flex: bool = False
 
 
-LAYOUTS = ("prefix_shared", "packed", "padded")  # the fastest first
-
-
 @dataclass
 class Batch:
     """Examples as a model sees them, and the map from scored tokens back to responses.
 
-    input_ids (rows, width). Padded: attention_mask (rows, width). Packed: one row, position_ids (1,
-    width), segments (1, 1, responses, 4), see attention.py. For every scored token: `positions`
-    (tokens,), where in rows*width the hidden state sits that predicts it; `targets` (tokens,), its
-    id; `owners` (tokens,), the response it belongs to, in order. `ends` (responses,): where the
-    last token of each response sits, if the layout feeds it. lengths (responses,) in scored tokens.
-    chosen, rejected (examples,): responses of each example; rejected is None for targets. scores
-    (responses,), NaN where the data has none. columns: (examples,) by name. examples: indices into
-    the data. reference_logps (tokens,): log-probs under the frozen reference, where they are known
-    already.
+    input_ids (rows, width).
+    positions (tokens,): of every scored token, the place in rows*width whose hidden state predicts
+    it. targets (tokens,): its id. owners (tokens,): the response it belongs to, ascending.
+    ends (responses,): the place of each response's last token, where the layout feeds it.
+    lengths (responses,): in scored tokens.
+    chosen, rejected (examples,): the responses of each example; rejected is None for targets.
+    scores (responses,): NaN where the data have none.
+    attention_mask (rows, width): of padded rows.
+    position_ids (1, width) and segments (1, 1, responses, 4): of a packed row; blocks: the segments
+    as a table for FlexAttention, where the layout uses it. See packed_attention.py.
+    reference_logps (tokens,): log-probs under the frozen reference, where they are known already.
+    columns: (examples,) by name. examples: indices into the data. n_tokens: input tokens without
+    padding.
     """
 
     input_ids: Tensor
@@ -61,14 +67,13 @@ class Batch:
     position_ids: Tensor | None = None
     segments: Tensor | None = None
     reference_logps: Tensor | None = None
-    blocks: tuple[Tensor, ...] | None = (
-        None  # the same as a table of blocks, where layers get a block mask
-    )
+    blocks: tuple[Tensor, ...] | None = None
     columns: dict[str, Tensor] = field(default_factory=dict)
     examples: list[int] = field(default_factory=list)
-    n_tokens: int = 0  # input tokens, padding excluded
+    n_tokens: int = 0
 
     def to(self, device) -> "Batch":
+        """A copy on a device; `segments` stay on the CPU, where attention reads them."""
         device = torch.device(device)
 
         def move(value):
@@ -76,76 +81,119 @@ class Batch:
                 return tuple(map(move, value))
             if not isinstance(value, Tensor):
                 return value
-            return (value.pin_memory() if device.type == "cuda" else value).to(
-                device, non_blocking=True
-            )
+            if device.type == "cuda":
+                value = value.pin_memory()
+            return value.to(device, non_blocking=True)
 
         moved = {f.name: move(getattr(self, f.name)) for f in fields(self)}
-        moved["segments"] = self.segments  # read on the CPU
+        moved["segments"] = self.segments
         moved["columns"] = {name: move(value) for name, value in self.columns.items()}
         return Batch(**moved)
 
 
 def lay_out(trees: list[tuple], layout: Layout) -> Batch:
     """[(prompt tokens, [response tokens, ...])] as a batch in which each response, in that order,
-    is its own example."""
+    is an example."""
     if layout.name != "prefix_shared":
         trees = [(prompt, [response]) for prompt, responses in trees for response in responses]
-    prompts = np.array([len(prompt) for prompt, _ in trees])
-    counts = np.array([len(responses) for _, responses in trees])
-    lengths = np.array([len(response) for _, responses in trees for response in responses])
-    fed = lengths if layout.last_tokens else lengths - 1  # tokens of each response that are inputs
-    tree_of = np.repeat(np.arange(len(trees)), counts)
-    before = np.cumsum(fed) - fed  # inputs of the responses in front
-    if layout.name == "padded":
-        width = int((prompts + fed).max())
-        row_begins = np.arange(len(trees)) * width
-    else:
-        width = int(prompts.sum() + fed.sum())
-        row_begins = (np.cumsum(prompts) - prompts) + before[np.cumsum(counts) - counts]
-    firsts = (
-        row_begins + prompts - 1
-    )  # the last position of each prompt: it predicts the first token of every response
-    begins = (
-        firsts[tree_of] + 1 + before - before[(np.cumsum(counts) - counts)[tree_of]]
-    )  # where each response begins
-    flat = np.full(
-        len(trees) * width if layout.name == "padded" else width, layout.pad_id, dtype=np.int64
-    )
-    responses = [response for _, of_tree in trees for response in of_tree]
-    for (prompt, _), begin in zip(trees, row_begins):
-        flat[begin : begin + len(prompt)] = prompt
-    for response, begin, n in zip(responses, begins, fed):
-        flat[begin : begin + n] = response[:n]
+    responses = [response for _, of_prompt in trees for response in of_prompt]
+    rows = _Rows.of(trees, layout)
+    lengths = rows.lengths
     owners = np.repeat(np.arange(len(lengths)), lengths)
-    within = np.arange(len(owners)) - (np.cumsum(lengths) - lengths)[owners]
-    positions = np.where(within == 0, firsts[tree_of[owners]], begins[owners] + within - 1)
     batch = Batch(
-        input_ids=torch.from_numpy(flat.reshape(-1, width)),
-        positions=torch.from_numpy(positions),
+        input_ids=torch.from_numpy(_input_ids(trees, responses, rows, layout.pad_id)),
+        positions=torch.from_numpy(_positions(rows, owners)),
         targets=torch.from_numpy(np.concatenate(responses).astype(np.int64)),
         owners=torch.from_numpy(owners),
-        ends=torch.from_numpy(begins + lengths - 1) if layout.last_tokens else None,
+        ends=torch.from_numpy(rows.begins + lengths - 1) if layout.last_tokens else None,
         lengths=torch.from_numpy(lengths),
         chosen=torch.arange(len(lengths)),
         rejected=None,
         scores=torch.full((len(lengths),), float("nan"), dtype=torch.float64),
         examples=list(range(len(lengths))),
-        n_tokens=int(prompts.sum() + fed.sum()),
+        n_tokens=int(rows.prompts.sum() + rows.fed.sum()),
     )
     if layout.name == "padded":
-        batch.attention_mask = torch.from_numpy(
-            (np.arange(width) < (prompts + fed)[:, None]).astype(np.int64)
-        )
+        used = (rows.prompts + rows.fed)[:, None]
+        batch.attention_mask = torch.from_numpy((np.arange(rows.width) < used).astype(np.int64))
         return batch
-    place = np.arange(width)
-    place -= np.repeat(
-        row_begins, prompts + np.add.reduceat(fed, np.cumsum(counts) - counts)
-    )  # the prompt's positions ...
-    for begin, n, tree in zip(begins, fed, tree_of):  # ... from which each response goes on
-        place[begin : begin + n] = np.arange(prompts[tree], prompts[tree] + n)
-    batch.position_ids = torch.from_numpy(place[None])
-    segments = np.stack([row_begins[tree_of], prompts[tree_of], begins, fed], axis=1)
+    batch.position_ids = torch.from_numpy(_position_ids(rows)[None])
+    segments = np.stack(
+        [rows.tree_begins[rows.tree_of], rows.prompts[rows.tree_of], rows.begins, rows.fed], axis=1
+    )
     batch.segments = torch.from_numpy(segments)[None, None]
-    batch.blocks = block_table(batch.segments, width) if layout.flex else None
+    batch.blocks = block_table(batch.segments, rows.width) if layout.flex else None
     return batch
+
+
+@dataclass
+class _Rows:
+    """Where trees (a prompt with its responses) lie in the flattened rows of a batch.
+
+    Of each tree, (trees,): `prompts`, the prompt's length, and `tree_begins`, where it begins. Of
+    each response, (responses,): `tree_of`, its tree; `lengths`, its tokens; `fed`, those that are
+    inputs; `begins`, where it begins. A row has `width` places, and there are `n_rows`.
+    """
+
+    prompts: np.ndarray
+    tree_begins: np.ndarray
+    tree_of: np.ndarray
+    lengths: np.ndarray
+    fed: np.ndarray
+    begins: np.ndarray
+    width: int
+    n_rows: int
+
+    @classmethod
+    def of(cls, trees: list[tuple], layout: Layout) -> "_Rows":
+        prompts = np.array([len(prompt) for prompt, _ in trees])
+        counts = np.array([len(responses) for _, responses in trees])
+        lengths = np.array([len(response) for _, responses in trees for response in responses])
+        # Nothing is predicted from the last token of a response.
+        fed = lengths if layout.last_tokens else lengths - 1
+        tree_of = np.repeat(np.arange(len(trees)), counts)
+        first_responses = np.cumsum(counts) - counts  # of each tree
+        fed_before = np.cumsum(fed) - fed  # inputs of all earlier responses
+        if layout.name == "padded":
+            width, n_rows = int((prompts + fed).max()), len(trees)
+            tree_begins = np.arange(len(trees)) * width
+        else:
+            width, n_rows = int(prompts.sum() + fed.sum()), 1
+            tree_begins = (np.cumsum(prompts) - prompts) + fed_before[first_responses]
+        fed_before_in_tree = fed_before - fed_before[first_responses[tree_of]]
+        begins = tree_begins[tree_of] + prompts[tree_of] + fed_before_in_tree
+        return cls(prompts, tree_begins, tree_of, lengths, fed, begins, width, n_rows)
+
+
+def _input_ids(trees: list[tuple], responses: list, rows: _Rows, pad_id: int) -> np.ndarray:
+    """(rows, width)"""
+    flat = np.full(rows.n_rows * rows.width, pad_id, dtype=np.int64)
+    for (prompt, _), begin in zip(trees, rows.tree_begins, strict=True):
+        flat[begin : begin + len(prompt)] = prompt
+    for response, begin, n in zip(responses, rows.begins, rows.fed, strict=True):
+        flat[begin : begin + n] = response[:n]
+    return flat.reshape(rows.n_rows, rows.width)
+
+
+def _positions(rows: _Rows, owners: np.ndarray) -> np.ndarray:
+    """(tokens,): where in the flattened rows each scored token is predicted.
+
+    The first token of every response is predicted from the last of its prompt.
+    """
+    prompt_ends = rows.tree_begins + rows.prompts - 1
+    first_tokens = np.cumsum(rows.lengths) - rows.lengths
+    within = np.arange(len(owners)) - first_tokens[owners]  # the token's place in its response
+    return np.where(
+        within == 0, prompt_ends[rows.tree_of[owners]], rows.begins[owners] + within - 1
+    )
+
+
+def _position_ids(rows: _Rows) -> np.ndarray:
+    """(width,) of a packed row: each response continues from the positions of its prompt."""
+    position_ids = np.zeros(rows.width, dtype=np.int64)
+    for begin, n in zip(rows.tree_begins, rows.prompts, strict=True):
+        position_ids[begin : begin + n] = np.arange(n)
+    for begin, n, tree in zip(rows.begins, rows.fed, rows.tree_of, strict=True):
+        prompt = rows.prompts[tree]
+        position_ids[begin : begin + n] = np.arange(prompt, prompt + n)
+    return position_ids

@@ -6,31 +6,36 @@ from preflab.batching.token_store import TokenStore
 
 
 def describe_data(stores: list[TokenStore]) -> dict:
-    """Counts of a split's datasets and histograms of its lengths (tokens) and score gaps, for
-    data.json."""
-    lengths = {
-        "prompt_tokens": np.concatenate([np.diff(store.prompts, axis=1)[:, 0] for store in stores]),
-        "response_tokens": np.concatenate(
-            [np.diff(store.responses, axis=1)[:, 0] for store in stores]
-        ),
+    """Counts of a split's datasets, and histograms of its lengths (tokens) and score gaps (chosen
+    minus rejected), for data.json."""
+    histograms = {
+        "prompt_tokens": histogram(_lengths([store.prompts for store in stores]), whole=True),
+        "response_tokens": histogram(_lengths([store.responses for store in stores]), whole=True),
     }
-    gaps = [
-        np.asarray(store.scores)[store.pairs[:, 0]] - np.asarray(store.scores)[store.pairs[:, 1]]
-        for store in stores
-    ]
-    gaps = np.concatenate(gaps)
+    gaps = np.concatenate([_score_gaps(store) for store in stores])
     gaps = gaps[np.isfinite(gaps)]
-    histograms = {name: histogram(values, whole=True) for name, values in lengths.items()}
     if len(gaps):
         histograms["score_gap"] = histogram(gaps, whole=False)
     return {"datasets": [store.counts for store in stores], "histograms": histograms}
 
 
+def _lengths(spans: list[np.ndarray]) -> np.ndarray:
+    """Lengths of spans, (n, 2) each: begin and end."""
+    return np.concatenate([part[:, 1] - part[:, 0] for part in spans])
+
+
+def _score_gaps(store: TokenStore) -> np.ndarray:
+    scores, pairs = np.asarray(store.scores), np.asarray(store.pairs)
+    return scores[pairs[:, 0]] - scores[pairs[:, 1]]
+
+
 def histogram(values: np.ndarray, *, whole: bool, bins: int = 30) -> dict:
-    """{edges (bins + 1,), counts (bins,)} of values, (n,) with n > 0; `whole` numbers get bins of
-    equal whole width, at most `bins` of them."""
+    """{edges (bins + 1,), counts (bins,)} of values, (n,) with n > 0.
+
+    whole: the values are whole numbers, and get at most `bins` bins of equal whole width.
+    """
     low, high = float(values.min()), float(values.max())
-    if whole:  # edges between whole numbers, so that no bin is wider by chance
+    if whole:  # edges lie between whole numbers, so that each bin holds equally many of them
         width = max(1, int(np.ceil((high - low + 1) / bins)))
         edges = np.arange(low - 0.5, high + width, width)
     else:
@@ -40,21 +45,17 @@ def histogram(values: np.ndarray, *, whole: bool, bins: int = 30) -> dict:
 
 
 def counts_line(counts: dict) -> str:
-    """One line for the console: what was read from a dataset split, cut and skipped."""
-    told = ", ".join(
-        f"{counts[key]:,} {key}"
-        for key in ("rows", "prompts", "responses", "pairs")
-        if key in counts
-    )
-    cut = (
+    """One line for the console: what was read from a dataset split, truncated and skipped."""
+    keys = [key for key in ("rows", "prompts", "responses", "pairs") if key in counts]
+    read = ", ".join(f"{counts[key]:,} {key}" for key in keys)
+    if counts.get("empty_responses"):
+        read += f" ({counts['empty_responses']:,} responses are empty: EOS alone)"
+    truncated = (
         f"{counts['truncated_prompts']:,} prompts and {counts['truncated_responses']:,} responses"
         " truncated"
     )
-    if counts.get("empty_responses"):
-        told += f" ({counts['empty_responses']:,} responses are empty: EOS alone)"
-    skipped = "; ".join(
-        f"skipped {n:,}: {why}" for why, n in counts.get("skipped", {}).items() if n
-    )
-    return f"{counts['name']} {counts['split']}: " + "; ".join(
-        filter(None, [told, cut, skipped, counts.get("note")])
-    )
+    skipped = [f"skipped {n:,}: {reason}" for reason, n in counts.get("skipped", {}).items() if n]
+    parts = [read, truncated, *skipped]
+    if counts.get("note"):
+        parts.append(counts["note"])
+    return f"{counts['name']} {counts['split']}: " + "; ".join(parts)

@@ -4,7 +4,7 @@ import json
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import numpy as np
 from tqdm import tqdm
@@ -12,21 +12,39 @@ from tqdm import tqdm
 from preflab.readers.records import Record, Source
 from utils import DataError, atomic_directory, content_hash
 
-STORE_VERSION = 1  # raise it whenever what is stored, or how text is cut, changes
-
-
+STORE_VERSION = 1  # raise it when what is stored, or the truncation of text, changes
 CHUNK = 512  # records tokenised at a time; fast tokenizers spread a chunk over all cores
+# The arrays of a store, a file each.
+ARRAYS = (
+    "tokens",
+    "prompts",
+    "responses",
+    "response_prompt",
+    "cut",
+    "scores",
+    "pairs",
+    "targets",
+    "sources",
+)
+DTYPES = {"cut": np.bool_, "scores": np.float64, "sources": np.str_}  # the others are int64
 
 
 @dataclass
 class TokenStore:
     """One dataset split, tokenised: flat arrays, memory-mapped.
 
-    tokens (all tokens,) int32. prompts (prompts, 2) and responses (responses, 2): begin and end in
-    `tokens`. response_prompt (responses,): the prompt of each. cut (responses,): text was cut, so
-    there is no EOS. scores (responses,) float64, NaN where the data has none. pairs (pairs, 2):
-    chosen and rejected response. targets (prompts,): the response to imitate. columns: further
-    numbers, (pairs,) by name.
+    truncation: the end of a long prompt that is kept, "keep_start" or "keep_end".
+    tokens (all tokens,) int32.
+    prompts (prompts, 2), responses (responses, 2): begin and end in `tokens`.
+    response_prompt (responses,): the prompt of each response, ascending.
+    cut (responses,): whether text was cut, so that there is no EOS.
+    scores (responses,) float64: NaN where the data have none.
+    pairs (pairs, 2): chosen and rejected response.
+    targets (prompts,): the response to imitate.
+    columns: further numbers, (pairs,) by name.
+    sources (prompts,): file and line. counts: what was read, truncated and skipped.
+    key: changes with the content.
+    reference: log-probs of the frozen reference, where they are cached; see reference_cache.py.
     """
 
     name: str
@@ -42,30 +60,15 @@ class TokenStore:
     columns: dict[str, np.ndarray]
     sources: list[str] | np.ndarray
     counts: dict
-    key: str = ""  # changes with the content
-    reference: Any = (
-        None  # what the frozen reference says of each response, where it is kept; see reference.py
-    )
-
-
-ARRAYS = (
-    "tokens",
-    "prompts",
-    "responses",
-    "response_prompt",
-    "cut",
-    "scores",
-    "pairs",
-    "targets",
-    "sources",
-)
+    key: str = ""
+    reference: Any = None
 
 
 def prepare(
     source: Source, tokenizer, *, max_length: int, max_prompt_length: int, cache_dir: str | Path
 ) -> TokenStore:
-    """Tokenise a dataset split, or map the copy an earlier run left in `cache_dir` under the hash
-    of its content."""
+    """Tokenise a dataset split, or map the copy that an earlier run stored in `cache_dir` under the
+    hash of its content."""
     key = content_hash(
         f"store {STORE_VERSION}",
         source.fingerprint(),
@@ -83,82 +86,112 @@ def tokenizer_hash(tokenizer) -> str:
     """Changes when the tokenizer would produce other ids."""
     special = json.dumps([tokenizer.bos_token_id, tokenizer.eos_token_id, tokenizer.chat_template])
     backend = getattr(tokenizer, "backend_tokenizer", None)
-    body = (
-        backend.to_str()
-        if backend is not None
-        else json.dumps(sorted(tokenizer.get_vocab().items()))
-    )
+    if backend is not None:
+        body = backend.to_str()
+    else:
+        body = json.dumps(sorted(tokenizer.get_vocab().items()))
     return content_hash(type(tokenizer).__name__, special, body)
 
 
 def _write_store(
     source: Source, tokenizer, max_length: int, max_prompt_length: int, folder: Path
 ) -> None:
-    rows = {key: [] for key in ARRAYS if key != "tokens"}
-    columns: dict[str, list[float]] = {}
-    truncated = {"truncated_prompts": 0, "truncated_responses": 0}
-    written = 0
     progress = tqdm(
         desc=f"tokenise {source.name} {source.split}", unit=" prompts", mininterval=1.0, delay=2.0
     )
-    with open(folder / "tokens.bin", "wb") as out:
+    with open(folder / "tokens.bin", "wb") as out, progress:
+        writer = _StoreWriter(out)
         for records in _chunks(source.records(), CHUNK):
-            for record, prompt, responses in zip(records, *tokenise(records, tokenizer)):
-                prompt, responses, cut = truncate(
-                    prompt, responses, tokenizer, source.truncation, max_length, max_prompt_length
+            prompts, responses = tokenise(records, tokenizer)
+            for record, prompt, of_prompt in zip(records, prompts, responses, strict=True):
+                prompt, of_prompt, (prompt_cut, cuts) = truncate(
+                    prompt, of_prompt, tokenizer, source.truncation, max_length, max_prompt_length
                 )
-                truncated["truncated_prompts"] += cut[0]
-                truncated["truncated_responses"] += sum(cut[1])
-                first = len(rows["responses"])
-                rows["prompts"].append((written, written + len(prompt)))
-                rows["sources"].append(record.source)
-                rows["targets"].append(first + record.sft_target)
-                rows["pairs"].extend(
-                    (first + chosen, first + rejected) for chosen, rejected in record.pairs
-                )
-                for name, values in record.columns.items():
-                    columns.setdefault(name, []).extend(values)
-                flat = list(prompt)
-                for tokens, was_cut in zip(responses, cut[1]):
-                    rows["responses"].append(
-                        (written + len(flat), written + len(flat) + len(tokens))
-                    )
-                    rows["response_prompt"].append(len(rows["prompts"]) - 1)
-                    rows["cut"].append(was_cut)
-                    flat.extend(tokens)
-                rows["scores"].extend(record.scores or [float("nan")] * len(responses))
-                out.write(np.asarray(flat, dtype=np.int32).tobytes())
-                written += len(flat)
+                writer.add(record, prompt, of_prompt, prompt_cut, cuts)
             progress.update(len(records))
-    progress.close()
-    counts = {"name": source.name, "split": source.split, **source.counts, **truncated}
-    if not rows["prompts"]:
-        raise DataError(
-            f"datasets: {source.name} ({source.split}) holds no usable prompt; counts:"
-            f" {json.dumps(counts)}"
-        )
-    for name, values in columns.items():
-        if len(values) != len(rows["pairs"]):
-            raise DataError(
-                f"datasets: {source.name} has column {name!r} for some pairs only; give it for all"
-                " or none"
-            )
-    kinds = {"cut": np.bool_, "scores": np.float64, "sources": np.str_}
-    for key, values in rows.items():
-        array = np.asarray(values, dtype=kinds.get(key, np.int64))
-        np.save(
-            folder / f"{key}.npy",
-            array.reshape(-1, 2) if key in ("prompts", "responses", "pairs") else array,
-        )
-    for name, values in columns.items():
-        np.save(folder / f"column-{content_hash(name)}.npy", np.asarray(values, dtype=np.float64))
+    counts = {"name": source.name, "split": source.split, **source.counts, **writer.truncated}
+    writer.check(source, counts)
+    writer.save_arrays(folder)
     meta = {
         "name": source.name,
         "truncation": source.truncation,
         "counts": counts,
-        "columns": sorted(columns),
+        "columns": sorted(writer.columns),
     }
     (folder / "meta.json").write_text(json.dumps(meta, indent=1), encoding="utf-8")
+
+
+class _StoreWriter:
+    """Writes tokens to a file as they come, and collects the rows of all other arrays."""
+
+    def __init__(self, out: BinaryIO):
+        self.out = out
+        self.n_tokens = 0
+        self.rows: dict[str, list] = {key: [] for key in ARRAYS if key != "tokens"}
+        self.columns: dict[str, list[float]] = {}
+        self.truncated = {"truncated_prompts": 0, "truncated_responses": 0}
+
+    def add(
+        self,
+        record: Record,
+        prompt: list[int],
+        responses: list[list[int]],
+        prompt_cut: bool,
+        cuts: list[bool],
+    ) -> None:
+        """One prompt with its responses, both as tokens; cuts: whether each response was cut."""
+        rows = self.rows
+        prompt_number, first = len(rows["prompts"]), len(rows["responses"])
+        rows["prompts"].append(self._write(prompt))
+        rows["responses"].extend(self._write(response) for response in responses)
+        rows["response_prompt"].extend([prompt_number] * len(responses))
+        rows["cut"].extend(cuts)
+        rows["scores"].extend(record.scores or [float("nan")] * len(responses))
+        rows["sources"].append(record.source)
+        rows["targets"].append(first + record.sft_target)
+        rows["pairs"].extend(
+            (first + chosen, first + rejected) for chosen, rejected in record.pairs
+        )
+        for name, values in record.columns.items():
+            self.columns.setdefault(name, []).extend(values)
+        self.truncated["truncated_prompts"] += prompt_cut
+        self.truncated["truncated_responses"] += sum(cuts)
+
+    def _write(self, tokens: list[int]) -> tuple[int, int]:
+        """The span that the tokens have in the file."""
+        self.out.write(np.asarray(tokens, dtype=np.int32).tobytes())
+        begin = self.n_tokens
+        self.n_tokens += len(tokens)
+        return begin, self.n_tokens
+
+    def check(self, source: Source, counts: dict) -> None:
+        """Raise DataError where there is no prompt, or a column lacks values."""
+        if not self.rows["prompts"]:
+            raise DataError(
+                f"datasets: {source.name} ({source.split}) holds no usable prompt; counts:"
+                f" {json.dumps(counts)}"
+            )
+        for name, values in self.columns.items():
+            if len(values) != len(self.rows["pairs"]):
+                raise DataError(
+                    f"datasets: {source.name} has column {name!r} for some pairs only; give it for"
+                    " all or none"
+                )
+
+    def save_arrays(self, folder: Path) -> None:
+        for key, values in self.rows.items():
+            array = np.asarray(values, dtype=DTYPES.get(key, np.int64))
+            if key in ("prompts", "responses", "pairs"):
+                array = array.reshape(-1, 2)
+            np.save(folder / f"{key}.npy", array)
+        for name, values in self.columns.items():
+            array = np.asarray(values, dtype=np.float64)
+            np.save(_column_file(folder, name), array)
+
+
+def _column_file(folder: Path, name: str) -> Path:
+    """Hashed, because the name of a column need not be one that a file can have."""
+    return folder / f"column-{content_hash(name)}.npy"
 
 
 def _load_store(folder: Path) -> TokenStore:
@@ -167,9 +200,7 @@ def _load_store(folder: Path) -> TokenStore:
         key: np.load(folder / f"{key}.npy", mmap_mode="r") for key in ARRAYS if key != "tokens"
     }
     arrays["tokens"] = np.memmap(folder / "tokens.bin", dtype=np.int32, mode="r")
-    columns = {
-        name: np.load(folder / f"column-{content_hash(name)}.npy") for name in meta["columns"]
-    }
+    columns = {name: np.load(_column_file(folder, name)) for name in meta["columns"]}
     return TokenStore(
         meta["name"],
         meta["truncation"],
@@ -186,35 +217,41 @@ def store_of(
     scores: list[list[float]],
     pairs: list[tuple[int, int] | None],
 ) -> TokenStore:
-    """A token store in memory, of [(prompt tokens, [response tokens, ...])], scores of each
-    response, and a pair of each prompt or None.
+    """A token store in memory.
 
-    Prompts without a pair are left out; the better response of the others is the one to imitate.
+    trees: [(prompt tokens, [response tokens, ...])]. scores: of each response of each prompt.
+    pairs: (chosen, rejected) responses of each prompt, or None. Prompts without a pair are dropped;
+    the chosen response of the others is the target.
     """
-    kept = [i for i, pair in enumerate(pairs) if pair is not None]
-    flat, prompts, responses, response_prompt = [], [], [], []
-    for number, i in enumerate(kept):
-        for tokens in (trees[i][0], *trees[i][1]):
-            spans = prompts if tokens is trees[i][0] else responses
-            spans.append((len(flat), len(flat) + len(tokens)))
-            flat.extend(tokens)
-        response_prompt += [number] * len(trees[i][1])
-    first = np.searchsorted(response_prompt, np.arange(len(kept)))
-    indices = first[:, None] + np.array([pairs[i] for i in kept], dtype=np.int64).reshape(-1, 2)
+    used = [i for i, pair in enumerate(pairs) if pair is not None]
+    tokens, prompts, responses, response_prompt = [], [], [], []
+
+    def append(new: list[int]) -> tuple[int, int]:
+        tokens.extend(new)
+        return len(tokens) - len(new), len(tokens)
+
+    for prompt_number, i in enumerate(used):
+        prompt, of_prompt = trees[i]
+        prompts.append(append(prompt))
+        responses.extend(append(response) for response in of_prompt)
+        response_prompt.extend([prompt_number] * len(of_prompt))
+    first_responses = np.searchsorted(response_prompt, np.arange(len(used)))
+    pairs_within = np.array([pairs[i] for i in used], dtype=np.int64).reshape(-1, 2)
+    indices = first_responses[:, None] + pairs_within
     return TokenStore(
-        name,
-        "keep_end",
-        np.array(flat, dtype=np.int32),
-        np.array(prompts).reshape(-1, 2),
-        np.array(responses).reshape(-1, 2),
-        np.array(response_prompt),
-        np.zeros(len(responses), dtype=bool),
-        np.array([score for i in kept for score in scores[i]], dtype=np.float64),
-        indices,
-        indices[:, 0],
-        {},
-        [f"prompt {i + 1}" for i in kept],
-        {"name": name},
+        name=name,
+        truncation="keep_end",
+        tokens=np.array(tokens, dtype=np.int32),
+        prompts=np.array(prompts).reshape(-1, 2),
+        responses=np.array(responses).reshape(-1, 2),
+        response_prompt=np.array(response_prompt),
+        cut=np.zeros(len(responses), dtype=bool),
+        scores=np.array([score for i in used for score in scores[i]], dtype=np.float64),
+        pairs=indices,
+        targets=indices[:, 0],
+        columns={},
+        sources=[f"prompt {i + 1}" for i in used],
+        counts={"name": name},
     )
 
 
@@ -230,8 +267,8 @@ def _chunks(items: Iterator, size: int) -> Iterator[list]:
 
 
 def tokenise(records: list[Record], tokenizer) -> tuple[list, list]:
-    """Token ids of each record's prompt, and of each of its responses: no special tokens, nothing
-    cut."""
+    """Token ids of each record's prompt, and of each of its responses, without special tokens and
+    without truncation."""
     texts = [render_prompt(record, tokenizer) for record in records]
     for record in records:
         texts.extend(record.responses)
@@ -241,8 +278,8 @@ def tokenise(records: list[Record], tokenizer) -> tuple[list, list]:
 
 
 def render_prompt(record: Record, tokenizer) -> str:
-    """The prompt as text; chat messages go through the tokenizer's own template, up to where the
-    answer begins."""
+    """The prompt as text; chat messages go through the tokenizer's template, with the generation
+    prompt and without BOS, which `truncate` adds."""
     if isinstance(record.prompt, str):
         return record.prompt
     if tokenizer.chat_template is None:
@@ -252,32 +289,35 @@ def render_prompt(record: Record, tokenizer) -> str:
             " (model.tokenizer_name_or_path) or give prompts as text"
         )
     text = tokenizer.apply_chat_template(record.prompt, add_generation_prompt=True, tokenize=False)
-    bos = tokenizer.bos_token or ""
-    return (
-        text[len(bos) :] if bos and text.startswith(bos) else text
-    )  # the BOS is put in front by `truncate`
+    return text.removeprefix(tokenizer.bos_token or "")
 
 
-def truncate(prompt, responses, tokenizer, truncation, max_length, max_prompt_length):
+def truncate(
+    prompt: list[int],
+    responses: list[list[int]],
+    tokenizer,
+    truncation: str,
+    max_length: int,
+    max_prompt_length: int,
+) -> tuple[list[int], list[list[int]], tuple[bool, list[bool]]]:
     """Add BOS and EOS and cut to length. All responses of a prompt share one truncation of it.
 
     The prompt is cut to max_prompt_length only when it and the longest response do not fit into
-    max_length; then each response is cut to what is left. A response that was cut has no EOS.
-    Returns prompt, responses, (prompt was cut, [response was cut]).
+    max_length; then each response is cut to the remaining length. A response that was cut has no
+    EOS. Returns prompt, responses, (prompt was cut, [response was cut]).
     """
     bos = [tokenizer.bos_token_id] if tokenizer.bos_token_id is not None else []
     longest = max(len(response) for response in responses) + 1
     prompt_cut = False
     if len(bos) + len(prompt) + longest > max_length:
-        cut = cut_prompt(prompt, max_prompt_length - len(bos), truncation)
-        prompt_cut = len(cut) < len(prompt)
-        prompt = cut
-    prompt = bos + list(prompt)
+        whole, prompt = prompt, cut_prompt(prompt, max_prompt_length - len(bos), truncation)
+        prompt_cut = len(prompt) < len(whole)
+    prompt = [*bos, *prompt]
     room = max_length - len(prompt)
     cuts = [len(response) + 1 > room for response in responses]
     responses = [
         list(response[:room]) if cut else [*response, tokenizer.eos_token_id]
-        for response, cut in zip(responses, cuts)
+        for response, cut in zip(responses, cuts, strict=True)
     ]
     return prompt, responses, (prompt_cut, cuts)
 

@@ -1,125 +1,138 @@
-"""Which layout a model supports, and the checks that find out."""
+"""The choice of a layout: what an architecture is known to support, and what a check shows."""
 
 import torch
 
-from preflab.batching.packed_attention import SHARING, block_table, flex_problem, window_of
-from preflab.batching.packing import LAYOUTS, Layout, lay_out
+from preflab.batching.packed_attention import SHARING, Support, block_table, check_flex, window_of
+from preflab.batching.packing import LAYOUTS, Batch, Layout, lay_out
 from preflab.distributed.process_group import ALONE, World
 from preflab.modeling.logprobs import Scorer
 from utils import ConfigError, first_line
 
+BY_SEGMENTS = "attention segment by segment, slower"
+
 
 def known_layouts(config, model) -> tuple[tuple[str, ...], str]:
-    """The layouts that an architecture is known to support, the fastest first, and why there are no
-    more.
+    """The layouts that an architecture is known to support, the fastest first, and the reason where
+    there is only the padded one.
 
-    model: its transformers config. What only a run of the model can tell is left to
+    model: its transformers config. What only a run of the model can show is left to
     `choose_layout`.
     """
-    why = ""
     if config.model.attn_implementation:
-        why = f"model.attn_implementation={config.model.attn_implementation} takes no packed rows"
-    elif model.model_type not in SHARING:
-        why = (
-            f"{model.model_type} is not among the architectures tested with packed rows, SHARING in"
-            " attention.py"
+        return ("padded",), (
+            f"model.attn_implementation={config.model.attn_implementation} takes no packed rows"
         )
-    return ("padded",) if why else LAYOUTS, why
+    if model.model_type not in SHARING:
+        return ("padded",), (
+            f"{model.model_type} is not among the architectures tested with packed rows, SHARING in"
+            " preflab/batching/packed_attention.py"
+        )
+    return LAYOUTS, ""
 
 
 def choose_layout(config, policy: Scorer, world: World = ALONE, **details) -> tuple[Layout, str]:
-    """The layout of `config.layout`, or the fastest that gives this model the padded layout's
-    log-probs; and why not a faster one.
+    """The layout of `config.layout`, or for "auto" the fastest that gives this model the padded
+    layout's log-probs; and the reason where it is not the fastest of all, else "".
 
-    details: more fields of the layout. Raises ConfigError where the layout that was asked for is
-    wrong for the model.
+    details: more fields of `Layout`. Raises ConfigError where the requested layout is wrong for the
+    model.
     """
-    known, why = known_layouts(config, policy.causal_lm.config)
-    asked = config.layout
-    if asked == "padded" or (asked == "auto" and known == ("padded",)):
-        return Layout("padded", **details), why
-    if not why:
-        slower = why_not_flex(config, policy, world)
-        why = sharing_problem(policy, flex=slower is None) or ""
-        if why and slower is None:
-            slower, why = (
-                f"attention segment by segment, slower: {why}",
-                sharing_problem(policy) or "",
-            )
-    if not why:
-        return (
-            Layout(asked if asked != "auto" else LAYOUTS[0], flex=slower is None, **details),
-            slower or "",
-        )
-    if asked != "auto":
-        raise ConfigError(f"layout={asked} cannot be had: {why}; use layout=padded")
-    return Layout("padded", **details), why
+    requested = config.layout
+    known, reason = known_layouts(config, policy.causal_lm.config)
+    if requested == "padded":
+        return Layout("padded", **details), reason
+    if not reason:
+        flex = flex_support(config, policy, world)
+        sharing = check_sharing(policy, flex=flex.ok)
+        if flex.ok and not sharing.ok:
+            flex = Support(False, f"{BY_SEGMENTS}: {sharing.reason}")
+            sharing = check_sharing(policy)
+        if sharing.ok:
+            name = known[0] if requested == "auto" else requested
+            return Layout(name, flex=flex.ok, **details), flex.reason
+        reason = sharing.reason
+    if requested == "auto":
+        return Layout("padded", **details), reason
+    raise ConfigError(f"layout={requested} cannot be used: {reason}; use layout=padded")
 
 
-def why_not_flex(config, policy: Scorer, world: World) -> str | None:
-    """Why attention over packed rows goes segment by segment, as is best on a CPU (""); None if it
-    goes by FlexAttention."""
-    model = policy.causal_lm.config.get_text_config()
+def flex_support(config, policy: Scorer, world: World) -> Support:
+    """Whether attention over packed rows can be FlexAttention; on a CPU it never is, without a
+    reason, because segment by segment is faster there."""
     if policy.device.type == "cpu":
-        return ""
+        return Support(False)
+    problem = _flex_problem(config, policy, world)
+    return Support(False, f"{BY_SEGMENTS}: {problem}") if problem else Support(True)
+
+
+def _flex_problem(config, policy: Scorer, world: World) -> str:
+    """What prevents FlexAttention on a GPU; empty if nothing does."""
+    model = policy.causal_lm.config.get_text_config()
     window = window_of(model)
     if window is not None and window < config.max_length:
-        problem = (
+        return (
             f"attention windows of {window} tokens, texts of up to max_length={config.max_length}"
         )
-    elif len({p.device for p in policy.model.parameters()}) > 1:
-        problem = "the model is spread over several GPUs"
-    else:
-        heads = model.num_attention_heads
-        sizes = (
-            heads,
-            getattr(model, "num_key_value_heads", None) or heads,
-            getattr(model, "head_dim", None) or model.hidden_size // heads,
-        )
-        problem = flex_problem(
-            *sizes, policy.mixed or next(policy.model.parameters()).dtype, policy.device
-        )
-        if world.max([float(problem is not None)])[0]:  # all ranks attend alike
-            problem = problem or "another rank cannot use FlexAttention"
-    return problem and f"attention segment by segment, slower: {problem}"
+    parameters = list(policy.model.parameters())
+    if len({parameter.device for parameter in parameters}) > 1:
+        return "the model is spread over several GPUs"
+    heads = model.num_attention_heads
+    kv_heads = getattr(model, "num_key_value_heads", None) or heads
+    head_size = getattr(model, "head_dim", None) or model.hidden_size // heads
+    dtype = policy.mixed or parameters[0].dtype
+    flex = check_flex(heads, kv_heads, head_size, dtype, policy.device)
+    if world.max([float(not flex.ok)])[0]:  # all ranks must use the same kernels
+        return flex.reason or "another rank cannot use FlexAttention"
+    return ""
 
 
 @torch.no_grad()
-def sharing_problem(scorer: Scorer, flex: bool = False) -> str | None:
-    """What is wrong with packed rows in this model, seen on two made-up prompts with several
-    responses each; None if nothing.
+def check_sharing(scorer: Scorer, flex: bool = False) -> Support:
+    """Whether packed rows give this model the hidden states of padded rows, on two made-up prompts
+    with several responses each.
 
-    The control is the same row with responses that see each other: a model that cannot tell them
-    apart proves nothing.
+    The control is the same row with responses that see each other: an error is small only in
+    comparison with what that mask changes.
     """
+    padded, shared, wrong = _trial_batches(scorer, flex)
+    hidden = []
+    try:
+        for batch in (padded, shared, wrong):
+            batch = batch.to(scorer.device)
+            states = scorer.run(lambda batch=batch: scorer.hidden(batch, batch.positions))
+            hidden.append(states.double())
+    except Exception as failure:  # kernels have no common exception class
+        reason = f"attention over packed rows fails here ({first_line(failure)})"
+        # A forward pass that broke off leaves the layers of a sharded model gathered.
+        if scorer.placed_on is not None:
+            raise ConfigError(f"{reason}; use layout=padded") from failure
+        return Support(False, reason)
+    expected, actual, control = hidden
+    error = (actual - expected).abs().max().item()
+    control_error = (control - expected).abs().max().item()
+    if error < control_error * (0.02 if scorer.is_full_precision() else 0.2):
+        return Support(True)
+    return Support(
+        False,
+        f"hidden states of packed rows of {type(scorer.causal_lm).__name__} are off by {error:.2g}"
+        f" (a wrong mask: by {control_error:.2g})",
+    )
+
+
+def _trial_batches(scorer: Scorer, flex: bool) -> tuple[Batch, Batch, Batch]:
+    """Random prompts and responses in padded rows, in a shared row, and in a shared row with a
+    wrong mask."""
     generator = torch.Generator().manual_seed(0)
     vocabulary = scorer.causal_lm.config.get_text_config().vocab_size
-    trees = [(7, (5, 1, 3)), (1, (4, 6))]
-    draw = lambda n: torch.randint(vocabulary, (n,), generator=generator).numpy()  # noqa: E731
-    tokens = [(draw(prompt), [draw(n) for n in responses]) for prompt, responses in trees]
-    padded, shared, wrong = (
-        lay_out(tokens, Layout(name, flex=flex))
-        for name in ("padded", "prefix_shared", "prefix_shared")
-    )
-    wrong.segments = torch.tensor([[[[0, 7, 7, 6], [13, 1, 14, 8]]]])  # one long response a prompt
+
+    def draw(n: int):
+        return torch.randint(vocabulary, (n,), generator=generator).numpy()
+
+    lengths = [(7, (5, 1, 3)), (1, (4, 6))]
+    trees = [(draw(prompt), [draw(n) for n in responses]) for prompt, responses in lengths]
+    padded = lay_out(trees, Layout("padded", flex=flex))
+    shared, wrong = (lay_out(trees, Layout("prefix_shared", flex=flex)) for _ in range(2))
+    # All responses of a prompt as one long response: each sees those before it.
+    wrong.segments = torch.tensor([[[[0, 7, 7, 6], [13, 1, 14, 8]]]])
     wrong.blocks = block_table(wrong.segments, wrong.input_ids.shape[1]) if flex else None
-    found = []
-    try:
-        for batch in (batch.to(scorer.device) for batch in (padded, shared, wrong)):
-            found.append(
-                scorer.run(lambda batch=batch: scorer.hidden(batch, batch.positions)).double()
-            )
-    except Exception as failure:  # kernels fail in ways of their own
-        told = f"attention over packed rows fails here ({first_line(failure)})"
-        if (
-            scorer.placed_on is not None
-        ):  # a forward pass that broke off leaves a sharded model half gathered
-            raise ConfigError(f"{told}; use layout=padded") from failure
-        return told
-    error, control = ((other - found[0]).abs().max().item() for other in found[1:])
-    if error < control * (0.02 if scorer.is_full_precision() else 0.2):
-        return None
-    return (
-        f"hidden states of packed rows of {type(scorer.causal_lm).__name__} are off by {error:.2g}"
-        f" (a wrong mask: by {control:.2g})"
-    )
+    return padded, shared, wrong

@@ -1,1 +1,1 @@
-"""Files and hub sets to records; nothing here knows a token or a tensor."""
+"""Datasets as records: files and hub datasets, read, checked and paired; no tokens, no tensors."""

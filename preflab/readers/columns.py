@@ -1,15 +1,23 @@
 """A user's own data: a path or a hub id, whose columns say what it holds."""
 
+import os
 import re
 from pathlib import Path
 
-from preflab.readers.fields import items, kind_of, number, present, text
-from preflab.readers.files import FILE_TYPES, file_rows, parse_json
-from preflab.readers.hub import TEST_NAMES, folder_rows, hub_rows
-from preflab.readers.records import Reader, Record, Skip, pairs_record, scored_record
+from preflab.readers.fields import items, number, present, text, type_and_value
+from preflab.readers.files import FILE_TYPES, Rows, file_rows, list_folder, parse_json
+from preflab.readers.hub import TEST_NAMES, folder_rows, hub_rows, is_local_path
+from preflab.readers.records import (
+    Reader,
+    Record,
+    Skip,
+    pairs_record,
+    scored_record,
+    targets_record,
+)
 from utils import DataError
 
-# Column sets in the order in which they are looked for.
+# The columns of each form of data, in the order in which forms are tried.
 FORMS = {
     "pairs": ("chosen", "rejected"),
     "j_over_k": ("question", "response_j", "response_k"),
@@ -19,28 +27,28 @@ FORMS = {
     "targets": ("prompt", "chosen"),
     "prompts": ("prompt",),
 }
+PAIR_FORMS = ("pairs", "j_over_k")
+SCORED_FORMS = ("scored_rows", "scored_lists", "labelled")
 
-
-# What a cell of a CSV file is read as, by our name of its column: numbers, or JSON where it begins
-# like this.
+# A CSV file has text only. Cells of these columns are read as numbers, or as JSON where they match.
 CSV_NUMBERS = ("reward", "magnitude")
-
-
-CSV_LISTS = {
-    **dict.fromkeys(("responses", "scores"), re.compile(r"\s*\[")),
+CSV_LISTS = ("responses", "scores")
+CSV_JSON = {
+    **dict.fromkeys(CSV_LISTS, re.compile(r"\s*\[")),
     **dict.fromkeys(("prompt", "chosen", "rejected", "completion"), re.compile(r"\s*\[\s*\{")),
 }
 
+LABELS = {"true": 1.0, "1": 1.0, "1.0": 1.0, "false": 0.0, "0": 0.0, "0.0": 0.0}
+
 
 def accepted_columns() -> str:
-    return "; ".join(
-        ", ".join(needed if form != "pairs" else ("prompt", *needed))
-        for form, needed in FORMS.items()
-    )
+    """The accepted sets of columns, for messages."""
+    sets = [("prompt", *FORMS["pairs"]), *(FORMS[form] for form in FORMS if form != "pairs")]
+    return "; ".join(", ".join(columns) for columns in sets)
 
 
 class UserPairs(Reader):
-    """A path or hub id; the columns say what it holds."""
+    """A path or hub id whose first row decides the form of all rows."""
 
     truncation = "keep_end"
 
@@ -48,83 +56,71 @@ class UserPairs(Reader):
         self.name = name
 
     def rows(self, split, options):
-        path, self.columns = Path(self.name), options.columns
-        if path.is_dir():
-            rows = folder_rows(path, split)
-        elif path.suffix.lower() in FILE_TYPES or path.exists():
-            rows = file_rows(path)
-            rows.whole = True
-        else:
-            rows = hub_rows(self.name, split, options.data_dir, test_names=TEST_NAMES)
+        self.columns = options.columns
+        rows = self._open(split, options.data_dir)
         self.all_text = rows.all_text
         if rows.n:
             self._find_form(self._fields(rows.read(0), rows.where(0)), rows.where(0))
         return rows
 
+    def _open(self, split: str, data_dir: str) -> Rows:
+        path = Path(self.name)
+        if path.is_dir():
+            return folder_rows(path, split)
+        if path.exists():
+            rows = file_rows(path)
+            rows.whole = True
+            return rows
+        if is_local_path(self.name) or path.suffix.lower() in FILE_TYPES:
+            raise _no_such_path(path)
+        return hub_rows(self.name, split, data_dir, test_names=TEST_NAMES)
+
     def _fields(self, row: dict, where: str) -> dict:
-        """The row under our names, where the user said what theirs are; what a CSV has as text, as
-        what it stands for."""
+        """The row under our names, where dataset_columns gives the user's; CSV cells as the numbers
+        and lists that they hold."""
         renamed = {ours: row[theirs] for ours, theirs in self.columns.items() if theirs in row}
-        row = {
-            key: value for key, value in row.items() if key not in self.columns.values()
-        } | renamed
-        return (
-            {key: csv_cell(value, key, where) for key, value in row.items()}
-            if self.all_text
-            else row
-        )
+        taken = set(self.columns.values())
+        row = {key: value for key, value in row.items() if key not in taken} | renamed
+        if not self.all_text:
+            return row
+        return {key: parse_cell(value, key, where) for key, value in row.items()}
 
     def _find_form(self, row: dict, where: str) -> None:
-        self.form = next(
-            (
-                form
-                for form, needed in FORMS.items()
-                if all(row.get(key) is not None for key in needed)
-            ),
-            None,
-        )
-        if self.form is None:
+        for form, columns in FORMS.items():
+            if all(row.get(key) is not None for key in columns):
+                self.form = form
+                break
+        else:
             raise DataError(
                 f"{where}: columns {', '.join(map(str, row))}; accepted sets: {accepted_columns()};"
                 " dataset_columns renames yours"
             )
-        provides = {
-            "targets": set(),
-            "prompts": set(),
-            "pairs": {"pairs"},
-            "j_over_k": {"pairs"},
-        }.get(self.form, {"pairs", "scores"})
-        self.provides = frozenset(provides)
-        self.pairing = "all" if "scores" in provides else None
-        self.merges, self.only_prompts = self.form != "targets", self.form == "prompts"
+        if self.form in PAIR_FORMS:
+            self.provides = frozenset({"pairs"})
+        elif self.form in SCORED_FORMS:
+            self.provides = frozenset({"pairs", "scores"})
+        else:
+            self.provides = frozenset()
+        self.pairing = "all" if self.form in SCORED_FORMS else None
+        self.merges = self.form != "targets"
+        self.only_prompts = self.form == "prompts"
 
     def prompt(self, row, where):
         row = self._fields(row, where)
-        if row.get("magnitude") is not None and self.form in ("pairs", "j_over_k"):
+        if self.form in PAIR_FORMS and row.get("magnitude") is not None:
             number(row, "magnitude", where)
         if self.form == "pairs":
             return check_pair(row, where)
         if self.form == "j_over_k":
-            if text(row, "response_j", where) == text(row, "response_k", where):
-                raise Skip("chosen and rejected identical")
-            return text(row, "question", where)
+            return _check_j_over_k(row, where)
         if self.form == "scored_rows":
-            text(row, "text", where, may_be_empty=True), number(row, "reward", where)
+            text(row, "text", where, may_be_empty=True)
+            number(row, "reward", where)
         elif self.form == "scored_lists":
-            if len(items(row, "responses", where)) != len(items(row, "scores", where)):
-                raise DataError(
-                    f"{where}: {len(row['responses'])} responses and {len(row['scores'])} scores,"
-                    " expected as many"
-                )
-            if not row["responses"]:
-                raise Skip("no response")
-            for response, score in zip(row["responses"], row["scores"]):
-                (
-                    text({"responses": response}, "responses", where, may_be_empty=True),
-                    number({"scores": score}, "scores", where),
-                )
+            _check_scored_lists(row, where)
         elif self.form == "labelled":
-            response_of(row, "completion", where), label_of(row, where)
+            response_of(row, "completion", where)
+            label_of(row, where)
         elif self.form == "targets":
             response_of(row, "chosen", where)
         return prompt_of(row, where)
@@ -132,54 +128,72 @@ class UserPairs(Reader):
     def record(self, prompt, rows, source, pair):
         rows = [self._fields(row, source) for row in rows]
         if self.form == "prompts":
-            return Record(prompt, [""], [], 0, None, {}, source)
+            return targets_record(prompt, "", source)
         if self.form == "targets":
-            return Record(prompt, [response_of(rows[0], "chosen", source)], [], 0, None, {}, source)
-        if self.form == "scored_rows":
-            scores = [float(row["reward"]) for row in rows]
-            return scored_record(prompt, [row["text"] for row in rows], scores, source, pair)
-        if self.form == "scored_lists":
-            both = [(r, float(s)) for row in rows for r, s in zip(row["responses"], row["scores"])]
-            return scored_record(prompt, [r for r, _ in both], [s for _, s in both], source, pair)
-        if self.form == "labelled":
-            return scored_record(
-                prompt,
-                [response_of(row, "completion", source) for row in rows],
-                [label_of(row, source) for row in rows],
-                source,
-                pair,
-            )
+            return targets_record(prompt, response_of(rows[0], "chosen", source), source)
+        if self.form in SCORED_FORMS:
+            return self._scored_record(prompt, rows, source, pair)
+        return self._pairs_record(prompt, rows, source)
+
+    def _scored_record(self, prompt, rows: list[dict], source: str, pair) -> Record:
+        responses, scores = [], []
+        for row in rows:
+            if self.form == "scored_rows":
+                responses.append(row["text"])
+                scores.append(float(row["reward"]))
+            elif self.form == "scored_lists":
+                responses.extend(row["responses"])
+                scores.extend(map(float, row["scores"]))
+            else:
+                responses.append(response_of(row, "completion", source))
+                scores.append(label_of(row, source))
+        return scored_record(prompt, responses, scores, source, pair)
+
+    def _pairs_record(self, prompt, rows: list[dict], source: str) -> Record:
+        chosen, rejected = ("chosen", "rejected")
         if self.form == "j_over_k":
-            pairs = [(row["response_j"], row["response_k"]) for row in rows]
-        else:
-            pairs = [
-                (response_of(row, "chosen", source), response_of(row, "rejected", source))
-                for row in rows
-            ]
+            chosen, rejected = ("response_j", "response_k")
+        pairs = [
+            (response_of(row, chosen, source), response_of(row, rejected, source)) for row in rows
+        ]
         columns = {}
         if any(row.get("magnitude") is not None for row in rows):
             columns["magnitude"] = [number(row, "magnitude", source) for row in rows]
         return pairs_record(prompt, pairs, source, columns)
 
 
-def csv_cell(value: str, key: str, where: str):
-    """A number, or a list that is written as JSON, where the column takes one; else the text
-    itself, which its reader may refuse."""
+def _no_such_path(path: Path) -> DataError:
+    """The error for a path that does not exist, with what its nearest existing folder holds."""
+    if path.parts[0].startswith("~"):
+        return DataError(
+            f"{path}: no such file or folder; ~ is not expanded here, write the whole path"
+        )
+    parents = Path(os.path.abspath(path)).parents
+    folder = next(parent for parent in parents if parent.is_dir())
+    return DataError(f"{path}: no such file or folder; in {folder}: {list_folder(folder)}")
+
+
+def parse_cell(value: str, key: str, where: str):
+    """A cell of a CSV file as the number or the JSON list that its column takes, else its text,
+    which the reader may refuse."""
     if key in CSV_NUMBERS:
         try:
             return float(value)
         except ValueError:
             return value
-    if key not in CSV_LISTS or not CSV_LISTS[key].match(value):
+    if key not in CSV_JSON or not CSV_JSON[key].match(value):
         return value
     try:
         return parse_json(value, f"{where}, {key!r}")
     except DataError as error:
-        kind = "a list" if key in ("responses", "scores") else "chat messages"
+        expected = "a list" if key in CSV_LISTS else "chat messages"
         raise DataError(
-            f"{error}; it begins as {kind} in JSON, as json.dumps writes them; mend it, or save the"
-            " data as JSON or parquet"
+            f"{error}; it begins as {expected} in JSON, as json.dumps writes them; correct it, or"
+            " save the data as JSON or parquet"
         ) from error
+
+
+# --------------------------------------------------------------------------- what a row must hold
 
 
 def check_pair(row: dict, where: str):
@@ -193,16 +207,36 @@ def check_pair(row: dict, where: str):
     return prompt
 
 
+def _check_j_over_k(row: dict, where: str) -> str:
+    if text(row, "response_j", where) == text(row, "response_k", where):
+        raise Skip("chosen and rejected identical")
+    return text(row, "question", where)
+
+
+def _check_scored_lists(row: dict, where: str) -> None:
+    responses, scores = items(row, "responses", where), items(row, "scores", where)
+    if len(responses) != len(scores):
+        raise DataError(
+            f"{where}: {len(responses)} responses and {len(scores)} scores, expected one score for"
+            " each response"
+        )
+    if not responses:
+        raise Skip("no response")
+    for response, score in zip(responses, scores, strict=True):
+        text({"responses": response}, "responses", where, may_be_empty=True)
+        number({"scores": score}, "scores", where)
+
+
 def prompt_of(row: dict, where: str):
     """The prompt column, or the messages of `chosen` before its last."""
-    prompt = row.get("prompt")
-    if prompt is None and isinstance(row.get("chosen"), list):
-        if len(row["chosen"]) < 2:
+    prompt, chosen = row.get("prompt"), row.get("chosen")
+    if prompt is None and isinstance(chosen, list):
+        if len(chosen) < 2:
             raise DataError(
                 f"{where}: no 'prompt', and 'chosen' is a single message, expected the messages"
                 " before the answer too"
             )
-        return [_message(message, "chosen", where) for message in row["chosen"][:-1]]
+        return [_message(message, "chosen", where) for message in chosen[:-1]]
     if isinstance(prompt, list):
         if not prompt:
             raise DataError(f"{where}: 'prompt' is an empty list, expected chat messages")
@@ -217,35 +251,35 @@ def response_of(row: dict, key: str, where: str) -> str:
         return text(row, key, where)
     if not value:
         raise DataError(f"{where}: {key!r} is an empty list, expected chat messages")
-    return [_message(message, key, where) for message in value][-1]["content"]
-
-
-LABELS = {"true": 1.0, "1": 1.0, "1.0": 1.0, "false": 0.0, "0": 0.0, "0.0": 0.0}
+    messages = [_message(message, key, where) for message in value]
+    return messages[-1]["content"]
 
 
 def label_of(row: dict, where: str) -> float:
-    """Whether a completion is desirable, as a score: 1 for true and 0 for false, also as numbers or
-    as text."""
+    """Whether a completion is desirable, as a score: 1 for true and 0 for false, also where they
+    are written as numbers or as text."""
     label = str(present(row, "label", where)).strip().lower()
     if label not in LABELS:
         raise DataError(
-            f"{where}: 'label' is {kind_of(row['label'])}, expected true (desirable) or false"
+            f"{where}: 'label' is {type_and_value(row['label'])}, expected true (desirable) or"
+            " false"
         )
     return LABELS[label]
 
 
 def _messages_before(response) -> list:
     """(role, content) of the messages before the last; none for plain text."""
-    return [(m["role"], m["content"]) for m in response[:-1]] if isinstance(response, list) else []
+    if not isinstance(response, list):
+        return []
+    return [(message["role"], message["content"]) for message in response[:-1]]
 
 
 def _message(message, key: str, where: str) -> dict:
+    """A chat message, checked."""
     if not isinstance(message, dict) or not isinstance(message.get("role"), str):
-        raise DataError(
-            f"{where}: a message of {key!r} is {kind_of(message)}, expected {{role, content}}"
-        )
-    (
-        text(message, "role", f"{where}, a message of {key!r}"),
-        text(message, "content", f"{where}, a message of {key!r}"),
-    )
+        received = type_and_value(message)
+        raise DataError(f"{where}: a message of {key!r} is {received}, expected {{role, content}}")
+    place = f"{where}, a message of {key!r}"
+    text(message, "role", place)
+    text(message, "content", place)
     return message

@@ -1,6 +1,7 @@
-"""Rows of JSON, JSONL, CSV and parquet files, and fields that are what they should be.
+"""Rows of JSON, JSON-lines, CSV and Parquet files.
 
-Every error is a DataError that names the file, the line or row, what came and what was expected.
+Every error is a DataError that names the file, the line or row, what was received and what is
+accepted.
 """
 
 import codecs
@@ -16,18 +17,21 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import BinaryIO
 
-from preflab.readers.fields import kind_of
+from preflab.readers.fields import type_and_value
 from utils import DataError, content_hash
 
 FILE_TYPES = (".json", ".jsonl", ".csv", ".parquet")
+UTF8_BOM = codecs.BOM_UTF8
 
 
 @dataclass
 class Rows:
-    """Rows of a dataset split. `read(i)` is row i, `where(i)` names it.
+    """Rows of a dataset split.
 
-    whole: there is no split of its own. all_text: the file knows no type but text (CSV), so a field
-    may stand for something else.
+    n: the number of rows. read: row i as a dict. where: the place of row i, for messages.
+    fingerprint: changes with the content. whole: the dataset has no separate test split, so prompts
+    are held out. note: a sentence for data.json. all_text: the format has no type but text (CSV),
+    so a cell may stand for a number or a list.
     """
 
     n: int
@@ -40,79 +44,80 @@ class Rows:
 
 
 @contextlib.contextmanager
-def readable(what: str) -> Iterator[None]:
-    """What the system refuses (no permission, a name that is too long, a file that is gone), as an
-    error that names the file or else `what`."""
+def readable(place: str) -> Iterator[None]:
+    """Turn an OSError (no permission, a name that is too long, a file that was deleted) into a
+    DataError that names the file, or `place` where the system names none."""
     try:
         yield
     except OSError as error:
-        raise DataError(
-            f"{error.filename or what}: {error.strerror or error or type(error).__name__}"
-        ) from error
+        reason = error.strerror or error or type(error).__name__
+        raise DataError(f"{error.filename or place}: {reason}") from error
 
 
 def file_rows(path: Path) -> Rows:
-    """The rows of a .json, .jsonl, .csv or .parquet file; every message names the file and the line
-    or row."""
+    """The rows of a .json, .jsonl, .csv or .parquet file."""
+    readers = {
+        ".json": _json_rows,
+        ".jsonl": _jsonl_rows,
+        ".csv": _csv_rows,
+        ".parquet": _parquet_rows,
+    }
     check_file(path)
-    if path.suffix.lower() not in FILE_TYPES:
+    suffix = path.suffix.lower()
+    if suffix not in readers:
         raise DataError(f"{path}: unknown type of file; accepted: {', '.join(FILE_TYPES)}")
     if path.stat().st_size == 0:
         raise DataError(f"{path}: the file is empty")
-    return {
-        ".jsonl": _jsonl_rows,
-        ".json": _json_rows,
-        ".csv": _csv_rows,
-        ".parquet": _parquet_rows,
-    }[path.suffix.lower()](path)
+    return readers[suffix](path)
 
 
 def check_file(path: Path) -> None:
-    """Raise DataError with what is there instead, where there is no file that can be read more than
-    once."""
+    """Raise DataError unless `path` is a regular file, which can be read more than once."""
     if path.is_file():
         return
     if path.exists():
-        raise DataError(
-            f"{path}: {'a folder' if path.is_dir() else 'a pipe or a device'}, expected a file"
-        )
-    raise DataError(
-        f"{path}: no such file"
-        + (f"; in {path.parent}: {listed(path.parent)}" if path.parent.is_dir() else "")
-    )
+        what = "a folder" if path.is_dir() else "a pipe or a device"
+        raise DataError(f"{path}: {what}, expected a file")
+    parent = path.parent
+    listing = f"; in {parent}: {list_folder(parent)}" if parent.is_dir() else ""
+    raise DataError(f"{path}: no such file{listing}")
 
 
-def listed(folder: Path) -> str:
-    """What a folder holds, as far as a message has room."""
-    return ", ".join(sorted(p.name + "/" * p.is_dir() for p in folder.iterdir())[:8]) or "nothing"
+def list_folder(folder: Path) -> str:
+    """The first eight entries of a folder, for messages."""
+    names = sorted(path.name + ("/" if path.is_dir() else "") for path in folder.iterdir())
+    return ", ".join(names[:8]) or "nothing"
+
+
+# --------------------------------------------------------------------------- one function a format
 
 
 def _jsonl_rows(path: Path) -> Rows:
-    begins, lines, at = [], [], 0
+    offsets, line_numbers, position = [], [], 0
     with open(path, "rb") as f:
         for line_number, line in enumerate(f, 1):
-            begin = at + 3 if at == 0 and line.startswith(b"\xef\xbb\xbf") else at
-            at += len(line)
-            if line[begin - at + len(line) :].strip():
-                begins.append(begin)
-                lines.append(line_number)
+            bom = len(UTF8_BOM) if position == 0 and line.startswith(UTF8_BOM) else 0
+            if line[bom:].strip():
+                offsets.append(position + bom)
+                line_numbers.append(line_number)
+            position += len(line)
 
     def where(i: int) -> str:
-        return f"{path}:{lines[i]}" if lines else str(path)
+        return f"{path}:{line_numbers[i]}" if line_numbers else str(path)
 
     def read(i: int) -> dict:
         with readable(where(i)), open(path, "rb") as f:
-            f.seek(begins[i])
-            row = parse_json(decode(f.readline(), where(i)), where(i))
-        return as_object(row, where(i))
+            f.seek(offsets[i])
+            line = f.readline()
+        return as_object(parse_json(decode(line, where(i)), where(i)), where(i))
 
-    return Rows(len(begins), read, where, content_hash(path))
+    return Rows(len(offsets), read, where, content_hash(path))
 
 
 def _json_rows(path: Path) -> Rows:
-    content = parse_json(decode(path.read_bytes(), str(path)), str(path))
+    content = read_json(path)
     if not isinstance(content, list):
-        raise DataError(f"{path}: {kind_of(content)}, expected a list of objects")
+        raise DataError(f"{path}: {type_and_value(content)}, expected a list of objects")
 
     def where(i: int) -> str:
         return f"{path}: row {i + 1}"
@@ -125,22 +130,23 @@ def _csv_rows(path: Path) -> Rows:
     if not rows:
         return Rows(0, rows.__getitem__, lambda i: str(path), content_hash(path))
     _, header = rows.pop(0)
-    if twice := next((name for name in header if name and header.count(name) > 1), None):
+    repeated = next((name for name in header if name and header.count(name) > 1), None)
+    if repeated:
         raise DataError(
-            f"{path}: the header names the column {twice!r} {header.count(twice)} times; expected"
-            " each name once"
+            f"{path}: the header names the column {repeated!r} {header.count(repeated)} times;"
+            " expected each name once"
         )
     if not rows:
         raise DataError(f"{path} holds a header and no row; the header: {', '.join(header)}")
-    for line, fields in rows:
-        if len(fields) != len(header):
+    for line, cells in rows:
+        if len(cells) != len(header):
             raise DataError(
-                f"{path}:{line}: {len(fields)} fields, the header has {len(header)}; put a text"
-                " with commas, quotes or ends of lines in quotes"
+                f"{path}:{line}: {len(cells)} fields, the header has {len(header)}; put a text"
+                " with commas, quotes or line breaks in quotes"
             )
     return Rows(
         len(rows),
-        lambda i: dict(zip(header, rows[i][1])),
+        lambda i: dict(zip(header, rows[i][1], strict=True)),
         lambda i: f"{path}:{rows[i][0]}",
         content_hash(path),
         all_text=True,
@@ -148,19 +154,20 @@ def _csv_rows(path: Path) -> Rows:
 
 
 def _csv_lines(path: Path) -> Iterator[tuple[int, list[str]]]:
-    """(the line it begins at, its fields) of each row that is not blank, the header included."""
-    csv.field_size_limit(2**31 - 1)  # a long text is no mistake
-    reader = csv.reader(io.StringIO(decode(path.read_bytes(), str(path)), newline=""), strict=True)
+    """(number of its first line, its cells) of each row that is not blank, header included."""
+    csv.field_size_limit(2**31 - 1)  # the default of csv refuses texts over 128 KiB
+    content = decode(path.read_bytes(), str(path), whole_file=True)
+    reader = csv.reader(io.StringIO(content, newline=""), strict=True)
     while True:
         line = reader.line_num + 1
         try:
-            fields = next(reader, None)
+            cells = next(reader, None)
         except csv.Error as error:
             raise DataError(f"{path}:{reader.line_num}: no readable CSV: {error}") from error
-        if fields is None:
+        if cells is None:
             return
-        if fields:
-            yield line, fields
+        if cells:
+            yield line, cells
 
 
 def _parquet_rows(path: Path) -> Rows:
@@ -169,74 +176,83 @@ def _parquet_rows(path: Path) -> Rows:
 
     try:
         rows = pyarrow.parquet.read_table(path).to_pylist()
-    except (
-        pyarrow.ArrowException,
-        OSError,
-        ValueError,
-        OverflowError,
-    ) as error:  # the last two: values that Python has no type for
+    # ValueError and OverflowError: values that Python has no type for.
+    except (pyarrow.ArrowException, OSError, ValueError, OverflowError) as error:
         raise DataError(f"{path}: no readable parquet file: {error}") from error
     return Rows(len(rows), lambda i: rows[i], lambda i: f"{path}: row {i + 1}", content_hash(path))
 
 
-def decode(raw: bytes, where: str) -> str:
+# ------------------------------------------------------------------------------- bytes to objects
+
+
+def read_json(path: Path):
+    """The content of a whole JSON file; NaN and Infinity become floats, which `number` refuses with
+    their row."""
+    content = decode(path.read_bytes(), str(path), whole_file=True)
+    return parse_json(content, str(path), whole_file=True)
+
+
+def decode(raw: bytes, where: str, *, whole_file: bool = False) -> str:
+    """UTF-8, with or without a byte order mark. whole_file: `where` is a path, and errors add the
+    line."""
     try:
         return raw.decode("utf-8-sig")
     except UnicodeDecodeError as error:
-        line = raw.count(b"\n", 0, error.start) + 1
-        at = where if ":" in where else f"{where}:{line}"
+        if whole_file:
+            line = raw.count(b"\n", 0, error.start) + 1
+            where = f"{where}:{line}"
         raise DataError(
-            f"{at}: byte {raw[error.start]:#x} is not UTF-8; save the file as UTF-8"
+            f"{where}: byte {raw[error.start]:#x} is not UTF-8; save the file as UTF-8"
         ) from error
 
 
-def parse_json(content: str, where: str):
-    def refuse(constant: str):
-        if ":" not in where:
-            return float(
-                constant
-            )  # of a whole file: whoever reads this field can say in which row it is
-        raise DataError(
-            f"{where}: {constant} is no number that JSON knows, expected a finite number"
-        )
-
+def parse_json(content: str, where: str, *, whole_file: bool = False):
+    """A JSON value. whole_file: `where` is a path; errors add the line, and NaN and Infinity pass,
+    because only who reads the field can name its row."""
     try:
-        return json.loads(content, parse_constant=refuse)
-    except (json.JSONDecodeError, RecursionError) as error:
-        at = (
-            f"{where}:{error.lineno}"
-            if isinstance(error, json.JSONDecodeError) and ":" not in where
-            else where
-        )
-        raise DataError(f"{at}: not JSON: {error}") from error
-    except ValueError as error:
-        if isinstance(error, DataError):
-            raise
+        return json.loads(content, parse_constant=float if whole_file else _refuse_constant)
+    except json.JSONDecodeError as error:
+        place = f"{where}:{error.lineno}" if whole_file else where
+        raise DataError(f"{place}: not JSON: {error}") from error
+    except InvalidConstantError as error:
+        raise DataError(f"{where}: {error}") from error
+    except (ValueError, RecursionError) as error:  # too many digits, too deeply nested
         raise DataError(f"{where}: not JSON: {error}") from error
 
 
+class InvalidConstantError(ValueError):
+    """NaN or Infinity, which Python's JSON parser accepts although JSON has neither."""
+
+
+def _refuse_constant(constant: str) -> None:
+    raise InvalidConstantError(f"{constant} is not a JSON number, expected a finite number")
+
+
 def as_object(row, where: str) -> dict:
+    """A JSON object, or DataError."""
     if not isinstance(row, dict):
-        raise DataError(f"{where}: {kind_of(row)}, expected an object with named fields")
+        raise DataError(f"{where}: {type_and_value(row)}, expected an object with named fields")
     return row
 
 
-CHUNK = 1 << 20
+# ----------------------------------------------------------------------------- one row in memory
 
-
-GAP = re.compile(r"\s*")
+CHUNK = 1 << 20  # bytes read at a time
+WHITESPACE = re.compile(r"\s*")
 
 
 def streamed_rows(f: BinaryIO, path: Path) -> Iterator[tuple[dict, str]]:
-    """(row, where it is) of JSON lines or of one JSON list, whichever the content is; raises
-    DataError."""
-    f.seek(3 if f.read(3) == codecs.BOM_UTF8 else 0)
+    """(row, its place) of JSON lines or of one JSON list, whichever the file holds.
+
+    One row is in memory at a time, so files larger than memory can be converted.
+    """
+    f.seek(len(UTF8_BOM) if f.read(len(UTF8_BOM)) == UTF8_BOM else 0)
     while (first := f.read(1)).isspace():
         pass
     if not first:
         raise DataError(f"{path}: the file is empty")
     if first == b"[":
-        yield from _rows_of_list(f, path)
+        yield from _streamed_list(f, path)
         return
     f.seek(0)
     for line_number, line in enumerate(iter(f.readline, b""), 1):
@@ -245,69 +261,71 @@ def streamed_rows(f: BinaryIO, path: Path) -> Iterator[tuple[dict, str]]:
             yield as_object(parse_json(decode(line, where), where), where), where
 
 
-def _rows_of_list(f: BinaryIO, path: Path) -> Iterator[tuple[dict, str]]:
-    """The elements of a list whose bracket was read; more of the file is read when one is not
-    complete yet."""
+def _streamed_list(f: BinaryIO, path: Path) -> Iterator[tuple[dict, str]]:
+    """The elements of a list whose opening bracket was read.
+
+    An element that does not parse may be incomplete: more of the file is read, and it is parsed
+    again, until the file ends.
+    """
     utf8 = codecs.getincrementaldecoder("utf-8")()
     parse = json.JSONDecoder(parse_constant=_refuse_constant).raw_decode
-    read, at = "", 0  # what is read and not used up begins at `at`
+    buffer, position = "", 0  # text up to `position` was yielded
     for row_number in itertools.count(1):
         where, size = f"{path}: row {row_number}", CHUNK
         while True:
             try:
-                if (begin := _next_element(read, at, row_number == 1)) is None:
-                    return _check_end(f, read[at:], path)
-                row, at = parse(read, begin)
+                begin = _next_element(buffer, position, first=row_number == 1)
+                if begin is None:
+                    _check_end(f, buffer[position:], path)
+                    return
+                row, position = parse(buffer, begin)
                 break
             except json.JSONDecodeError as error:
-                read, at = read[at:] + _more(f, utf8, size, where, error), 0
-                size *= 2  # so that a long row is not parsed all too often
+                more = _read_more(f, utf8, size, where, error)
+                buffer, position = buffer[position:] + more, 0
+                size *= 2  # doubling bounds how often a long row is parsed again
             except (ValueError, RecursionError) as error:
                 raise DataError(f"{where}: not JSON: {error}") from error
         yield as_object(row, where), where
 
 
-def _next_element(read: str, at: int, first: bool) -> int | None:
+def _next_element(buffer: str, position: int, *, first: bool) -> int | None:
     """Where the next element begins; None at the end of the list."""
-    at = GAP.match(read, at).end()
-    if read.startswith("]", at):
+    position = WHITESPACE.match(buffer, position).end()
+    if buffer.startswith("]", position):
         return None
     if first:
-        return at
-    if not read.startswith(",", at):
-        raise json.JSONDecodeError("Expecting ',' delimiter", read, at)
-    return GAP.match(read, at + 1).end()
+        return position
+    if not buffer.startswith(",", position):
+        raise json.JSONDecodeError("Expecting ',' delimiter", buffer, position)
+    return WHITESPACE.match(buffer, position + 1).end()
 
 
-def _more(
+def _read_more(
     f: BinaryIO, utf8: codecs.IncrementalDecoder, size: int, where: str, error: json.JSONDecodeError
 ) -> str:
-    """Further text; raises DataError where there is none, so that `error` was one."""
+    """The next `size` bytes as text; at the end of the file, `error` was a real one."""
     raw = f.read(size)
     if not raw:
         raise DataError(f"{where}: not JSON: {error.msg}") from error
     try:
         return utf8.decode(raw)
-    except UnicodeDecodeError as bad:
-        if bad.start == 0:
+    except UnicodeDecodeError as invalid:
+        if invalid.start == 0:
             raise DataError(
-                f"{where}: byte {bad.object[0]:#x} is not UTF-8; save the file as UTF-8"
-            ) from bad
-        f.seek(
-            bad.start - len(bad.object), 1
-        )  # rows before the bad byte are fine; it is met again after them
+                f"{where}: byte {invalid.object[0]:#x} is not UTF-8; save the file as UTF-8"
+            ) from invalid
+        # Rows before the invalid byte are yielded first; it is read again after them.
+        f.seek(invalid.start - len(invalid.object), 1)
         utf8.reset()
-        return bad.object[: bad.start].decode("utf-8")
+        return invalid.object[: invalid.start].decode("utf-8")
 
 
-def _check_end(f: BinaryIO, read: str, path: Path) -> None:
-    if read[read.index("]") + 1 :].strip() or any(
-        raw.strip() for raw in iter(functools.partial(f.read, CHUNK), b"")
-    ):
+def _check_end(f: BinaryIO, buffer: str, path: Path) -> None:
+    """Raise DataError unless only white space follows the closing bracket in `buffer`."""
+    rest = buffer[buffer.index("]") + 1 :]
+    chunks = iter(functools.partial(f.read, CHUNK), b"")
+    if rest.strip() or any(chunk.strip() for chunk in chunks):
         raise DataError(
             f"{path}: something follows the end of the list; expected one list, or JSON lines"
         )
-
-
-def _refuse_constant(constant: str) -> None:
-    raise ValueError(f"{constant} is no number that JSON knows, expected a finite number")

@@ -1,43 +1,43 @@
-"""Rows of folders and of hub sets: train and test files, what `datasets.save_to_disk` wrote, data
-sets as the hub lays them out."""
+"""Rows of folders and of hub datasets.
+
+A folder holds train and test files, or what `datasets.save_to_disk` wrote, or files laid out as on
+the hub.
+"""
 
 import glob
 import re
 from pathlib import Path
 
-from preflab.readers.files import FILE_TYPES, Rows, file_rows, listed
+from preflab.readers.files import FILE_TYPES, Rows, file_rows, list_folder
 from utils import DataError, content_hash
 
 TEST_NAMES = ("test", "validation")
+HUB_PREFIX = "the hub dataset "  # in front of a repository's name in messages
 
 
 def folder_rows(path: Path, split: str) -> Rows:
-    """A split of a folder: of its train and test files, of what `save_to_disk` wrote, or of files
-    laid out as the hub has them.
+    """A split of a folder.
 
-    A folder is taken for a hub data set where its README.md lists configs, or a file is named as
+    A folder is read as a hub dataset where its README.md lists configs, or where a file is named as
     one of the train split (data/train-00000-of-00001.parquet).
     """
-    if not _was_saved(path) and not _lists_configs(path):
-        train, test = (
-            _file_named(path, "train"),
-            _file_named(path, "test") or _file_named(path, "validation"),
-        )
+    if not _is_saved_dataset(path) and not _lists_configs(path):
+        train = _file_named(path, "train")
+        test = _file_named(path, "test") or _file_named(path, "validation")
         if train:
             rows = file_rows(test if test and split == "test" else train)
             rows.whole = test is None
             return rows
-        if not any(
-            re.search(r"(?<![a-z0-9])train(?![a-z0-9])", str(file.relative_to(path)).lower())
-            for file in _files_of(path)
-        ):
+        if not _names_a_train_split(path):
             raise DataError(
                 f"{path}: no file named train of type {', '.join(FILE_TYPES)}, no"
                 " data/train-*.parquet or README.md with configs as on the hub, and nothing that"
-                f" save_to_disk of datasets wrote; there is: {listed(path)}"
+                f" save_to_disk of datasets wrote; there is: {list_folder(path)}"
             )
-    found = _load(path, str(path), "; mend it, or give one file of it by its name")
-    return _split_rows(str(path), found, split, TEST_NAMES, content_hash(split, *_files_of(path)))
+    advice = "; repair the folder, or give one file of it by its name"
+    splits = _load(path, str(path), advice)
+    fingerprint = content_hash(split, *_visible_files(path))
+    return _split_rows(str(path), splits, split, TEST_NAMES, fingerprint)
 
 
 def hub_rows(
@@ -46,84 +46,98 @@ def hub_rows(
     """A split of a hub dataset, or of its local copy in `data_dir/repo`; rows stay in memory-mapped
     Arrow files.
 
-    test_names: what the test split may be called. only: the one split there is, which is then
-    `whole`.
+    test_names: names that the test split may have, the first that exists is taken. only: a split to
+    read as if there were no other, which makes it `whole`.
     """
-    local = Path(data_dir) / repo
-    copied = local.is_dir()
-    mend = (
+    copy = Path(data_dir) / repo
+    has_copy = copy.is_dir()
+    advice = (
         "; without network, or for one config of several, put a copy with train and test files in"
-        f" {local}"
+        f" {copy}"
     )
-    found = _load(local if copied else repo, f"the hub dataset {repo}", mend)
-    if only in found:
-        found = {only: found[only]}
-    return _split_rows(
-        f"the hub dataset {repo}",
-        found,
-        split,
-        test_names,
-        content_hash(split, *_files_of(local)) if copied else None,
-    )
+    splits = _load(copy if has_copy else repo, f"{HUB_PREFIX}{repo}", advice)
+    if only in splits:
+        splits = {only: splits[only]}
+    fingerprint = content_hash(split, *_visible_files(copy)) if has_copy else None
+    return _split_rows(f"{HUB_PREFIX}{repo}", splits, split, test_names, fingerprint)
+
+
+def is_local_path(name: str) -> bool:
+    """Whether a dataset's name can only be a path: hub ids are NAME or OWNER/NAME, and neither part
+    begins with a dot or a tilde."""
+    return name.startswith(("/", ".", "~")) or name.count("/") > 1
+
+
+# ------------------------------------------------------------------------------- what a folder is
 
 
 def _file_named(folder: Path, name: str) -> Path | None:
-    files = [file for suffix in FILE_TYPES if (file := folder / f"{name}{suffix}").is_file()]
+    files = [folder / f"{name}{suffix}" for suffix in FILE_TYPES]
+    files = [file for file in files if file.is_file()]
     if len(files) > 1:
         raise DataError(
-            f"{folder}: {' and '.join(file.name for file in files)}, expected one of them; take the"
-            " others away"
+            f"{folder}: {' and '.join(file.name for file in files)}, expected one of them; move the"
+            " others elsewhere"
         )
     return files[0] if files else None
 
 
-def _files_of(folder: Path) -> list[Path]:
-    """All files in it, except hidden ones, which are git's or a download's own."""
-    files = (file for file in folder.rglob("*") if file.is_file())
-    return sorted(
-        file
-        for file in files
-        if not any(part.startswith(".") for part in file.relative_to(folder).parts)
-    )
+def _visible_files(folder: Path) -> list[Path]:
+    """All files below a folder, without hidden ones, which belong to git or to a download."""
+
+    def is_hidden(file: Path) -> bool:
+        return any(part.startswith(".") for part in file.relative_to(folder).parts)
+
+    return sorted(file for file in folder.rglob("*") if file.is_file() and not is_hidden(file))
 
 
-def _was_saved(folder: Path) -> bool:
+def _is_saved_dataset(folder: Path) -> bool:
     """Whether `save_to_disk` of a Dataset, or of a DatasetDict, wrote it."""
     return (folder / "state.json").is_file() or (folder / "dataset_dict.json").is_file()
 
 
 def _lists_configs(folder: Path) -> bool:
-    """Whether its README.md says, in its head, which files are which split, as on the hub."""
+    """Whether the YAML head of its README.md says which files are which split, as on the hub."""
     readme = folder / "README.md"
-    head = (
-        re.match(
-            r"---\s*\n(.*?)\n---", readme.read_text(encoding="utf-8", errors="replace"), re.DOTALL
-        )
-        if readme.is_file()
-        else None
-    )
+    if not readme.is_file():
+        return False
+    content = readme.read_text(encoding="utf-8", errors="replace")
+    head = re.match(r"---\s*\n(.*?)\n---", content, re.DOTALL)
     return head is not None and re.search(r"^configs:", head[1], re.MULTILINE) is not None
 
 
-def _load(place: Path | str, told: str, mend: str) -> dict:
-    """The splits by name, each a `datasets.Dataset`, of a folder or of a hub name; `mend` ends the
-    message where there are none."""
+def _names_a_train_split(folder: Path) -> bool:
+    """Whether a path in the folder has the word train, which `datasets` takes for its split."""
+    paths = (str(file.relative_to(folder)).lower() for file in _visible_files(folder))
+    return any(re.search(r"(?<![a-z0-9])train(?![a-z0-9])", path) for path in paths)
+
+
+# --------------------------------------------------------------------------------- loaded splits
+
+
+def _load(place: Path | str, description: str, advice: str) -> dict:
+    """The splits by name, each a `datasets.Dataset`, of a folder (Path) or a hub id (str).
+
+    description and advice: begin and end of the message where they cannot be loaded.
+    """
     import datasets  # slow to import, and not every dataset needs it
 
-    saved = isinstance(place, Path) and _was_saved(place)
+    load = datasets.load_dataset
     if isinstance(place, Path):
-        place = str(place.absolute())  # "csv" by itself is a kind of file to datasets
-        if not saved and glob.has_magic(place):
+        if _is_saved_dataset(place):
+            load = datasets.load_from_disk
+        elif glob.has_magic(str(place.absolute())):
             raise DataError(
-                f"{told}: datasets takes * ? and [ in a path for a pattern; rename the folder"
+                f"{description}: datasets reads * ? and [ in a path as a pattern; rename the folder"
             )
+        place = str(place.absolute())  # a bare "csv" would be the name of a loader
     try:
-        found = (datasets.load_from_disk if saved else datasets.load_dataset)(place)
-    except (
-        Exception
-    ) as error:  # no connection, no such set, no access, no such format: all mean the same here
-        raise DataError(f"{told} cannot be loaded ({_one_line(error)}){mend}") from error
-    return found if isinstance(found, dict) else {"train": found}
+        splits = load(place)
+    # No connection, no such dataset, no access, an unknown format: `datasets` has no common class
+    # for them, and to the user all mean that there are no rows.
+    except Exception as error:
+        raise DataError(f"{description} cannot be loaded ({_one_line(error)}){advice}") from error
+    return splits if isinstance(splits, dict) else {"train": splits}
 
 
 def _one_line(error: Exception) -> str:
@@ -131,22 +145,21 @@ def _one_line(error: Exception) -> str:
 
 
 def _split_rows(
-    told: str, found: dict, split: str, test_names: tuple[str, ...], fingerprint: str | None
+    description: str, splits: dict, split: str, test_names: tuple[str, ...], fingerprint: str | None
 ) -> Rows:
-    """The rows of a split by its name, or of the only one there is, which is then `whole` unless it
-    is called a test split."""
-    test = next((name for name in test_names if name in found), None)
-    whole = test is None and len(found) == 1
-    name = next(iter(found)) if whole else "train" if split == "train" else test
-    if name not in found:
-        raise DataError(
-            f"{told} has no {'train' if split == 'train' else ' or '.join(test_names)} split; it"
-            f" has: {', '.join(found)}"
-        )
-    data = found[name].with_format(
-        None
-    )  # the rows as they are, whatever format they were saved to be read in
-    place = f"{told.removeprefix('the hub dataset ')}[{name}]"
+    """The rows of a split by its name. A dataset with a single split is `whole`, unless that split
+    is named as a test split."""
+    test = next((name for name in test_names if name in splits), None)
+    whole = test is None and len(splits) == 1
+    name = "train" if split == "train" else test
+    if whole:
+        name = next(iter(splits))
+    if name not in splits:
+        expected = "train" if split == "train" else " or ".join(test_names)
+        raise DataError(f"{description} has no {expected} split; it has: {', '.join(splits)}")
+    # Plain Python rows, whatever format (NumPy, torch, some columns) was set before saving.
+    data = splits[name].with_format(None)
+    place = f"{description.removeprefix(HUB_PREFIX)}[{name}]"
 
     def where(i: int) -> str:
         return f"{place}:{i}"
@@ -154,9 +167,8 @@ def _split_rows(
     def read(i: int) -> dict:
         try:
             return data[i]
-        # text that is no UTF-8, a picture without the package for it, ...: each has a class of its
-        # own
+        # Text that is not UTF-8, an image without the package that decodes it: no common class.
         except Exception as error:
             raise DataError(f"{where(i)}: cannot be read ({_one_line(error)})") from error
 
-    return Rows(len(data), read, where, fingerprint or found[name]._fingerprint, whole)
+    return Rows(len(data), read, where, fingerprint or splits[name]._fingerprint, whole)

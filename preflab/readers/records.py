@@ -1,9 +1,9 @@
-"""From rows to records: what a reader is, prompts that several rows share, splits without leaks,
-pairs of scored responses.
+"""From rows to records: readers, prompts that several rows share, train and test splits without
+leaks, and pairs of scored responses.
 
-*Score* is a number that came with the data or from an oracle; it has nothing to do with the
-policy's implicit reward. Rows are read twice, first to check every one and to note which share a
-prompt, then prompt by prompt: memory holds row numbers, not text.
+A *score* is a number that came with the data or from an oracle; it is not the policy's implicit
+reward. Rows are read twice, first to check each one and to note which share a prompt, then prompt
+by prompt: memory holds row numbers, not text.
 """
 
 import hashlib
@@ -20,20 +20,21 @@ from preflab.readers.fields import text
 from preflab.readers.files import Rows
 from utils import DataError, content_hash
 
-READER_VERSION = "2"  # raise it whenever a reader would turn the same rows into other records
-
-
+READER_VERSION = "2"  # raise it when a reader would turn the same rows into other records
 PAIRINGS = ("first_two", "all", "best_worst", "random")
+# Which prompts are held out, and which random pair of a test prompt is evaluated, does not follow
+# the run's seed: runs with different seeds are compared on one test set.
+HELD_OUT_SEED = 0
 
 
 @dataclass
 class Record:
     """One prompt with its responses.
 
-    prompt: text, or chat messages that the tokenizer's template renders. pairs: (chosen, rejected)
-    indices into `responses`; empty for data without preferences. sft_target: index of the response
-    to imitate. scores: one a response, or None. columns: further numbers, one a pair. source: file
-    and line it starts at, for messages.
+    prompt: text, or chat messages for the tokenizer's template. pairs: (chosen, rejected) indices
+    into `responses`; empty for data without preferences. sft_target: index of the response to
+    imitate. scores: one for each response, or None. columns: further numbers, one for each pair.
+    source: the file and line of the first row, for messages.
     """
 
     prompt: str | list[dict]
@@ -47,7 +48,10 @@ class Record:
 
 @dataclass(frozen=True)
 class Options:
-    """How to read; the keys of config.yaml of the same names."""
+    """Reading options: the keys of config.yaml of the same names, `columns` is dataset_columns.
+
+    seed: draws the pairs of pairing=random in the train split; the test split uses HELD_OUT_SEED.
+    """
 
     data_dir: str = "data"
     pairing: str | None = None
@@ -57,22 +61,25 @@ class Options:
     columns: dict = field(default_factory=dict)
 
 
-class Skip(Exception):
-    """Raised by a reader for a row or a prompt that is left out; its text says why and is
+class Skip(Exception):  # noqa: N818  control flow of readers, not an error
+    """Raised by a reader to leave out a row or a prompt; its text is the reason, under which it is
     counted."""
 
 
 class Reader:
-    """What a dataset says about itself. `truncation`: which end of a long prompt is kept.
-    `provides`: of pairs, scores.
+    """One dataset format: subclasses define `rows`, `prompt` and `record`.
 
-    `pairing`: the dataset's published way to pair scored responses, None where pairs come with the
-    data. `merges`: rows of one prompt make one record; else each makes its own, as for SFT data,
-    where every row is a target.
+    truncation: the end of a long prompt that is kept, "keep_start" or "keep_end".
+    provides: the fields a loss may ask for, of "pairs" and "scores".
+    pairing: the dataset's published way to pair scored responses; None where pairs come with the
+    data.
+    merges: rows of one prompt make one record; else each makes its own, as for SFT data, where
+    every row is a target.
+    only_prompts: the data are for sampling, and the response of a record is empty.
     """
 
     merges = True
-    only_prompts = False  # for sampling: what stands for the response is empty
+    only_prompts = False
     truncation = "keep_start"
     provides = frozenset()
     pairing: str | None = None
@@ -91,7 +98,7 @@ class Reader:
 
 
 class Source:
-    """An opened dataset split. `records()` streams it; `counts` are complete when it is
+    """An opened dataset split. `records()` streams it; `counts` are complete once it is
     exhausted."""
 
     def __init__(self, name: str, split: str, reader: Reader, options: Options):
@@ -99,40 +106,40 @@ class Source:
         self.rows = reader.rows(split, options)
         if self.rows.n == 0:
             raise DataError(f"datasets=[{name}] ({split}): {self.rows.where(0)} holds no row")
-        self.truncation, self.provides, self.only_prompts = (
-            reader.truncation,
-            reader.provides,
-            reader.only_prompts,
-        )
+        # Some readers know these only once their rows are open.
+        self.truncation = reader.truncation
+        self.provides = reader.provides
+        self.only_prompts = reader.only_prompts
         self.counts: dict = {}
 
+    @property
+    def _pairing_seed(self) -> int:
+        return self.options.seed if self.split == "train" else HELD_OUT_SEED
+
     def fingerprint(self) -> str:
-        """Changes with the content of the files and with every option that shapes the records."""
-        o = self.options
-        told = [
+        """Changes with the content of the files and with every option that shapes the records; the
+        seed shapes them with random pairing only."""
+        options = self.options
+        is_random = (options.pairing or self.reader.pairing) == "random"
+        shaping = [
             *_own_code(self.reader),
             READER_VERSION,
             self.name,
             self.split,
-            o.pairing,
-            o.min_gap,
-            o.seed,
-            o.test_fraction,
-            sorted(o.columns.items()),
+            options.pairing,
+            options.min_gap,
+            self._pairing_seed if is_random else 0,
+            options.test_fraction,
+            sorted(options.columns.items()),
         ]
-        return content_hash(json.dumps(told), self.rows.fingerprint)
+        return content_hash(json.dumps(shaping), self.rows.fingerprint)
 
     def records(self) -> Iterator[Record]:
         skipped: Counter = Counter()
-        counts = {
-            "rows": 0,
-            "prompts": 0,
-            "responses": 0,
-            "empty_responses": 0,
-            "pairs": 0,
-            "skipped": skipped,
-        }
-        pair = Pairing(self.reader.pairing, self.options, skipped)
+        counts = dict.fromkeys(("rows", "prompts", "responses", "empty_responses", "pairs"), 0)
+        counts["skipped"] = skipped
+        policy = self.options.pairing or self.reader.pairing
+        pair = Pairing(policy, self.options.min_gap, self._pairing_seed, skipped)
         groups, notes = self._groups(skipped)
         if self.options.pairing and self.reader.pairing is None and "pairs" in self.provides:
             notes.append(
@@ -154,15 +161,12 @@ class Source:
             counts["empty_responses"] += sum(not response.strip() for response in record.responses)
             counts["pairs"] += len(record.pairs)
             yield record
-        self.counts = (
-            counts
-            | {"skipped": {why: n for why, n in skipped.items() if n}}
-            | ({"note": "; ".join(notes)} if notes else {})
-        )
+        counts["skipped"] = {reason: n for reason, n in skipped.items() if n}
+        self.counts = counts | ({"note": "; ".join(notes)} if notes else {})
 
     def _groups(self, skipped: Counter) -> tuple[list[list[int]], list[str]]:
-        """Row numbers by prompt, in the order of first appearance, and what is to be said of how
-        the split was made."""
+        """Row numbers by prompt, in the order of first appearance, and notes on how the split was
+        made."""
         groups: dict[bytes, list[int]] = {}
         for i in range(self.rows.n):
             try:
@@ -173,31 +177,36 @@ class Source:
             groups.setdefault(_digest(prompt), []).append(i)
         notes = [self.rows.note] if self.rows.note else []
         if self.rows.whole and groups:
-            test = self._test_prompts(groups)
+            held_out = self._held_out_prompts(groups)
             notes.append(
-                f"no test split: {len(test)} of {len(groups)} prompts held out by seed"
-                f" {self.options.seed}"
+                f"no test split: {len(held_out)} of {len(groups)} prompts are held out, the same"
+                " for every seed"
             )
             groups = {
-                key: rows for key, rows in groups.items() if (key in test) == (self.split == "test")
+                prompt: rows
+                for prompt, rows in groups.items()
+                if (prompt in held_out) == (self.split == "test")
             }
         if self.reader.merges:
             return list(groups.values()), notes
-        return [[i] for i in sorted(i for rows in groups.values() for i in rows)], notes
+        return [[i] for i in sorted(itertools.chain.from_iterable(groups.values()))], notes
 
-    def _test_prompts(self, groups) -> set[bytes]:
-        """Which prompts are held out: a function of (seed, prompt), so that none is ever on both
-        sides."""
-        place = {key: _uniform(self.options.seed, key) for key in groups}
-        test = {key for key, u in place.items() if u < self.options.test_fraction}
-        if len(groups) < 2:
+    def _held_out_prompts(self, prompts) -> set[bytes]:
+        """The digests of the prompts that make the test split.
+
+        Each prompt has its place in [0, 1), a function of its text alone, and is held out below
+        `test_fraction`: no prompt is ever on both sides.
+        """
+        if len(prompts) < 2:
             raise DataError(
                 f"datasets=[{self.name}] holds one prompt only, which cannot be split into train"
                 " and test"
             )
-        if not test or len(test) == len(groups):
-            test = {min(place, key=place.get)}
-        return test
+        places = {prompt: _uniform(HELD_OUT_SEED, prompt) for prompt in prompts}
+        held_out = {prompt for prompt, u in places.items() if u < self.options.test_fraction}
+        if not held_out or len(held_out) == len(prompts):
+            return {min(places, key=places.get)}
+        return held_out
 
 
 def _own_code(reader: Reader) -> list[str]:
@@ -210,38 +219,29 @@ def _own_code(reader: Reader) -> list[str]:
 
 
 def _digest(prompt) -> bytes:
-    told = prompt if isinstance(prompt, str) else json.dumps(prompt, sort_keys=True)
-    return hashlib.blake2b(told.encode("utf-8", "surrogatepass"), digest_size=16).digest()
+    content = prompt if isinstance(prompt, str) else json.dumps(prompt, sort_keys=True)
+    return hashlib.blake2b(content.encode("utf-8", "surrogatepass"), digest_size=16).digest()
 
 
 def _uniform(seed: int, key: bytes) -> float:
-    return (
-        int.from_bytes(
-            hashlib.blake2b(key, digest_size=8, salt=str(seed).encode()[:16]).digest(), "big"
-        )
-        / 2**64
-    )
+    """A number in [0, 1), a pure function of (seed, key)."""
+    salt = str(seed).encode()[:16]
+    digest = hashlib.blake2b(key, digest_size=8, salt=salt).digest()
+    return int.from_bytes(digest, "big") / 2**64
 
 
 class Pairing:
-    """Scored responses to pairs. Equal scores, and gaps below `min_gap`, never form one."""
+    """Scored responses to pairs. Equal scores, and gaps below `min_gap`, never form one.
 
-    def __init__(self, published: str | None, options: Options, skipped: Counter):
-        self.policy = options.pairing or published
-        self.min_gap, self.seed, self.skipped = options.min_gap, options.seed, skipped
+    policy: one of PAIRINGS; None pairs as "all" does. skipped: counts what is dropped, by reason.
+    """
+
+    def __init__(self, policy: str | None, min_gap: float, seed: int, skipped: Counter):
+        self.policy, self.min_gap, self.seed, self.skipped = policy, min_gap, seed, skipped
 
     def __call__(self, prompt, responses: list[str], scores: list[float]) -> list[tuple[int, int]]:
-        n = len(scores)
-        if self.policy == "first_two":
-            candidates = [(0, 1)] if n > 1 else []
-        elif self.policy == "best_worst":
-            best, worst = (
-                max(range(n), key=lambda i: scores[i]),
-                min(range(n), key=lambda i: scores[i]),
-            )
-            candidates = [(best, worst)] if n > 1 else []
-        else:
-            candidates = list(itertools.combinations(range(n), 2))
+        """(chosen, rejected) indices into `responses`."""
+        candidates = self._candidates(scores)
         pairs = [
             (a, b) if scores[a] > scores[b] else (b, a)
             for a, b in candidates
@@ -249,27 +249,37 @@ class Pairing:
         ]
         self.skipped["pairs of equal score or a gap below min_gap"] += len(candidates) - len(pairs)
         if self.policy == "random" and pairs:
-            pairs.sort(
-                key=lambda pair: (responses[pair[0]], responses[pair[1]])
-            )  # whatever the order in the file
+            # Sorted, so that the draw does not depend on the order of rows in the file.
+            pairs.sort(key=lambda pair: (responses[pair[0]], responses[pair[1]]))
             pairs = [random.Random(f"{self.seed} {_digest(prompt).hex()}").choice(pairs)]
         return pairs
+
+    def _candidates(self, scores: list[float]) -> list[tuple[int, int]]:
+        indices = range(len(scores))
+        if self.policy not in ("first_two", "best_worst"):
+            return list(itertools.combinations(indices, 2))
+        if len(scores) < 2:
+            return []
+        if self.policy == "first_two":
+            return [(0, 1)]
+        return [(max(indices, key=scores.__getitem__), min(indices, key=scores.__getitem__))]
 
     def _differ(self, a: float, b: float) -> bool:
         return a != b and abs(a - b) >= self.min_gap
 
 
 class Responses:
-    """Collects the responses of a prompt, each text once (or once a score, if they have one), and
-    the pairs among them."""
+    """Collects the responses of a prompt, each text once (or once for each score, where there are
+    scores), and the pairs among them."""
 
     def __init__(self):
         self.texts: list[str] = []
-        self.scores: list[float] = []
+        self.scores: list[float | None] = []
         self.pairs: list[tuple[int, int]] = []
         self._index: dict[tuple, int] = {}
 
     def add(self, response: str, score: float | None = None) -> int:
+        """The index of a response, which is new or already there."""
         if (response, score) not in self._index:
             self._index[response, score] = len(self.texts)
             self.texts.append(response)
@@ -277,6 +287,7 @@ class Responses:
         return self._index[response, score]
 
     def prefer(self, chosen: str, rejected: str) -> None:
+        """Add a pair of texts."""
         self.pairs.append((self.add(chosen), self.add(rejected)))
 
 
@@ -285,22 +296,26 @@ def scored_record(
 ) -> Record:
     """A record of scored responses, paired by the policy in force; the best is the SFT target.
 
-    With `first_two` the others are left out altogether, as the published experiments did.
+    With `first_two` the responses after the second are dropped, as in the published experiments.
     """
     if pair.policy == "first_two" and len(responses) > 2:
         pair.skipped["responses beyond the first two of a prompt"] += len(responses) - 2
         responses, scores = responses[:2], scores[:2]
-    best = max(range(len(scores)), key=lambda i: scores[i])
+    best = max(range(len(scores)), key=scores.__getitem__)
     return Record(prompt, responses, pair(prompt, responses, scores), best, scores, {}, source)
 
 
 def pairs_record(
     prompt, pairs: list[tuple[str, str]], source: str, columns: dict | None = None
 ) -> Record:
-    """A record of preferred and dispreferred texts, several pairs of a prompt merged."""
+    """A record of (chosen, rejected) texts; the first chosen one is the SFT target."""
     responses = Responses()
     for chosen, rejected in pairs:
         responses.prefer(chosen, rejected)
-    return Record(
-        prompt, responses.texts, responses.pairs, responses.pairs[0][0], None, columns or {}, source
-    )
+    target = responses.pairs[0][0]
+    return Record(prompt, responses.texts, responses.pairs, target, None, columns or {}, source)
+
+
+def targets_record(prompt, response: str, source: str) -> Record:
+    """A record of one response to imitate, without a pair or a score."""
+    return Record(prompt, [response], [], 0, None, {}, source)
