@@ -18,7 +18,7 @@ from preflab.distributed.process_group import ALONE, World
 from preflab.distributed.signals import StopSignals
 from preflab.evaluation.evaluator import Evaluator
 from preflab.evaluation.worklist import draws_samples
-from preflab.modeling.blocks import find_blocks
+from preflab.modeling.blocks import cast, find_blocks
 from preflab.modeling.fsdp import layer_plan, shard
 from preflab.modeling.loading import skeleton
 from preflab.modeling.logprobs import Scorer
@@ -33,6 +33,15 @@ from preflab.training.profiling import Profiler
 from preflab.training.registry import register_trainer
 from preflab.training.session import Session
 from utils import seed_everything
+
+__all__ = [
+    "BasicTrainer",
+    "FSDPTrainer",
+    "Placement",
+    "TensorParallelTrainer",
+    "cast",
+    "register_trainer",
+]
 
 
 @register_trainer
