@@ -21,6 +21,7 @@ LAYERS = [
     ["preflab.online"],
     ["preflab.checks"],
     ["preflab.execution"],
+    ["preflab.api"],
     ["train"],
     [
         "generate", "judge", "report", "serve_reward", "train_risk_preferences", "rewards",
