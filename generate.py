@@ -16,10 +16,11 @@ from omegaconf import DictConfig
 
 from preflab.batching.examples import prompts_to_sample
 from preflab.checks import check_config
+from preflab.distributed.console import configure_logging
 from preflab.evaluation.worklist import expand_archives
-from preflab.execution import load_data, register_built_in
+from preflab.execution import load_inputs, register_built_in
 from preflab.modeling.generation import sample
-from preflab.modeling.loading import build_policy, check_model, load_tokenizer
+from preflab.modeling.loading import build_policy
 from preflab.settings.overrides import check_overrides, fail
 from preflab.settings.run_folder import register_resolvers
 from preflab.settings.values import temperatures
@@ -50,56 +51,49 @@ def run(config: DictConfig) -> None:
 def generate(config: DictConfig, run_dir: Path) -> Path:
     """Sample responses to `n_eval_examples` test prompts; returns the file."""
     register_built_in()
-    trainer = find_trainer(config.trainer)
-    if trainer.place is not None:
+    configure_logging()
+    if find_trainer(config.trainer).place is not None:
         raise ConfigError(
             f"trainer={config.trainer}: generate.py samples in one process; leave it out, or use"
             " train.py function=eval"
         )
     loss, sources = check_config(config)
-    for key, values in (
-        ("temperature", temperatures(config)),
-        ("model.archive", archives := expand_archives(config.model.archive)),
-    ):
+    archives = expand_archives(config.model.archive)
+    for key, values in (("temperature", temperatures(config)), ("model.archive", archives)):
         if len(values) > 1:
             raise ConfigError(
-                f"{key} gives {len(values)} values, and generate.py samples from one policy in one"
-                " way; use train.py function=eval"
+                f"{key} gives {len(values)} values, and generate.py samples from one policy at one"
+                " temperature; use train.py function=eval"
             )
     config.temperature, config.model.archive = temperatures(config)[0], archives[0]
-    check_model(config, trainer)
-    tokenizer = load_tokenizer(config.model)
-    data = load_data(config, sources, tokenizer, loss)[1]["test"]
-    prompts = prompts_to_sample(data, config.n_eval_examples, config.max_prompt_length)
-    policy = build_policy(config.model, trainable=False)
-    k = config.samples_per_prompt
-    drawn = [(p, i) for p in prompts for i in range(k)]
+    inputs = load_inputs(config, sources, loss)
+    prompts = prompts_to_sample(
+        inputs.data["test"], config.n_eval_examples, config.max_prompt_length
+    )
+    drawn = [(prompt, i) for prompt in prompts for i in range(config.samples_per_prompt)]
     responses = sample(
-        policy,
-        tokenizer,
-        [p.tokens for p, _ in drawn],
-        keys=[(p.key, i) if i else p.key for p, i in drawn],
+        build_policy(config.model, trainable=False),
+        inputs.tokenizer,
+        [prompt.tokens for prompt, _ in drawn],
+        keys=[(prompt.key, i) if i else prompt.key for prompt, i in drawn],
         max_new_tokens=config.max_new_tokens or config.max_length - config.max_prompt_length,
         temperature=config.temperature,
         top_p=config.topp,
         seed=config.seed,
         batch_size=config.eval_batch_size,
     )
-    with atomic_write(run_dir / "generations.jsonl") as f:
-        for (prompt, i), response in zip(drawn, responses):
-            texts = (
-                tokenizer.decode(tokens, skip_special_tokens=True)
+    settings = {"temperature": config.temperature, "top_p": config.topp, "seed": config.seed}
+    path = run_dir / "generations.jsonl"
+    with atomic_write(path) as f:
+        for (prompt, i), response in zip(drawn, responses, strict=True):
+            prompt_text, response_text, chosen_text = (
+                inputs.tokenizer.decode(tokens, skip_special_tokens=True)
                 for tokens in (prompt.tokens, response, prompt.chosen)
             )
-            row = dict(zip(("prompt", "response", "chosen"), texts))
-            row |= {
-                "sample": i,
-                "temperature": config.temperature,
-                "top_p": config.topp,
-                "seed": config.seed,
-            }
+            row = {"prompt": prompt_text, "response": response_text, "chosen": chosen_text}
+            row |= {"sample": i, **settings}
             f.write(json.dumps(row, ensure_ascii=False) + "\n")
-    return run_dir / "generations.jsonl"
+    return path
 
 
 if __name__ == "__main__":

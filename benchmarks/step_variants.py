@@ -134,9 +134,10 @@ class Ours:
         config.local_run_dir = str(folder / "run")
         (folder / "run").mkdir(exist_ok=True)
         loss, sources = check_config(config)
-        tokenizer, _, data = load_inputs(config, sources, loss)
-        self.data = data["train"]
-        self.learner = BasicTrainer(config, folder / "run", loss, tokenizer, data).learner
+        inputs = load_inputs(config, sources, loss)
+        self.data = inputs.data["train"]
+        parts = (config, folder / "run", loss, inputs.tokenizer, inputs.data)
+        self.learner = BasicTrainer(*parts).learner
         self.learner.prepare()
         self.optimizer = self.learner.optimizer
 

@@ -28,7 +28,7 @@ def planned(overrides) -> memory_plan.Plan:
     with initialize_config_dir(str(CONFIG_DIR), version_base="1.3"):
         config = compose("config", overrides=[*overrides, "function=plan"])
     loss, sources = check_config(config)
-    return memory_plan.make_plan(config, loss, load_inputs(config, sources, loss)[2]["train"])
+    return memory_plan.make_plan(config, loss, load_inputs(config, sources, loss).data["train"])
 
 
 @pytest.mark.parametrize(
