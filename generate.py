@@ -14,26 +14,15 @@ import hydra
 from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig
 
-from preflab.batching.examples import prompts_to_sample
-from preflab.checks import check_config
-from preflab.distributed.console import configure_logging
-from preflab.evaluation.worklist import expand_archives
-from preflab.execution import load_inputs, register_built_in
-from preflab.modeling.generation import sample
-from preflab.modeling.loading import build_policy
-from preflab.settings.overrides import check_overrides, fail
+from preflab.settings.command_line import check_command_line
+from preflab.settings.overrides import fail
 from preflab.settings.run_folder import register_resolvers
-from preflab.settings.values import temperatures
-from preflab.training.registry import find_trainer
 from utils import ConfigError, PrefLabError, atomic_write
 
 
 def main() -> None:
-    try:
-        check_overrides(sys.argv[1:])
-    except PrefLabError as error:
-        fail(error)
-    register_resolvers()
+    check_command_line(sys.argv[1:], "generate.py")
+    register_resolvers(purpose="generate")
     # Sampling needs prompts only, so any data set will do; these come first, and what the user says
     # wins.
     sys.argv[1:1] = ["function=eval", "loss=sft"]
@@ -50,6 +39,17 @@ def run(config: DictConfig) -> None:
 
 def generate(config: DictConfig, run_dir: Path) -> Path:
     """Sample responses to `n_eval_examples` test prompts; returns the file."""
+    # These import torch, and a mistake on the command line is answered before.
+    from preflab.batching.examples import prompts_to_sample
+    from preflab.checks import check_config
+    from preflab.distributed.console import configure_logging
+    from preflab.evaluation.worklist import expand_archives
+    from preflab.execution import load_inputs, register_built_in
+    from preflab.modeling.generation import sample
+    from preflab.modeling.loading import build_policy
+    from preflab.settings.values import temperatures
+    from preflab.training.registry import find_trainer
+
     register_built_in()
     configure_logging()
     if find_trainer(config.trainer).place is not None:

@@ -17,25 +17,17 @@ import sys
 from pathlib import Path
 
 import hydra
-import uvicorn
 from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig, OmegaConf
 
-import losses  # noqa: F401  registers the losses
-import preference_datasets  # noqa: F401  registers the datasets
-from preflab.checks import check_service
-from preflab.online.service import Service, make_app
-from preflab.settings.overrides import check_overrides, fail
+from preflab.settings.command_line import check_command_line
+from preflab.settings.overrides import fail
 from preflab.settings.run_folder import register_resolvers
-from trainers import BasicTrainer
 from utils import ConfigError, PrefLabError, atomic_write, in_use
 
 
 def main() -> None:
-    try:
-        check_overrides(sys.argv[1:])
-    except PrefLabError as error:
-        fail(error)
+    check_command_line(sys.argv[1:], "serve_reward.py")
     sys.argv.insert(1, "function=online")
     register_resolvers()
     run()
@@ -43,6 +35,15 @@ def main() -> None:
 
 @hydra.main(version_base="1.3", config_path="config", config_name="config")
 def run(config: DictConfig) -> None:
+    # Here, for they import torch, and a wrong command line is to be answered before.
+    import uvicorn
+
+    import losses  # noqa: F401  registers the losses
+    import preference_datasets  # noqa: F401  registers the datasets
+    from preflab.checks import check_service
+    from preflab.online.service import Service, make_app
+    from trainers import BasicTrainer
+
     folder = Path(HydraConfig.get().runtime.output_dir)
     try:
         check_service(config)

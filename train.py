@@ -9,14 +9,14 @@ import hydra
 from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig
 
-from preflab.distributed.launch import WorkerDied
-from preflab.distributed.process_group import leave, ranks_given, world
-from preflab.distributed.signals import Stopped, StopSignals
-from preflab.execution import execute
+from preflab.settings.command_line import check_command_line
 from preflab.settings.keys import CONFIG_DIR
-from preflab.settings.overrides import check_overrides, fail
+from preflab.settings.overrides import fail
 from preflab.settings.run_folder import register_resolvers, remove_if_empty, saved_config
 from utils import PrefLabError
+
+# Modules that import torch are imported inside functions, so that --help, --cfg job and a misspelt
+# key are answered at once.
 
 # here and not in main(): hydra's launchers import this module in processes of their own
 register_resolvers()
@@ -29,16 +29,28 @@ def main() -> None:
         "ignore",
         message="(?s).*hydra/launcher/submitit_slurm' is validated against ConfigStore schema",
     )
+    if check_command_line(sys.argv[1:]):
+        join_ranks()
+    run()
+
+
+def join_ranks() -> None:
+    """Ranks meet before hydra asks them for a folder."""
+    from preflab.distributed.process_group import world
+
     try:
-        check_overrides(sys.argv[1:])
-        world()  # ranks meet before hydra asks them for a folder
+        world()
     except PrefLabError as error:
         fail(error)
-    run()
 
 
 @hydra.main(version_base="1.3", config_path=str(CONFIG_DIR), config_name="config")
 def run(config: DictConfig) -> None:
+    from preflab.distributed.launch import WorkerDied
+    from preflab.distributed.process_group import leave, world
+    from preflab.distributed.signals import Stopped, StopSignals
+    from preflab.execution import execute
+
     stop = StopSignals()
     stop.listen()
     run_dir = Path(HydraConfig.get().runtime.output_dir)
@@ -64,9 +76,11 @@ def run(config: DictConfig) -> None:
         _leave_with(128 + stopped.signum, stop)
 
 
-def _leave_with(code: int, stop: StopSignals) -> None:
+def _leave_with(code: int, stop) -> None:
     """End a run that saved itself, rank 0 last: srun's code must be its, and not that of a rank
     killed on its way out."""
+    from preflab.distributed.process_group import leave, ranks_given, world
+
     rank = world().rank
     leave()
     stop.hand_over()

@@ -5,8 +5,6 @@ from pathlib import Path
 import torch
 from omegaconf import DictConfig, OmegaConf
 
-from preflab.batching.loader import ORDERS
-from preflab.batching.packing import LAYOUTS
 from preflab.distributed.process_group import world
 from preflab.evaluation.worklist import draws_samples, expand_archives
 from preflab.modeling.parallelism import check_placement_settings, data_ranks
@@ -17,8 +15,8 @@ from preflab.readers.columns import accepted_columns
 from preflab.readers.records import Source
 from preflab.readers.registry import DATASETS, open_dataset
 from preflab.rewards.registry import all_rewards, check_reward
-from preflab.settings.overrides import check_keys
-from preflab.settings.values import check_choice, check_whole, exists, temperatures
+from preflab.settings.load import validate
+from preflab.settings.values import exists
 from preflab.training.registry import find_trainer
 from utils import ConfigError, load_module, nearest
 
@@ -26,10 +24,10 @@ from utils import ConfigError, load_module, nearest
 def check_config(config: DictConfig) -> tuple[BoundLoss, dict[str, list[Source]]]:
     """All checks within and across fields; returns the loss and the opened datasets by split.
 
+    The config has the parsed values afterwards: false for `no`, 64 for 64.0.
     Raises ConfigError or DataError that says what came, what is accepted and what to change.
     """
-    check_keys(config)
-    check_choice("function", config.function, ("train", "eval", "online", "plan"))
+    validate(config)
     trainer = find_trainer(config.trainer)
     check_placement_settings(trainer, config)
     if config.function == "plan" and world().size > 1:
@@ -37,24 +35,13 @@ def check_config(config: DictConfig) -> tuple[BoundLoss, dict[str, list[Source]]
             f"function=plan needs no ranks, and {world().size} were started; run it as one process"
             f" and say world_size={world().size}"
         )
-    check_choice("layout", config.layout, ("auto", *LAYOUTS))
-    check_choice("order", config.order, ORDERS)
-    _check_numbers(config)
+    _check_length_of_run(config)
     _check_lengths(config, data_ranks(trainer, config, world()))
     _check_optimizer(config.optimizer)
-    for key in ("policy_dtype", "reference_dtype", "fsdp_policy_mp"):
-        if config.model[key] is not None or key != "fsdp_policy_mp":
-            check_choice(
-                f"model.{key}", config.model[key], ("float32", "bfloat16", "float16", "float64")
-            )
-    if not config.model.name_or_path:
-        raise ConfigError(
-            "model.name_or_path is not set; give a folder or a hub name, or choose model=tiny"
-        )
+    _check_model(config.model)
     _check_archives(config)
     for settings in all_rewards(config).values():
         check_reward(settings)
-    check_choice("reference.cache", config.reference.cache, ("auto", True, False))
     loss = bind_loss(OmegaConf.to_container(config.loss, resolve=True))
     if loss.couples_batch and (
         config.gradient_accumulation_steps > 1 or data_ranks(trainer, config, world()) > 1
@@ -79,11 +66,7 @@ def check_config(config: DictConfig) -> tuple[BoundLoss, dict[str, list[Source]]
 
 def check_service(config: DictConfig) -> None:
     """What serve_reward.py needs of a config."""
-    check_keys(config)
-    _check_numbers(config)
-    check_whole(config, {"port": 1}, ())
-    if config.port > 65535:
-        raise ConfigError(f"port={config.port} must be at most 65535")
+    validate(config)
     check_reward(config.reward)
     if config.reward.name == "http":
         raise ConfigError("reward=http: a service that asks another one; give the reward itself")
@@ -117,74 +100,11 @@ def _check_archives(config: DictConfig) -> None:
         )
 
 
-def _check_numbers(config: DictConfig) -> None:
-    whole = {
-        "seed": 0,
-        "batch_size": 1,
-        "eval_batch_size": 1,
-        "gradient_accumulation_steps": 1,
-        "warmup_steps": 0,
-        "samples_per_prompt": 1,
-        "max_length": 2,
-        "max_prompt_length": 2,
-        "n_eval_examples": 1,
-        "n_eval_model_samples": 1,
-        "eval_every": 1,
-        "model.lora.r": 0,
-        "tensor_parallel_size": 1,
-    }
-    optional = {
-        "n_epochs": 1,
-        "n_examples": 1,
-        "max_new_tokens": 1,
-        "save_every": 1,
-        "keep_checkpoints": 1,
-        "world_size": 1,
-        "fsdp_shard_size": 1,
-        "microbatch_tokens": 1,
-        "profile_steps": 1,
-    }
-    check_whole(config, whole | optional, optional)
-    numbers = [
-        (key, config[key])
-        for key in (
-            "lr",
-            "max_grad_norm",
-            "topp",
-            "min_gap",
-            "minimum_log_interval_secs",
-            "test_fraction",
-        )
-    ]
-    if OmegaConf.is_list(config.temperature) and not config.temperature:
+def _check_length_of_run(config: DictConfig) -> None:
+    if OmegaConf.is_list(config.temperature) and config.function != "eval":
         raise ConfigError(
-            "temperature=[] names no temperature; give one, or several for function=eval"
+            f"temperature={config.temperature} must be a number; several are for function=eval"
         )
-    several = config.function == "eval" and OmegaConf.is_list(config.temperature)
-    for key, value in numbers + [
-        ("temperature", t) for t in (temperatures(config) if several else [config.temperature])
-    ]:
-        if (
-            isinstance(value, bool)
-            or not isinstance(value, (int, float))
-            or not 0 <= value < float("inf")
-        ):
-            raise ConfigError(f"{key}={value} must be a number of at least 0")
-    if config.plan.gpu_gib is not None and not (
-        isinstance(config.plan.gpu_gib, (int, float)) and config.plan.gpu_gib > 0
-    ):
-        raise ConfigError(
-            f"plan.gpu_gib={config.plan.gpu_gib} must be a number of GiB above 0, or null"
-        )
-    if not 0 < config.topp <= 1:
-        raise ConfigError(
-            f"topp={config.topp} must lie in (0, 1]; 1 draws from the whole vocabulary"
-        )
-    if not 0 < config.test_fraction < 1:
-        raise ConfigError(f"test_fraction={config.test_fraction} must lie between 0 and 1")
-    for key in ("lr", "max_grad_norm"):
-        if config[key] == 0:
-            raise ConfigError(f"{key}=0 would train nothing; it must be greater than 0")
     if config.n_epochs is None and config.n_examples is None:
         raise ConfigError(
             "n_epochs and n_examples are both null: the run would never end; set one of them"
@@ -216,6 +136,23 @@ def _check_lengths(config: DictConfig, ranks: int) -> None:
         )
 
 
+def _check_model(model: DictConfig) -> None:
+    if not model.name_or_path:
+        raise ConfigError(
+            "model.name_or_path is not set; give a folder or a hub name, or choose model=tiny"
+        )
+    for key in ("name_or_path", "tokenizer_name_or_path"):
+        if model[key] and _is_missing_path(model[key]):
+            raise ConfigError(
+                f"model.{key}={model[key]}: no such folder; give a folder or a hub name"
+            )
+
+
+def _is_missing_path(name: str) -> bool:
+    """Whether a name can only be a path, and nothing is there."""
+    return name.startswith(("/", "./", "../", "~")) and not exists(name)
+
+
 def _check_optimizer(name: str) -> None:
     usable = {
         key
@@ -231,20 +168,22 @@ def _check_optimizer(name: str) -> None:
 
 
 def _open_datasets(config: DictConfig, loss: BoundLoss) -> dict[str, list[Source]]:
-    if isinstance(config.datasets, str) or not config.datasets:
-        raise ConfigError(
-            f"datasets={config.datasets} must be a list in brackets, such as datasets=[hh,shp]"
-        )
     if config.get("dataset_module"):
         load_module(config.dataset_module, "dataset_module")
-    settings = dict(
-        data_dir=config.data_dir,
-        pairing=config.pairing,
-        min_gap=config.min_gap,
-        seed=config.seed,
-        test_fraction=config.test_fraction,
-        columns={ours: theirs for ours, theirs in config.dataset_columns.items() if theirs},
-    )
+    for name in config.datasets:
+        if _is_missing_path(name):
+            raise ConfigError(
+                f"datasets=[{name}]: no such file or folder; give the path of a file, the id of a"
+                " hub dataset, or a name that --help lists"
+            )
+    settings = {
+        "data_dir": config.data_dir,
+        "pairing": config.pairing,
+        "min_gap": config.min_gap,
+        "seed": config.seed,
+        "test_fraction": config.test_fraction,
+        "columns": {ours: theirs for ours, theirs in config.dataset_columns.items() if theirs},
+    }
     splits = {
         "train": ("train", "test"),
         "online": ("train", "test"),
@@ -266,11 +205,11 @@ def _open_datasets(config: DictConfig, loss: BoundLoss) -> dict[str, list[Source
             )
         if source.only_prompts:
             continue  # it is sampled for; there are no losses to measure
-        for need, wanted in (
+        for need, needed in (
             ("pairs", loss.examples == "pairs"),
             ("scores", "scores" in loss.reads),
         ):
-            if wanted and need not in source.provides:
+            if needed and need not in source.provides:
                 able = sorted(name for name, entry in DATASETS.items() if need in entry.provides)
                 raise ConfigError(
                     f"loss={loss.name} needs {need}, and datasets=[{source.name}] has none; with"

@@ -23,7 +23,7 @@ from conftest import (
     write_jsonl,
 )
 
-from preflab.settings.overrides import check_overrides
+from preflab.settings.command_line import check_arguments
 
 QUICK = [
     "n_examples=64",
@@ -294,7 +294,7 @@ def public_data(tmp_path_factory, workplace):
 @pytest.mark.parametrize("recipe", RECIPES)
 def test_published_recipe(recipe, public_data, tmp_path):
     overrides = recipe.replace("PAIRS", str(public_data / "pairs.jsonl")).split()
-    check_overrides(overrides)
+    check_arguments(overrides)
     model = next(o for o in overrides if o.startswith("model=")).split("=")[1]
     folder = save_model(tmp_path / "model", ARCHITECTURE[model], scale=1.0)
     summary = run_here(*small_run(folder, public_data, tmp_path / "run", *overrides))

@@ -1,21 +1,40 @@
 """Every config composes, every key is commented and checked, wrong ones are refused with the
 nearest valid ones."""
 
+import copy
+import dataclasses
+import random
 import re
+import subprocess
+import sys
 from pathlib import Path
 
 import hydra
 import pytest
 from conftest import ROOT, run_command
+from hydra.core.override_parser.overrides_parser import OverridesParser
 from omegaconf import OmegaConf
 
+import losses  # noqa: F401  registers the losses
+import preference_datasets  # noqa: F401  registers the datasets
+import trainers  # noqa: F401  registers the trainers
+from preflab.batching.loader import ORDERS
+from preflab.batching.packing import LAYOUTS
+from preflab.checks import check_config
 from preflab.objective.registry import bind_loss
+from preflab.online.rollouts import SELECTIONS
+from preflab.readers.records import PAIRINGS
 from preflab.rewards.registry import REWARDS, check_reward
+from preflab.settings.command_line import check_command_line
+from preflab.settings.help_text import help_text
 from preflab.settings.identity import must_match
-from preflab.settings.keys import CONFIG_DIR, flat_keys, options
-from preflab.settings.overrides import check_overrides
+from preflab.settings.keys import CONFIG_DIR, GROUPS, flat_keys, options
+from preflab.settings.load import load_settings
+from preflab.settings.other_words import NOT_SETTINGS, NOTES, OUR_KEYS
+from preflab.settings.overrides import Sources, check_overrides
 from preflab.settings.run_folder import choose_run_dir, name_of_run, register_resolvers
-from utils import ConfigError
+from preflab.settings.schema import RULES, parse_value
+from utils import ConfigError, DataError
 
 CONTRACT = """seed function exp_name batch_size temperature topp eval_batch_size debug fsdp_port datasets wandb.enabled wandb.entity
 wandb.project local_dirs sample_during_eval n_eval_model_samples do_first_eval local_run_dir lr gradient_accumulation_steps
@@ -73,21 +92,260 @@ def test_a_comment_stands_above_every_key_of_config_yaml():
         above = line
 
 
+# ------------------------------------------------------------------------------------------- schema
+
+
+def test_the_schema_and_config_yaml_have_the_same_keys():
+    config = OmegaConf.load(CONFIG_DIR / "config.yaml")
+    keys = {key for key in flat_keys(config) if not key.startswith(("hydra", "defaults"))}
+    assert keys - {"loss.module", "loss.sft_weight", "reward.module"} == set(RULES)
+
+
+def test_every_default_is_valid_and_settings_have_the_names_of_the_config():
+    config = compose()
+    settings = load_settings(config)
+    assert settings.model.lora.r == 0 and settings.loss["beta"] == 0.1
+    assert settings.reward["name"] == "lexicon" and settings.online.select == "conf"
+    assert dataclasses.asdict(settings) == OmegaConf.to_container(config, resolve=True)
+
+
+def test_choices_are_those_of_the_code_that_reads_them():
+    for key, names in (
+        ("layout", ("auto", *LAYOUTS)),
+        ("order", ORDERS),
+        ("online.select", SELECTIONS),
+        ("pairing", PAIRINGS),
+    ):
+        accepted = str(RULES[key].accepts).removeprefix("one of ").split(", ")
+        assert set(accepted) - {"or null"} == set(names)
+
+
+@pytest.mark.parametrize("word", ["yes", "on", "true", "True", "1", 1, True])
+def test_words_for_true(word):
+    assert parse_value("sample_during_eval", word) is True
+    assert parse_value("reference.cache", word) is True
+
+
+@pytest.mark.parametrize("word", ["no", "off", "false", "FALSE", "0", 0, False])
+def test_words_for_false(word):
+    assert parse_value("wandb.enabled", word) is False
+
+
+def test_the_checked_config_has_the_parsed_values():
+    config = compose(
+        "sample_during_eval=no", "wandb.enabled=off", "batch_size=64.0", "n_examples=1e3", "lr=1"
+    )
+    check_config(config)
+    assert config.sample_during_eval is False and config.wandb.enabled is False
+    assert type(config.batch_size) is int and type(config.n_examples) is int
+    assert config.n_examples == 1000 and type(config.lr) is float
+    assert OmegaConf.to_container(config)["data_dir"] == "${here:data}"
+
+
+@pytest.mark.parametrize(
+    "override, message",
+    [
+        ("sample_during_eval=flase", "must be true or false; did you mean false?"),
+        ("sample_during_eval=null", "sample_during_eval=null must be true or false"),
+        ("batch_size=abc", "batch_size=abc must be an integer of at least 1"),
+        ("batch_size='64'", "batch_size='64' must be an integer"),
+        ("batch_size=1.5", "must be an integer"),
+        ("batch_size=true", "batch_size=true must be an integer"),
+        ("batch_size=[8]", "batch_size=[8] must be an integer"),
+        ("n_examples=inf", "must be an integer of at least 1, or null"),
+        ("lr=nan", "lr=nan must be a number above 0"),
+        ("lr=1e400", "lr=inf must be a number above 0"),
+        ("lr={a:1}", "lr={a: 1} must be a number"),
+        ("seed=-1", "from 0 to 4294967295"),
+        ("seed=4294967296", "from 0 to 4294967295"),
+        ("port=70000", "from 1 to 65535"),
+        ("max_grad_norm=null", "for no clipping"),
+        ("test_fraction=1", "in (0, 1)"),
+        ("exp_name=true", "type \"exp_name='true'\""),
+        ("local_dirs=runs", "type local_dirs=[runs]"),
+        ("wandb=5", "the name of a group of settings"),
+        ("wandb={enabled:maybe}", "wandb.enabled=maybe must be true or false"),
+        ("wandb={enable:true}", "unknown key wandb.enable; did you mean wandb.enabled"),
+        ("model.policy_dtype=float8", "accepted: float32, bfloat16, float16, float64"),
+        ("model.fsdp_policy_mp=bf16", "did you mean bfloat16?"),
+        ("seed=0,-1", "seed=-1 must be"),
+        ("lr=range(0,3)", "lr=0"),
+    ],
+)
+def test_a_value_of_another_type_or_range_is_refused_on_the_command_line(override, message):
+    with pytest.raises(ConfigError, match=re.escape(message)):
+        check_overrides([override])
+
+
+def test_values_that_are_resolved_later_are_checked_then():
+    check_overrides(["n_epochs=${seed}"])
+    with pytest.raises(ConfigError, match="n_epochs=0 must be an integer of at least 1"):
+        load_settings(compose("n_epochs=${seed}"))
+    with pytest.raises(ConfigError, match="n_epochs: its value cannot be resolved"):
+        load_settings(compose("n_epochs=${sed}"))
+    with pytest.raises(ConfigError, match=r"loss.module=\.\./x must be the name of a module"):
+        load_settings(compose("loss.module=../x"))
+    with pytest.raises(ConfigError, match="seed: its value cannot be resolved"):
+        load_settings(compose("seed=???"))
+
+
+WRONG = [
+    "null", "true", "flase", "''", "abc", "'64'", "-1", "0", "1.5", "64.0", "1e400", "-inf", "nan",
+    "99999999999999999999999", "[]", "[1,x]", "[[1]]", "{}", "{a:1}", "[{b:null}]", "/no/such/path",
+    "'a b'", "../x", "${seed}", "${no_such_key}",
+]  # fmt: skip
+
+
+def test_no_value_of_any_key_leads_to_an_exception_that_is_not_ours():
+    """Every key with values of every form, drawn with a fixed seed: accepted, or refused by us."""
+    rng = random.Random(0)
+    accepted = refused = 0
+    default = compose()
+    parser = OverridesParser.create()
+    keys = [*sorted(RULES), "loss.beta", "loss.sft_weight", "loss.name", "reward.scale"]
+    for key, value in ((key, value) for key in keys for value in rng.sample(WRONG, 4)):
+        if key in GROUPS:
+            continue
+        override = f"{key}={value}"
+        config = copy.deepcopy(default)
+        try:
+            check_overrides([override])
+            given = parser.parse_overrides([override])[0].value()
+            OmegaConf.update(config, key, given, merge=True)
+            check_config(config)
+            accepted += 1
+        except (ConfigError, DataError) as error:
+            assert "\n" not in str(error) and len(str(error)) < 1500
+            refused += 1
+        except Exception as error:
+            pytest.fail(f"{override}: {type(error).__name__}: {error}")
+    assert accepted > 40 and refused > 200
+
+
+# ------------------------------------------------------------------------------------ command lines
+
+
+def test_nothing_of_the_settings_imports_torch():
+    names = [path.stem for path in (ROOT / "preflab" / "settings").glob("[a-z]*.py")]
+    code = "import sys\n" + "".join(f"import preflab.settings.{name}\n" for name in names)
+    code += "import train, generate, serve_reward, judge\n"
+    code += "assert not {'torch', 'transformers'} & set(sys.modules)\n"
+    subprocess.run([sys.executable, "-c", code], check=True, cwd=ROOT)
+
+
+@pytest.mark.parametrize(
+    "arguments, code, text",
+    [
+        (["--help"], 0, "lr=5e-07"),
+        (["--cfg", "job"], 0, "exp_name: default"),
+        (["bach_size=8"], 2, "did you mean batch_size"),
+        (["-sc", "install=bash"], 0, "complete -o nospace"),
+        (["dpo"], 2, "did you mean loss=dpo"),
+        (["--learning_rate", "1"], 2, "without dashes; here it is lr"),
+        (["--config-dir", "/no/such/folder"], 2, "no such folder"),
+    ],
+)
+def test_questions_and_slips_are_answered_without_torch(arguments, code, text):
+    program = (
+        "import sys, train\ntry:\n    train.main()\nfinally:\n"
+        "    assert not {'torch', 'transformers'} & set(sys.modules)\n"
+    )
+    result = subprocess.run(
+        [sys.executable, "-c", program, *arguments], cwd=ROOT, capture_output=True, text=True
+    )
+    assert result.returncode == code, result.stderr
+    assert text in result.stdout + result.stderr
+    assert code == 0 or result.stderr.startswith("error: ")
+
+
+def test_help_says_of_every_key_what_it_accepts_and_means():
+    text = help_text("train.py", ["loss=tdpo"], Sources())
+    assert max(map(len, text.splitlines())) <= 100
+    for key, rule in RULES.items():
+        assert rule.accepts is None or key in GROUPS or f"  {key}=" in text, key
+    assert "  batch_size=64                     an integer of at least 1\n      examples" in text
+    assert "loss.if_tdpo2=true" in text and "loss.label_smoothing" not in text
+
+
+def test_words_of_other_tools_point_to_keys_that_exist():
+    keys = set(RULES) | {f"{group}.{key}" for group in ("loss", "reward") for key in (
+        "beta", "label_smoothing", "path"
+    )}  # fmt: skip
+    assert set(OUR_KEYS.values()) <= keys and set(NOTES) <= set(OUR_KEYS.values())
+    assert not (set(OUR_KEYS) | set(NOT_SETTINGS)) & set(RULES)
+
+
+def test_a_shell_that_split_or_expanded_braces_is_answered_with_the_word_in_quotes():
+    for words in (
+        ["online.discriminator={name:", "dpo,", "beta:", "0.1}"],
+        ["online.discriminator=name:dpo", "online.discriminator=beta:0.1"],
+    ):
+        with pytest.raises(ConfigError, match=r'quotes: "online.*{name:.*beta:.*0.1}"'):
+            check_overrides(words)
+    with pytest.raises(ConfigError, match="type lr=3"):
+        check_overrides(["lr", "=", "3"])
+
+
+def test_a_folder_of_the_users_adds_options_and_keys_and_the_rest_is_checked(tmp_path):
+    (tmp_path / "loss").mkdir()
+    (tmp_path / "experiment").mkdir()
+    (tmp_path / "loss" / "mine.yaml").write_text("defaults: [dpo]\nname: mine\ngain: 1.0\n")
+    (tmp_path / "experiment" / "try.yaml").write_text(
+        "# @package _global_\ndefaults:\n  - override /loss: mine\n"
+    )
+    own = Sources((CONFIG_DIR, tmp_path))
+    check_overrides(["loss=mine", "loss.gain=2", "loss.beta=0.3"], own)
+    check_overrides(["experiment=try", "loss.gain=2"], own)
+    check_overrides(["loss=mine", f"hydra.searchpath=[file://{tmp_path}]", "loss.gain=2"])
+    for words, message in (
+        (["loss=mine", "loss.gian=2"], "did you mean loss.gain"),
+        (["loss=mien"], "did you mean mine"),
+        (["bach_size=2"], "did you mean batch_size"),
+        (["loss.gain=2"], "unknown key loss.gain"),
+    ):
+        with pytest.raises(ConfigError, match=message):
+            check_overrides(words, own)
+
+
+@pytest.mark.parametrize("key", ["model.name_or_path={}", "datasets=[{}]", "model.archive={}"])
+def test_a_mistyped_path_is_called_a_path(key, tmp_path):
+    with pytest.raises((ConfigError, DataError), match="no such f"):
+        check_config(compose(key.format(tmp_path / "nothing")))
+
+
 # ----------------------------------------------------------------------------------------- refusals
 
 
 @pytest.mark.parametrize(
     "override, told",
     [
-        ("lerning_rate=1", "unknown key lerning_rate"),
+        ("lerning_rate=1", "unknown key lerning_rate; here it is lr"),
         ("bach_size=8", "did you mean batch_size"),
         ("loss.bta=0.1", "did you mean loss.beta"),
         ("loss.alpha=0.5", "unknown key loss.alpha"),  # the default loss is dpo, which has none
         ("model.achive=x", "did you mean model.archive"),
         ("wandb.projct=x", "did you mean wandb.project"),
         ("+new_key=1", "unknown key new_key"),
-        ("++new_key=1", "unknown key new_key"),
+        ("++new_key=1", "unknown key new_key; the nearest are "),
+        ("loss.alpha=1", "settings of loss=dpo: beta, label_smoothing"),
+        ("name_or_path=x", "did you mean model.name_or_path"),
+        ("learning_rate=1", "here it is lr"),
+        ("weight_decay=1", "arguments of the optimizer cannot be set"),
+        ("lr_scheduler_type=cosine", "constant after"),
+        ("beta=1", "here it is loss.beta"),
+        ("max_steps=1", "here it is n_examples (it counts examples"),
+        ("per_device_train_batch_size=1", "here it is batch_size"),
+        ("bf16=true", "model.fsdp_policy_mp=bfloat16"),
+        ("training.gradient_checkpointing=true", "here it is activation_checkpointing"),
+        ("dpo", "dpo has no key; did you mean loss=dpo?"),
+        ("evl", "evl has no key; did you mean function=eval?"),
+        ("batch_size", "batch_size has no value; type batch_size=VALUE"),
+        ("exp_name=größe", "type \"exp_name='größe'\""),
+        ("datasets=[größe.json,hh]", "type \"datasets=['größe.json',hh]\""),
+        ("exp_name={a}", "type \"exp_name='{a}'\""),
+        ("model.archive=runs/loss=dpo", "type \"model.archive='runs/loss=dpo'\""),
         ("loss=dop", "did you mean dpo"),
+        ("online.discriminator.beta=1", "online.discriminator is set as a whole"),
         ("model=pythia", "did you mean pythia"),
         ("reward=lexikon", "did you mean lexicon"),
         ("loss=dpo,tdop2", "did you mean tdpo2"),
@@ -99,11 +357,15 @@ def test_misspelt_keys_and_options_are_refused_with_the_nearest(override, told):
 
 
 def test_correct_command_lines_pass():
-    check_overrides(["-m", "loss=dpo,odpo,cal-dpo,tdpo2", "seed=0,1", "hydra.sweep.dir=x"])
+    check_overrides(["loss=dpo,odpo,cal-dpo,tdpo2", "seed=0,1", "hydra.sweep.dir=x"])
     check_overrides(
         ["loss=odpo", "loss.alpha=0.5", "loss.ratio=true", "model.lora.r=8", "datasets=[hh,shp]"]
     )
-    check_overrides(["loss=tdpo", "loss.if_tdpo2=false", "--cfg", "job"])
+    check_overrides(["loss=tdpo", "loss.if_tdpo2=false"])
+    check_overrides(["loss=glob(d*)", "loss.beta=1"])
+    check_overrides(["lr=1e-5,1e-6", "temperature=choice([0,0.5],1)", "seed=range(0,4)"])
+    assert check_command_line(["-m", "loss=dpo,odpo"])
+    assert not check_command_line(["loss=tdpo", "loss.if_tdpo2=false", "--cfg", "job"])
 
 
 def test_the_command_says_it_in_one_line_and_leaves_no_folder(tmp_path):
@@ -147,6 +409,10 @@ def test_run_dir_is_the_first_usable_of_local_dirs(tmp_path):
     assert list(chosen.parent.iterdir()) == []
     assert choose_run_dir("given", None, [], "exp") == "given"
     assert choose_run_dir("given", "resumed", [], "exp") == "resumed"
+    good = [str(tmp_path / "good")]
+    assert Path(choose_run_dir(None, None, good, "exp", "eval")).name.startswith("eval_exp_")
+    named = choose_run_dir(None, None, good, "exp", "eval", purpose="generate")
+    assert Path(named).name.startswith("generate_exp_")
     with pytest.raises(ConfigError, match="none of these can be written"):
         choose_run_dir(None, None, [str(tmp_path / "file")], "exp")
 

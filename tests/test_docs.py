@@ -26,7 +26,7 @@ from preflab.objective.registry import LOSSES, bind_loss
 from preflab.objective.types import FIELDS, NEEDS
 from preflab.readers.registry import DATASETS, open_dataset
 from preflab.rewards.registry import REWARDS, all_rewards, check_reward
-from preflab.settings.overrides import check_overrides
+from preflab.settings.command_line import check_arguments
 from utils import DataError
 
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
@@ -139,7 +139,7 @@ def test_a_command_of_the_documentation_is_accepted(words, extension, monkeypatc
 def composes(before: list[str], arguments: list[str]) -> None:
     """The overrides, or the first and the last run of a sweep, compose to a config whose loss and
     rewards bind."""
-    check_overrides(arguments)
+    check_arguments(arguments)
     if "--config-dir" in arguments:
         at = arguments.index("--config-dir")
         arguments[at : at + 2] = [f"hydra.searchpath=[file://{Path(arguments[at + 1]).resolve()}]"]

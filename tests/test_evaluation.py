@@ -623,7 +623,7 @@ def test_a_failed_run_says_so(llama_folder, imdb_dir, tmp_path):
 @pytest.mark.parametrize(
     "override, told",
     [
-        ("temperature=[0.5,-1]", "temperature=-1"),
+        ("temperature=[0.5,-1]", "the entry -1 is not a number of at least 0"),
         ("more_rewards=[lexikon]", "did you mean lexicon"),
         ("more_rewards=[lexicon]", "two rewards are called lexicon"),
         ("more_rewards=[{name: length, unti: words}]", "no setting unti"),

@@ -16,8 +16,8 @@ from conftest import (
 from omegaconf import OmegaConf
 from transformers import AutoModelForSequenceClassification
 
+from preflab.settings.command_line import check_arguments
 from preflab.settings.keys import CONFIG_DIR, options
-from preflab.settings.overrides import check_overrides
 from preflab.settings.run_folder import register_resolvers
 from utils import ConfigError
 
@@ -156,7 +156,7 @@ def test_a_recipe_of_d2po_has_its_settings(name):
 def test_both_spellings_compose_and_the_command_line_wins():
     overrides = ["loss.alpha=0.7", "model=tiny", "lr=1"]
     for recipe in ("experiment=odpo_imdb", "+experiment=odpo_imdb"):
-        check_overrides([recipe, *overrides])
+        check_arguments([recipe, *overrides])
         config = compose(recipe, *overrides)
         assert (config.loss.name, config.loss.beta, config.loss.alpha, config.lr, config.seed) == (
             "odpo",
@@ -173,7 +173,7 @@ def test_both_spellings_compose_and_the_command_line_wins():
 
 
 def test_recipes_stack_and_the_last_wins():
-    check_overrides(["experiment=[d2po_math,smoke]", "reward=bagofwords"])
+    check_arguments(["experiment=[d2po_math,smoke]", "reward=bagofwords"])
     config = compose("experiment=[d2po_math,smoke]")
     assert (
         config.reward.name,
@@ -202,7 +202,7 @@ def test_recipes_stack_and_the_last_wins():
 )
 def test_what_does_not_fit_a_recipe_is_refused_with_the_nearest(overrides, told):
     with pytest.raises(ConfigError, match=told.replace("[", "\\[")):
-        check_overrides(overrides)
+        check_arguments(overrides)
 
 
 def test_keys_of_a_recipes_own_options_are_accepted():
@@ -218,7 +218,7 @@ def test_keys_of_a_recipes_own_options_are_accepted():
         ],
         ["-m", "experiment=odpo_imdb,cal_dpo_hh", "seed=0,1"],
     ):
-        check_overrides(overrides)
+        check_arguments(overrides)
 
 
 # ------------------------------------------------------------------------------------------- a step
@@ -332,7 +332,7 @@ def test_a_recipe_runs_a_step(name, place, tmp_path):
         f"local_run_dir={tmp_path / 'run'}",
         f"cache_dir={place / 'cache'}",
     ]
-    check_overrides(overrides)
+    check_arguments(overrides)
     summary = run_here(*overrides)
     assert summary["finished"] and (tmp_path / "run" / "LATEST" / "hf").is_dir()
     assert summary["examples"] == 8 or "online" == summary["function"]

@@ -274,7 +274,7 @@ def test_more_requests_than_can_wait_are_sent_away(client, monkeypatch):
     "overrides, message",
     [
         (["reward=http", "reward.url=http://x"], "asks another one"),
-        (["port=70000"], "at most 65535"),
+        (["port=70000"], "from 1 to 65535"),
         (["online.initial_labels=4", *LEARNS], "discriminator_path"),
     ],
 )

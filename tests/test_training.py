@@ -338,7 +338,10 @@ def test_debug_writes_no_checkpoint(run):
         (("eval_every=0",), "at least 1"),
         (("model.policy_dtype=fp32",), "model.policy_dtype=fp32"),
         (("model.name_or_path=null",), "name_or_path is not set"),
-        (("model.name_or_path=/nowhere/model",), "neither a folder here nor a name"),
+        (
+            ("model.name_or_path=/nowhere/model",),
+            "model.name_or_path=/nowhere/model: no such folder",
+        ),
         (("model.archive=/nowhere/policy.pt",), "no such file or folder"),
         (("datasets=imdb",), "in brackets"),
         (("world_size=2", "batch_size=8"), "needs a distributed trainer"),

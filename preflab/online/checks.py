@@ -3,14 +3,14 @@
 from omegaconf import DictConfig, OmegaConf
 
 from preflab.objective.registry import BoundLoss, bind_loss
-from preflab.online.rollouts import SELECTIONS
 from preflab.rewards.registry import REWARDS
 from preflab.settings.keys import CONFIG_DIR
-from preflab.settings.values import check_choice, check_whole, exists
+from preflab.settings.values import exists
 from utils import ConfigError
 
 
 def check_online(config: DictConfig, loss: BoundLoss) -> None:
+    """Raise ConfigError for settings of function=online that do not go together."""
     settings = config.online
     check_labels(config)
     new = settings.max_new_tokens
@@ -39,21 +39,8 @@ def check_online(config: DictConfig, loss: BoundLoss) -> None:
 
 
 def check_labels(config: DictConfig) -> None:
+    """Raise ConfigError where no label could be bought or learned from with these settings."""
     settings = config.online
-    limits = {f"online.{key}": least for key, least in ONLINE_LIMITS.items()}
-    check_whole(
-        config, {f"online.{key}": least for key, least in ONLINE_NUMBERS.items()} | limits, limits
-    )
-    check_choice("online.select", settings.select, SELECTIONS)
-    check_choice("online.measure_gold", settings.measure_gold, ("auto", True, False))
-    if (
-        isinstance(settings.discriminator_lr, bool)
-        or not isinstance(settings.discriminator_lr, (int, float))
-        or not 0 < settings.discriminator_lr < float("inf")
-    ):
-        raise ConfigError(
-            f"online.discriminator_lr={settings.discriminator_lr} must be a number above 0"
-        )
     if settings.discriminator is None:
         for key in ("discriminator_path", "initial_labels"):
             if settings[key]:
@@ -84,30 +71,6 @@ def check_labels(config: DictConfig) -> None:
             "online.budget=0 and no online.discriminator_path: the discriminator knows nothing and"
             " may learn nothing; set one of them"
         )
-
-
-ONLINE_NUMBERS = {
-    "rounds": 1,
-    "responses_per_prompt": 2,
-    "updates_per_round": 1,
-    "eval_every": 1,
-    "save_every": 1,
-    "relabel_every": 2,
-    "relabels": 1,
-    "discriminator_epochs": 1,
-    "discriminator_batch_size": 1,
-    "replay": 0,
-    "initial_labels": 0,
-    "initial_epochs": 1,
-}
-
-
-ONLINE_LIMITS = {
-    "prompts_per_round": 1,
-    "max_new_tokens": 1,
-    "budget": 0,
-    "stop_labels": 0,
-}  # null: none
 
 
 def discriminator_loss(config) -> BoundLoss:

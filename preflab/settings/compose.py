@@ -21,11 +21,9 @@ def compose(overrides: Sequence[str], config_dir: Path | None = None) -> DictCon
     """
     register_resolvers()
     overrides = list(overrides)
-    if config_dir is None:
-        check_overrides(overrides)
-    else:
-        check_overrides([*overrides, "--config-dir"])
+    if config_dir is not None:
         overrides.append(f"hydra.searchpath=[file://{config_dir.resolve()}]")
+    check_overrides(overrides)
     try:
         with hydra.initialize_config_dir(str(CONFIG_DIR), version_base="1.3"):
             return hydra.compose("config", overrides=overrides)

@@ -1,4 +1,4 @@
-"""Where a run is kept."""
+"""The folder of a run."""
 
 import getpass
 import hashlib
@@ -13,32 +13,53 @@ from pathlib import Path
 from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig, OmegaConf
 
-from preflab.distributed.process_group import world
 from preflab.settings.identity import must_match, same_settings
-from preflab.settings.keys import ROOT
+from preflab.settings.keys import GROUPS, ROOT
+from preflab.settings.schema import parse_value
 from utils import ConfigError, PrefLabError
 
 
-def register_resolvers() -> None:
-    """The `${here:...}`, `${run_dir:...}` and `${run_name:...}` of config.yaml."""
+def register_resolvers(purpose: str | None = None) -> None:
+    """The `${here:...}`, `${run_dir:...}` and `${run_name:...}` of config.yaml.
+
+    purpose: what a new run folder's name begins with, in place of what `function` says.
+    """
+
+    def run_dir(*settings) -> str:
+        return choose_run_dir(*settings, purpose=purpose)
+
     OmegaConf.register_new_resolver("here", lambda path: str(ROOT / path), replace=True)
-    OmegaConf.register_new_resolver("run_dir", choose_run_dir, replace=True, use_cache=True)
+    OmegaConf.register_new_resolver("run_dir", run_dir, replace=True, use_cache=True)
     OmegaConf.register_new_resolver("run_name", name_of_run, replace=True)
 
 
 def choose_run_dir(
-    local_run_dir: str | None, resume: str | None, local_dirs: Sequence[str], exp_name: str
+    local_run_dir: str | None,
+    resume: str | None,
+    local_dirs: Sequence[str],
+    exp_name: str,
+    function: str = "train",
+    *,
+    purpose: str | None = None,
 ) -> str:
     """`resume`, else `local_run_dir`, else a new folder `<first usable of
-    local_dirs>/<user>/<exp_name>_<timestamp>`."""
+    local_dirs>/<user>/<exp_name>_<timestamp>`; the name of an evaluation's begins with `eval_`."""
     if resume or local_run_dir:
         return str(resume or local_run_dir)
-    return world().agree(
-        lambda: _new_run_dir(local_dirs, exp_name)
-    )  # ranks that each read the clock would not meet
+    local_dirs = parse_value(
+        "local_dirs",
+        OmegaConf.to_container(local_dirs) if OmegaConf.is_config(local_dirs) else local_dirs,
+    )
+    exp_name = parse_value("exp_name", exp_name)
+    purpose = purpose or ("eval" if function == "eval" else None)
+    name = f"{purpose}_{exp_name}" if purpose else exp_name
+    from preflab.distributed.process_group import world  # here, for it imports torch
+
+    # Ranks that each read the clock would not meet.
+    return world().agree(lambda: _new_run_dir(local_dirs, name))
 
 
-def _new_run_dir(local_dirs: Sequence[str], exp_name: str) -> str:
+def _new_run_dir(local_dirs: Sequence[str], name: str) -> str:
     stamp = time.strftime("%Y-%m-%d_%H-%M-%S") + f"_{time.time_ns() // 1000 % 10**6:06d}"
     for base in local_dirs:
         folder = Path(base) / getpass.getuser()
@@ -48,7 +69,7 @@ def _new_run_dir(local_dirs: Sequence[str], exp_name: str) -> str:
             (folder / f".write-{stamp}").unlink()
         except OSError:
             continue
-        return str(folder / f"{exp_name}_{stamp}")
+        return str(folder / f"{name}_{stamp}")
     raise ConfigError(
         f"local_dirs={list(local_dirs)}: none of these can be written to; give local_run_dir=DIR"
     )
@@ -56,12 +77,9 @@ def _new_run_dir(local_dirs: Sequence[str], exp_name: str) -> str:
 
 def name_of_run(overrides: Sequence[str]) -> str:
     """Folder of one run of a sweep: its overrides, made safe for a file name."""
-    telling = [
-        o
-        for o in overrides
-        if not o.startswith(("local_run_dir=", "local_dirs=", "exp_name=", "wandb."))
-    ]
-    name = ",".join(re.sub(r"[^\w.,=+\-\[\]]+", "_", o) for o in telling) or "default"
+    hidden = ("local_run_dir=", "local_dirs=", "exp_name=", "wandb.")
+    named = [override for override in overrides if not override.startswith(hidden)]
+    name = ",".join(re.sub(r"[^\w.,=+\-\[\]]+", "_", o) for o in named) or "default"
     if len(name) > 150:
         name = name[:130] + "-" + hashlib.sha256(name.encode()).hexdigest()[:12]
     return name
@@ -75,7 +93,7 @@ def saved_config(config: DictConfig, run_dir: Path) -> DictConfig:
     saved = OmegaConf.load(path)
     for override in HydraConfig.get().overrides.task:
         key = override.split("=")[0].lstrip("+")
-        if key in ("model", "loss", "reward", "experiment"):
+        if key in GROUPS:
             raise PrefLabError(
                 f"resume={run_dir} keeps the {key} it was started with; leave {override} out"
             )

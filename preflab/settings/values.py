@@ -1,11 +1,8 @@
 """Checks of single values."""
 
-from collections.abc import Iterable
 from pathlib import Path
 
-from omegaconf import DictConfig, OmegaConf
-
-from utils import ConfigError, nearest
+from omegaconf import OmegaConf
 
 
 def exists(path: str) -> bool:
@@ -13,21 +10,6 @@ def exists(path: str) -> bool:
         return Path(path).exists()
     except OSError:  # a name too long for a file
         return False
-
-
-def check_choice(key: str, value, accepted: Iterable[str]) -> None:
-    if value not in accepted:
-        raise ConfigError(f"{key}={value}; {nearest(str(value), accepted)}")
-
-
-def check_whole(config: DictConfig, smallest: dict[str, int], optional: Iterable[str]) -> None:
-    """`optional` ones may be null."""
-    for key, least in smallest.items():
-        value = OmegaConf.select(config, key)
-        if value is None and key in optional:
-            continue
-        if isinstance(value, bool) or not isinstance(value, int) or value < least:
-            raise ConfigError(f"{key}={value} must be a whole number of at least {least}")
 
 
 def changed(settings, **values):
