@@ -6,7 +6,6 @@ folder: {"prompt", "response", "chosen", "sample", ...}. The samples are those t
 would draw.
 """
 
-import json
 import sys
 from pathlib import Path
 
@@ -17,7 +16,7 @@ from omegaconf import DictConfig
 from preflab.settings.command_line import check_command_line
 from preflab.settings.overrides import fail
 from preflab.settings.run_folder import register_resolvers
-from utils import ConfigError, PrefLabError, atomic_write
+from utils import ConfigError, PrefLabError
 
 
 def main() -> None:
@@ -40,59 +39,35 @@ def run(config: DictConfig) -> None:
 def generate(config: DictConfig, run_dir: Path) -> Path:
     """Sample responses to `n_eval_examples` test prompts; returns the file."""
     # These import torch, and a mistake on the command line is answered before.
-    from preflab.batching.examples import prompts_to_sample
-    from preflab.checks import check_config
+    from preflab.checks import check_settings
     from preflab.distributed.console import configure_logging
+    from preflab.evaluation.generations import write_generations
     from preflab.evaluation.worklist import expand_archives
     from preflab.execution import load_inputs, register_built_in
-    from preflab.modeling.generation import sample
-    from preflab.modeling.loading import build_policy
-    from preflab.settings.values import temperatures
+    from preflab.settings.load import validate
+    from preflab.settings.values import changed, temperatures
     from preflab.training.registry import find_trainer
 
     register_built_in()
     configure_logging()
-    if find_trainer(config.trainer).place is not None:
+    settings = validate(config)
+    if find_trainer(settings.trainer).place is not None:
         raise ConfigError(
-            f"trainer={config.trainer}: generate.py samples in one process; leave it out, or use"
+            f"trainer={settings.trainer}: generate.py samples in one process; leave it out, or use"
             " train.py function=eval"
         )
-    loss, sources = check_config(config)
-    archives = expand_archives(config.model.archive)
-    for key, values in (("temperature", temperatures(config)), ("model.archive", archives)):
+    loss, sources = check_settings(settings)
+    archives = expand_archives(settings.model.archive)
+    for key, values in (("temperature", temperatures(settings)), ("model.archive", archives)):
         if len(values) > 1:
             raise ConfigError(
                 f"{key} gives {len(values)} values, and generate.py samples from one policy at one"
                 " temperature; use train.py function=eval"
             )
-    config.temperature, config.model.archive = temperatures(config)[0], archives[0]
-    inputs = load_inputs(config, sources, loss)
-    prompts = prompts_to_sample(
-        inputs.data["test"], config.n_eval_examples, config.max_prompt_length
-    )
-    drawn = [(prompt, i) for prompt in prompts for i in range(config.samples_per_prompt)]
-    responses = sample(
-        build_policy(config.model, trainable=False),
-        inputs.tokenizer,
-        [prompt.tokens for prompt, _ in drawn],
-        keys=[(prompt.key, i) if i else prompt.key for prompt, i in drawn],
-        max_new_tokens=config.max_new_tokens or config.max_length - config.max_prompt_length,
-        temperature=config.temperature,
-        top_p=config.topp,
-        seed=config.seed,
-        batch_size=config.eval_batch_size,
-    )
-    settings = {"temperature": config.temperature, "top_p": config.topp, "seed": config.seed}
+    one = changed(settings, temperature=temperatures(settings)[0], model={"archive": archives[0]})
+    inputs = load_inputs(one, sources, loss)
     path = run_dir / "generations.jsonl"
-    with atomic_write(path) as f:
-        for (prompt, i), response in zip(drawn, responses, strict=True):
-            prompt_text, response_text, chosen_text = (
-                inputs.tokenizer.decode(tokens, skip_special_tokens=True)
-                for tokens in (prompt.tokens, response, prompt.chosen)
-            )
-            row = {"prompt": prompt_text, "response": response_text, "chosen": chosen_text}
-            row |= {"sample": i, **settings}
-            f.write(json.dumps(row, ensure_ascii=False) + "\n")
+    write_generations(path, one, inputs.tokenizer, inputs.data["test"])
     return path
 
 

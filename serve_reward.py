@@ -35,32 +35,37 @@ def main() -> None:
 
 @hydra.main(version_base="1.3", config_path="config", config_name="config")
 def run(config: DictConfig) -> None:
-    # Here, for they import torch, and a wrong command line is to be answered before.
+    # These import torch, and a mistake on the command line is answered before.
     import uvicorn
 
     import losses  # noqa: F401  registers the losses
     import preference_datasets  # noqa: F401  registers the datasets
     from preflab.checks import check_service
+    from preflab.distributed.console import configure_logging
     from preflab.online.service import Service, make_app
+    from preflab.settings.load import validate
     from trainers import BasicTrainer
 
+    configure_logging()
     folder = Path(HydraConfig.get().runtime.output_dir)
     try:
-        check_service(config)
+        settings = validate(config)
+        check_service(settings)
         if (before := folder / "config.yaml").is_file():
             _same_service(OmegaConf.load(before), config, folder)
         with in_use(folder / "labels.lock"):
-            service = Service(config, folder, BasicTrainer)
+            service = Service(settings, folder, BasicTrainer)
             with atomic_write(folder / "config.yaml") as f:
                 f.write(OmegaConf.to_yaml(config, resolve=True))
             print(
-                f"{config.reward.name} at http://{config.host}:{config.port}, state in {folder}",
+                f"{settings.reward['name']} at http://{settings.host}:{settings.port}, state in"
+                f" {folder}",
                 flush=True,
             )
             uvicorn.run(
                 make_app(service, os.environ.get("REWARD_TOKEN")),
-                host=config.host,
-                port=config.port,
+                host=settings.host,
+                port=settings.port,
                 log_level="warning",
             )
     except PrefLabError as error:

@@ -18,7 +18,8 @@ from preflab.distributed.process_group import ALONE, World
 from preflab.distributed.signals import StopSignals
 from preflab.evaluation.evaluator import Evaluator
 from preflab.evaluation.worklist import draws_samples
-from preflab.modeling.blocks import cast, find_blocks
+from preflab.modeling.blocks import cast as cast  # for trainers of your own
+from preflab.modeling.blocks import find_blocks
 from preflab.modeling.fsdp import layer_plan, shard
 from preflab.modeling.loading import skeleton
 from preflab.modeling.logprobs import Scorer
@@ -34,15 +35,6 @@ from preflab.training.registry import register_trainer
 from preflab.training.session import Session
 from utils import seed_everything
 
-__all__ = [
-    "BasicTrainer",
-    "FSDPTrainer",
-    "Placement",
-    "TensorParallelTrainer",
-    "cast",
-    "register_trainer",
-]
-
 
 @register_trainer
 class BasicTrainer:
@@ -54,13 +46,13 @@ class BasicTrainer:
 
     placement: ClassVar[Placement] = Placement()
 
-    # place(scorer, dtype, settings, world) puts a built model where it lives, in place. None loads
-    # it to the GPU if there is one, spread over the GPUs if there are several.
+    # place(scorer, dtype, settings, world) puts a built model where it lives. None: on the GPU if
+    # there is one, spread over the GPUs if there are several.
     place = None
 
     @staticmethod
     def check(settings, *, scalar_head: bool) -> None:
-        """Raise ConfigError for settings that this placement cannot run, before weights are read."""
+        """Raise ConfigError, before weights are read, for what this placement cannot run."""
 
     def __init__(
         self,

@@ -1,6 +1,7 @@
 """Running a composed config: check it, build what it needs, train or evaluate."""
 
 import contextlib
+import dataclasses
 import importlib
 import json
 import logging
@@ -16,13 +17,13 @@ from omegaconf import DictConfig, OmegaConf
 from preflab.batching.examples import PreferenceData
 from preflab.batching.summary import counts_line, describe_data
 from preflab.batching.token_store import TokenStore, prepare
-from preflab.checks import check_config
+from preflab.checks import check_settings
 from preflab.distributed.console import configure_logging
 from preflab.distributed.launch import launch, sheltered
 from preflab.distributed.process_group import leave, world
 from preflab.distributed.signals import Stopped, StopSignals
 from preflab.evaluation.evaluator import Evaluator, evaluate_checkpoints
-from preflab.evaluation.worklist import draws_samples, finished_like, pending
+from preflab.evaluation.worklist import covered, draws_samples, pending
 from preflab.modeling.loading import check_model, load_tokenizer
 from preflab.modeling.parallelism import data_ranks, local_workers
 from preflab.objective.registry import BoundLoss
@@ -30,7 +31,10 @@ from preflab.online.rounds import OnlineTrainer
 from preflab.readers.records import Source
 from preflab.reports.run import write_report
 from preflab.rewards.registry import build_rewards
+from preflab.settings.identity import same_settings
+from preflab.settings.load import validate
 from preflab.settings.run_folder import finished_summary, remove_if_empty, run_dir_for
+from preflab.settings.schema import Settings
 from preflab.training.memory_plan import describe, make_plan
 from preflab.training.metrics import MetricLog
 from preflab.training.registry import find_trainer
@@ -71,11 +75,12 @@ def execute(config: DictConfig, run_dir: Path, stop: StopSignals | None = None) 
     ranks = world()
     configure_logging(ranks.rank)
     stop = stop or StopSignals()
-    loss, sources = ranks.first(lambda: check_config(config))
-    if earlier := ranks.agree(lambda: finished_like(config, config.skip_finished)):
+    settings = ranks.first(lambda: validate(config))
+    loss, sources = ranks.first(lambda: check_settings(settings))
+    if earlier := ranks.agree(lambda: _finished_like(config, settings)):
         logger.info(
             f"skipped: {earlier} is a finished run with these settings"
-            f" (skip_finished={config.skip_finished})"
+            f" (skip_finished={settings.skip_finished})"
         )
         if ranks.rank == 0:
             remove_if_empty(run_dir)
@@ -84,16 +89,16 @@ def execute(config: DictConfig, run_dir: Path, stop: StopSignals | None = None) 
     if summary := ranks.agree(lambda: finished_summary(config, run_dir)):
         logger.info(f"{run_dir} is already finished")
         return _report(run_dir, summary)
-    inputs = ranks.first(lambda: load_inputs(config, sources, loss))
-    if config.function == "plan":
-        plan = make_plan(config, loss, inputs.data["train"])
-        logger.info(describe(plan, config.plan.gpu_gib))
+    inputs = ranks.first(lambda: load_inputs(settings, sources, loss))
+    if settings.function == "plan":
+        plan = make_plan(settings, loss, inputs.data["train"])
+        logger.info(describe(plan, settings.plan.gpu_gib))
         remove_if_empty(run_dir)
         return {}
     if ranks.rank == 0:
         _begin_folder(config, run_dir, inputs)
     with _status(run_dir, ranks.rank):
-        summary = _run_here_or_on_workers(config, run_dir, inputs, stop)
+        summary = _run_here_or_on_workers(settings, run_dir, inputs, stop)
         return _report(run_dir, summary)
 
 
@@ -109,63 +114,73 @@ def _begin_folder(config: DictConfig, run_dir: Path, inputs: Inputs) -> None:
     logger.info(f"run folder: {run_dir}")
 
 
+def _finished_like(config: DictConfig, settings: Settings) -> Path | None:
+    """A finished run below `skip_finished` with these settings, if there is one."""
+    folder = settings.skip_finished
+    for path in sorted(Path(folder).rglob("config.yaml")) if folder else ():
+        if not (path.parent / "summary.json").is_file():
+            continue
+        if not same_settings(OmegaConf.load(path), config):
+            continue
+        if settings.function != "eval" or covered(settings, path.parent):
+            return path.parent
+    return None
+
+
 def _run_here_or_on_workers(
-    config: DictConfig, run_dir: Path, inputs: Inputs, stop: StopSignals
+    settings: Settings, run_dir: Path, inputs: Inputs, stop: StopSignals
 ) -> dict:
-    workers = local_workers(find_trainer(config.trainer), config)
+    workers = local_workers(find_trainer(settings.trainer), settings)
     if world().size > 1 or workers == 1:
-        return _run(config, run_dir, inputs, stop)
-    resolved = OmegaConf.to_container(config, resolve=True)
-    launch(work, workers, config.fsdp_port, (resolved, run_dir), stop)
+        return _run(settings, run_dir, inputs, stop)
+    launch(work, workers, settings.fsdp_port, (settings, run_dir), stop)
     if stop.received and not (run_dir / "summary.json").exists():
         raise Stopped(stop.received)
     return read_summary(run_dir)
 
 
-def work(resolved: dict, run_dir: Path) -> None:
+def work(settings: Settings, run_dir: Path) -> None:
     """One of the workers that `execute` starts: everything was checked and tokenised before."""
     register_built_in()
     stop = StopSignals()
     stop.listen()
     configure_logging(world().rank)
-    config = OmegaConf.create(resolved)
     with contextlib.redirect_stdout(None):  # the starting process has printed it
-        loss, sources = check_config(config)
-        inputs = load_inputs(config, sources, loss)
+        loss, sources = check_settings(settings)
+        inputs = load_inputs(settings, sources, loss)
     with contextlib.suppress(Stopped):  # the starting process got the signal too, and says so
-        _run(config, run_dir, inputs, stop)
+        _run(settings, run_dir, inputs, stop)
     leave()
 
 
-def _run(config: DictConfig, run_dir: Path, inputs: Inputs, stop: StopSignals) -> dict:
+def _run(settings: Settings, run_dir: Path, inputs: Inputs, stop: StopSignals) -> dict:
     """Train or evaluate on this rank; returns the summary."""
-    ranks, trainer = world(), find_trainer(config.trainer)
-    ranks.peers = trainer.placement.peers(config)
+    ranks, trainer = world(), find_trainer(settings.trainer)
+    ranks.peers = trainer.placement.peers(settings)
     wandb_run = None
-    if not config.debug and ranks.rank == 0:
+    if not settings.debug and ranks.rank == 0:
         with sheltered():
-            resolved = OmegaConf.to_container(config, resolve=True)
-            wandb_run = start_wandb(config.wandb, run_dir, resolved)
-    if config.function == "eval":
-        return _evaluate(config, run_dir, inputs, trainer, wandb_run, stop)
-    parts = (config, run_dir, inputs.loss, inputs.tokenizer, inputs.data)
+            wandb_run = start_wandb(settings.wandb, run_dir, dataclasses.asdict(settings))
+    if settings.function == "eval":
+        return _evaluate(settings, run_dir, inputs, trainer, wandb_run, stop)
+    parts = (settings, run_dir, inputs.loss, inputs.tokenizer, inputs.data)
     shared = {"world": ranks, "wandb_run": wandb_run, "stop": stop}
-    if config.function == "online":
+    if settings.function == "online":
         return OnlineTrainer(*parts, trainer=trainer, **shared).train()
     return trainer(*parts, **shared).train()
 
 
 def _evaluate(
-    config: DictConfig, run_dir: Path, inputs: Inputs, trainer: type, wandb_run, stop: StopSignals
+    settings: Settings, run_dir: Path, inputs: Inputs, trainer: type, wandb_run, stop: StopSignals
 ) -> dict:
     ranks = world()
-    seed_everything(config.seed)
-    worklist = ranks.agree(lambda: pending(config, run_dir))
-    rewards = build_rewards(config) if draws_samples(config, inputs.loss) else {}
+    seed_everything(settings.seed)
+    worklist = ranks.agree(lambda: pending(settings, run_dir))
+    rewards = build_rewards(settings) if draws_samples(settings, inputs.loss) else {}
     evaluator = Evaluator(
-        config, inputs.loss, inputs.tokenizer, inputs.data["test"], rewards, run_dir, ranks
+        settings, inputs.loss, inputs.tokenizer, inputs.data["test"], rewards, run_dir, ranks
     )
-    interval = config.minimum_log_interval_secs
+    interval = settings.minimum_log_interval_secs
     log = MetricLog(run_dir, wandb_run, interval, writes=ranks.rank == 0)
     return evaluate_checkpoints(worklist, evaluator, trainer, log, stop)
 
@@ -173,23 +188,23 @@ def _evaluate(
 # ---------------------------------------------------------------------------------- data, reports
 
 
-def load_inputs(config: DictConfig, sources: dict[str, list[Source]], loss: BoundLoss) -> Inputs:
+def load_inputs(settings: Settings, sources: dict[str, list[Source]], loss: BoundLoss) -> Inputs:
     """The tokenizer and the tokenised data, after a check of the model's settings.
 
     sources: opened data sets by split. Prints the counts of each. Raises ConfigError or DataError
     for a model, or data, that the run cannot use.
     """
-    trainer = find_trainer(config.trainer)
-    check_model(config, trainer, scalar_head="scalar_head" in loss.reads)
-    tokenizer = load_tokenizer(config.model)
+    trainer = find_trainer(settings.trainer)
+    check_model(settings, trainer, scalar_head="scalar_head" in loss.reads)
+    tokenizer = load_tokenizer(settings.model)
     stores = {
         split: [
             prepare(
                 source,
                 tokenizer,
-                max_length=config.max_length,
-                max_prompt_length=config.max_prompt_length,
-                cache_dir=config.cache_dir,
+                max_length=settings.max_length,
+                max_prompt_length=settings.max_prompt_length,
+                cache_dir=settings.cache_dir,
             )
             for source in of_split
         ]
@@ -197,11 +212,11 @@ def load_inputs(config: DictConfig, sources: dict[str, list[Source]], loss: Boun
     }
     for store in (store for of_split in stores.values() for store in of_split):
         logger.info(counts_line(store.counts))
-    only_prompts = config.function == "online" or any(
+    only_prompts = settings.function == "online" or any(
         source.only_prompts for of_split in sources.values() for source in of_split
     )
     kind = "prompts" if only_prompts else loss.examples
-    names = ", ".join(config.datasets)
+    names = ", ".join(settings.datasets)
     data = {
         split: PreferenceData(of_split, kind, f"{names} ({split})")
         for split, of_split in stores.items()
@@ -211,11 +226,11 @@ def load_inputs(config: DictConfig, sources: dict[str, list[Source]], loss: Boun
             if remark := examples.check_for(loss):
                 logger.info(f"{split}: {remark}")
     if "train" in data:
-        ranks = data_ranks(trainer, config, world())
+        ranks = data_ranks(trainer, settings, world())
         if len(data["train"]) < ranks:
             raise DataError(
-                f"datasets={list(config.datasets)} (train) holds {len(data['train'])} examples for"
-                f" {ranks} ranks; start fewer"
+                f"datasets={list(settings.datasets)} (train) holds {len(data['train'])} examples"
+                f" for {ranks} ranks; start fewer"
             )
     return Inputs(loss, tokenizer, stores, data)
 

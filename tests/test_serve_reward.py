@@ -22,6 +22,7 @@ from preflab.online import service as service_module
 from preflab.online.service import Service, make_app
 from preflab.rewards.registry import RewardError, build_reward
 from preflab.settings.keys import CONFIG_DIR
+from preflab.settings.load import validate
 from preflab.settings.run_folder import register_resolvers
 from trainers import BasicTrainer
 from utils import ConfigError
@@ -56,12 +57,13 @@ def service_options(small_folder, imdb_dir, *more: str) -> list[str]:
     ]
 
 
-def config_of(*overrides: str):
+def settings_of(*overrides: str):
     register_resolvers()
     with initialize_config_dir(str(CONFIG_DIR), version_base="1.3"):
         config = compose("config", overrides=["function=online", *map(str, overrides)])
-    check_service(config)
-    return config
+    settings = validate(config)
+    check_service(settings)
+    return settings
 
 
 @pytest.fixture
@@ -70,7 +72,7 @@ def client(small_folder, imdb_dir, tmp_path):
 
     def client(*more: str, token: str | None = None, folder: Path = tmp_path / "state"):
         service = Service(
-            config_of(*service_options(small_folder, imdb_dir, *more)), folder, BasicTrainer
+            settings_of(*service_options(small_folder, imdb_dir, *more)), folder, BasicTrainer
         )
         return TestClient(make_app(service, token), raise_server_exceptions=False), service
 
@@ -92,7 +94,7 @@ def test_predict_scores_by_the_reward(client):
         "/predict", json={"prompts": ["a", "b"], "responses": ["four", ""]}
     ).json() == {"scores": [4.0, 0.0]}
     assert http.get("/health").json() == {"ok": True, "reward": "length", "discriminator": False}
-    assert config_of().host == "127.0.0.1"  # this machine alone, unless told
+    assert settings_of().host == "127.0.0.1"  # this machine alone, unless told
 
 
 def test_train_without_a_discriminator_is_opo_with_gold(client):
@@ -280,7 +282,7 @@ def test_more_requests_than_can_wait_are_sent_away(client, monkeypatch):
 )
 def test_a_service_that_cannot_work_is_refused(overrides, message):
     with pytest.raises(ConfigError, match=message):
-        config_of(*overrides)
+        settings_of(*overrides)
 
 
 # ---------------------------------------------------------------------------- a run and its service

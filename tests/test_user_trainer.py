@@ -3,6 +3,7 @@ one that declares nothing but its processes."""
 
 import json
 import re
+from types import SimpleNamespace
 
 import pytest
 from conftest import (
@@ -140,9 +141,8 @@ def test_a_setting_of_another_placement_is_refused(folder):
     from preflab.modeling.parallelism import check_placement_settings
 
     trainer = find_trainer(f"{folder}/my_trainers.py:DDPTrainer")
-    settings = dict.fromkeys(("world_size", "fsdp_shard_size")) | {
-        "tensor_parallel_size": 2,
-        "fsdp_cpu_offload": False,
-    }
+    settings = SimpleNamespace(
+        world_size=None, fsdp_shard_size=None, tensor_parallel_size=2, fsdp_cpu_offload=False
+    )
     with pytest.raises(ConfigError, match="tensor_parallel_size=2 is for trainer=FSDPTrainer"):
         check_placement_settings(trainer, settings)

@@ -7,10 +7,9 @@ import re
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import OmegaConf
 
 from preflab.modeling.weights_io import archive_files
-from preflab.settings.identity import same_settings
 from preflab.settings.values import temperatures
 from utils import ConfigError, append_rows, atomic_write, content_hash, json_lines
 
@@ -167,15 +166,3 @@ def finish_evaluation(
 def _rows(path: Path) -> list[dict]:
     """The rows of a file that is always written whole; none if it does not exist."""
     return [json.loads(line) for line in json_lines(path)] if path.is_file() else []
-
-
-def finished_like(config: DictConfig, folder: str | None) -> Path | None:
-    """A finished run below `folder` with the settings of `config`, if there is one."""
-    for path in sorted(Path(folder).rglob("config.yaml")) if folder else ():
-        if not (path.parent / "summary.json").is_file():
-            continue
-        if not same_settings(OmegaConf.load(path), config):
-            continue
-        if config.function != "eval" or covered(config, path.parent):
-            return path.parent
-    return None

@@ -67,7 +67,7 @@ def check_placement_settings(trainer: type, settings) -> None:
     """Raise ConfigError for a key that is set and that the trainer's placement does not read."""
     name, placement = trainer.__name__, trainer.placement
     for key, unused in PLACEMENT_SETTINGS.items():
-        value = settings[key]
+        value = getattr(settings, key)
         if key in placement.settings or value == unused or (key == "world_size" and value == 1):
             continue
         if key == "world_size":

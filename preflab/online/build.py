@@ -19,6 +19,6 @@ def make_labeler(
         return DiscriminatorLabels(score, ledger, discriminator, settings.online, settings.seed)
     if hasattr(score, "learn"):
         return RemoteLabels(score, world, str(run_dir.resolve()))
-    if REWARDS[settings.reward.name].is_gold:
+    if REWARDS[settings.reward["name"]].is_gold:
         return GoldLabels(score, ledger, settings.online.responses_per_prompt)
     return StaticLabels(score, world)

@@ -10,7 +10,6 @@ from pathlib import Path
 from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse
-from omegaconf import DictConfig
 from pydantic import BaseModel, Field, StrictInt, StrictStr
 from starlette.exceptions import HTTPException
 
@@ -19,6 +18,7 @@ from preflab.online.build import make_labeler
 from preflab.online.rollouts import Rollouts
 from preflab.reports.runs import read_jsonl
 from preflab.rewards.registry import build_reward
+from preflab.settings.schema import Settings
 from preflab.training.checkpoints import save_checkpoint
 from utils import DataError, PrefLabError, atomic_write, content_hash
 
@@ -56,8 +56,8 @@ class Service:
     comes again.
     """
 
-    def __init__(self, config: DictConfig, folder: Path, trainer: type):
-        self.config, self.folder = config, folder
+    def __init__(self, settings: Settings, folder: Path, trainer: type):
+        self.settings, self.folder = settings, folder
         folder.mkdir(parents=True, exist_ok=True)
         self.state = {"requests": 0, "steps": 0, "labels": {}}
         if (path := folder / "state.json").is_file():
@@ -68,8 +68,8 @@ class Service:
         for later in folder.glob("step-*"):
             if int(later.name.removeprefix("step-")) > self.state["steps"]:
                 shutil.rmtree(later)
-        self.score = build_reward(config.reward)
-        self.labeler = make_labeler(trainer, config, self.score, folder, ALONE)
+        self.score = build_reward(settings.reward)
+        self.labeler = make_labeler(trainer, settings, self.score, folder, ALONE)
         if self.discriminator is not None:
             self.discriminator.prepare()
             if checkpoint := self.discriminator.learner.checkpoint:
@@ -117,7 +117,7 @@ class Service:
             request.responses,
             [[[] for _ in texts] for texts in request.responses],
         )
-        k = self.config.online.responses_per_prompt
+        k = self.settings.online.responses_per_prompt
         if self.discriminator is None and len(request.responses[0]) != k:
             raise DataError(
                 f"{len(request.responses[0])} responses of each prompt, and this service labels"
@@ -126,7 +126,7 @@ class Service:
         if (room := self.labeler.room(number)) is not None and room < len(keys):
             raise DataError(
                 f"{len(keys)} pairs are to be labelled, and the budget of"
-                f" {self.config.online.budget} labels has room for {room}"
+                f" {self.settings.online.budget} labels has room for {room}"
             )
         labels = self.labeler.label(rollouts)
         answer = {
@@ -155,7 +155,7 @@ class Service:
 
     def told(self) -> dict:
         """For /state."""
-        online, state = self.config.online, self.state
+        online, state = self.settings.online, self.state
         bought = self.labeler.bought_until(state["requests"])
         pool = len(state["labels"].get("pool", ()))
         return {
@@ -219,7 +219,7 @@ def make_app(service: Service, token: str | None) -> FastAPI:
     async def health():
         return {
             "ok": True,
-            "reward": service.config.reward.name,
+            "reward": service.settings.reward["name"],
             "discriminator": service.discriminator is not None
             and service.discriminator.learner.loss.name,
         }

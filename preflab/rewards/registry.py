@@ -3,7 +3,7 @@ one function and one yaml file."""
 
 import inspect
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 from omegaconf import OmegaConf
@@ -73,7 +73,7 @@ def all_rewards(config) -> dict[str, dict]:
 def _entry_settings(entry) -> dict:
     if isinstance(entry, str):
         return {"name": entry}
-    if not isinstance(entry, dict) and not OmegaConf.is_dict(entry):
+    if not isinstance(entry, Mapping):
         raise ConfigError(
             f"more_rewards: {entry!r} is neither a name nor {{name: NAME, setting: value}}"
         )

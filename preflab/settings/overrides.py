@@ -321,13 +321,19 @@ def _meant_by(word: str) -> str | None:
         "model": options("model"),
         "reward": options("reward"),
         "experiment": options("experiment"),
-        "trainer": ("BasicTrainer", "FSDPTrainer", "TensorParallelTrainer"),
+        "trainer": _trainers(),
     }
     for cutoff in (1.0, 0.8):
         for key, names in values.items():
             if close := difflib.get_close_matches(word, list(names), n=1, cutoff=cutoff):
                 return f"{key}={close[0]}"
     return None
+
+
+def _trainers() -> list[str]:
+    """The classes of trainers.py, which imports torch and is therefore read and not imported."""
+    source = (ROOT / "trainers.py").read_text(encoding="utf-8")
+    return re.findall(r"^class (\w+)", source, flags=re.MULTILINE)
 
 
 def fail(error: Exception) -> None:

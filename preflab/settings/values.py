@@ -1,8 +1,8 @@
 """Checks of single values."""
 
+import dataclasses
 from pathlib import Path
-
-from omegaconf import OmegaConf
+from typing import Any
 
 
 def exists(path: str) -> bool:
@@ -12,9 +12,14 @@ def exists(path: str) -> bool:
         return False
 
 
-def changed(settings, **values):
-    """A copy of a group of settings with other values of some keys."""
-    return OmegaConf.merge(settings, values)
+def changed(settings: Any, **values: Any) -> Any:
+    """A copy of a group of settings with other values of some keys; a dict changes keys of a group
+    inside it."""
+    for name, value in values.items():
+        before = getattr(settings, name)
+        if dataclasses.is_dataclass(before) and isinstance(value, dict):
+            values[name] = changed(before, **value)
+    return dataclasses.replace(settings, **values)
 
 
 def temperatures(settings) -> list[float]:

@@ -48,7 +48,7 @@ def write_summary(
         "finished": True,
         "function": settings.function,
         "loss": loss_name,
-        "reward": settings.reward.name,
+        "reward": settings.reward["name"],
         **{name: samples.get(name) for name in REWARDS + KLS},
         "eval_accuracy": values.get("rewards_eval/accuracies"),
         "eval_loss": values.get("loss/eval"),

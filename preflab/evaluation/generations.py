@@ -1,0 +1,46 @@
+"""Samples of a policy as a file of prompts and responses."""
+
+import json
+from pathlib import Path
+
+from preflab.batching.examples import PreferenceData, prompts_to_sample
+from preflab.modeling.generation import sample
+from preflab.modeling.loading import build_policy
+from preflab.settings.schema import Settings
+from utils import atomic_write
+
+
+def write_generations(path: Path, settings: Settings, tokenizer, data: PreferenceData) -> None:
+    """Write `samples_per_prompt` responses to each of the first `n_eval_examples` prompts.
+
+    A line holds prompt, response and chosen response as text, and how it was sampled. The policy is
+    that of `model.archive`, and the samples are those of function=eval.
+    """
+    prompts = prompts_to_sample(data, settings.n_eval_examples, settings.max_prompt_length)
+    drawn = [(prompt, i) for prompt in prompts for i in range(settings.samples_per_prompt)]
+    room = settings.max_length - settings.max_prompt_length
+    responses = sample(
+        build_policy(settings.model, trainable=False),
+        tokenizer,
+        [prompt.tokens for prompt, _ in drawn],
+        keys=[(prompt.key, i) if i else prompt.key for prompt, i in drawn],
+        max_new_tokens=settings.max_new_tokens or room,
+        temperature=settings.temperature,
+        top_p=settings.topp,
+        seed=settings.seed,
+        batch_size=settings.eval_batch_size,
+    )
+    with atomic_write(path) as f:
+        for (prompt, i), response in zip(drawn, responses, strict=True):
+            texts = {"prompt": prompt.tokens, "response": response, "chosen": prompt.chosen}
+            row = {
+                name: tokenizer.decode(tokens, skip_special_tokens=True)
+                for name, tokens in texts.items()
+            }
+            row |= {
+                "sample": i,
+                "temperature": settings.temperature,
+                "top_p": settings.topp,
+                "seed": settings.seed,
+            }
+            f.write(json.dumps(row, ensure_ascii=False) + "\n")
