@@ -18,6 +18,7 @@ from omegaconf import DictConfig, OmegaConf
 from preflab.settings.keys import (
     CONFIG_DIR,
     GROUPS,
+    ROOT,
     flat_keys,
     load_yaml,
     option_file,
