@@ -86,12 +86,12 @@ def generate(config: DictConfig, run_dir: Path) -> Path:
         batch_size=config.eval_batch_size,
     )
     with atomic_write(run_dir / "generations.jsonl") as f:
-        for (prompt, i), response in zip(drawn, responses):
+        for (prompt, i), response in zip(drawn, responses, strict=True):
             texts = (
                 tokenizer.decode(tokens, skip_special_tokens=True)
                 for tokens in (prompt.tokens, response, prompt.chosen)
             )
-            row = dict(zip(("prompt", "response", "chosen"), texts))
+            row = dict(zip(("prompt", "response", "chosen"), texts, strict=True))
             row |= {
                 "sample": i,
                 "temperature": config.temperature,

@@ -9,7 +9,7 @@ import hydra
 from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig
 
-from preflab.distributed.launch import WorkerDied
+from preflab.distributed.launch import WorkerError
 from preflab.distributed.process_group import leave, ranks_given, world
 from preflab.distributed.signals import Stopped, StopSignals
 from preflab.execution import execute
@@ -52,7 +52,7 @@ def run(config: DictConfig) -> None:
         if world().rank > 0 and error.everywhere:
             raise SystemExit(2) from None
         fail(error)
-    except WorkerDied as error:
+    except WorkerError as error:
         print(f"error: {error}", file=sys.stderr)
         raise SystemExit(1) from None
     except Stopped as stopped:

@@ -195,11 +195,11 @@ def load_data(
 ) -> tuple[dict[str, list[TokenStore]], dict]:
     """Tokenise every split (or map it from the cache), print its counts, and check that it holds
     what the loss reads."""
-    lengths = dict(
-        max_length=config.max_length,
-        max_prompt_length=config.max_prompt_length,
-        cache_dir=config.cache_dir,
-    )
+    lengths = {
+        "max_length": config.max_length,
+        "max_prompt_length": config.max_prompt_length,
+        "cache_dir": config.cache_dir,
+    }
     stores = {
         split: [prepare(source, tokenizer, **lengths) for source in sources[split]]
         for split in sources

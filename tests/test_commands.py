@@ -169,6 +169,7 @@ def test_readme_command_runs(command, workplace, tmp_path):
         assert (
             "reward of the policy's samples" in result.stdout or "already finished" in result.stdout
         )
+    return None
 
 
 def answers(script: str, *arguments: str) -> None:

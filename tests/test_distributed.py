@@ -178,7 +178,7 @@ def test_the_same_losses_and_weights(runs, group, placement):
     for split, n in (("train", steps), ("eval", None)):
         ours, theirs = rows_of(folder, split), rows_of(one, split)
         assert len(ours) == len(theirs) == (n or len(theirs)) > 1
-        for row, expected in zip(ours, theirs):
+        for row, expected in zip(ours, theirs, strict=True):
             assert row.keys() == expected.keys()
             for key, value in expected.items():
                 if key.startswith("samples_eval") and row["step"] > 0:
@@ -201,7 +201,7 @@ def test_every_prompt_is_in_the_table_of_samples_once_in_the_same_order(runs, pl
     assert [(row["examples"], row["prompt"], row["policy"], row["reference"]) for row in ours] == [
         (row["examples"], row["prompt"], row["policy"], row["reference"]) for row in theirs
     ]
-    for row, expected in zip(ours, theirs):
+    for row, expected in zip(ours, theirs, strict=True):
         assert row["kl"] == pytest.approx(expected["kl"], abs=1e-4)
         assert row["policy_reward"] == expected["policy_reward"]
 
@@ -239,7 +239,7 @@ def test_checkpoints_are_evaluated_alike_on_ranks(runs):
         read_rows(runs / "evaluated" / name / "eval.jsonl") for name in ("two ranks", "one")
     )
     assert len(ours) == len(theirs) == 4 and [row["step"] for row in ours] == [4, 4, STEPS, STEPS]
-    for row, expected in zip(ours, theirs):
+    for row, expected in zip(ours, theirs, strict=True):
         close = {
             key: pytest.approx(value, rel=1e-4, abs=1e-4) if isinstance(value, float) else value
             for key, value in expected.items()
@@ -452,7 +452,7 @@ def test_a_worker_that_dies_takes_the_run_down(setting, tmp_path, how, told):
         "loss=dies",
         "do_first_eval=false",
     )
-    output, errors = finish(process)
+    _, errors = finish(process)
     assert process.returncode == 1, errors
     assert told in errors and "all workers were stopped" in errors
     if how == "raises":
@@ -465,7 +465,7 @@ def test_an_archive_of_another_model_is_told_once(setting, tmp_path):
         tmp_path / "policy.pt",
     )
     process = start(setting, "archive", *TWO, f"model.archive={tmp_path / 'policy.pt'}")
-    output, errors = finish(process)
+    _, errors = finish(process)
     assert process.returncode == 2
     assert (
         errors.count("error:") == 1
@@ -577,8 +577,9 @@ def test_a_rank_never_holds_the_model_its_files_hold(tmp_path):
     from preflab.modeling.loading import load_model
     from preflab.training.profiling import HostMemory
 
+    larger = {"hidden_size": 512, "intermediate_size": 2048, "num_hidden_layers": 6}
     ARCHITECTURES["llama"], small = (
-        ARCHITECTURES["llama"] | dict(hidden_size=512, intermediate_size=2048, num_hidden_layers=6),
+        ARCHITECTURES["llama"] | larger,
         ARCHITECTURES["llama"],
     )
     try:
@@ -631,7 +632,7 @@ def test_gradients_of_a_sharded_model_equal_those_of_a_whole_one():
             gradients.append(
                 [p.grad.full_tensor() if sharded else p.grad for p in scorer.model.parameters()]
             )
-        for ours, theirs in zip(*gradients):
+        for ours, theirs in zip(*gradients, strict=True):
             assert torch.equal(ours, theirs)
 
 
@@ -689,7 +690,7 @@ def test_a_rank_that_aborts_after_it_said_what_is_wrong(tmp_path):
     with pytest.raises(PrefLabError, match="no such loss"):
         _tell_why(failed, tmp_path, StopSignals())
     (tmp_path / "1.json").unlink()
-    with pytest.raises(launch.WorkerDied, match="worker 1 was killed by SIGABRT"):
+    with pytest.raises(launch.WorkerError, match="worker 1 was killed by SIGABRT"):
         _tell_why(failed, tmp_path, StopSignals())
 
 

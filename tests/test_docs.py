@@ -49,7 +49,7 @@ FOLDERS = (
 FILES = [
     path.relative_to(ROOT).as_posix() for folder in FOLDERS for path in ROOT.glob(f"{folder}*.*")
 ]
-OF_BLOCKS = {match for match in re.findall(r"(?m)^# (\S+\.(?:py|yaml))$", EXTENDING)}
+OF_BLOCKS = set(re.findall(r"(?m)^# (\S+\.(?:py|yaml))$", EXTENDING))
 
 
 def blocks(text: str, language: str) -> list[str]:
@@ -159,7 +159,7 @@ def left_by_argparse(script: str, arguments: list[str], monkeypatch) -> list[str
     left = []
     known = argparse.ArgumentParser.parse_known_args
 
-    class Parsed(Exception):
+    class Parsed(Exception):  # noqa: N818, a way out of the script, no error
         pass
 
     def parse_known_args(self, args=None, namespace=None):
@@ -306,7 +306,7 @@ def test_the_dataset_is_read(extension, llama_folder):
         extension / "data" / "forum-train.jsonl",
         [{"question": "q", "answers": [{"text": "a", "votes": "many"}]}],
     )
-    with pytest.raises(DataError, match="forum-train.jsonl:1: 'votes' is .*, expected a number"):
+    with pytest.raises(DataError, match=r"forum-train\.jsonl:1: 'votes' is .*, expected a number"):
         list(open_dataset("forum", "train", data_dir=str(extension / "data")).records())
 
 

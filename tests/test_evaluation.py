@@ -38,10 +38,8 @@ PADDED = Layout("padded", 257)
 
 
 def draw(model, prompts=PROMPTS, **options):
-    settings = (
-        dict(keys=list(range(len(prompts))), max_new_tokens=12, seed=0, batch_size=4) | options
-    )
-    return sample(Scorer(model), make_tokenizer(), prompts, **settings)
+    defaults = {"keys": range(len(prompts)), "max_new_tokens": 12, "seed": 0, "batch_size": 4}
+    return sample(Scorer(model), make_tokenizer(), prompts, **defaults | options)
 
 
 # ----------------------------------------------------------------------------------------- sampling
@@ -99,7 +97,7 @@ def test_samples_follow_the_seed():
 
 def test_greedy_takes_the_most_likely_token():
     model = make_model("llama", dtype=torch.float64)
-    for prompt, response in zip(PROMPTS, draw(model, temperature=0)):
+    for prompt, response in zip(PROMPTS, draw(model, temperature=0), strict=True):
         ids = list(prompt)
         for token in response:
             assert token == model(torch.tensor([ids])).logits[0, -1].argmax().item()
@@ -295,7 +293,7 @@ def test_reward_model_scores_the_last_token_of_prompt_and_response(architecture,
     tokenizer.save_pretrained(tmp_path / "rm")
     prompts, responses = ["a", "another one", "x y"], [" b", " and a longer response", ""]
     expected = []
-    for prompt, response in zip(prompts, responses):
+    for prompt, response in zip(prompts, responses, strict=True):
         ids = torch.tensor([[256, *tokenizer(prompt + response)["input_ids"], 256]])
         expected.append(
             (model.base_model(ids).last_hidden_state[0, -1] @ model.score.weight[0]).item()
@@ -468,7 +466,7 @@ def test_archives_are_lists_patterns_and_folders_of_runs(two_runs):
     ]  # LATEST is step-3
     with pytest.raises(ConfigError, match="no match"):
         expand_archives(f"{a}/stop-*")
-    with pytest.raises(ConfigError, match="without policy.pt"):
+    with pytest.raises(ConfigError, match=r"without policy\.pt"):
         expand_archives(str(two_runs / "data"))
 
 

@@ -40,10 +40,11 @@ def letters(*, log: str):
     def score(prompts, responses):
         trouble = Path(log + ".trouble")
         if trouble.exists():
-            kind = trouble.read_text()
-            if kind == "raise":
+            answer = trouble.read_text()
+            if answer == "raise":
                 raise RuntimeError("the oracle is asleep")
-            return {"nan": [float("nan")] * len(responses), "few": [0.0] * (len(responses) - 1)}[kind]
+            nan, few = [float("nan")] * len(responses), [0.0] * (len(responses) - 1)
+            return {"nan": nan, "few": few}[answer]
         with open(log, "a") as f:
             for p, r in zip(prompts, responses):
                 f.write(json.dumps([p, r]) + "\\n")
@@ -232,7 +233,7 @@ def test_a_ledger_cut_short_loses_its_last_line_alone(tmp_path):
     lines = path.read_text().splitlines()
     for wrong in (lines[0][:-5], "{}", "[]", "7", lines[0].replace('"cost": 1', '"cost": -50')):
         path.write_text("\n".join([wrong, *lines[1:]]) + "\n")
-        with pytest.raises(DataError, match="labels.jsonl:1: expected a bought label"):
+        with pytest.raises(DataError, match=r"labels\.jsonl:1: expected a bought label"):
             Ledger(path, None)
 
 
@@ -330,10 +331,10 @@ def test_equal_gold_scores_cost_and_teach_nothing_and_form_no_pair(tmp_path):
 @pytest.mark.parametrize(
     "limits, bought",
     [
-        (dict(budget=3), 3),
-        (dict(stop_labels=5), 5),
-        (dict(budget=4, stop_labels=9), 4),
-        (dict(), 8),
+        ({"budget": 3}, 3),
+        ({"stop_labels": 5}, 5),
+        ({"budget": 4, "stop_labels": 9}, 4),
+        ({}, 8),
     ],
 )
 def test_limits_are_kept_to_the_label(tmp_path, limits, bought):
@@ -413,7 +414,7 @@ def test_measured_gold_is_shown_to_the_log_and_to_nobody_else(go):
     guessed = [best_and_worst(r["scores"]) for r in rollout]  # before bought labels overruled them
     right = [
         r["rewards"]["letters"][pair[0]] - r["rewards"]["letters"][pair[1]]
-        for r, pair in zip(rollout, guessed)
+        for r, pair in zip(rollout, guessed, strict=True)
         if pair
     ]
     assert row["online/label_accuracy"] == pytest.approx(np.mean([gap > 0 for gap in right if gap]))
@@ -491,9 +492,10 @@ def test_a_discriminator_of_another_architecture(go, llama_folder):
 def test_layers_split_over_devices_learn_what_one_process_learns(go, settings):
     one = go("one", *settings)
     split = go("split", *settings, "trainer=TensorParallelTrainer", "world_size=2")
-    text = lambda folder: [
-        (row["prompt"], row["responses"]) for row in read_rows(folder / "rollouts.jsonl")
-    ]  # noqa: E731
+
+    def text(folder):
+        return [(row["prompt"], row["responses"]) for row in read_rows(folder / "rollouts.jsonl")]
+
     assert text(one) == text(split) and asked(one) == asked(split)
     for inside in ("", "discriminator") if settings else ("",):
         ours, theirs = weights(one, inside), weights(split, inside)
@@ -653,7 +655,7 @@ def test_a_stop_in_the_first_evaluation_buys_nothing_before_it_is_obeyed(go, tmp
 def test_a_policy_is_no_discriminator_that_is_never_taught(go):
     policy = go("policy", "online.rounds=1")
     with pytest.raises(
-        ConfigError, match="is no reward model, and with online.budget=0 it would never learn"
+        ConfigError, match=r"is no reward model, and with online\.budget=0 it would never learn"
     ):
         go("run", *D2PO, f"online.discriminator_path={policy}", "online.budget=0")
 
@@ -673,7 +675,7 @@ def test_how_a_reward_is_reached_may_change_and_what_it_is_may_not():
     )
     must_match(saved, now)
     now.reward.name = "lexicon"
-    with pytest.raises(ConfigError, match="reward.name was http and is now lexicon"):
+    with pytest.raises(ConfigError, match=r"reward\.name was http and is now lexicon"):
         must_match(saved, now)
 
 
@@ -705,14 +707,15 @@ def test_a_loss_of_scores_learns_nothing_from_a_pair_without_a_gap(go):
         "online.relabel_every=16",
         "online.rounds=2",
     )  # its first scores are all zero
-    assert [row["online/pairs"] for row in rounds_of(folder)][0] == 0 and len(
-        read_rows(folder / "labels.jsonl")
-    ) == 8
+    assert (
+        next(row["online/pairs"] for row in rounds_of(folder)) == 0
+        and len(read_rows(folder / "labels.jsonl")) == 8
+    )
 
 
 def test_responses_that_cannot_be_told_apart_end_the_run_clearly(go, monkeypatch, tmp_path):
     monkeypatch.setattr(rounds, "PATIENCE", 3)
-    with pytest.raises(rounds.NothingToLearn, match="in the last 3 rounds no two responses"):
+    with pytest.raises(rounds.NothingToLearnError, match="in the last 3 rounds no two responses"):
         go("ties", "temperature=0")  # both responses of a prompt are the same
     assert (tmp_path / "ties" / "LATEST" / "policy.pt").exists()
 
@@ -761,7 +764,7 @@ def test_every_loss_learns_online_or_says_why_not(go, name):
         (("online.responses_per_prompt=1",), "at least 2"),
         (("online.sampler=/nowhere",), "no such file or folder"),
         (("online.max_new_tokens=60",), "exceed max_length=64"),
-        (("reference.cache=true",), "new in every round"),
+        (("reference.cache=true",), "each round trains on new samples"),
         (("online.relabels=0",), "at least 1"),
         (("online.discriminator_lr=0",), "above 0"),
     ],
@@ -773,7 +776,7 @@ def test_what_cannot_work_is_refused_before_a_model_loads(go, settings, message)
 
 def test_another_gold_or_temperature_is_another_run(go):
     go("run", "online.rounds=1")
-    with pytest.raises(ConfigError, match="temperature was 1.0 and is now 0.5"):
+    with pytest.raises(ConfigError, match=r"temperature was 1\.0 and is now 0\.5"):
         go("run", "temperature=0.5")
     go("run", "online.rounds=2", "online.save_every=1")
 

@@ -286,7 +286,7 @@ def test_a_loss_that_is_no_number_stops_with_the_examples_and_the_last_good_weig
         rf"loss of step 3 is not finite, from .*imdb-sft-train.jsonl:\d+ \(example {bad}\);.*LATEST"
     )
     try:
-        with pytest.raises(learner.NonFiniteLoss, match=told):
+        with pytest.raises(learner.NonFiniteLossError, match=told):
             run(
                 "run",
                 "loss.name=explodes",
@@ -365,7 +365,7 @@ def test_scores_are_asked_for_before_a_model_loads(run, tmp_path, monkeypatch):
         tmp_path / "data" / "imdb-sft-train.jsonl",
         [row | {"reward": row["reward"] - 1} for row in rows],
     )
-    with pytest.raises(DataError, match="imdb-sft-train.jsonl:.*mend the data"):
+    with pytest.raises(DataError, match=r"imdb-sft-train\.jsonl:.*mend the data"):
         run("run", "loss=odpo", "loss.ratio=true")
 
 
