@@ -2,6 +2,7 @@
 commands."""
 
 import contextlib
+import functools
 import json
 import os
 import subprocess
@@ -179,6 +180,15 @@ def make_model(
             if p.ndim > 1:
                 p.mul_(scale)
     return model
+
+
+@functools.cache
+def architecture_of(block_name: str) -> str:
+    """The architecture of ARCHITECTURES whose blocks are of this class, a model's `block_name`."""
+    for architecture in ARCHITECTURES:
+        if any(type(m).__name__ == block_name for m in make_model(architecture).modules()):
+            return architecture
+    raise AssertionError(f"no architecture in tests/conftest.py has blocks of {block_name}")
 
 
 def save_model(folder: Path, architecture: str = "llama", **options) -> Path:

@@ -14,6 +14,7 @@ import httpx
 import pytest
 from conftest import (
     ROOT,
+    architecture_of,
     read_rows,
     run_command,
     run_here,
@@ -22,7 +23,9 @@ from conftest import (
     small_run,
     write_jsonl,
 )
+from omegaconf import OmegaConf
 
+from preflab.settings.keys import CONFIG_DIR
 from preflab.settings.overrides import check_overrides
 
 QUICK = [
@@ -259,15 +262,6 @@ RECIPES = [
         " wandb.project=risk-averse-phi2"
     ),
 ]
-ARCHITECTURE = {
-    "gpt2-large": "gpt2",
-    "gpt-neo": "gpt_neo",
-    "gptj": "gptj",
-    "pythia28": "gpt_neox",
-    "opt": "opt",
-    "llama7b": "llama",
-    "phi2": "phi",
-}
 
 
 @pytest.fixture(scope="module")
@@ -297,7 +291,8 @@ def test_published_recipe(recipe, public_data, tmp_path):
     overrides = recipe.replace("PAIRS", str(public_data / "pairs.jsonl")).split()
     check_overrides(overrides)
     model = next(o for o in overrides if o.startswith("model=")).split("=")[1]
-    folder = save_model(tmp_path / "model", ARCHITECTURE[model], scale=1.0)
+    block_name = OmegaConf.load(CONFIG_DIR / "model" / f"{model}.yaml").block_name
+    folder = save_model(tmp_path / "model", architecture_of(block_name), scale=1.0)
     summary = run_here(*small_run(folder, public_data, tmp_path / "run", *overrides))
     assert summary["finished"] and (summary["examples"] > 0) == ("function=eval" not in overrides)
 
