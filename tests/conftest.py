@@ -283,7 +283,7 @@ def run_here(*overrides: str) -> dict:
     """Run train.py's command in this process and return its summary; its errors are raised.
 
     The pictures of its report are made and not drawn, which would take longer than the run;
-    commands in processes of their own draw them.
+    commands that tests start draw them.
     """
     import hydra
     from omegaconf import OmegaConf
@@ -303,7 +303,7 @@ def run_here(*overrides: str) -> dict:
 
 @pytest.fixture
 def run(imdb_dir, llama_folder, tmp_path):
-    """Run with some overrides in a folder of its own; returns the folder."""
+    """Run with some overrides in a new folder; returns the folder."""
 
     def run(name: str, *overrides: str) -> Path:
         run_here(*small_run(llama_folder, imdb_dir, tmp_path / name, *overrides))
@@ -330,8 +330,8 @@ def untimed(rows: list[dict]) -> list[dict]:
 
 @pytest.fixture
 def http_server():
-    """Starts servers that answer requests, in order, as told; the last answer is also that of all
-    further ones.
+    """Starts servers that answer requests with `answers`, in order; the last answer is also that
+    of all further ones.
 
     An answer: a status, "drop" (the connection), "stall", "drip" (a byte at a time), "nonsense", or
     a function from the body.

@@ -202,7 +202,7 @@ def test_the_readme_shows_commands():
 def test_the_default_experiment_raises_the_reward_and_a_larger_beta_stays_closer(tmp_path):
     """A fifth of the default run, by sampling and scoring; the whole run with three seeds is in the
     README."""
-    found = {}
+    summaries = {}
     for beta in (0.1, 1.0):
         run_command(
             "train.py",
@@ -212,13 +212,13 @@ def test_the_default_experiment_raises_the_reward_and_a_larger_beta_stays_closer
             "n_eval_model_samples=128",
             "wandb.enabled=false",
         )
-        found[beta] = json.loads((tmp_path / str(beta) / "summary.json").read_text())
-        assert found[beta]["reward_gain"] > 4 * found[beta]["reward_gain_se"]
-        assert found[beta]["eval_accuracy"] > 0.7
+        summaries[beta] = json.loads((tmp_path / str(beta) / "summary.json").read_text())
+        assert summaries[beta]["reward_gain"] > 4 * summaries[beta]["reward_gain_se"]
+        assert summaries[beta]["eval_accuracy"] > 0.7
         rows = read_rows(tmp_path / str(beta) / "samples.jsonl")
         by_hand = [row["policy_reward"]["lexicon"] for row in rows if row["examples"] == 1280]
-        assert found[beta]["policy_reward"] == pytest.approx(sum(by_hand) / len(by_hand))
-    assert found[1.0]["kl"] + 2 * found[1.0]["kl_se"] < found[0.1]["kl"]
+        assert summaries[beta]["policy_reward"] == pytest.approx(sum(by_hand) / len(by_hand))
+    assert summaries[1.0]["kl"] + 2 * summaries[1.0]["kl_se"] < summaries[0.1]["kl"]
 
 
 # What the papers' repositories document, without sizes that need GPUs.

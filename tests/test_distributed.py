@@ -74,7 +74,7 @@ GROUPS = {
     "reference never built": (
         ("loss=dpo", "optimizer=AdamW", "sample_during_eval=false"),
         FEW,
-    ),  # each with a cache of its own
+    ),  # each with its own cache
     "scalar head": (("loss=bradley_terry", "optimizer=AdamW"), FEW),
     "another seed": (("loss=dpo", "seed=1"), ("one",)),  # the control: what a difference looks like
     "half": (("loss=dpo", "n_epochs=2"), FEW),  # later continued elsewhere
@@ -424,11 +424,11 @@ from losses import LossOutput, register_loss
 calls = 0
 
 @register_loss("dies", reads=set())
-def dies(pair, *, how: str):
+def dies(pair, *, death: str):
     global calls
     calls += 1
     if os.environ.get("RANK") == "1" and calls > 3:
-        if how == "killed":
+        if death == "killed":
             os.kill(os.getpid(), signal.SIGKILL)
         raise RuntimeError("this rank is unwell")
     return LossOutput(-pair.policy_chosen_logps)
@@ -436,17 +436,18 @@ def dies(pair, *, how: str):
 
 
 @pytest.mark.parametrize(
-    "how, told", [("raises", "RuntimeError: this rank is unwell"), ("killed", "killed by SIGKILL")]
+    "death, message",
+    [("raises", "RuntimeError: this rank is unwell"), ("killed", "killed by SIGKILL")],
 )
-def test_a_worker_that_dies_takes_the_run_down(setting, tmp_path, how, told):
+def test_a_worker_that_dies_takes_the_run_down(setting, tmp_path, death, message):
     (tmp_path / "dies.py").write_text(DIES)
     (tmp_path / "config" / "loss").mkdir(parents=True)
     (tmp_path / "config" / "loss" / "dies.yaml").write_text(
-        f"name: dies\nmodule: {tmp_path / 'dies.py'}\nsft_weight: 0.0\nhow: {how}\n"
+        f"name: dies\nmodule: {tmp_path / 'dies.py'}\nsft_weight: 0.0\ndeath: {death}\n"
     )
     process = start(
         setting,
-        f"dies-{how}",
+        f"dies-{death}",
         *TWO,
         f"--config-dir={tmp_path / 'config'}",
         "loss=dies",
@@ -454,12 +455,12 @@ def test_a_worker_that_dies_takes_the_run_down(setting, tmp_path, how, told):
     )
     _, errors = finish(process)
     assert process.returncode == 1, errors
-    assert told in errors and "all workers were stopped" in errors
-    if how == "raises":
+    assert message in errors and "all workers were stopped" in errors
+    if death == "raises":
         assert errors.count("Traceback") == 1 and "worker 1" in errors
 
 
-def test_an_archive_of_another_model_is_told_once(setting, tmp_path):
+def test_an_archive_of_another_model_is_reported_once(setting, tmp_path):
     torch.save(
         {"step_idx": 0, "state": make_model("gpt2").state_dict(), "metrics": {}},
         tmp_path / "policy.pt",

@@ -116,14 +116,14 @@ def test_a_command_of_the_documentation_is_accepted(words, extension, monkeypatc
         return
     assert (ROOT / script).is_file(), f"no file {script}"
     if script.startswith("scripts/d2po/"):  # which say what train.py is asked for
-        told = subprocess.run(
+        printed = subprocess.run(
             [program, ROOT / script, *arguments],
             env=os.environ | environment | {"DRYRUN": "1"},
             capture_output=True,
             text=True,
             check=True,
         ).stdout
-        _, script, *arguments = shlex.split(told.splitlines()[-1])
+        _, script, *arguments = shlex.split(printed.splitlines()[-1])
     if program in ("bash", "sbatch"):
         script = "train.py"
     if script in HYDRA:

@@ -1,4 +1,4 @@
-"""Online learning: who labels what, what it costs, and that a run that was stopped anywhere goes on
+"""Online learning: who labels what, what it costs, and that a run stopped anywhere continues
 as if it had not been."""
 
 import json
@@ -29,7 +29,7 @@ from preflab.training.session import Session
 from utils import ConfigError, DataError, in_use
 
 # A gold of the user's own: letters a to m in a response; it notes what it was asked, and fails when
-# told to.
+# asked to.
 GOLD = """
 import json
 from pathlib import Path
@@ -118,7 +118,7 @@ def same(a: dict, b: dict) -> bool:
     return a.keys() == b.keys() and all(torch.equal(a[key], b[key]) for key in a)
 
 
-def told(folder) -> list[dict]:
+def untimed_rows(folder) -> list[dict]:
     """metrics.jsonl without what depends on the clock."""
     clock = ("seconds", "per_second")
     return [
@@ -174,7 +174,7 @@ def test_conf_takes_the_closest_of_the_whole_pool_and_rand_any():
     assert select(pool, 10, "conf", [0]) == [3, 1, 5, 2, 0, 4]
 
 
-def wanted(n: int, number: int = 1, k: int = 2) -> list[dict]:
+def requests_for(n: int, number: int = 1, k: int = 2) -> list[dict]:
     return [
         {
             "round": number,
@@ -194,7 +194,7 @@ def by_length(prompts, responses):
 
 def test_the_ledger_counts_what_was_paid_and_cannot_overspend(tmp_path):
     ledger = Ledger(tmp_path / "labels.jsonl", 5)
-    assert [row["scores"] for row in ledger.buy(wanted(3), by_length)] == [
+    assert [row["scores"] for row in ledger.buy(requests_for(3), by_length)] == [
         [0.0, 1.0],
         [1.0, 2.0],
         [2.0, 3.0],
@@ -205,8 +205,8 @@ def test_the_ledger_counts_what_was_paid_and_cannot_overspend(tmp_path):
     with pytest.raises(
         RewardError, match="3 labels were to be bought and the budget has room for 2"
     ):
-        ledger.buy(wanted(3), by_length)
-    assert ledger.buy(wanted(1, 2, k=3), by_length)[0]["cost"] == 2
+        ledger.buy(requests_for(3), by_length)
+    assert ledger.buy(requests_for(1, 2, k=3), by_length)[0]["cost"] == 2
     assert ledger.affords(1) == 0 and ledger.bought_until(1) == 3 and ledger.bought_until(2) == 5
     again = Ledger(tmp_path / "labels.jsonl", 5)
     assert again.rows == ledger.rows and again.affords(1) == 0
@@ -218,17 +218,17 @@ def test_a_gold_that_fails_costs_nothing(tmp_path):
 
     ledger = Ledger(tmp_path / "labels.jsonl", 5)
     with pytest.raises(RewardError, match="no"):
-        ledger.buy(wanted(2), fails)
+        ledger.buy(requests_for(2), fails)
     assert ledger.bought == 0 and not (tmp_path / "labels.jsonl").exists()
 
 
 def test_a_ledger_cut_short_loses_its_last_line_alone(tmp_path):
     path = tmp_path / "labels.jsonl"
-    Ledger(path, None).buy(wanted(3), by_length)
+    Ledger(path, None).buy(requests_for(3), by_length)
     path.write_bytes(path.read_bytes()[:-20])
     cut = Ledger(path, None)
     assert cut.bought == 2
-    cut.buy(wanted(1, 2), by_length)
+    cut.buy(requests_for(1, 2), by_length)
     assert [row["round"] for row in read_rows(path)] == [1, 1, 2]
     lines = path.read_text().splitlines()
     for wrong in (lines[0][:-5], "{}", "[]", "7", lines[0].replace('"cost": 1', '"cost": -50')):
@@ -382,8 +382,8 @@ def test_opo_with_gold_buys_a_label_a_pair_until_the_budget_is_spent(go):
         and summary["rounds"] == 4
     )
     assert summary["seconds_sampling"] > 0 and (folder / "LATEST" / "policy.pt").exists()
-    kept = read_rows(folder / "rollouts.jsonl")
-    for row in kept:
+    rollouts = read_rows(folder / "rollouts.jsonl")
+    for row in rollouts:
         better, worse = row["pair"] or (0, 0)
         assert row["rewards"]["letters"] == row["scores"] and (row["pair"] is None) == (
             row["scores"][0] == row["scores"][1]
@@ -467,8 +467,8 @@ def test_a_run_in_two_parts_is_the_run_in_one(go, settings):
     assert same(weights(whole), weights(parts))
     if settings:
         assert same(weights(whole, "discriminator"), weights(parts, "discriminator"))
-    assert [row for row in told(whole) if row["split"] == "online"] == [
-        row for row in told(parts) if row["split"] == "online"
+    assert [row for row in untimed_rows(whole) if row["split"] == "online"] == [
+        row for row in untimed_rows(parts) if row["split"] == "online"
     ]
     assert read_rows(whole / "labels.jsonl") == read_rows(parts / "labels.jsonl") and asked(
         whole
@@ -530,13 +530,13 @@ def test_killed_between_buying_and_learning_nothing_is_bought_twice_or_lost(
         killed_folder / "labels.jsonl"
     ) == read_rows(whole / "labels.jsonl")
     assert same(weights(whole), weights(killed_folder))
-    assert [row for row in told(whole) if row["split"] == "online"] == [
-        row for row in told(killed_folder) if row["split"] == "online"
+    assert [row for row in untimed_rows(whole) if row["split"] == "online"] == [
+        row for row in untimed_rows(killed_folder) if row["split"] == "online"
     ]
 
 
 @pytest.mark.parametrize(
-    "kind, message",
+    "answer, message",
     [
         ("raise", "RuntimeError: the oracle is asleep"),
         ("nan", "returned nan"),
@@ -548,12 +548,12 @@ def test_killed_between_buying_and_learning_nothing_is_bought_twice_or_lost(
     [(), D2PO, (*D2PO, "online.measure_gold=true")],
     ids=["opo", "d2po", "d2po measured"],
 )
-def test_a_gold_that_fails_stops_the_run_with_a_checkpoint_and_it_goes_on(
-    go, tmp_path, settings, kind, message
+def test_a_gold_that_fails_stops_the_run_with_a_checkpoint_and_it_continues(
+    go, tmp_path, settings, answer, message
 ):
     go("failing", *settings, "online.rounds=3", "online.save_every=100")
     trouble = tmp_path / "failing.asked.trouble"
-    trouble.write_text(kind)
+    trouble.write_text(answer)
     with pytest.raises(RewardError, match=message):
         go("failing", *settings, "online.save_every=100")
     state = torch.load(tmp_path / "failing" / "LATEST" / "training_state.pt", weights_only=True)
@@ -649,7 +649,7 @@ def test_a_stop_in_the_first_evaluation_buys_nothing_before_it_is_obeyed(go, tmp
     assert asked(tmp_path / "run") == []
     monkeypatch.setattr(OnlineTrainer, "_evaluate", evaluate)
     folder = go("run")
-    assert same(weights(whole), weights(folder)) and told(whole) == told(folder)
+    assert same(weights(whole), weights(folder)) and untimed_rows(whole) == untimed_rows(folder)
 
 
 def test_a_policy_is_no_discriminator_that_is_never_taught(go):

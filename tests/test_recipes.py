@@ -175,7 +175,7 @@ def test_recipes_stack_and_the_last_wins():
 
 
 @pytest.mark.parametrize(
-    "overrides, told",
+    "overrides, message",
     [
         (
             ["+experiment=odpo_imbd"],
@@ -190,8 +190,8 @@ def test_recipes_stack_and_the_last_wins():
         (["experiment.lr=1"], "unknown key experiment.lr"),
     ],
 )
-def test_what_does_not_fit_a_recipe_is_refused_with_the_nearest(overrides, told):
-    with pytest.raises(ConfigError, match=told.replace("[", "\\[")):
+def test_what_does_not_fit_a_recipe_is_refused_with_the_nearest(overrides, message):
+    with pytest.raises(ConfigError, match=message.replace("[", "\\[")):
         check_overrides(overrides)
 
 
