@@ -46,7 +46,7 @@ def join_ranks() -> None:
 
 @hydra.main(version_base="1.3", config_path=str(CONFIG_DIR), config_name="config")
 def run(config: DictConfig) -> None:
-    from preflab.distributed.launch import WorkerDied
+    from preflab.distributed.launch import WorkerError
     from preflab.distributed.process_group import leave, world
     from preflab.distributed.signals import Stopped, StopSignals
     from preflab.execution import execute
@@ -64,7 +64,7 @@ def run(config: DictConfig) -> None:
         if world().rank > 0 and error.everywhere:
             raise SystemExit(2) from None
         fail(error)
-    except WorkerDied as error:
+    except WorkerError as error:
         print(f"error: {error}", file=sys.stderr)
         raise SystemExit(1) from None
     except Stopped as stopped:

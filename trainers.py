@@ -28,7 +28,7 @@ from preflab.modeling.tensor_parallel import devices_for, split
 from preflab.objective.registry import BoundLoss
 from preflab.rewards.registry import build_rewards
 from preflab.training.checkpointer import Checkpointer
-from preflab.training.learner import Learner, NonFiniteLoss, NonFiniteStep
+from preflab.training.learner import Learner, NonFiniteLossError, NonFiniteStepError
 from preflab.training.metrics import MetricLog
 from preflab.training.profiling import Profiler
 from preflab.training.registry import register_trainer
@@ -134,20 +134,20 @@ class BasicTrainer:
         """One optimizer step on `examples`, and its row of metrics.jsonl."""
         try:
             metrics = self.learner.step(self.data["train"], microbatches, len(examples))
-        except NonFiniteStep as error:
+        except NonFiniteStepError as error:
             self._stop_at_non_finite(error, examples)
         self.session.write("train", metrics)
         speed = f"{metrics['tokens_per_second']:,.0f} tokens/s"
         bar.set_postfix_str(f"loss {metrics['loss/train']:.4g}, {speed}", refresh=False)
         self.profiler.step()
 
-    def _stop_at_non_finite(self, error: NonFiniteStep, examples) -> None:
+    def _stop_at_non_finite(self, error: NonFiniteStepError, examples) -> None:
         """Save the weights of the last good step, from which the same examples come again."""
         self.loader.step_back(len(examples))
         self.session.save(wait=True)
         bad = (error.examples or [int(example) for example in examples])[:8]
         names = ", ".join(self.data["train"].describe(example) for example in bad)
-        raise NonFiniteLoss(
+        raise NonFiniteLossError(
             f"the {error.what} of step {self.learner.counters.steps + 1} is not finite, from"
             f" {names}; {self.session.checkpointer.where()}; try a smaller lr or max_grad_norm, or"
             " look at these examples"

@@ -2,6 +2,7 @@
 commands."""
 
 import contextlib
+import functools
 import json
 import os
 import subprocess
@@ -17,134 +18,129 @@ os.environ |= {
     "HF_DATASETS_OFFLINE": "1",
     "WANDB_MODE": "disabled",
     "TOKENIZERS_PARALLELISM": "true",
+    # Tests run side by side; threads that wait for one another on tiny tensors take ten times as
+    # long.
+    "OMP_NUM_THREADS": "1",
 }
-os.environ[
-    "OMP_NUM_THREADS"
-    # tests run side by side, and threads that wait for one another on tiny tensors take ten times as
-    # long
-] = "1"
 
-import pytest  # noqa: E402
-import torch  # noqa: E402
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers  # noqa: E402
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFast  # noqa: E402
+import pytest
+import torch
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFast
+
+from preflab.execution import register_built_in
 
 ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT))
-sys.path.insert(0, str(ROOT / "tests"))
-
-import losses  # noqa: E402, F401  registers the losses
-import preference_datasets  # noqa: E402, F401  registers the datasets
-import trainers  # noqa: E402, F401  registers the trainers
+register_built_in()
 
 # Small enough to run in milliseconds, and every architecture of the published recipes is there.
 ARCHITECTURES = {
-    "gpt2": dict(n_embd=32, n_layer=2, n_head=2, n_positions=128),
-    "gpt_neox": dict(
-        hidden_size=32,
-        num_hidden_layers=2,
-        num_attention_heads=2,
-        intermediate_size=64,
-        max_position_embeddings=128,
-    ),
-    "llama": dict(
-        hidden_size=32,
-        num_hidden_layers=2,
-        num_attention_heads=2,
-        num_key_value_heads=1,
-        intermediate_size=64,
-        max_position_embeddings=128,
-    ),
-    "gptj": dict(n_embd=32, n_layer=2, n_head=2, n_positions=128, rotary_dim=8),
-    "gpt_neo": dict(
-        hidden_size=32,
-        num_layers=2,
-        num_heads=2,
-        attention_types=[[["global", "local"], 1]],
-        window_size=16,
-        max_position_embeddings=128,
-        intermediate_size=64,
-    ),
-    "opt": dict(
-        hidden_size=32,
-        num_hidden_layers=2,
-        num_attention_heads=2,
-        ffn_dim=64,
-        max_position_embeddings=128,
-        word_embed_proj_dim=16,
-    ),
-    "phi": dict(
-        hidden_size=32,
-        num_hidden_layers=2,
-        num_attention_heads=2,
-        intermediate_size=64,
-        max_position_embeddings=128,
-    ),
-    "mistral": dict(
-        hidden_size=32,
-        num_hidden_layers=2,
-        num_attention_heads=2,
-        num_key_value_heads=1,
-        head_dim=16,
-        intermediate_size=64,
-        max_position_embeddings=128,
-        sliding_window=16,
-    ),
-    "qwen2": dict(
-        hidden_size=32,
-        num_hidden_layers=2,
-        num_attention_heads=2,
-        num_key_value_heads=1,
-        intermediate_size=64,
-        max_position_embeddings=128,
-        use_sliding_window=True,
-        sliding_window=16,
-        max_window_layers=1,
-    ),
-    "qwen3": dict(
-        hidden_size=32,
-        num_hidden_layers=2,
-        num_attention_heads=2,
-        num_key_value_heads=1,
-        head_dim=16,
-        intermediate_size=64,
-        max_position_embeddings=128,
-    ),
-    "phi3": dict(
-        hidden_size=32,
-        num_hidden_layers=2,
-        num_attention_heads=2,
-        num_key_value_heads=2,
-        intermediate_size=64,
-        max_position_embeddings=128,
-    ),
-    "olmo2": dict(
-        hidden_size=32,
-        num_hidden_layers=2,
-        num_attention_heads=2,
-        num_key_value_heads=1,
-        intermediate_size=64,
-        max_position_embeddings=128,
-    ),
-    "gemma": dict(
-        hidden_size=32,
-        num_hidden_layers=2,
-        num_attention_heads=2,
-        num_key_value_heads=1,
-        head_dim=16,
-        intermediate_size=64,
-        max_position_embeddings=128,
-    ),
-    "gemma2": dict(
-        hidden_size=32,
-        num_hidden_layers=2,
-        num_attention_heads=2,
-        num_key_value_heads=1,
-        head_dim=16,
-        intermediate_size=64,
-        max_position_embeddings=128,
-        sliding_window=64,
-    ),
+    "gpt2": {"n_embd": 32, "n_layer": 2, "n_head": 2, "n_positions": 128},
+    "gpt_neox": {
+        "hidden_size": 32,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 2,
+        "intermediate_size": 64,
+        "max_position_embeddings": 128,
+    },
+    "llama": {
+        "hidden_size": 32,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 2,
+        "num_key_value_heads": 1,
+        "intermediate_size": 64,
+        "max_position_embeddings": 128,
+    },
+    "gptj": {"n_embd": 32, "n_layer": 2, "n_head": 2, "n_positions": 128, "rotary_dim": 8},
+    "gpt_neo": {
+        "hidden_size": 32,
+        "num_layers": 2,
+        "num_heads": 2,
+        "attention_types": [[["global", "local"], 1]],
+        "window_size": 16,
+        "max_position_embeddings": 128,
+        "intermediate_size": 64,
+    },
+    "opt": {
+        "hidden_size": 32,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 2,
+        "ffn_dim": 64,
+        "max_position_embeddings": 128,
+        "word_embed_proj_dim": 16,
+    },
+    "phi": {
+        "hidden_size": 32,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 2,
+        "intermediate_size": 64,
+        "max_position_embeddings": 128,
+    },
+    "mistral": {
+        "hidden_size": 32,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 2,
+        "num_key_value_heads": 1,
+        "head_dim": 16,
+        "intermediate_size": 64,
+        "max_position_embeddings": 128,
+        "sliding_window": 16,
+    },
+    "qwen2": {
+        "hidden_size": 32,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 2,
+        "num_key_value_heads": 1,
+        "intermediate_size": 64,
+        "max_position_embeddings": 128,
+        "use_sliding_window": True,
+        "sliding_window": 16,
+        "max_window_layers": 1,
+    },
+    "qwen3": {
+        "hidden_size": 32,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 2,
+        "num_key_value_heads": 1,
+        "head_dim": 16,
+        "intermediate_size": 64,
+        "max_position_embeddings": 128,
+    },
+    "phi3": {
+        "hidden_size": 32,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 2,
+        "num_key_value_heads": 2,
+        "intermediate_size": 64,
+        "max_position_embeddings": 128,
+    },
+    "olmo2": {
+        "hidden_size": 32,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 2,
+        "num_key_value_heads": 1,
+        "intermediate_size": 64,
+        "max_position_embeddings": 128,
+    },
+    "gemma": {
+        "hidden_size": 32,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 2,
+        "num_key_value_heads": 1,
+        "head_dim": 16,
+        "intermediate_size": 64,
+        "max_position_embeddings": 128,
+    },
+    "gemma2": {
+        "hidden_size": 32,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 2,
+        "num_key_value_heads": 1,
+        "head_dim": 16,
+        "intermediate_size": 64,
+        "max_position_embeddings": 128,
+        "sliding_window": 64,
+    },
 }
 
 
@@ -180,10 +176,19 @@ def make_model(
     )
     model = AutoModelForCausalLM.from_config(config, dtype=dtype).eval()
     with torch.no_grad():
-        for name, p in model.named_parameters():
+        for _name, p in model.named_parameters():
             if p.ndim > 1:
                 p.mul_(scale)
     return model
+
+
+@functools.cache
+def architecture_of(block_name: str) -> str:
+    """The architecture of ARCHITECTURES whose blocks are of this class, a model's `block_name`."""
+    for architecture in ARCHITECTURES:
+        if any(type(m).__name__ == block_name for m in make_model(architecture).modules()):
+            return architecture
+    raise AssertionError(f"no architecture in tests/conftest.py has blocks of {block_name}")
 
 
 def save_model(folder: Path, architecture: str = "llama", **options) -> Path:
@@ -278,7 +283,7 @@ def run_here(*overrides: str) -> dict:
     """Run train.py's command in this process and return its summary; its errors are raised.
 
     The pictures of its report are made and not drawn, which would take longer than the run;
-    commands in processes of their own draw them.
+    commands that tests start draw them.
     """
     import hydra
     from omegaconf import OmegaConf
@@ -298,7 +303,7 @@ def run_here(*overrides: str) -> dict:
 
 @pytest.fixture
 def run(imdb_dir, llama_folder, tmp_path):
-    """Run with some overrides in a folder of its own; returns the folder."""
+    """Run with some overrides in a new folder; returns the folder."""
 
     def run(name: str, *overrides: str) -> Path:
         run_here(*small_run(llama_folder, imdb_dir, tmp_path / name, *overrides))
@@ -325,8 +330,8 @@ def untimed(rows: list[dict]) -> list[dict]:
 
 @pytest.fixture
 def http_server():
-    """Starts servers that answer requests, in order, as told; the last answer is also that of all
-    further ones.
+    """Starts servers that answer requests with `answers`, in order; the last answer is also that
+    of all further ones.
 
     An answer: a status, "drop" (the connection), "stall", "drip" (a byte at a time), "nonsense", or
     a function from the body.

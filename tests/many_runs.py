@@ -12,7 +12,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 
-from conftest import run_here  # noqa: E402
+from conftest import run_here
 
 from preflab.distributed import process_group
 

@@ -14,6 +14,7 @@ import httpx
 import pytest
 from conftest import (
     ROOT,
+    architecture_of,
     read_rows,
     run_command,
     run_here,
@@ -22,6 +23,7 @@ from conftest import (
     small_run,
     write_jsonl,
 )
+from omegaconf import OmegaConf
 
 from preflab.settings.command_line import check_arguments
 
@@ -169,6 +171,7 @@ def test_readme_command_runs(command, workplace, tmp_path):
         assert (
             "reward of the policy's samples" in result.stdout or "already finished" in result.stdout
         )
+    return None
 
 
 def answers(script: str, *arguments: str) -> None:
@@ -198,7 +201,7 @@ def test_the_readme_shows_commands():
 def test_the_default_experiment_raises_the_reward_and_a_larger_beta_stays_closer(tmp_path):
     """A fifth of the default run, by sampling and scoring; the whole run with three seeds is in the
     README."""
-    found = {}
+    summaries = {}
     for beta in (0.1, 1.0):
         run_command(
             "train.py",
@@ -208,13 +211,13 @@ def test_the_default_experiment_raises_the_reward_and_a_larger_beta_stays_closer
             "n_eval_model_samples=128",
             "wandb.enabled=false",
         )
-        found[beta] = json.loads((tmp_path / str(beta) / "summary.json").read_text())
-        assert found[beta]["reward_gain"] > 4 * found[beta]["reward_gain_se"]
-        assert found[beta]["eval_accuracy"] > 0.7
+        summaries[beta] = json.loads((tmp_path / str(beta) / "summary.json").read_text())
+        assert summaries[beta]["reward_gain"] > 4 * summaries[beta]["reward_gain_se"]
+        assert summaries[beta]["eval_accuracy"] > 0.7
         rows = read_rows(tmp_path / str(beta) / "samples.jsonl")
         by_hand = [row["policy_reward"]["lexicon"] for row in rows if row["examples"] == 1280]
-        assert found[beta]["policy_reward"] == pytest.approx(sum(by_hand) / len(by_hand))
-    assert found[1.0]["kl"] + 2 * found[1.0]["kl_se"] < found[0.1]["kl"]
+        assert summaries[beta]["policy_reward"] == pytest.approx(sum(by_hand) / len(by_hand))
+    assert summaries[1.0]["kl"] + 2 * summaries[1.0]["kl_se"] < summaries[0.1]["kl"]
 
 
 # What the papers' repositories document, without sizes that need GPUs.
@@ -258,15 +261,6 @@ RECIPES = [
         " wandb.project=risk-averse-phi2"
     ),
 ]
-ARCHITECTURE = {
-    "gpt2-large": "gpt2",
-    "gpt-neo": "gpt_neo",
-    "gptj": "gptj",
-    "pythia28": "gpt_neox",
-    "opt": "opt",
-    "llama7b": "llama",
-    "phi2": "phi",
-}
 
 
 @pytest.fixture(scope="module")
@@ -296,7 +290,8 @@ def test_published_recipe(recipe, public_data, tmp_path):
     overrides = recipe.replace("PAIRS", str(public_data / "pairs.jsonl")).split()
     check_arguments(overrides)
     model = next(o for o in overrides if o.startswith("model=")).split("=")[1]
-    folder = save_model(tmp_path / "model", ARCHITECTURE[model], scale=1.0)
+    block_name = OmegaConf.load(CONFIG_DIR / "model" / f"{model}.yaml").block_name
+    folder = save_model(tmp_path / "model", architecture_of(block_name), scale=1.0)
     summary = run_here(*small_run(folder, public_data, tmp_path / "run", *overrides))
     assert summary["finished"] and (summary["examples"] > 0) == ("function=eval" not in overrides)
 

@@ -36,14 +36,63 @@ from preflab.settings.run_folder import choose_run_dir, name_of_run, register_re
 from preflab.settings.schema import RULES, parse_value
 from utils import ConfigError, DataError
 
-CONTRACT = """seed function exp_name batch_size temperature topp eval_batch_size debug fsdp_port datasets wandb.enabled wandb.entity
-wandb.project local_dirs sample_during_eval n_eval_model_samples do_first_eval local_run_dir lr gradient_accumulation_steps
-max_grad_norm max_length max_prompt_length n_epochs n_examples n_eval_examples trainer optimizer warmup_steps
-activation_checkpointing eval_every minimum_log_interval_secs model.name_or_path model.tokenizer_name_or_path model.archive
-model.reference_archive model.block_name model.policy_dtype model.fsdp_policy_mp model.reference_dtype world_size resume""".split()
-MODELS = (
-    "tiny blank_model gpt2-large gpt2-xl gpt-neo gptj opt pythia28 pythia69 llama7b phi2".split()
-)
+CONTRACT = [
+    "seed",
+    "function",
+    "exp_name",
+    "batch_size",
+    "temperature",
+    "topp",
+    "eval_batch_size",
+    "debug",
+    "fsdp_port",
+    "datasets",
+    "wandb.enabled",
+    "wandb.entity",
+    "wandb.project",
+    "local_dirs",
+    "sample_during_eval",
+    "n_eval_model_samples",
+    "do_first_eval",
+    "local_run_dir",
+    "lr",
+    "gradient_accumulation_steps",
+    "max_grad_norm",
+    "max_length",
+    "max_prompt_length",
+    "n_epochs",
+    "n_examples",
+    "n_eval_examples",
+    "trainer",
+    "optimizer",
+    "warmup_steps",
+    "activation_checkpointing",
+    "eval_every",
+    "minimum_log_interval_secs",
+    "model.name_or_path",
+    "model.tokenizer_name_or_path",
+    "model.archive",
+    "model.reference_archive",
+    "model.block_name",
+    "model.policy_dtype",
+    "model.fsdp_policy_mp",
+    "model.reference_dtype",
+    "world_size",
+    "resume",
+]
+MODELS = [
+    "tiny",
+    "blank_model",
+    "gpt2-large",
+    "gpt2-xl",
+    "gpt-neo",
+    "gptj",
+    "opt",
+    "pythia28",
+    "pythia69",
+    "llama7b",
+    "phi2",
+]
 
 
 def compose(*overrides):

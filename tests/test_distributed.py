@@ -74,7 +74,7 @@ GROUPS = {
     "reference never built": (
         ("loss=dpo", "optimizer=AdamW", "sample_during_eval=false"),
         FEW,
-    ),  # each with a cache of its own
+    ),  # each with its own cache
     "scalar head": (("loss=bradley_terry", "optimizer=AdamW"), FEW),
     "another seed": (("loss=dpo", "seed=1"), ("one",)),  # the control: what a difference looks like
     "half": (("loss=dpo", "n_epochs=2"), FEW),  # later continued elsewhere
@@ -178,7 +178,7 @@ def test_the_same_losses_and_weights(runs, group, placement):
     for split, n in (("train", steps), ("eval", None)):
         ours, theirs = rows_of(folder, split), rows_of(one, split)
         assert len(ours) == len(theirs) == (n or len(theirs)) > 1
-        for row, expected in zip(ours, theirs):
+        for row, expected in zip(ours, theirs, strict=True):
             assert row.keys() == expected.keys()
             for key, value in expected.items():
                 if key.startswith("samples_eval") and row["step"] > 0:
@@ -201,7 +201,7 @@ def test_every_prompt_is_in_the_table_of_samples_once_in_the_same_order(runs, pl
     assert [(row["examples"], row["prompt"], row["policy"], row["reference"]) for row in ours] == [
         (row["examples"], row["prompt"], row["policy"], row["reference"]) for row in theirs
     ]
-    for row, expected in zip(ours, theirs):
+    for row, expected in zip(ours, theirs, strict=True):
         assert row["kl"] == pytest.approx(expected["kl"], abs=1e-4)
         assert row["policy_reward"] == expected["policy_reward"]
 
@@ -239,7 +239,7 @@ def test_checkpoints_are_evaluated_alike_on_ranks(runs):
         read_rows(runs / "evaluated" / name / "eval.jsonl") for name in ("two ranks", "one")
     )
     assert len(ours) == len(theirs) == 4 and [row["step"] for row in ours] == [4, 4, STEPS, STEPS]
-    for row, expected in zip(ours, theirs):
+    for row, expected in zip(ours, theirs, strict=True):
         close = {
             key: pytest.approx(value, rel=1e-4, abs=1e-4) if isinstance(value, float) else value
             for key, value in expected.items()
@@ -424,11 +424,11 @@ from losses import LossOutput, register_loss
 calls = 0
 
 @register_loss("dies", reads=set())
-def dies(pair, *, how: str):
+def dies(pair, *, death: str):
     global calls
     calls += 1
     if os.environ.get("RANK") == "1" and calls > 3:
-        if how == "killed":
+        if death == "killed":
             os.kill(os.getpid(), signal.SIGKILL)
         raise RuntimeError("this rank is unwell")
     return LossOutput(-pair.policy_chosen_logps)
@@ -436,36 +436,37 @@ def dies(pair, *, how: str):
 
 
 @pytest.mark.parametrize(
-    "how, told", [("raises", "RuntimeError: this rank is unwell"), ("killed", "killed by SIGKILL")]
+    "death, message",
+    [("raises", "RuntimeError: this rank is unwell"), ("killed", "killed by SIGKILL")],
 )
-def test_a_worker_that_dies_takes_the_run_down(setting, tmp_path, how, told):
+def test_a_worker_that_dies_takes_the_run_down(setting, tmp_path, death, message):
     (tmp_path / "dies.py").write_text(DIES)
     (tmp_path / "config" / "loss").mkdir(parents=True)
     (tmp_path / "config" / "loss" / "dies.yaml").write_text(
-        f"name: dies\nmodule: {tmp_path / 'dies.py'}\nsft_weight: 0.0\nhow: {how}\n"
+        f"name: dies\nmodule: {tmp_path / 'dies.py'}\nsft_weight: 0.0\ndeath: {death}\n"
     )
     process = start(
         setting,
-        f"dies-{how}",
+        f"dies-{death}",
         *TWO,
         f"--config-dir={tmp_path / 'config'}",
         "loss=dies",
         "do_first_eval=false",
     )
-    output, errors = finish(process)
+    _, errors = finish(process)
     assert process.returncode == 1, errors
-    assert told in errors and "all workers were stopped" in errors
-    if how == "raises":
+    assert message in errors and "all workers were stopped" in errors
+    if death == "raises":
         assert errors.count("Traceback") == 1 and "worker 1" in errors
 
 
-def test_an_archive_of_another_model_is_told_once(setting, tmp_path):
+def test_an_archive_of_another_model_is_reported_once(setting, tmp_path):
     torch.save(
         {"step_idx": 0, "state": make_model("gpt2").state_dict(), "metrics": {}},
         tmp_path / "policy.pt",
     )
     process = start(setting, "archive", *TWO, f"model.archive={tmp_path / 'policy.pt'}")
-    output, errors = finish(process)
+    _, errors = finish(process)
     assert process.returncode == 2
     assert (
         errors.count("error:") == 1
@@ -577,8 +578,9 @@ def test_a_rank_never_holds_the_model_its_files_hold(tmp_path):
     from preflab.modeling.loading import load_model
     from preflab.training.profiling import HostMemory
 
+    larger = {"hidden_size": 512, "intermediate_size": 2048, "num_hidden_layers": 6}
     ARCHITECTURES["llama"], small = (
-        ARCHITECTURES["llama"] | dict(hidden_size=512, intermediate_size=2048, num_hidden_layers=6),
+        ARCHITECTURES["llama"] | larger,
         ARCHITECTURES["llama"],
     )
     try:
@@ -631,7 +633,7 @@ def test_gradients_of_a_sharded_model_equal_those_of_a_whole_one():
             gradients.append(
                 [p.grad.full_tensor() if sharded else p.grad for p in scorer.model.parameters()]
             )
-        for ours, theirs in zip(*gradients):
+        for ours, theirs in zip(*gradients, strict=True):
             assert torch.equal(ours, theirs)
 
 
@@ -689,7 +691,7 @@ def test_a_rank_that_aborts_after_it_said_what_is_wrong(tmp_path):
     with pytest.raises(PrefLabError, match="no such loss"):
         _tell_why(failed, tmp_path, StopSignals())
     (tmp_path / "1.json").unlink()
-    with pytest.raises(launch.WorkerDied, match="worker 1 was killed by SIGABRT"):
+    with pytest.raises(launch.WorkerError, match="worker 1 was killed by SIGABRT"):
         _tell_why(failed, tmp_path, StopSignals())
 
 

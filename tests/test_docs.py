@@ -49,7 +49,7 @@ FOLDERS = (
 FILES = [
     path.relative_to(ROOT).as_posix() for folder in FOLDERS for path in ROOT.glob(f"{folder}*.*")
 ]
-OF_BLOCKS = {match for match in re.findall(r"(?m)^# (\S+\.(?:py|yaml))$", EXTENDING)}
+OF_BLOCKS = set(re.findall(r"(?m)^# (\S+\.(?:py|yaml))$", EXTENDING))
 
 
 def blocks(text: str, language: str) -> list[str]:
@@ -116,14 +116,14 @@ def test_a_command_of_the_documentation_is_accepted(words, extension, monkeypatc
         return
     assert (ROOT / script).is_file(), f"no file {script}"
     if script.startswith("scripts/d2po/"):  # which say what train.py is asked for
-        told = subprocess.run(
+        printed = subprocess.run(
             [program, ROOT / script, *arguments],
             env=os.environ | environment | {"DRYRUN": "1"},
             capture_output=True,
             text=True,
             check=True,
         ).stdout
-        _, script, *arguments = shlex.split(told.splitlines()[-1])
+        _, script, *arguments = shlex.split(printed.splitlines()[-1])
     if program in ("bash", "sbatch"):
         script = "train.py"
     if script in HYDRA:
@@ -159,7 +159,7 @@ def left_by_argparse(script: str, arguments: list[str], monkeypatch) -> list[str
     left = []
     known = argparse.ArgumentParser.parse_known_args
 
-    class Parsed(Exception):
+    class Parsed(Exception):  # noqa: N818, a way out of the script, no error
         pass
 
     def parse_known_args(self, args=None, namespace=None):
@@ -306,7 +306,7 @@ def test_the_dataset_is_read(extension, llama_folder):
         extension / "data" / "forum-train.jsonl",
         [{"question": "q", "answers": [{"text": "a", "votes": "many"}]}],
     )
-    with pytest.raises(DataError, match="forum-train.jsonl:1: 'votes' is .*, expected a number"):
+    with pytest.raises(DataError, match=r"forum-train\.jsonl:1: 'votes' is .*, expected a number"):
         list(open_dataset("forum", "train", data_dir=str(extension / "data")).records())
 
 

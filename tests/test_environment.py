@@ -290,6 +290,20 @@ def test_the_package_reads_its_dependencies_from_the_requirements(monkeypatch):
     assert all((ROOT / f"{module}.py").is_file() for module in package.py_modules)
 
 
+def test_the_package_ships_every_file_it_holds(monkeypatch):
+    monkeypatch.chdir(ROOT)
+    package = Distribution()
+    package.parse_config_files(["pyproject.toml"])
+    package.include_package_data = False  # what is declared, whatever a manifest adds
+    build = package.get_command_obj("build_py")
+    build.ensure_finalized()
+    shipped = {Path(source) / name for _, source, _, names in build.data_files for name in names}
+    files = (path for path in Path("preflab").rglob("*") if path.is_file())
+    data = {path for path in files if path.suffix not in (".py", ".pyc")}
+    assert data and data <= shipped
+    assert {str(path.parent) for path in data} <= {p.replace(".", "/") for p in package.packages}
+
+
 def test_versions_and_supported_pythons_agree():
     with open(ROOT / "pyproject.toml", "rb") as f:
         project = tomllib.load(f)["project"]

@@ -38,10 +38,8 @@ PADDED = Layout("padded", 257)
 
 
 def draw(model, prompts=PROMPTS, **options):
-    settings = (
-        dict(keys=list(range(len(prompts))), max_new_tokens=12, seed=0, batch_size=4) | options
-    )
-    return sample(Scorer(model), make_tokenizer(), prompts, **settings)
+    defaults = {"keys": range(len(prompts)), "max_new_tokens": 12, "seed": 0, "batch_size": 4}
+    return sample(Scorer(model), make_tokenizer(), prompts, **defaults | options)
 
 
 # ----------------------------------------------------------------------------------------- sampling
@@ -99,7 +97,7 @@ def test_samples_follow_the_seed():
 
 def test_greedy_takes_the_most_likely_token():
     model = make_model("llama", dtype=torch.float64)
-    for prompt, response in zip(PROMPTS, draw(model, temperature=0)):
+    for prompt, response in zip(PROMPTS, draw(model, temperature=0), strict=True):
         ids = list(prompt)
         for token in response:
             assert token == model(torch.tensor([ids])).logits[0, -1].argmax().item()
@@ -170,9 +168,9 @@ def test_kl_estimators_agree_and_are_zero_for_equal_models():
         seed=3,
         batch_size=100,
     )
-    found = measure_samples(Scorer(policy), Scorer(reference), prompts, responses, 64, PADDED)
-    means = {name: mean_and_error(values) for name, values in found.items()}
-    assert min(found["kl"]) >= 0 and min(found["kl_k3"]) >= 0 and min(found["kl_k1"]) < 0
+    measured = measure_samples(Scorer(policy), Scorer(reference), prompts, responses, 64, PADDED)
+    means = {name: mean_and_error(values) for name, values in measured.items()}
+    assert min(measured["kl"]) >= 0 and min(measured["kl_k3"]) >= 0 and min(measured["kl_k1"]) < 0
     for name in ("kl_k1", "kl_k3"):  # unbiased estimators of the same number
         assert abs(means[name][0] - means["kl"][0]) < 4 * math.hypot(means[name][1], means["kl"][1])
     assert means["kl"][1] < means["kl_k1"][1]
@@ -194,11 +192,11 @@ def test_kl_of_one_sample_by_hand():
     ids = torch.tensor([prompt + response])
     p, q = (m(ids).logits[0, 2:5].log_softmax(-1) for m in (policy, reference))
     ratio = torch.stack([(p - q)[i, t] for i, t in enumerate(response)])
-    found = measure_samples(Scorer(policy), Scorer(reference), [prompt], [response], 1, PADDED)
-    assert found["kl"][0] == pytest.approx((p.exp() * (p - q)).sum().item())
-    assert found["kl_k1"][0] == pytest.approx(ratio.sum().item())
-    assert found["kl_k3"][0] == pytest.approx(((-ratio).exp() - 1 + ratio).sum().item())
-    assert found["entropy"][0] == pytest.approx(-(p.exp() * p).sum(1).mean().item())
+    measured = measure_samples(Scorer(policy), Scorer(reference), [prompt], [response], 1, PADDED)
+    assert measured["kl"][0] == pytest.approx((p.exp() * (p - q)).sum().item())
+    assert measured["kl_k1"][0] == pytest.approx(ratio.sum().item())
+    assert measured["kl_k3"][0] == pytest.approx(((-ratio).exp() - 1 + ratio).sum().item())
+    assert measured["entropy"][0] == pytest.approx(-(p.exp() * p).sum(1).mean().item())
 
 
 def test_mean_and_standard_error():
@@ -295,15 +293,15 @@ def test_reward_model_scores_the_last_token_of_prompt_and_response(architecture,
     tokenizer.save_pretrained(tmp_path / "rm")
     prompts, responses = ["a", "another one", "x y"], [" b", " and a longer response", ""]
     expected = []
-    for prompt, response in zip(prompts, responses):
+    for prompt, response in zip(prompts, responses, strict=True):
         ids = torch.tensor([[256, *tokenizer(prompt + response)["input_ids"], 256]])
         expected.append(
             (model.base_model(ids).last_hidden_state[0, -1] @ model.score.weight[0]).item()
         )
-    found = build_reward({"name": "reward_model", "path": str(tmp_path / "rm"), "batch_size": 2})(
+    scores = build_reward({"name": "reward_model", "path": str(tmp_path / "rm"), "batch_size": 2})(
         prompts, responses
     )
-    assert found == pytest.approx(expected, rel=1e-4) and len({round(v, 3) for v in found}) == 3
+    assert scores == pytest.approx(expected, rel=1e-4) and len({round(v, 3) for v in scores}) == 3
     cut = build_reward({"name": "reward_model", "path": str(tmp_path / "rm"), "max_length": 6})(
         prompts[1:2], responses[1:2]
     )
@@ -330,7 +328,7 @@ def test_http_reward_asks_in_batches_and_survives_a_restart(http_server):
 
 
 @pytest.mark.parametrize(
-    "answer, told",
+    "answer, message",
     [
         (500, "in 2 attempts, the last: status 500"),
         ("drop", "in 2 attempts"),
@@ -343,25 +341,25 @@ def test_http_reward_asks_in_batches_and_survives_a_restart(http_server):
         (lambda _: {"scores": [1.0, float("nan")]}, "nan"),
     ],
 )
-def test_http_reward_that_fails_is_an_error_and_never_a_score(answer, told, http_server):
+def test_http_reward_that_fails_is_an_error_and_never_a_score(answer, message, http_server):
     server = http_server([answer])
     score = build_reward(
         {"name": "http", "url": server.url, "retries": 1, "backoff": 0.01, "timeout": 0.5}
     )
-    with pytest.raises(RewardError, match=told):
+    with pytest.raises(RewardError, match=message):
         score(["p", "p"], ["a", "b"])
 
 
 @pytest.mark.parametrize(
-    "returned, told", [([1.0], "1 scores for 2"), ([1.0, math.nan], "nan for the response")]
+    "returned, message", [([1.0], "1 scores for 2"), ([1.0, math.nan], "nan for the response")]
 )
-def test_a_reward_that_answers_wrongly_is_an_error_never_a_zero(returned, told):
+def test_a_reward_that_answers_wrongly_is_an_error_never_a_zero(returned, message):
     @register_reward("odd")
     def odd():
         return lambda prompts, responses: returned
 
     try:
-        with pytest.raises(ValueError, match=told):
+        with pytest.raises(ValueError, match=message):
             build_reward({"name": "odd"})(["p", "p"], ["a", "b"])
     finally:
         del REWARDS["odd"]
@@ -468,12 +466,12 @@ def test_archives_are_lists_patterns_and_folders_of_runs(two_runs):
     ]  # LATEST is step-3
     with pytest.raises(ConfigError, match="no match"):
         expand_archives(f"{a}/stop-*")
-    with pytest.raises(ConfigError, match="without policy.pt"):
+    with pytest.raises(ConfigError, match=r"without policy\.pt"):
         expand_archives(str(two_runs / "data"))
 
 
 def test_many_checkpoints_and_temperatures_are_rows(two_runs, llama_folder, monkeypatch):
-    """Each as if it had been evaluated alone, whatever the batch size; what was cut short goes on
+    """Each as if it had been evaluated alone, whatever the batch size; what was cut short continues
     from its last row."""
     a, b = (str(two_runs / "sweep" / name) for name in "ab")
     many = [
@@ -621,7 +619,7 @@ def test_a_failed_run_says_so(llama_folder, imdb_dir, tmp_path):
 
 
 @pytest.mark.parametrize(
-    "override, told",
+    "override, message",
     [
         ("temperature=[0.5,-1]", "the entry -1 is not a number of at least 0"),
         ("more_rewards=[lexikon]", "did you mean lexicon"),
@@ -633,9 +631,9 @@ def test_a_failed_run_says_so(llama_folder, imdb_dir, tmp_path):
     ],
 )
 def test_bad_settings_of_an_evaluation_are_refused(
-    override, told, llama_folder, imdb_dir, tmp_path
+    override, message, llama_folder, imdb_dir, tmp_path
 ):
-    with pytest.raises(ConfigError, match=re.escape(told)):
+    with pytest.raises(ConfigError, match=re.escape(message)):
         run_here(*small_run(llama_folder, imdb_dir, tmp_path / "run", "function=eval", override))
 
 
@@ -720,7 +718,7 @@ def test_a_run_samples_its_reference_once_and_its_policy_at_every_evaluation(run
     )  # before the first step they are equal
 
 
-def test_an_evaluation_stops_when_asked_and_the_same_command_goes_on(
+def test_an_evaluation_stops_when_asked_and_the_same_command_continues(
     two_runs, llama_folder, monkeypatch
 ):
     command = [f"model.archive=[{two_runs}/sweep/a,{two_runs}/sweep/b]", "sample_during_eval=false"]
@@ -748,18 +746,18 @@ def test_an_evaluation_is_skipped_only_while_its_checkpoints_are_the_same(
     again = small_run(
         llama_folder,
         two_runs / "data",
-        two_runs / "anew",
+        two_runs / "new",
         "function=eval",
         "n_eval_examples=6",
         *command,
         f"skip_finished={two_runs / 'known'}",
     )
     run_here(*again)
-    assert "skipped:" in capsys.readouterr().out and not (two_runs / "anew").exists()
+    assert "skipped:" in capsys.readouterr().out and not (two_runs / "new").exists()
     (two_runs / "moving" / "LATEST").unlink()
     (two_runs / "moving" / "LATEST").symlink_to("step-1")
     run_here(*again)
-    assert read_rows(two_runs / "anew" / "eval.jsonl")[0]["step"] == 1
+    assert read_rows(two_runs / "new" / "eval.jsonl")[0]["step"] == 1
 
 
 def test_a_finished_run_that_is_extended_and_dies_is_not_finished(run, monkeypatch):

@@ -11,47 +11,65 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from preflab.rewards import arithmetic, d2po
+from preflab.rewards import text as text_rewards
 from preflab.rewards.arithmetic import levenshtein, math_prompts, parse_expression, solution
 from preflab.rewards.d2po import find_nouns, tree_depth
 from preflab.rewards.registry import (
     REWARDS,
     build_reward,
-    check_reward,
     reward_settings,
 )
 from preflab.rewards.text import COLLECTED, syllables, tokens
+from preflab.settings.keys import options
 from preflab.settings.run_folder import register_resolvers
 from utils import ConfigError
 
-BASIC = {"lexicon", "length", "classifier", "reward_model", "http"}  # rewards that are not D2PO's
-GOLD = sorted(REWARDS.keys() - BASIC)
-PURE = ["bagofwords", "math", "nouns", "readinggrade", "reversebow", "tokdense", "unique_nns"]
+# The gold functions of D2PO's code, by its names.
+OF_D2PO = [
+    "bagofwords",
+    "contrastivedistill",
+    "eurusrm",
+    "math",
+    "nouns",
+    "readinggrade",
+    "reversebow",
+    "tokdense",
+    "treedep",
+    "ultrafeedbackgold",
+    "unique_nns",
+]
+# Rewards that compute a score from the text alone. The others ask a model.
+OF_TEXT = sorted(
+    name
+    for name in options("reward")
+    if inspect.getmodule(REWARDS[name]) in (arithmetic, d2po, text_rewards)
+    and "model" not in inspect.signature(REWARDS[name]).parameters
+)
 
 
 def scores(name, *responses, **more):
     return build_reward({"name": name, **more})(["p"] * len(responses), list(responses))
 
 
-def test_all_of_them_are_there():
-    assert sorted([*PURE, "contrastivedistill", "eurusrm", "treedep", "ultrafeedbackgold"]) == GOLD
+def test_every_gold_function_of_d2po_is_a_reward_under_its_name():
+    assert set(OF_D2PO) <= options("reward")
+    assert len(OF_TEXT) > 5
 
 
-@pytest.mark.parametrize("name", GOLD)
+@pytest.mark.parametrize("name", sorted(options("reward")))
 def test_every_setting_is_in_the_yaml(name):
     register_resolvers()
-    config = reward_settings(
-        name, {"base_url": "x", "model": "x"} if name == "ultrafeedbackgold" else {}
-    )
-    check_reward(config)
+    config = reward_settings(name)
     assert config.keys() - {"name"} == inspect.signature(REWARDS[name]).parameters.keys()
 
 
-@pytest.mark.parametrize("name", PURE)
+@pytest.mark.parametrize("name", OF_TEXT)
 @settings(max_examples=30, deadline=None)
 @given(texts=st.lists(st.text(), max_size=4))
 def test_whatever_the_text_there_is_a_finite_score_for_each(name, texts):
     prompts = ["((3+2)*(1+4)) = " if name == "math" else text for text in texts]
-    values = build_reward({"name": name})(prompts, texts)
+    values = build_reward(reward_settings(name))(prompts, texts)
     assert len(values) == len(texts) and all(math.isfinite(value) for value in values)
 
 

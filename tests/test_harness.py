@@ -45,7 +45,7 @@ def test_the_harness_reads_an_exported_folder_and_agrees_on_who_is_preferred(tmp
     ]
     pairs = [
         {"prompt": a["prompt"], "chosen": a["text"], "rejected": b["text"]}
-        for a, b in zip(rows[::2], rows[1::2])
+        for a, b in zip(rows[::2], rows[1::2], strict=True)
         if a["text"] and b["text"] and a["text"] != b["text"]
     ]
     write_jsonl(tmp_path / "pairs.jsonl", pairs)

@@ -86,14 +86,14 @@ def look(monkeypatch, tmp_path, llama_folder, capsys):
             "--max_prompt_length",
             20,
             "--json",
-            tmp_path / "found.json",
+            tmp_path / "report.json",
             *more,
         )
-        found = tmp_path / "found.json"
+        report = tmp_path / "report.json"
         message = capsys.readouterr()
         return (
             code,
-            json.loads(found.read_text()) if found.exists() else None,
+            json.loads(report.read_text()) if report.exists() else None,
             message.out + message.err,
         )
 
@@ -101,14 +101,14 @@ def look(monkeypatch, tmp_path, llama_folder, capsys):
 
 
 def test_every_fault_is_counted_and_what_spoils_training_is_an_error(look, tmp_path):
-    code, found, message = look(
+    code, report, message = look(
         folder_of(tmp_path / "data", BAD, [("p1", " x", " yy"), ("new", " x", " y")]), "--n", 20
     )
-    train, test = found["splits"]["train"], found["splits"]["test"]
+    train, test = report["splits"]["train"], report["splits"]["test"]
     assert code == 1 and {key: train[key] for key in BAD_COUNTS} == BAD_COUNTS
     assert test["leaked_prompts"] == 1 and test["pairs"] == 2 and train["leaked_prompts"] == 0
     levels = {
-        (finding["split"], finding["what"]): finding["level"] for finding in found["findings"]
+        (finding["split"], finding["what"]): finding["level"] for finding in report["findings"]
     }
     errors = {
         "contradictory_pairs",
@@ -180,13 +180,13 @@ def test_examples_show_what_the_loss_counts(look, tmp_path, monkeypatch):
 
 def test_sound_data_pass_and_a_small_share_of_contradictions_is_tolerated(look, tmp_path):
     train = [(f"p{i}", f" {i}" + "a" * (i % 2), f" {i}" + "a" * ((i + 1) % 2)) for i in range(300)]
-    code, found, message = look(folder_of(tmp_path / "data", train, [("new", " x", " y")]))
+    code, report, message = look(folder_of(tmp_path / "data", train, [("new", " x", " y")]))
     assert (
-        code == 0 and not found["findings"] and "error" not in message and "warning" not in message
+        code == 0 and not report["findings"] and "error" not in message and "warning" not in message
     )
     chosen, rejected = train[0][1:]
     folder_of(tmp_path / "data", [*train, ("p0", rejected, chosen)], [("new", " x", " y")])
-    code, found, message = look(tmp_path / "data")
+    code, report, message = look(tmp_path / "data")
     assert (
         code == 0
         and "warning: train: 2 of 301 pairs (0.66%): their opposite is there as well" in message
@@ -196,17 +196,17 @@ def test_sound_data_pass_and_a_small_share_of_contradictions_is_tolerated(look, 
 
 def test_length_bias_is_told(look, tmp_path):
     train = [(f"p{i}", " " + "a" * (2 + i % 5), " a") for i in range(40)]
-    code, found, message = look(folder_of(tmp_path / "data", train, [("new", " x", " y")]))
-    assert code == 0 and found["splits"]["train"]["longer_wins"]["share"] == 1
+    code, report, message = look(folder_of(tmp_path / "data", train, [("new", " x", " y")]))
+    assert code == 0 and report["splits"]["train"]["longer_wins"]["share"] == 1
     assert "warning: train: the longer response is chosen in 100.0% of the pairs" in message
 
 
 def test_scored_data_by_name_with_settings(look, imdb_dir):
     """Of each prompt four samples with scores 0.25, 0.75, 1.25, 1.75; the first two make a pair."""
-    code, found, _ = look("imdb", f"data_dir={imdb_dir}")
-    train = found["splits"]["train"]
+    code, report, _ = look("imdb", f"data_dir={imdb_dir}")
+    train = report["splits"]["train"]
     assert (
-        found["splits"]["test"]["leaked_prompts"] == 8 and code == 1
+        report["splits"]["test"]["leaked_prompts"] == 8 and code == 1
     )  # the two files of this fixture share prompts
     assert train["pairs"] == 24 and train["skipped"] == {
         "responses beyond the first two of a prompt": 48
@@ -258,12 +258,12 @@ def test_chat_messages_are_rendered_and_their_own_special_tokens_are_no_fault(lo
     ]
     for split, part in (("train", rows), ("test", [row for row in rows if row is rows[0]])):
         write_jsonl(tmp_path / "data" / f"{split}.jsonl", part)
-    _, found, message = look(tmp_path / "data", model=model)
-    train = found["splits"]["train"]
+    _, report, message = look(tmp_path / "data", model=model)
+    train = report["splits"]["train"]
     assert (
         train["eos_in_prompts"] == 1
         and train["bos_doubled"] == 0
-        and found["splits"]["test"]["leaked_prompts"] == 1
+        and report["splits"]["test"]["leaked_prompts"] == 1
     )
     assert f"prompt: {END}user:hi{END}\n" in message and f"chosen: [y][e][s][{END}]" in message
 
@@ -276,9 +276,9 @@ def test_boundaries_where_the_tokenizer_would_join(look, tmp_path):
         [("we saw ", "the film", "a film"), ("we saw", " the film", " a film")],
         [("x", " y", " z")],
     )
-    _, found, message = look(data, model="tiny")
+    _, report, message = look(data, model="tiny")
     assert (
-        found["splits"]["train"]["merged_boundaries"] >= 1
+        report["splits"]["train"]["merged_boundaries"] >= 1
         and "such as 'we saw ' and 'the film'" in message
     )
     joined = AutoTokenizer.from_pretrained(ROOT / "data" / "tiny")
@@ -322,8 +322,8 @@ def test_the_counts_are_those_of_training(look, tmp_path):
     ],
 )
 def test_what_cannot_be_inspected_is_refused(look, imdb_dir, arguments, message):
-    code, found, printed = look(*arguments, f"data_dir={imdb_dir}")
-    assert code == 2 and message in printed and found is None and "Traceback" not in printed
+    code, report, printed = look(*arguments, f"data_dir={imdb_dir}")
+    assert code == 2 and message in printed and report is None and "Traceback" not in printed
 
 
 def test_models_that_do_not_load_are_refused(look, tmp_path, imdb_dir, monkeypatch):
@@ -343,10 +343,10 @@ def test_models_that_do_not_load_are_refused(look, tmp_path, imdb_dir, monkeypat
 
 
 def test_a_bad_row_is_no_finding_but_a_refusal(look, tmp_path):
-    code, found, message = look(
+    code, report, message = look(
         write_jsonl(
             tmp_path / "bad.jsonl",
             [*pairs([("p", " a", " b")]), {"prompt": "q", "chosen": 3, "rejected": " b"}],
         )
     )
-    assert code == 2 and found is None and "bad.jsonl:2: 'chosen' is int '3'" in message
+    assert code == 2 and report is None and "bad.jsonl:2: 'chosen' is int '3'" in message

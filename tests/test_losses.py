@@ -1,6 +1,7 @@
 """Losses against closed forms computed by hand, and what must hold for every registered loss and
 its yaml."""
 
+import ast
 import functools
 import math
 import re
@@ -763,6 +764,54 @@ def test_cpo_and_slic_without_their_likelihood_are_reference_free_dpo_and_a_hing
 def test_every_registered_loss_has_a_yaml_of_its_name_and_every_yaml_a_loss():
     own = {name for name, spec in LOSSES.items() if spec.function.__module__ == "losses"}
     assert own == set(YAMLS)
+
+
+# Code outside losses.py that names a loss, and the reason. Experiments and benchmarks compare
+# losses and are free to name them.
+NAMED_ON_PURPOSE = {
+    "generate.py": {"sft"},  # sampling needs prompts, and sft accepts all data
+    "scripts/inspect_data.py": {"sft"},  # it counts all data, with pairs and without
+    "scripts/draw_losses.py": {"dpo"},  # a curve of dpo with label smoothing
+    "train_risk_preferences.py": {"dpo"},  # the command whose flags it takes trains DPO
+}
+
+
+def losses_named_in(code: str) -> set[str]:
+    """Losses that are a string of their own, or the value of an override such as "loss=sft".
+
+    A sentence may name a loss: docstrings, help and messages advise.
+    """
+    named = set()
+    for node in ast.walk(ast.parse(code)):
+        if isinstance(node, ast.Constant) and isinstance(node.value, str):
+            override = re.fullmatch(r"\s*(?:[\w.+]+=)?([\w,-]+)\s*", node.value)
+            named |= set(override[1].split(",") if override else ()) & set(YAMLS)
+    return named
+
+
+def test_no_other_file_names_a_loss():
+    files = [*ROOT.glob("*.py"), *ROOT.glob("preflab/**/*.py"), *ROOT.glob("scripts/**/*.py")]
+    named = {
+        path.relative_to(ROOT).as_posix(): losses_named_in(path.read_text(encoding="utf-8"))
+        for path in files
+        if path.name != "losses.py"
+    }
+    assert {path: names for path, names in named.items() if names} == NAMED_ON_PURPOSE
+
+
+@pytest.mark.parametrize(
+    "code, names",
+    [
+        ("if loss.name == 'tdpo2': pass", {"tdpo2"}),
+        ("run(['loss=sft', *more])", {"sft"}),
+        ("run(f'online.discriminator=bradley_terry {more}')", {"bradley_terry"}),
+        ("run('+loss=dpo,soft-label')", {"dpo", "soft-label"}),
+        ("raise ValueError('take loss=dpo')", set()),
+        ("run(f'loss={name}', 'losses', 'loss=my_dpo')", set()),
+    ],
+)
+def test_a_named_loss_is_seen(code, names):
+    assert losses_named_in(code) == names
 
 
 @pytest.mark.parametrize("name", YAMLS)

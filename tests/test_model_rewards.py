@@ -56,10 +56,10 @@ def test_contrastivedistill_is_the_naive_difference_of_means(tmp_path):
         "small": str(tmp_path / "small"),
         "batch_size": 4,
     }
-    found = build_reward(settings)(prompts, responses)
+    scores = build_reward(settings)(prompts, responses)
     assert (
-        found == pytest.approx(expected, abs=1e-5)
-        and len({round(value, 3) for value in found}) == 6
+        scores == pytest.approx(expected, abs=1e-5)
+        and len({round(value, 3) for value in scores}) == 6
     )
     with pytest.raises(ConfigError, match=r"reward\.small=.* is not a causal language model"):
         build_reward(settings | {"small": str(tmp_path)})

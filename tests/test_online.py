@@ -1,4 +1,4 @@
-"""Online learning: who labels what, what it costs, and that a run that was stopped anywhere goes on
+"""Online learning: who labels what, what it costs, and that a run stopped anywhere continues
 as if it had not been."""
 
 import json
@@ -29,7 +29,7 @@ from preflab.training.session import Session
 from utils import ConfigError, DataError, in_use
 
 # A gold of the user's own: letters a to m in a response; it notes what it was asked, and fails when
-# told to.
+# asked to.
 GOLD = """
 import json
 from pathlib import Path
@@ -40,10 +40,11 @@ def letters(*, log: str):
     def score(prompts, responses):
         trouble = Path(log + ".trouble")
         if trouble.exists():
-            kind = trouble.read_text()
-            if kind == "raise":
+            answer = trouble.read_text()
+            if answer == "raise":
                 raise RuntimeError("the oracle is asleep")
-            return {"nan": [float("nan")] * len(responses), "few": [0.0] * (len(responses) - 1)}[kind]
+            nan, few = [float("nan")] * len(responses), [0.0] * (len(responses) - 1)
+            return {"nan": nan, "few": few}[answer]
         with open(log, "a") as f:
             for p, r in zip(prompts, responses):
                 f.write(json.dumps([p, r]) + "\\n")
@@ -117,7 +118,7 @@ def same(a: dict, b: dict) -> bool:
     return a.keys() == b.keys() and all(torch.equal(a[key], b[key]) for key in a)
 
 
-def told(folder) -> list[dict]:
+def untimed_rows(folder) -> list[dict]:
     """metrics.jsonl without what depends on the clock."""
     clock = ("seconds", "per_second")
     return [
@@ -173,7 +174,7 @@ def test_conf_takes_the_closest_of_the_whole_pool_and_rand_any():
     assert select(pool, 10, "conf", [0]) == [3, 1, 5, 2, 0, 4]
 
 
-def wanted(n: int, number: int = 1, k: int = 2) -> list[dict]:
+def requests_for(n: int, number: int = 1, k: int = 2) -> list[dict]:
     return [
         {
             "round": number,
@@ -193,7 +194,7 @@ def by_length(prompts, responses):
 
 def test_the_ledger_counts_what_was_paid_and_cannot_overspend(tmp_path):
     ledger = Ledger(tmp_path / "labels.jsonl", 5)
-    assert [row["scores"] for row in ledger.buy(wanted(3), by_length)] == [
+    assert [row["scores"] for row in ledger.buy(requests_for(3), by_length)] == [
         [0.0, 1.0],
         [1.0, 2.0],
         [2.0, 3.0],
@@ -204,8 +205,8 @@ def test_the_ledger_counts_what_was_paid_and_cannot_overspend(tmp_path):
     with pytest.raises(
         RewardError, match="3 labels were to be bought and the budget has room for 2"
     ):
-        ledger.buy(wanted(3), by_length)
-    assert ledger.buy(wanted(1, 2, k=3), by_length)[0]["cost"] == 2
+        ledger.buy(requests_for(3), by_length)
+    assert ledger.buy(requests_for(1, 2, k=3), by_length)[0]["cost"] == 2
     assert ledger.affords(1) == 0 and ledger.bought_until(1) == 3 and ledger.bought_until(2) == 5
     again = Ledger(tmp_path / "labels.jsonl", 5)
     assert again.rows == ledger.rows and again.affords(1) == 0
@@ -217,22 +218,22 @@ def test_a_gold_that_fails_costs_nothing(tmp_path):
 
     ledger = Ledger(tmp_path / "labels.jsonl", 5)
     with pytest.raises(RewardError, match="no"):
-        ledger.buy(wanted(2), fails)
+        ledger.buy(requests_for(2), fails)
     assert ledger.bought == 0 and not (tmp_path / "labels.jsonl").exists()
 
 
 def test_a_ledger_cut_short_loses_its_last_line_alone(tmp_path):
     path = tmp_path / "labels.jsonl"
-    Ledger(path, None).buy(wanted(3), by_length)
+    Ledger(path, None).buy(requests_for(3), by_length)
     path.write_bytes(path.read_bytes()[:-20])
     cut = Ledger(path, None)
     assert cut.bought == 2
-    cut.buy(wanted(1, 2), by_length)
+    cut.buy(requests_for(1, 2), by_length)
     assert [row["round"] for row in read_rows(path)] == [1, 1, 2]
     lines = path.read_text().splitlines()
     for wrong in (lines[0][:-5], "{}", "[]", "7", lines[0].replace('"cost": 1', '"cost": -50')):
         path.write_text("\n".join([wrong, *lines[1:]]) + "\n")
-        with pytest.raises(DataError, match="labels.jsonl:1: expected a bought label"):
+        with pytest.raises(DataError, match=r"labels\.jsonl:1: expected a bought label"):
             Ledger(path, None)
 
 
@@ -330,10 +331,10 @@ def test_equal_gold_scores_cost_and_teach_nothing_and_form_no_pair(tmp_path):
 @pytest.mark.parametrize(
     "limits, bought",
     [
-        (dict(budget=3), 3),
-        (dict(stop_labels=5), 5),
-        (dict(budget=4, stop_labels=9), 4),
-        (dict(), 8),
+        ({"budget": 3}, 3),
+        ({"stop_labels": 5}, 5),
+        ({"budget": 4, "stop_labels": 9}, 4),
+        ({}, 8),
     ],
 )
 def test_limits_are_kept_to_the_label(tmp_path, limits, bought):
@@ -381,8 +382,8 @@ def test_opo_with_gold_buys_a_label_a_pair_until_the_budget_is_spent(go):
         and summary["rounds"] == 4
     )
     assert summary["seconds_sampling"] > 0 and (folder / "LATEST" / "policy.pt").exists()
-    kept = read_rows(folder / "rollouts.jsonl")
-    for row in kept:
+    rollouts = read_rows(folder / "rollouts.jsonl")
+    for row in rollouts:
         better, worse = row["pair"] or (0, 0)
         assert row["rewards"]["letters"] == row["scores"] and (row["pair"] is None) == (
             row["scores"][0] == row["scores"][1]
@@ -413,7 +414,7 @@ def test_measured_gold_is_shown_to_the_log_and_to_nobody_else(go):
     guessed = [best_and_worst(r["scores"]) for r in rollout]  # before bought labels overruled them
     right = [
         r["rewards"]["letters"][pair[0]] - r["rewards"]["letters"][pair[1]]
-        for r, pair in zip(rollout, guessed)
+        for r, pair in zip(rollout, guessed, strict=True)
         if pair
     ]
     assert row["online/label_accuracy"] == pytest.approx(np.mean([gap > 0 for gap in right if gap]))
@@ -466,8 +467,8 @@ def test_a_run_in_two_parts_is_the_run_in_one(go, settings):
     assert same(weights(whole), weights(parts))
     if settings:
         assert same(weights(whole, "discriminator"), weights(parts, "discriminator"))
-    assert [row for row in told(whole) if row["split"] == "online"] == [
-        row for row in told(parts) if row["split"] == "online"
+    assert [row for row in untimed_rows(whole) if row["split"] == "online"] == [
+        row for row in untimed_rows(parts) if row["split"] == "online"
     ]
     assert read_rows(whole / "labels.jsonl") == read_rows(parts / "labels.jsonl") and asked(
         whole
@@ -491,9 +492,10 @@ def test_a_discriminator_of_another_architecture(go, llama_folder):
 def test_layers_split_over_devices_learn_what_one_process_learns(go, settings):
     one = go("one", *settings)
     split = go("split", *settings, "trainer=TensorParallelTrainer", "world_size=2")
-    text = lambda folder: [
-        (row["prompt"], row["responses"]) for row in read_rows(folder / "rollouts.jsonl")
-    ]  # noqa: E731
+
+    def text(folder):
+        return [(row["prompt"], row["responses"]) for row in read_rows(folder / "rollouts.jsonl")]
+
     assert text(one) == text(split) and asked(one) == asked(split)
     for inside in ("", "discriminator") if settings else ("",):
         ours, theirs = weights(one, inside), weights(split, inside)
@@ -528,13 +530,13 @@ def test_killed_between_buying_and_learning_nothing_is_bought_twice_or_lost(
         killed_folder / "labels.jsonl"
     ) == read_rows(whole / "labels.jsonl")
     assert same(weights(whole), weights(killed_folder))
-    assert [row for row in told(whole) if row["split"] == "online"] == [
-        row for row in told(killed_folder) if row["split"] == "online"
+    assert [row for row in untimed_rows(whole) if row["split"] == "online"] == [
+        row for row in untimed_rows(killed_folder) if row["split"] == "online"
     ]
 
 
 @pytest.mark.parametrize(
-    "kind, message",
+    "answer, message",
     [
         ("raise", "RuntimeError: the oracle is asleep"),
         ("nan", "returned nan"),
@@ -546,12 +548,12 @@ def test_killed_between_buying_and_learning_nothing_is_bought_twice_or_lost(
     [(), D2PO, (*D2PO, "online.measure_gold=true")],
     ids=["opo", "d2po", "d2po measured"],
 )
-def test_a_gold_that_fails_stops_the_run_with_a_checkpoint_and_it_goes_on(
-    go, tmp_path, settings, kind, message
+def test_a_gold_that_fails_stops_the_run_with_a_checkpoint_and_it_continues(
+    go, tmp_path, settings, answer, message
 ):
     go("failing", *settings, "online.rounds=3", "online.save_every=100")
     trouble = tmp_path / "failing.asked.trouble"
-    trouble.write_text(kind)
+    trouble.write_text(answer)
     with pytest.raises(RewardError, match=message):
         go("failing", *settings, "online.save_every=100")
     state = torch.load(tmp_path / "failing" / "LATEST" / "training_state.pt", weights_only=True)
@@ -647,13 +649,13 @@ def test_a_stop_in_the_first_evaluation_buys_nothing_before_it_is_obeyed(go, tmp
     assert asked(tmp_path / "run") == []
     monkeypatch.setattr(OnlineTrainer, "_evaluate", evaluate)
     folder = go("run")
-    assert same(weights(whole), weights(folder)) and told(whole) == told(folder)
+    assert same(weights(whole), weights(folder)) and untimed_rows(whole) == untimed_rows(folder)
 
 
 def test_a_policy_is_no_discriminator_that_is_never_taught(go):
     policy = go("policy", "online.rounds=1")
     with pytest.raises(
-        ConfigError, match="is no reward model, and with online.budget=0 it would never learn"
+        ConfigError, match=r"is no reward model, and with online\.budget=0 it would never learn"
     ):
         go("run", *D2PO, f"online.discriminator_path={policy}", "online.budget=0")
 
@@ -673,7 +675,7 @@ def test_how_a_reward_is_reached_may_change_and_what_it_is_may_not():
     )
     must_match(saved, now)
     now.reward.name = "lexicon"
-    with pytest.raises(ConfigError, match="reward.name was http and is now lexicon"):
+    with pytest.raises(ConfigError, match=r"reward\.name was http and is now lexicon"):
         must_match(saved, now)
 
 
@@ -705,14 +707,15 @@ def test_a_loss_of_scores_learns_nothing_from_a_pair_without_a_gap(go):
         "online.relabel_every=16",
         "online.rounds=2",
     )  # its first scores are all zero
-    assert [row["online/pairs"] for row in rounds_of(folder)][0] == 0 and len(
-        read_rows(folder / "labels.jsonl")
-    ) == 8
+    assert (
+        next(row["online/pairs"] for row in rounds_of(folder)) == 0
+        and len(read_rows(folder / "labels.jsonl")) == 8
+    )
 
 
 def test_responses_that_cannot_be_told_apart_end_the_run_clearly(go, monkeypatch, tmp_path):
     monkeypatch.setattr(rounds, "PATIENCE", 3)
-    with pytest.raises(rounds.NothingToLearn, match="in the last 3 rounds no two responses"):
+    with pytest.raises(rounds.NothingToLearnError, match="in the last 3 rounds no two responses"):
         go("ties", "temperature=0")  # both responses of a prompt are the same
     assert (tmp_path / "ties" / "LATEST" / "policy.pt").exists()
 
@@ -761,7 +764,7 @@ def test_every_loss_learns_online_or_says_why_not(go, name):
         (("online.responses_per_prompt=1",), "at least 2"),
         (("online.sampler=/nowhere",), "no such file or folder"),
         (("online.max_new_tokens=60",), "exceed max_length=64"),
-        (("reference.cache=true",), "new in every round"),
+        (("reference.cache=true",), "each round trains on new samples"),
         (("online.relabels=0",), "at least 1"),
         (("online.discriminator_lr=0",), "above 0"),
     ],
@@ -773,7 +776,7 @@ def test_what_cannot_work_is_refused_before_a_model_loads(go, settings, message)
 
 def test_another_gold_or_temperature_is_another_run(go):
     go("run", "online.rounds=1")
-    with pytest.raises(ConfigError, match="temperature was 1.0 and is now 0.5"):
+    with pytest.raises(ConfigError, match=r"temperature was 1\.0 and is now 0\.5"):
         go("run", "temperature=0.5")
     go("run", "online.rounds=2", "online.save_every=1")
 

@@ -10,7 +10,6 @@ from test_configuration import compose
 
 from preflab.checks import check_config
 from preflab.readers.registry import DATASETS, open_dataset
-from trainers import TRAINERS
 from utils import DataError
 
 # ------------------------------------------------------------------------------------- scored lines
@@ -84,7 +83,7 @@ def test_the_seed_of_a_run_reaches_random_pairing_and_nothing_else(tmp_path):
 
     def opened(seed, pairing):
         config = compose(f"datasets=[{path}]", f"seed={seed}", f"pairing={pairing}")
-        _, sources = check_config(config, TRAINERS)
+        _, sources = check_config(config)
         sources = {split: source for split, (source,) in sources.items()}
         records = {split: list(source.records()) for split, source in sources.items()}
         return {split: source.fingerprint() for split, source in sources.items()}, records

@@ -25,7 +25,7 @@ from preflab.training.checkpoints import latest_checkpoint, save_checkpoint
 from utils import ConfigError
 
 
-class Crash(Exception):
+class CrashError(Exception):
     """What the tests raise in the middle of a run."""
 
 
@@ -65,12 +65,12 @@ def test_an_exception_at_any_step(command, tmp_path, monkeypatch, stop, more):
 
     def crash(self, *arguments):
         if self.learner.counters.steps == stop:
-            raise Crash
+            raise CrashError
         step(self, *arguments)
 
     with monkeypatch.context() as patch:
         patch.setattr(trainers.BasicTrainer, "train_step", crash)
-        with pytest.raises(Crash):
+        with pytest.raises(CrashError):
             run_here(*command("broken", *more))
     run_here(*command("broken", *more))
     if more == ("loss=bradley_terry",):
@@ -104,7 +104,7 @@ def test_a_signal_to_a_running_process(command, tmp_path, signum):
     while not list(broken.glob("step-*")) and child.poll() is None:
         time.sleep(0.01)
     child.send_signal(signum)
-    output, errors = child.communicate(timeout=120)
+    _, errors = child.communicate(timeout=120)
     assert child.returncode == (-signum if signum == signal.SIGKILL else 128 + signum), errors
     assert not (broken / "summary.json").exists()
     if signum != signal.SIGKILL:
@@ -122,11 +122,11 @@ def test_a_run_saved_before_its_first_step_does_not_evaluate_twice(command, tmp_
     def stop_at_once(self, examples, microbatches, bar):
         self.loader.load_state_dict({"epoch": 0, "cursor": 0})
         self.session.save()
-        raise Crash
+        raise CrashError
 
     with monkeypatch.context() as patch:
         patch.setattr(trainers.BasicTrainer, "train_step", stop_at_once)
-        with pytest.raises(Crash):
+        with pytest.raises(CrashError):
             run_here(*command("broken"))
     run_here(*command("broken"))
     assert_same_run(tmp_path / "whole", tmp_path / "broken")
@@ -158,7 +158,7 @@ def test_a_finished_run_is_left_alone_and_a_longer_one_goes_on(
 
 def test_another_run_in_the_same_folder_is_refused(command):
     run_here(*command("run", "n_examples=8"))
-    with pytest.raises(ConfigError, match="loss.beta was 0.1 and is now 0.7"):
+    with pytest.raises(ConfigError, match=r"loss\.beta was 0\.1 and is now 0\.7"):
         run_here(*command("run", "loss.beta=0.7"))
 
 
@@ -177,9 +177,9 @@ def test_a_save_that_dies_leaves_the_previous_checkpoint(tmp_path):
 
     def dies(folder):
         (folder / "policy.pt").write_text("half")
-        raise Crash
+        raise CrashError
 
-    with pytest.raises(Crash):
+    with pytest.raises(CrashError):
         save_checkpoint(tmp_path, 2, dies, keep=None)
     assert (tmp_path / "LATEST" / "policy.pt").read_text() == "one"
     assert sorted(p.name for p in tmp_path.iterdir()) == ["LATEST", "step-1"]
@@ -206,8 +206,8 @@ def test_the_newest_checkpoints_are_kept(tmp_path, keep, left):
 def test_killed_between_the_checkpoint_and_latest(tmp_path, monkeypatch):
     save_checkpoint(tmp_path, 1, write("one"), keep=1)
     with monkeypatch.context() as patch:
-        patch.setattr(os, "replace", lambda *a: (_ for _ in ()).throw(Crash()))
-        with pytest.raises(Crash):
+        patch.setattr(os, "replace", lambda *a: (_ for _ in ()).throw(CrashError()))
+        with pytest.raises(CrashError):
             save_checkpoint(tmp_path, 2, write("two"), keep=1)
     assert (tmp_path / "LATEST" / "policy.pt").read_text() == "one"
     save_checkpoint(tmp_path, 3, write("three"), keep=1)

@@ -1,4 +1,4 @@
-"""Reward models: how they are trained, which checkpoint is kept, and that others read what they
+"""Reward models: their training, the checkpoints that remain, and that others read what they
 are."""
 
 import json
@@ -28,9 +28,9 @@ def test_best_is_the_checkpoint_with_the_highest_accuracy_and_stays(run):
         "keep_checkpoints=1",
         "pairing=best_worst",
     )
-    found = accuracies(folder)
-    assert 0 in found and len(found) > 3  # before the first step too
-    saved = {step: accuracy for step, accuracy in found.items() if step}
+    by_step = accuracies(folder)
+    assert 0 in by_step and len(by_step) > 3  # before the first step too
+    saved = {step: accuracy for step, accuracy in by_step.items() if step}
     best = next(
         step for step, accuracy in saved.items() if accuracy == max(saved.values())
     )  # the first of equals
@@ -64,22 +64,22 @@ def test_a_policy_has_no_best(run):
 def test_a_scalar_head_is_kept_unless_a_new_one_is_asked_for(run):
     first = run("first", "loss=bradley_terry", "n_examples=16")
     archive = f"model.archive={first}"
-    kept, new = (
+    trained_head, new_head = (
         run(name, "loss=bradley_terry", "n_examples=8", archive, *more)
-        for name, more in (("kept", ()), ("new", ("model.reinit_head=true",)))
+        for name, more in (("trained_head", ()), ("new_head", ("model.reinit_head=true",)))
     )
     trained = accuracies(first)[max(accuracies(first))]
     losses = {
         name: next(row for row in read_rows(folder / "metrics.jsonl") if row["split"] == "eval")[
             "loss/eval"
         ]
-        for name, folder in (("kept", kept), ("new", new))
+        for name, folder in (("trained_head", trained_head), ("new_head", new_head))
     }
     last = [row for row in read_rows(first / "metrics.jsonl") if row["split"] == "eval"][-1]
-    assert losses["kept"] == pytest.approx(last["loss/eval"], abs=1e-6) and losses[
-        "new"
+    assert losses["trained_head"] == pytest.approx(last["loss/eval"], abs=1e-6) and losses[
+        "new_head"
     ] != pytest.approx(last["loss/eval"], abs=1e-4)
-    assert accuracies(kept)[0] == trained
+    assert accuracies(trained_head)[0] == trained
 
 
 @pytest.mark.parametrize("loss", ["bradley_terry", "dpo"])
@@ -91,18 +91,18 @@ def test_the_adapter_folder_is_what_peft_reads_and_equals_the_folded_model(run, 
     )
 
     folder = run("run", f"loss={loss}", "model.lora.r=4", "n_examples=32", "lr=1e-2") / "LATEST"
-    kind, more = (
+    cls, more = (
         (AutoModelForCausalLM, {})
         if loss == "dpo"
         else (AutoModelForSequenceClassification, {"num_labels": 1})
     )
     ids = torch.arange(1, 9)[None]
-    folded = kind.from_pretrained(folder / "hf")(ids).logits
-    base = kind.from_pretrained(llama_folder, **more)
+    folded = cls.from_pretrained(folder / "hf")(ids).logits
+    base = cls.from_pretrained(llama_folder, **more)
     adapted = PeftModel.from_pretrained(base, folder / "adapter").eval()(ids).logits
     assert torch.allclose(adapted, folded, atol=1e-5)
     assert not torch.allclose(
-        kind.from_pretrained(llama_folder, **more)(ids).logits, folded, atol=1e-3
+        cls.from_pretrained(llama_folder, **more)(ids).logits, folded, atol=1e-3
     )
 
 

@@ -98,7 +98,7 @@ def test_predict_scores_by_the_reward(client):
 
 
 def test_train_without_a_discriminator_is_opo_with_gold(client):
-    http, service = client("online.budget=6")
+    http, _ = client("online.budget=6")
     answer = http.post("/train", json=request(1)).json()
     assert answer["scores"] == [[1.0, 1.0], [2.0, 3.0], [3.0, 5.0], [4.0, 7.0]]
     assert answer["pairs"] == [None, [1, 0], [1, 0], [1, 0]] and (
@@ -153,7 +153,7 @@ def test_a_service_started_again_goes_on(client, tmp_path):
     other, _ = client(*LEARNS, folder=tmp_path / "other")
     for n in range(1, 4):
         other.post("/train", json=request(n))
-    again, service = client(*LEARNS, folder=tmp_path / "other")
+    again, _ = client(*LEARNS, folder=tmp_path / "other")
     assert again.post("/train", json=request(3)).json() == answers[2]  # the client had not got it
     assert [again.post("/train", json=request(n)).json() for n in (4, 5)] == answers[3:]
     assert read_rows(tmp_path / "other" / "labels.jsonl") == read_rows(

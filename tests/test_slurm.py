@@ -23,8 +23,8 @@ from conftest import (
 )
 
 
-def why_not() -> str | None:
-    """Why these tests cannot run here, or None."""
+def reason_to_skip() -> str | None:
+    """The reason these tests cannot run here, or None."""
     if shutil.which("sbatch") is None:
         return "no sbatch on this machine, so the SLURM batch files were not tried"
     try:
@@ -41,7 +41,7 @@ def why_not() -> str | None:
     return None
 
 
-pytestmark = pytest.mark.skipif(bool(why := why_not()), reason=str(why))
+pytestmark = pytest.mark.skipif(bool(reason := reason_to_skip()), reason=str(reason))
 
 
 @pytest.fixture(scope="module")
@@ -82,7 +82,7 @@ class Job:
         )
 
     def wait(self, *states: str, seconds: int = 120) -> str:
-        """Until the job is in one of `states`; a job that waits after a requeue is told to start
+        """Until the job is in one of `states`; a job that waits after a requeue is asked to start
         now."""
         for _ in range(seconds * 4):
             state = self.field("JobState")
@@ -108,8 +108,8 @@ def control(*arguments: str) -> None:
 
 def wait_for(condition, seconds: int = 120):
     for _ in range(seconds * 10):
-        if found := condition():
-            return found
+        if result := condition():
+            return result
         time.sleep(0.1)
     raise AssertionError("waited in vain")
 

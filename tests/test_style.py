@@ -1,4 +1,4 @@
-"""The formatter's opinion, where it is installed."""
+"""What ruff says of the layout and of the code, where it is installed."""
 
 import subprocess
 import sys
@@ -6,10 +6,11 @@ import sys
 import pytest
 from conftest import ROOT
 
-pytest.importorskip("ruff")
+pytest.importorskip("ruff", reason="ruff is not installed: pip install -r requirements/tests.txt")
 
 
-def test_every_file_is_formatted():
-    command = [sys.executable, "-m", "ruff", "format", "--check", "."]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
-    assert done.returncode == 0, f"{done.stdout}{done.stderr}run: python -m ruff format ."
+@pytest.mark.parametrize("command, fix", [("format --check", "format"), ("check", "check --fix")])
+def test_ruff_has_nothing_to_say(command, fix):
+    arguments = [sys.executable, "-m", "ruff", *command.split(), "."]
+    done = subprocess.run(arguments, cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, f"{done.stdout}{done.stderr}run: python -m ruff {fix} ."

@@ -282,11 +282,11 @@ def test_a_loss_that_is_no_number_stops_with_the_examples_and_the_last_good_weig
         f"    bad = torch.tensor([e == {bad} for e in examples] or [False])\n"
         "    return LossOutput(losses + torch.where(bad, float('nan'), 0.0))\n"
     )
-    told = (
+    message = (
         rf"loss of step 3 is not finite, from .*imdb-sft-train.jsonl:\d+ \(example {bad}\);.*LATEST"
     )
     try:
-        with pytest.raises(learner.NonFiniteLoss, match=told):
+        with pytest.raises(learner.NonFiniteLossError, match=message):
             run(
                 "run",
                 "loss.name=explodes",
@@ -319,7 +319,7 @@ def test_debug_writes_no_checkpoint(run):
 
 
 @pytest.mark.parametrize(
-    "overrides, told",
+    "overrides, message",
     [
         (
             ("batch_size=9", "gradient_accumulation_steps=2"),
@@ -350,8 +350,8 @@ def test_debug_writes_no_checkpoint(run):
         (("model.lora.r=2", "model.lora.target_modules=[nothing_like_it]"), "target_modules"),
     ],
 )
-def test_bad_settings_are_refused_with_what_to_change(run, overrides, told):
-    with pytest.raises((ConfigError, DataError), match=told):
+def test_bad_settings_are_refused_with_what_to_change(run, overrides, message):
+    with pytest.raises((ConfigError, DataError), match=message):
         run("run", *overrides)
 
 
@@ -368,7 +368,7 @@ def test_scores_are_asked_for_before_a_model_loads(run, tmp_path, monkeypatch):
         tmp_path / "data" / "imdb-sft-train.jsonl",
         [row | {"reward": row["reward"] - 1} for row in rows],
     )
-    with pytest.raises(DataError, match="imdb-sft-train.jsonl:.*correct the data"):
+    with pytest.raises(DataError, match=r"imdb-sft-train\.jsonl:.*correct the data"):
         run("run", "loss=odpo", "loss.ratio=true")
 
 

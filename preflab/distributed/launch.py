@@ -29,7 +29,7 @@ def sheltered():
         signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
-class WorkerDied(RuntimeError):
+class WorkerError(RuntimeError):
     """A worker ended by itself; the others were stopped."""
 
 
@@ -37,7 +37,7 @@ def launch(worker: Callable, n: int, port: int | None, arguments: tuple, stop: S
     """Run `worker(*arguments)` in `n` processes that find one another, through torch's elastic
     launcher.
 
-    Returns when all have returned. Raises WorkerDied, and prints the traceback of the first that
+    Returns when all have returned. Raises WorkerError, and prints the traceback of the first that
     failed, when one dies; PrefLabError with the worker's own message when that is what it raised.
     The rest are stopped first.
     """
@@ -104,8 +104,8 @@ def _guarded(worker: Callable, arguments: tuple, folder: str) -> None:
             "time": time.time(),
         }
         (Path(folder) / f"{os.environ['RANK']}.json").write_text(json.dumps(told), encoding="utf-8")
-        # noqa: SIM115  (it is told once, by the process that started us)
-        sys.stderr = open(os.devnull, "w")
+        # The starting process prints the error once. The stream stays open until this one ends.
+        sys.stderr = open(os.devnull, "w")  # noqa: SIM115
         raise SystemExit(1) from None
 
 
@@ -132,16 +132,16 @@ def _tell_why(failed, folder: Path, stop: StopSignals) -> None:
         if stop.received is not None and -failure.exitcode == stop.received:
             return  # before it could listen; nothing had begun
         name = signal.Signals(-failure.exitcode).name
-        raise WorkerDied(
+        raise WorkerError(
             f"worker {rank} was killed by {name}{' (out of memory?)' if name == 'SIGKILL' else ''};"
             " all workers were stopped"
         ) from failed
     if not told:
-        raise WorkerDied(
+        raise WorkerError(
             f"worker {rank} ended with exit code {failure.exitcode}; all workers were stopped"
         ) from failed
     first, rank = min(told, key=lambda pair: pair[0]["time"])
     if first["known"]:
         raise PrefLabError(first["message"])
     print(first["traceback"], file=sys.stderr)
-    raise WorkerDied(f"worker {rank} died of the error above; all workers were stopped")
+    raise WorkerError(f"worker {rank} died of the error above; all workers were stopped")

@@ -1,4 +1,4 @@
-"""Samples of a policy, and what is measured on them: rewards, KL to the reference, length, repetition."""
+"""Samples of a policy, and their rewards, KL to the reference, lengths and repetition."""
 
 import math
 from dataclasses import dataclass
@@ -53,9 +53,10 @@ def sample_and_measure(
     which the samples of a reference are found again, for several policies with the same one.
     """
     prompts = prompts_to_sample(data, how.n, how.max_prompt_length)
-    texts_of = lambda responses: [
-        tokenizer.decode(tokens, skip_special_tokens=True) for tokens in responses
-    ]  # noqa: E731
+
+    def texts_of(responses):
+        return [tokenizer.decode(tokens, skip_special_tokens=True) for tokens in responses]
+
     tokens = [p.tokens for p in prompts for _ in range(how.k)]
     prompt_texts, chosen_texts = texts_of(tokens), texts_of(p.chosen for p in prompts)
 
@@ -126,7 +127,11 @@ def _sample_means(
             columns[f"reference_reward{more}"] = [row["reference_reward"][name] for row in rows]
             columns[f"reward_gain{more}"] = [
                 p - r
-                for p, r in zip(columns[f"policy_reward{more}"], columns[f"reference_reward{more}"])
+                for p, r in zip(
+                    columns[f"policy_reward{more}"],
+                    columns[f"reference_reward{more}"],
+                    strict=True,
+                )
             ]
     for who in ("policy", "reference") if rows[0]["reference"] is not None else ("policy",):
         columns |= {
@@ -195,7 +200,8 @@ def measure_samples(
             ratio = scores.token_logps.double() - scores.reference_token_logps.double()
             k3 = sum_by_owner(torch.expm1(-ratio) + ratio, owners, len(rows))
             values |= {"kl": scores.kl, "kl_k1": scores.logps - scores.reference_logps, "kl_k3": k3}
-        mine += list(zip(rows, torch.stack(list(values.values()), dim=1).tolist()))[:n_real]
+        measured = torch.stack(list(values.values()), dim=1).tolist()
+        mine += list(zip(rows, measured, strict=True))[:n_real]
     found = dict(world.gather(mine))
     names = ("entropy", "kl", "kl_k1", "kl_k3") if reference is not None else ("entropy",)
     return {

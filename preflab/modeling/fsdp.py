@@ -38,18 +38,18 @@ def shard(scorer: Scorer, world: World, config, dtype: torch.dtype) -> None:
     if config.tensor_parallel_size > 1:
         _split_layers(model, mesh["peers"])
     half = config.model.fsdp_policy_mp
-    options = dict(
-        mesh=mesh["replicas", "shards"] if mesh["replicas"].size() > 1 else mesh["shards"],
-        mp_policy=MixedPrecisionPolicy(
+    options = {
+        "mesh": mesh["replicas", "shards"] if mesh["replicas"].size() > 1 else mesh["shards"],
+        "mp_policy": MixedPrecisionPolicy(
             param_dtype=getattr(torch, half) if half else None,
             reduce_dtype=torch.float32 if half else None,
         ),
-        offload_policy=(
+        "offload_policy": (
             CPUOffloadPolicy(pin_memory=world.device.type == "cuda")
             if config.fsdp_cpu_offload
             else OffloadPolicy()
         ),
-    )
+    }
     for block in blocks:
         cast(block, dtype)
         fully_shard(block, **options)

@@ -57,7 +57,7 @@ Place = Callable[[Scorer, torch.dtype], None]
 
 
 def bind_place(trainer: type, settings, world: World) -> Place | None:
-    """`trainer.place` for these settings and ranks. None means a GPU if there is one, or the CPU."""
+    """`trainer.place` for these settings and ranks. None means the GPU, or the CPU without one."""
     if trainer.place is None:
         return None
     return functools.partial(trainer.place, settings=settings, world=world)

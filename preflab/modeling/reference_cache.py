@@ -139,8 +139,8 @@ def reference_key(model, *, own_mixed_precision: bool) -> str:
     """A hash of the contents of the reference's weights, its dtypes, and the versions of the code
     that computes with them.
 
-    model: the settings of the model. own_mixed_precision: whether FSDP casts the weights, where other
-    placements use autocast, which runs some operations in float32.
+    model: the settings of the model. own_mixed_precision: whether FSDP casts the weights, where
+    other placements use autocast, which runs some operations in float32.
     """
     archive = model.reference_archive or model.archive
     files = [
@@ -185,8 +185,9 @@ def attach_reference(
     """Set `reference` of the stores of `data` to the log-probs of the `needed` examples, after
     computing those that are not on disk.
 
-    needed: indices of examples by split. model, own_mixed_precision: as in `reference_key`. build_scorer:
-    returns the reference, or a model that equals it; called only where something is computed.
+    needed: indices of examples by split. model, own_mixed_precision: as in `reference_key`.
+    build_scorer: returns the reference, or a model that equals it; called only where something is
+    computed.
     microbatch_tokens: input tokens of a forward pass. Raises ConfigError where the ranks see
     different folders, DataError where log-probs on disk are wrong.
     """

@@ -1,4 +1,4 @@
-"""Splitting the layers of a model over the devices of one process, with the tensor-parallel package."""
+"""Splits the layers of a model over the devices of one process, by the tensor-parallel package."""
 
 import warnings
 

@@ -19,7 +19,7 @@ from preflab.online.checks import discriminator_loss
 from preflab.settings.values import changed
 from preflab.training.checkpoints import latest_checkpoint
 from preflab.training.compute_loss import compute_loss
-from preflab.training.learner import Learner, NonFiniteLoss, NonFiniteStep
+from preflab.training.learner import Learner, NonFiniteLossError, NonFiniteStepError
 from preflab.training.metrics import MetricLog, rewind
 from utils import ConfigError, model_folder, seed_everything
 
@@ -135,7 +135,7 @@ class Discriminator:
 
     @torch.no_grad()
     def score_responses(self, prompts: list[str], responses: list[list[str]]) -> list[list[float]]:
-        """(prompts, K): the reward of each response. Raises NonFiniteLoss."""
+        """(prompts, K): the reward of each response. Raises NonFiniteLossError."""
         trees = self._tokenize(prompts, responses)
         n_tokens = [len(prompt) + sum(map(len, of_prompt)) for prompt, of_prompt in trees]
         order = sorted(range(len(trees)), key=n_tokens.__getitem__)
@@ -151,13 +151,13 @@ class Discriminator:
             mine += [(i, [next(values) for _ in trees[i][1]]) for i in rows][:n_real]
         scores = dict(self.world.gather(mine))
         if not all(math.isfinite(value) for of_prompt in scores.values() for value in of_prompt):
-            raise NonFiniteLoss(
+            raise NonFiniteLossError(
                 "the discriminator's scores are not finite; try a smaller online.discriminator_lr"
             )
         return [scores[i] for i in range(len(trees))]
 
     def learn(self, pairs: list[tuple[str, str, str]], *, epochs: int, seed: list[int]) -> None:
-        """Passes over bought labels. pairs: (prompt, better, worse). Raises NonFiniteLoss."""
+        """Passes over bought labels. pairs: (prompt, better, worse). Raises NonFiniteLossError."""
         trees = self._tokenize(
             [prompt for prompt, _, _ in pairs], [[better, worse] for _, better, worse in pairs]
         )
@@ -174,8 +174,8 @@ class Discriminator:
         learner = self.learner
         try:
             metrics = learner.step(data, learner.microbatches(data, examples), len(examples))
-        except NonFiniteStep:
-            raise NonFiniteLoss(
+        except NonFiniteStepError:
+            raise NonFiniteLossError(
                 "the discriminator's loss, or its gradient, is not finite; try a smaller"
                 " online.discriminator_lr"
             ) from None

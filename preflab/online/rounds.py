@@ -27,7 +27,7 @@ from preflab.online.measures import RoundMeasures
 from preflab.online.rollouts import Labels, Rollouts
 from preflab.rewards.registry import build_rewards
 from preflab.training.checkpointer import Checkpointer
-from preflab.training.learner import Learner, NonFiniteLoss, NonFiniteStep
+from preflab.training.learner import Learner, NonFiniteLossError, NonFiniteStepError
 from preflab.training.metrics import MetricLog, rewind
 from preflab.training.profiling import Profiler
 from preflab.training.session import Session
@@ -38,7 +38,7 @@ logger = logging.getLogger(__name__)
 PATIENCE = 20  # rounds without a single pair before the run gives up
 
 
-class NothingToLearn(PrefLabError):
+class NothingToLearnError(PrefLabError):
     """Round after round no pair of responses could be ordered; the state is saved."""
 
     everywhere = True
@@ -240,11 +240,11 @@ class OnlineTrainer:
         learner = self.learner
         try:
             metrics = learner.step(pairs, learner.microbatches(pairs, examples), len(examples))
-        except NonFiniteStep as error:
+        except NonFiniteStepError as error:
             # A round is not taken back: some of its steps are done.
             self.session.save(wait=True)
             bad = (error.examples or examples.tolist())[:8]
-            raise NonFiniteLoss(
+            raise NonFiniteLossError(
                 f"the {error.what} of step {learner.counters.steps + 1} is not finite, from"
                 f" {', '.join(pairs.describe(example) for example in bad)};"
                 f" {self.session.checkpointer.where()}; try a smaller lr or max_grad_norm, or look"
@@ -267,7 +267,7 @@ class OnlineTrainer:
 
     def _give_up(self) -> None:
         self.session.save(wait=True)
-        raise NothingToLearn(
+        raise NothingToLearnError(
             f"in the last {PATIENCE} rounds no two responses of a prompt could be ordered;"
             f" {self.session.checkpointer.where()}; look at rollouts.jsonl: has the policy"
             " collapsed, or does the reward give all its samples the same score?"

@@ -106,7 +106,7 @@ class Service:
         number = self.state["requests"] + 1
         keys = [
             content_hash(prompt, *texts)
-            for prompt, texts in zip(request.prompts, request.responses)
+            for prompt, texts in zip(request.prompts, request.responses, strict=True)
         ]
         none = [[] for _ in keys]
         rollouts = Rollouts(

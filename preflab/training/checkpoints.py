@@ -178,7 +178,7 @@ def save_optimizer(
     ranks.
     """
     tensors, small = {}, {}
-    for name, parameter in zip(names, _parameters(optimizer)):
+    for name, parameter in zip(names, _parameters(optimizer), strict=True):
         for key, value in optimizer.state.get(parameter, {}).items():
             if isinstance(value, Tensor) and value.shape == parameter.shape:
                 tensors[f"{name}/{key}"] = value
@@ -219,7 +219,7 @@ def load_optimizer(optimizer, names: list[str], folder: Path, state: dict, *, al
 
     Raises ConfigError when the parameters have other names.
     """
-    parameters = dict(zip(names, _parameters(optimizer)))
+    parameters = dict(zip(names, _parameters(optimizer), strict=True))
     saved = {key.rpartition("/")[0] for key in state["dtypes"]} | set(state["small"])
     if saved and saved != set(names):
         raise ConfigError(

@@ -48,13 +48,13 @@ logger = logging.getLogger(__name__)
 STATE = "training_state.pt"  # of a checkpoint: all but the weights and the optimizer's tensors
 
 
-class NonFiniteLoss(PrefLabError):
+class NonFiniteLossError(PrefLabError):
     """The loss or its gradient is NaN or infinite; the weights of the last good step are saved."""
 
     everywhere = True
 
 
-class NonFiniteStep(Exception):
+class NonFiniteStepError(Exception):
     """A step whose loss or gradient is NaN or infinite. It was not taken.
 
     what: "loss" or "gradient". examples: those whose loss is not finite, on any rank.
@@ -154,7 +154,7 @@ class Learner:
         )
 
     def _like_reference(self) -> Scorer:
-        """The reference, or what equals it: the policy before its first step, without an adapter."""
+        """The reference, or its equal: the policy before its first step, without an adapter."""
         model = self.settings.model
         untrained = self.checkpoint is None and not model.lora.r
         equal = not model.reference_archive and model.policy_dtype == model.reference_dtype
@@ -209,7 +209,7 @@ class Learner:
         """One optimizer step: the gradient of the mean loss over `n_examples`, however they are
         split over ranks and microbatches. Returns the metrics of the step.
 
-        Raises NonFiniteStep, on all ranks, before the weights change.
+        Raises NonFiniteStepError, on all ranks, before the weights change.
         """
         begun = time.perf_counter()
         sums, losses, seen, n_tokens = Sums(), [], [], 0
@@ -258,7 +258,7 @@ class Learner:
         by_example = self.world.gather(list(zip(seen, finite.tolist(), strict=True)))
         examples = sorted(example for example, is_finite in by_example if not is_finite)
         self.optimizer.zero_grad(set_to_none=True)
-        raise NonFiniteStep("loss" if examples else "gradient", examples)
+        raise NonFiniteStepError("loss" if examples else "gradient", examples)
 
     def _step_metrics(
         self, sums: Sums, begun: float, n_examples: int, n_tokens: int
