@@ -64,7 +64,7 @@ def train(*overrides: str, **settings: Any) -> Result:
 
     overrides: as on the command line, such as "loss=odpo" or "loss.alpha=0.5". settings: the same
     as keywords, for keys without a dot, such as `n_examples=512`. Raises ConfigError or DataError,
-    which the command line prints as one line, and NonFiniteLoss.
+    which the command line prints as one line, and NonFiniteLossError.
     """
     return _run(compose(_overrides(overrides, settings)))
 

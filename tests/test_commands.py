@@ -26,6 +26,7 @@ from conftest import (
 from omegaconf import OmegaConf
 
 from preflab.settings.command_line import check_arguments
+from preflab.settings.keys import CONFIG_DIR
 
 QUICK = [
     "n_examples=64",
