@@ -10,10 +10,10 @@ from utils import atomic_write
 
 
 class HostMemory:
-    """`with HostMemory() as memory: ...` measures the peak growth of this process's anonymous
-    memory, `memory.peak` in bytes; None where /proc is missing.
+    """Measures the peak growth of this process's memory: `with HostMemory() as memory: ...`.
 
-    Pages mapped from files do not count, since the system can drop them at any time.
+    `memory.peak` is in bytes; None where /proc is missing. Only anonymous memory counts, because
+    the system can drop pages mapped from files at any time.
     """
 
     def __enter__(self) -> "HostMemory":
@@ -26,7 +26,7 @@ class HostMemory:
     def __exit__(self, *exception) -> None:
         self._done.set()
         self._thread.join()
-        self._measure()  # on a busy machine the thread may not have run
+        self._measure()  # the thread may not have run on a busy machine
 
     @property
     def peak(self) -> int | None:
@@ -42,8 +42,8 @@ class HostMemory:
 
 
 def peak_memory() -> int:
-    """Peak memory of this process in bytes: of its GPU if it has one, else of the host, with
-    libraries and mapped files."""
+    """Peak memory of this process in bytes: on its GPU if it has one, else on the host, where
+    libraries and mapped files count too."""
     if torch.cuda.is_available():
         return torch.cuda.max_memory_allocated()
     return 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
@@ -59,11 +59,10 @@ def _anonymous_memory() -> int | None:
 
 
 class Profiler:
-    """Records `steps` training steps with torch.profiler, after two for warm-up; None records
-    nothing.
+    """Records `steps` training steps with torch.profiler, after two for warm-up.
 
-    Writes profile.json, a trace for Perfetto or chrome://tracing, and profile.txt, the operations
-    that took longest.
+    Writes profile.json, a trace for Perfetto or chrome://tracing, and profile.txt, the slowest
+    operations. steps=None records nothing.
     """
 
     def __init__(self, run_dir: Path, steps: int | None):
@@ -79,11 +78,12 @@ class Profiler:
             self._profile.start()
 
     def step(self) -> None:
-        """Call it after each step."""
+        """Mark the end of a training step."""
         if self._profile is not None:
             self._profile.step()
 
     def stop(self) -> None:
+        """End the recording; call it after the last step."""
         if self._profile is not None:
             self._profile.stop()
 
