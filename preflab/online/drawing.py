@@ -1,4 +1,4 @@
-"""Who writes the rollouts of a round, and how they are drawn."""
+"""The model that samples the rollouts, and the sampling of a round."""
 
 from pathlib import Path
 
@@ -13,30 +13,30 @@ from preflab.training.learner import Learner
 
 
 def build_sampler(settings, learner: Learner) -> Scorer:
-    """The model of `online.sampler`: the policy as it learns, or a model that stays as it is."""
-    given = settings.online.sampler
-    if given is None:
+    """The model of `online.sampler`: the learning policy, the reference, or a model of an archive.
+
+    Only the policy changes during the run.
+    """
+    source = settings.online.sampler
+    if source is None:
         return learner.policy
-    if given == "reference" and learner.reference is not None:
+    if source == "reference" and learner.reference is not None:
         return learner.reference
     model = settings.model
-    archive = (model.reference_archive or model.archive) if given == "reference" else given
+    archive = (model.reference_archive or model.archive) if source == "reference" else source
     return build_policy(changed(model, archive=archive), trainable=False, place=learner.place)
 
 
 class Drawing:
     """Draws K responses to each prompt of a round.
 
-    A response depends on the seed, the prompt, the round and its number in the round alone.
+    The random numbers of a response depend only on the seed, its prompt, the round and its number
+    in the round.
     """
 
     def __init__(self, settings, sampler: Scorer, tokenizer, world: World):
-        self.settings, self.sampler, self.tokenizer, self.world = (
-            settings,
-            sampler,
-            tokenizer,
-            world,
-        )
+        self.settings, self.sampler = settings, sampler
+        self.tokenizer, self.world = tokenizer, world
         self.k = settings.online.responses_per_prompt
         self.max_new_tokens = (
             settings.online.max_new_tokens
@@ -49,8 +49,8 @@ class Drawing:
     ) -> Rollouts:
         """The rollouts of round `number`.
 
-        recorded: ledger lines of this round from before a stop. Their responses are used again, for
-        their labels are paid.
+        recorded: ledger lines of this round, from before the run was stopped. Their responses are
+        used again because their labels are paid for.
         """
         paid = {row["key"]: row["tokens"] for row in recorded}
         new = [
@@ -61,17 +61,18 @@ class Drawing:
         ]
         drawn = iter(self._draw(number, new))
         tokens = [paid.get(p.key) or [next(drawn) for _ in range(self.k)] for p in prompts]
+        prompt_tokens = [prompt.tokens for prompt in prompts]
         return Rollouts(
             number,
-            [prompt.key for prompt in prompts],
-            self._texts([prompt.tokens for prompt in prompts]),
-            [prompt.tokens for prompt in prompts],
-            [self._texts(of_prompt) for of_prompt in tokens],
-            tokens,
+            keys=[prompt.key for prompt in prompts],
+            prompts=self._texts(prompt_tokens),
+            prompt_tokens=prompt_tokens,
+            responses=[self._texts(of_prompt) for of_prompt in tokens],
+            tokens=tokens,
         )
 
     def _draw(self, number: int, items: list[tuple[PromptToSample, int]]) -> list[list[int]]:
-        """A response to each prompt, with the number it has among all responses of the round."""
+        """A response for each (prompt, number of the response in the round)."""
         if not items:
             return []
         settings = self.settings
@@ -94,5 +95,5 @@ class Drawing:
 
 
 def rollouts_file(run_dir: Path) -> Path:
-    """Every rollout of a run, a line for each prompt of a round."""
+    """The file with all rollouts of a run, one line for each prompt of a round."""
     return run_dir / "rollouts.jsonl"

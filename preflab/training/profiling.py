@@ -1,12 +1,31 @@
-"""Peak memory of a process, and traces of training steps."""
+"""Wall-clock time, peak memory of a process, and traces of training steps."""
 
+import contextlib
 import resource
 import threading
+import time
+from collections.abc import Iterator
 from pathlib import Path
 
 import torch
 
 from utils import atomic_write
+
+
+class Stopwatch:
+    """Sums wall-clock time by part of a run: `with stopwatch("sampling"): ...`.
+
+    seconds: by part, since the start of the run.
+    """
+
+    def __init__(self, *parts: str):
+        self.seconds = dict.fromkeys(parts, 0.0)
+
+    @contextlib.contextmanager
+    def __call__(self, part: str) -> Iterator[None]:
+        start = time.perf_counter()
+        yield
+        self.seconds[part] += time.perf_counter() - start
 
 
 class HostMemory:
