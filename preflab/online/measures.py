@@ -38,8 +38,8 @@ class RoundMeasures:
     def scores(self, rollouts: Rollouts) -> dict[str, list[float]]:
         """Scores of all rollouts, (prompts * K,), by those rewards that only the log needs.
 
-        These are neither the reward that labels the rollouts, nor one that `online.measure_gold` excludes.
-        Raises RewardError.
+        They are not the reward that labels the rollouts, nor one that `online.measure_gold`
+        excludes. Raises RewardError.
         """
         names = list(self.rewards)[1 if self.labeler.labels_by_reward else 0 :]
         return {
