@@ -1,8 +1,11 @@
-"""The model that samples the rollouts, and the sampling of a round."""
+"""The prompts of a round, the model that samples responses to them, and the sampling."""
 
 from pathlib import Path
 
-from preflab.batching.examples import PromptToSample
+import numpy as np
+
+from preflab.batching.examples import PreferenceData, PromptToSample, prompt_to_sample
+from preflab.batching.loader import Loader
 from preflab.distributed.process_group import World
 from preflab.modeling.generation import sample
 from preflab.modeling.loading import build_policy
@@ -10,6 +13,32 @@ from preflab.modeling.logprobs import Scorer
 from preflab.online.rollouts import Rollouts
 from preflab.settings.values import changed
 from preflab.training.learner import Learner
+
+
+class PromptLoader:
+    """Batches of `prompts_per_round` prompts, in a new order in every epoch, without an end."""
+
+    def __init__(self, settings, data: PreferenceData):
+        self.data, self.max_prompt_length = data, settings.max_prompt_length
+        self.loader = Loader(
+            np.arange(len(data)),
+            batch_size=settings.online.prompts_per_round or settings.batch_size,
+            seed=settings.seed,
+            n_epochs=None,
+            n_examples=2**62,  # never reached: online.rounds ends the run
+        )
+
+    def __next__(self) -> list[PromptToSample]:
+        numbers = map(int, next(self.loader))
+        return [prompt_to_sample(self.data, i, self.max_prompt_length) for i in numbers]
+
+    def state_dict(self) -> dict:
+        """The position in the order, for a checkpoint."""
+        return self.loader.state_dict()
+
+    def load_state_dict(self, state: dict) -> None:
+        """Continue from a position."""
+        self.loader.load_state_dict(state)
 
 
 def build_sampler(settings, learner: Learner) -> Scorer:

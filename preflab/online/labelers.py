@@ -18,11 +18,13 @@ from preflab.rewards.registry import Score
 class Discriminating(Protocol):
     """A model that scores responses and learns which are better."""
 
-    def score_responses(
-        self, prompts: list[str], responses: list[list[str]]
-    ) -> list[list[float]]: ...
+    def score_responses(self, prompts: list[str], responses: list[list[str]]) -> list[list[float]]:
+        """Scores, (prompts, K), of responses (prompts, K)."""
+        ...
 
-    def learn(self, pairs: list[tuple[str, str, str]], *, epochs: int, seed: list[int]) -> None: ...
+    def learn(self, pairs: list[tuple[str, str, str]], *, epochs: int, seed: list[int]) -> None:
+        """Train on (prompt, better response, worse response)."""
+        ...
 
 
 class StaticLabels:

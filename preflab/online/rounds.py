@@ -12,14 +12,13 @@ from pathlib import Path
 import numpy as np
 from tqdm import tqdm
 
-from preflab.batching.examples import PreferenceData, PromptToSample, prompt_to_sample
-from preflab.batching.loader import Loader
+from preflab.batching.examples import PreferenceData
 from preflab.batching.token_store import store_of
 from preflab.distributed.process_group import ALONE, World
 from preflab.distributed.signals import StopSignals
 from preflab.objective.registry import BoundLoss
 from preflab.online.build import build_parts
-from preflab.online.drawing import rollouts_file
+from preflab.online.drawing import PromptLoader, rollouts_file
 from preflab.online.rollouts import Labels, Rollouts
 from preflab.training.learner import NonFiniteLoss, NonFiniteStep
 from preflab.training.metrics import rewind
@@ -60,14 +59,7 @@ class OnlineTrainer:
     ):
         seed_everything(settings.seed)
         self.settings, self.run_dir, self.loss, self.world = settings, run_dir, loss, world
-        self.prompts = data["train"]
-        self.loader = Loader(
-            np.arange(len(self.prompts)),
-            batch_size=settings.online.prompts_per_round or settings.batch_size,
-            seed=settings.seed,
-            n_epochs=None,
-            n_examples=2**62,  # online.rounds ends the run
-        )
+        self.prompts = PromptLoader(settings, data["train"])
         self.round = 0  # the last one that was labelled
         self.rounds_without_pairs = 0  # in a row
         self.has_initial_labels = False  # whether they are bought and learned from
@@ -168,7 +160,7 @@ class OnlineTrainer:
             with self.timed("sampling"):
                 prompts = []
                 while len(prompts) < n:
-                    prompts += self._next_prompts()
+                    prompts += next(self.prompts)
                 rollouts = self.drawing.roll_out(0, prompts[:n], self.labeler.recorded(0))
             with self.timed("labelling"):
                 self.labeler.begin(rollouts)
@@ -178,7 +170,7 @@ class OnlineTrainer:
         number = self.round + 1
         with self._saved_on_error():
             with self.timed("sampling"):
-                prompts = self._next_prompts()[: self.labeler.room(number)]
+                prompts = next(self.prompts)[: self.labeler.room(number)]
                 recorded = self.labeler.recorded(number)
                 rollouts = self.drawing.roll_out(number, prompts, recorded)
             with self.timed("measuring"):
@@ -202,14 +194,10 @@ class OnlineTrainer:
             self._stop_without_pairs()
 
     def _learn(self, rollouts: Rollouts, labels: Labels, bar: tqdm) -> int:
-        """`updates_per_round` passes over the round's pairs; returns how many there are."""
+        """Train on the pairs of a round, `updates_per_round` times; returns the number of pairs."""
         settings = self.settings
-        store = store_of(
-            f"round {rollouts.round}",
-            list(zip(rollouts.prompt_tokens, rollouts.tokens, strict=True)),
-            labels.scores,
-            labels.pairs,
-        )
+        trees = list(zip(rollouts.prompt_tokens, rollouts.tokens, strict=True))
+        store = store_of(f"round {rollouts.round}", trees, labels.scores, labels.pairs)
         n_pairs = len(store.prompts)
         if not n_pairs:
             return 0
@@ -240,10 +228,6 @@ class OnlineTrainer:
         bar.set_postfix_str(f"loss {metrics['loss/train']:.4g}, {speed}", refresh=False)
         self.profiler.step()
 
-    def _next_prompts(self) -> list[PromptToSample]:
-        longest = self.settings.max_prompt_length
-        return [prompt_to_sample(self.prompts, int(i), longest) for i in next(self.loader)]
-
     def _evaluate(self) -> None:
         """Evaluate by the rewards and the KL of samples, because there are no held-out pairs."""
         bought = self.labeler.bought_until(self.round)
@@ -262,11 +246,11 @@ class OnlineTrainer:
     def _saved_on_error(self) -> Iterator[None]:
         """Save before an error ends the run. The policy has not learned from the current prompts,
         so the checkpoint starts with them again."""
-        before = self.loader.state_dict()
+        before = self.prompts.state_dict()
         try:
             yield
         except PrefLabError:
-            self.loader.load_state_dict(before)
+            self.prompts.load_state_dict(before)
             self.session.save(wait=True)
             raise
 
@@ -281,14 +265,14 @@ class OnlineTrainer:
             "begun": self.has_initial_labels,
             "labels": self.labeler.state_dict(),
         }
-        return {"loader": self.loader.state_dict(), "online": online}
+        return {"loader": self.prompts.state_dict(), "online": online}
 
     def _prepare_and_resume(self) -> None:
         self.learner.prepare()
         if self.labeler.discriminator is not None:
             self.labeler.discriminator.prepare()
         if state := self.session.resume():
-            self.loader.load_state_dict(state["loader"])
+            self.prompts.load_state_dict(state["loader"])
             online = state["online"]
             self.round, self.timed.seconds = online["round"], online["seconds"]
             self.rounds_without_pairs = online["fruitless"]

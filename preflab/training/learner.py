@@ -145,7 +145,7 @@ class Learner:
             model.gradient_checkpointing_enable(
                 gradient_checkpointing_kwargs={"use_reentrant": False}
             )
-            model.train()  # transformers recomputes in training mode only; dropout stays off
+            model.train()  # transformers recomputes only in training mode; dropout rates are 0
         if settings.compile:
             for block in find_blocks(self.policy.causal_lm, settings.model.block_name):
                 block.compile(dynamic=True)

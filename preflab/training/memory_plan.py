@@ -198,7 +198,7 @@ def _bytes_on_a_rank(
         sizes = {name: p.numel() for name, p in model.named_parameters()}
         trainer = find_trainer(config.trainer)
         if not trainer.placement.shards_state:
-            # Where layers are split, parameters that are not split are kept in pieces too.
+            # Where layers are split, the package also keeps the other parameters in pieces.
             parts = (config.world_size or 1) if trainer.placement.splits_layers else 1
             item = dtype_of(dtype).itemsize
             return [

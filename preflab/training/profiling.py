@@ -49,6 +49,7 @@ class HostMemory:
 
     @property
     def peak(self) -> int | None:
+        """The peak growth in bytes; None where /proc is missing."""
         return None if self._before is None else self._highest - self._before
 
     def _watch(self) -> None:
