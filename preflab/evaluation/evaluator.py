@@ -149,7 +149,7 @@ def evaluate_checkpoints(
             models.load(checkpoint)
             losses = evaluator.held_out_losses(models.policy, models.reference, models.layout)
             for temperature in missing:
-                means = _sample_checkpoint(evaluator, models, checkpoint, temperature, losses)
+                means = _evaluate_at(evaluator, models, checkpoint, temperature, losses)
                 values = losses | means
                 evaluated = {"checkpoint": checkpoint.path, "temperature": temperature}
                 log.write_at(Counters(), "eval", values | evaluated)
@@ -208,7 +208,7 @@ class _Models:
             )
 
 
-def _sample_checkpoint(
+def _evaluate_at(
     evaluator: Evaluator,
     models: _Models,
     checkpoint: Checkpoint,
