@@ -365,7 +365,7 @@ def test_scores_are_asked_for_before_a_model_loads(run, tmp_path, monkeypatch):
         tmp_path / "data" / "imdb-sft-train.jsonl",
         [row | {"reward": row["reward"] - 1} for row in rows],
     )
-    with pytest.raises(DataError, match="imdb-sft-train.jsonl:.*mend the data"):
+    with pytest.raises(DataError, match="imdb-sft-train.jsonl:.*correct the data"):
         run("run", "loss=odpo", "loss.ratio=true")
 
 
