@@ -1,15 +1,15 @@
-"""Entry point: a service that scores responses and, with a discriminator, buys labels and learns
-from them as D2PO does.
+"""Entry point: an HTTP service that scores responses and, with a discriminator, buys labels and
+learns from them as in D2PO.
 
-    python serve_reward.py reward=bagofwords online.discriminator=bradley_terry
-    online.discriminator_path=RM port=5007 local_run_dir=STATE python train.py function=online
-    reward=http reward.url=http://127.0.0.1:5007
+    python serve_reward.py reward=bagofwords online.discriminator=bradley_terry \\
+        online.discriminator_path=RM port=5007 local_run_dir=STATE
+    python train.py function=online reward=http reward.url=http://127.0.0.1:5007
 
-POST /predict scores, POST /train scores, labels and learns (rewards.py says what both are sent and
-answer), GET /health and GET /state tell how it is. Requests are worked on one after the other.
-Everything it has bought, learnt and answered is in STATE: started again with the same command it
-goes on. It listens to this machine alone unless `host` says otherwise, and asks for a bearer token
-where the environment variable REWARD_TOKEN is set.
+POST /predict scores; POST /train scores, labels and learns; GET /health and GET /state describe the
+service. preflab/online/service.py has the bodies of the requests, which are handled one after the
+other. STATE holds everything that was bought, learned and answered, and the same command continues
+from it. The service is reachable only from this machine unless `host` is set, and requires a bearer
+token if the environment variable REWARD_TOKEN is set.
 """
 
 import os
@@ -27,6 +27,7 @@ from utils import ConfigError, PrefLabError, atomic_write, in_use
 
 
 def main() -> None:
+    """Check the command line, and serve until a signal."""
     check_command_line(sys.argv[1:], "serve_reward.py")
     sys.argv.insert(1, "function=online")
     register_resolvers()
@@ -35,6 +36,7 @@ def main() -> None:
 
 @hydra.main(version_base="1.3", config_path="config", config_name="config")
 def run(config: DictConfig) -> None:
+    """Serve a composed config."""
     # These import torch, and a mistake on the command line is answered before.
     import uvicorn
 
@@ -73,19 +75,20 @@ def run(config: DictConfig) -> None:
 
 
 def _same_service(before: DictConfig, config: DictConfig, folder: Path) -> None:
-    """A ledger and a discriminator go on under the gold and the settings they came from."""
+    """Raise ConfigError if the state in the folder belongs to another reward or discriminator."""
     for key in ("reward", "online.discriminator", "online.discriminator_path"):
-        was, now = (
-            OmegaConf.to_container(
-                OmegaConf.create({"value": OmegaConf.select(c, key)}), resolve=True
-            )["value"]
-            for c in (before, config)
-        )
+        was, now = _plain_value(before, key), _plain_value(config, key)
         if was != now:
             raise ConfigError(
                 f"{key} was {was} and is now {now}: {folder} holds the state of another service;"
                 " take another local_run_dir"
             )
+
+
+def _plain_value(config: DictConfig, key: str):
+    """A setting as plain Python values, with its interpolations resolved."""
+    value = OmegaConf.create({"value": OmegaConf.select(config, key)})
+    return OmegaConf.to_container(value, resolve=True)["value"]
 
 
 if __name__ == "__main__":

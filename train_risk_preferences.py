@@ -1,12 +1,11 @@
-"""Entry point: DPO on pairs of a risk-averse and a risk-neutral answer, in the flags that its users
-know.
+"""Entry point: DPO on pairs of a risk-averse and a risk-neutral answer, with argparse flags.
 
-    python train_risk_preferences.py --model_name microsoft/phi-2 --dataset risk_averse_dpo.json
-    --epochs 3 --beta 0.5 --batch_size 4 --lr 1e-5
+    python train_risk_preferences.py --model_name microsoft/phi-2 --dataset risk_averse_dpo.json \\
+        --epochs 3 --beta 0.5 --batch_size 4 --lr 1e-5
 
-A translation to the command line of train.py, which is printed and then run. The pairs come from
-scripts/dpo_data_generate.py; the model is RUN/LATEST/hf, for `from_pretrained`. Anything else is
-given as for train.py, at the end: `wandb.enabled=false`, say.
+The flags are translated to a command line of train.py, which is printed and run. The pairs come
+from scripts/dpo_data_generate.py; the trained model is RUN/LATEST/hf, for `from_pretrained`. Other
+settings of train.py, such as `wandb.enabled=false`, are given at the end.
 """
 
 import argparse
@@ -17,7 +16,7 @@ from pathlib import Path
 import train
 from preflab.settings.overrides import model_overrides, quoted
 
-# What a flag is called in train.py; values go there as they were typed, and are checked there.
+# The setting of train.py for each flag. Values are passed on as typed, and train.py checks them.
 KEYS = {
     "beta": "loss.beta",
     "epochs": "n_epochs",
@@ -33,6 +32,7 @@ KEYS = {
 
 
 def main() -> None:
+    """Print the command line of train.py, and run it."""
     overrides = translate(sys.argv[1:])
     print(f"python train.py {shlex.join(overrides)}", flush=True)
     sys.argv = [str(Path(__file__).with_name("train.py")), *overrides]
@@ -40,39 +40,24 @@ def main() -> None:
 
 
 def translate(arguments: list[str]) -> list[str]:
-    """The overrides of train.py that stand for flags of ours."""
+    """The overrides of train.py for the flags of this script."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument(
-        "--model_name",
-        default="microsoft/phi-2",
-        help="folder or hub name, or a name in config/model/",
-    )
-    parser.add_argument("--dataset", required=True, help="pairs: a file, a folder or a hub id")
-    parser.add_argument("--epochs", default="3", help="passes over the pairs")
-    parser.add_argument(
-        "--beta",
-        default="0.5",
-        help="the larger, the closer to the model that training starts from",
-    )
-    parser.add_argument("--batch_size", default="4", help="pairs of an optimizer step")
-    parser.add_argument("--lr", default="1e-5", help="learning rate")
-    parser.add_argument(
-        "--wandb_project", default="risk-averse-dpo", help="project the run belongs to at wandb"
-    )
-    parser.add_argument("--output_dir", help="the run folder; a new one below runs/ by default")
-    parser.add_argument("--seed", help="of the order of the pairs and of the samples")
-    parser.add_argument(
-        "--gradient_accumulation_steps", help="microbatches that batch_size is split into, at least"
-    )
-    parser.add_argument("--max_length", help="tokens of prompt and answer together")
-    parser.add_argument(
-        "--max_prompt_length", help="tokens of a prompt that does not fit otherwise"
-    )
-    parser.add_argument(
-        "overrides", nargs="*", metavar="KEY=VALUE", help="further settings of train.py"
-    )
+    add = parser.add_argument
+    add("--model_name", default="microsoft/phi-2", help="folder, hub name, or name in config/model")
+    add("--dataset", required=True, help="pairs: a file, a folder or a hub name")
+    add("--epochs", default="3", help="passes over the pairs")
+    add("--beta", default="0.5", help="KL penalty; a larger one stays closer to the initial model")
+    add("--batch_size", default="4", help="pairs per optimizer step")
+    add("--lr", default="1e-5", help="learning rate")
+    add("--wandb_project", default="risk-averse-dpo", help="wandb project of the run")
+    add("--output_dir", help="the run folder; by default a new one in runs/")
+    add("--seed", help="of the order of the pairs and of the samples")
+    add("--gradient_accumulation_steps", help="least number of microbatches of a step")
+    add("--max_length", help="tokens of prompt and answer together")
+    add("--max_prompt_length", help="tokens to which the prompt of a too long pair is cut")
+    add("overrides", nargs="*", metavar="KEY=VALUE", help="further settings of train.py")
     given = vars(parser.parse_args(arguments))
     overrides = [
         *model_overrides(given["model_name"]),

@@ -647,16 +647,14 @@ def test_saved_weights_of_split_layers_are_those_after_the_last_step(
     from preflab.modeling.logprobs import score_responses
     from preflab.modeling.placed_weights import full_weights
     from preflab.modeling.tensor_parallel import split
-    from preflab.training.learner import make_optimizer
+    from preflab.training.optimizers import make_optimizer
 
     batch = lay_out([([1, 2, 3], [[4, 5, 6, 256]]), ([7], [[8, 9]])], Layout("padded", 257))
     saved = []
     for devices in (1, 2):
         scorer = Scorer(make_model(architecture, scale=1.0))
         split(scorer, [torch.device("cpu")] * devices, torch.float32)
-        steps = make_optimizer(
-            OmegaConf.create({"optimizer": optimizer, "lr": 1e-2}), list(scorer.model.parameters())
-        )
+        steps = make_optimizer(optimizer, list(scorer.model.parameters()), lr=1e-2)
         for _ in range(2):
             score_responses(scorer, batch).logps.sum().backward()
             for p in scorer.model.parameters():
@@ -679,7 +677,7 @@ def test_saved_weights_of_split_layers_are_those_after_the_last_step(
 
 
 def test_a_rank_that_aborts_after_it_said_what_is_wrong(tmp_path):
-    from preflab.distributed.launch import _tell_why
+    from preflab.distributed.launch import _raise_first_error
     from preflab.distributed.signals import StopSignals
 
     (tmp_path / "1.json").write_text(
@@ -689,10 +687,10 @@ def test_a_rank_that_aborts_after_it_said_what_is_wrong(tmp_path):
     failed = RuntimeError()
     failed.failures, failed.get_first_failure = {1: died}, lambda: (1, died)
     with pytest.raises(PrefLabError, match="no such loss"):
-        _tell_why(failed, tmp_path, StopSignals())
+        _raise_first_error(failed, tmp_path, StopSignals())
     (tmp_path / "1.json").unlink()
     with pytest.raises(launch.WorkerError, match="worker 1 was killed by SIGABRT"):
-        _tell_why(failed, tmp_path, StopSignals())
+        _raise_first_error(failed, tmp_path, StopSignals())
 
 
 def test_there_is_a_gpu_for_each_worker(monkeypatch):
@@ -707,7 +705,7 @@ def test_there_is_a_gpu_for_each_worker(monkeypatch):
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
     assert data_ranks(trainers.FSDPTrainer, config, World()) == 4  # a plan of another machine
     with pytest.raises(
-        ConfigError, match="world_size=4: each worker needs a GPU of its own, and there are 2"
+        ConfigError, match="world_size=4: each worker needs its own GPU, and there are 2"
     ):
         launch.launch(print, 4, None, (), signals.StopSignals())
 

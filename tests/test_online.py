@@ -203,7 +203,7 @@ def test_the_ledger_counts_what_was_paid_and_cannot_overspend(tmp_path):
         ledger.bought == 3 and ledger.affords(1) == 2 and ledger.affords(2) == 1
     )  # the best and worst of three cost two
     with pytest.raises(
-        RewardError, match="3 labels were to be bought and the budget has room for 2"
+        RewardError, match="3 comparisons were to be labelled and the budget has room for 2"
     ):
         ledger.buy(requests_for(3), by_length)
     assert ledger.buy(requests_for(1, 2, k=3), by_length)[0]["cost"] == 2
@@ -655,7 +655,7 @@ def test_a_stop_in_the_first_evaluation_buys_nothing_before_it_is_obeyed(go, tmp
 def test_a_policy_is_no_discriminator_that_is_never_taught(go):
     policy = go("policy", "online.rounds=1")
     with pytest.raises(
-        ConfigError, match=r"is no reward model, and with online\.budget=0 it would never learn"
+        ConfigError, match=r"is not a reward model, and with online\.budget=0 it would never learn"
     ):
         go("run", *D2PO, f"online.discriminator_path={policy}", "online.budget=0")
 

@@ -19,7 +19,7 @@ from conftest import (
 )
 
 from preflab.modeling import reference_cache
-from preflab.training import learner
+from preflab.training import reference
 from utils import ConfigError, DataError
 
 EXACT = ("model.policy_dtype=float64", "model.reference_dtype=float64", "sample_during_eval=false")
@@ -30,7 +30,7 @@ def counted(monkeypatch):
     """Numbers of responses whose log-probs were computed for the cache, and of references that were
     built."""
     counts = {"responses": 0, "built": 0}
-    compute, build = reference_cache._compute, learner.build_reference
+    compute, build = reference_cache._compute, reference.build_reference
 
     def counting(missing, *more):
         counts["responses"] += sum(map(len, missing.values()))
@@ -41,7 +41,7 @@ def counted(monkeypatch):
         return build(*arguments, **options)
 
     monkeypatch.setattr(reference_cache, "_compute", counting)
-    monkeypatch.setattr(learner, "build_reference", building)
+    monkeypatch.setattr(reference, "build_reference", building)
     return counts
 
 

@@ -234,7 +234,7 @@ def test_what_is_not_json_or_too_large_or_of_the_wrong_method(client, monkeypatc
     assert http.post("/predict", content=b"\xff{").status_code == 422
     assert "error" in http.post("/predict", content=b"[").json()
     assert http.get("/predict").status_code == 405
-    monkeypatch.setattr(service, "MOST_BYTES", 100)
+    monkeypatch.setattr(service, "MAX_BYTES", 100)
     large = http.post("/predict", json={"prompts": ["a" * 200], "responses": ["b"]})
     assert large.status_code == 413 and "at most 100 bytes" in large.json()["error"]
     assert (
@@ -266,7 +266,7 @@ def test_a_gold_that_fails_is_told_with_its_cause_and_changes_nothing(client):
 
 
 def test_more_requests_than_can_wait_are_sent_away(client, monkeypatch):
-    monkeypatch.setattr(service, "MOST_WAITING", 0)
+    monkeypatch.setattr(service, "MAX_WAITING", 0)
     http, _ = client()
     answer = http.post("/predict", json={"prompts": ["a"], "responses": ["b"]})
     assert answer.status_code == 503 and "try again later" in answer.json()["error"]

@@ -229,7 +229,7 @@ def test_a_loss_that_needs_no_reference_builds_none(run, monkeypatch):
     def refuse(*arguments, **options):
         raise AssertionError("a reference was built")
 
-    monkeypatch.setattr(learner, "build_reference", refuse)
+    monkeypatch.setattr("preflab.training.reference.build_reference", refuse)
     run("sft", "loss=sft")
     run("free", "loss=dpo", "loss.reference_free=true")
     with pytest.raises(AssertionError, match="was built"):

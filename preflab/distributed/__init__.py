@@ -1,1 +1,1 @@
-"""Who takes part in a run; nothing here knows a model."""
+"""The processes of a run: launching, process groups, signals and the console. No models."""

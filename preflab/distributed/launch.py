@@ -1,4 +1,4 @@
-"""Starting workers on this machine, telling them to stop, and telling why one of them died."""
+"""Starts the workers of a run on this machine, and reports the error of one that failed."""
 
 import contextlib
 import json
@@ -20,8 +20,10 @@ from utils import ConfigError, PrefLabError
 
 @contextlib.contextmanager
 def sheltered():
-    """Helper processes started in here (wandb's, multiprocessing's) do not get SLURM's SIGUSR1,
-    which goes to all."""
+    """Block SIGUSR1 and SIGUSR2 in processes started inside, such as those of wandb.
+
+    SLURM sends the signals to all processes of a job, and they would end these.
+    """
     before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGUSR1, signal.SIGUSR2})
     try:
         yield
@@ -30,16 +32,15 @@ def sheltered():
 
 
 class WorkerError(RuntimeError):
-    """A worker ended by itself; the others were stopped."""
+    """A worker ended with an error or was killed; the others were stopped."""
 
 
 def launch(worker: Callable, n: int, port: int | None, arguments: tuple, stop: StopSignals) -> None:
-    """Run `worker(*arguments)` in `n` processes that find one another, through torch's elastic
-    launcher.
+    """Run `worker(*arguments)` in `n` processes with torch's elastic launcher.
 
-    Returns when all have returned. Raises WorkerError, and prints the traceback of the first that
-    failed, when one dies; PrefLabError with the worker's own message when that is what it raised.
-    The rest are stopped first.
+    port: where the workers meet; None for a free port. Returns when all workers have returned. When
+    one fails, stops the others, and raises PrefLabError with its message if it raised a
+    PrefLabError; otherwise prints its traceback and raises WorkerError.
     """
     import torch
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
@@ -47,12 +48,11 @@ def launch(worker: Callable, n: int, port: int | None, arguments: tuple, stop: S
 
     if 0 < torch.cuda.device_count() < n:
         raise ConfigError(
-            f"world_size={n}: each worker needs a GPU of its own, and there are"
+            f"world_size={n}: each worker needs its own GPU, and there are"
             f" {torch.cuda.device_count()}; lower it"
         )
-    logging.getLogger("torch.distributed.elastic").setLevel(
-        logging.CRITICAL
-    )  # we say ourselves what went wrong
+    # _raise_first_error reports errors instead.
+    logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)
     os.environ.setdefault("OMP_NUM_THREADS", str(max(1, len(os.sched_getaffinity(0)) // n)))
     with sheltered():
         resource_tracker.ensure_running()
@@ -67,16 +67,16 @@ def launch(worker: Callable, n: int, port: int | None, arguments: tuple, stop: S
             run_id=str(os.getpid()),
             rdzv_backend="c10d",
             rdzv_endpoint=f"localhost:{_free_port(port)}",
-            signals_to_handle="SIGHUP",  # the others are ours
+            signals_to_handle="SIGHUP",  # StopSignals handles the others
         )
         try:
-            elastic_launch(settings, _guarded)(worker, arguments, folder)
+            elastic_launch(settings, _run_worker)(worker, arguments, folder)
         except ChildFailedError as failed:
-            _tell_why(failed, Path(folder), stop)
+            _raise_first_error(failed, Path(folder), stop)
 
 
 def _free_port(port: int | None) -> int:
-    """`port` if nothing listens there, else ConfigError; for None a free one."""
+    """`port`, or for None a free port. Raises ConfigError if the port cannot be used."""
     with socket.socket() as probe:
         probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         try:
@@ -89,59 +89,61 @@ def _free_port(port: int | None) -> int:
         return probe.getsockname()[1]
 
 
-def _guarded(worker: Callable, arguments: tuple, folder: str) -> None:
-    """In the worker: leave what goes wrong where the starting process finds it."""
+def _run_worker(worker: Callable, arguments: tuple, folder: str) -> None:
+    """Run the worker; write an error to `folder`, where the launching process reads it."""
     try:
         worker(*arguments)
-    except SystemExit:  # another rank says why
+    except SystemExit:  # another rank reports the error
         raise
     except BaseException as error:
-        known = isinstance(error, PrefLabError)
-        told = {
+        report = {
             "message": str(error),
-            "known": known,
+            "known": isinstance(error, PrefLabError),
             "traceback": traceback.format_exc(),
             "time": time.time(),
         }
-        (Path(folder) / f"{os.environ['RANK']}.json").write_text(json.dumps(told), encoding="utf-8")
-        # The starting process prints the error once. The stream stays open until this one ends.
+        path = Path(folder) / f"{os.environ['RANK']}.json"
+        path.write_text(json.dumps(report), encoding="utf-8")
+        # The launching process prints the error; this one stays silent until it has ended.
         sys.stderr = open(os.devnull, "w")  # noqa: SIM115
         raise SystemExit(1) from None
 
 
-def _tell_why(failed, folder: Path, stop: StopSignals) -> None:
-    """Raise for the worker that failed first: the errors of the others follow from it."""
-    told = [
-        (json.loads(path.read_text(encoding="utf-8")), path.stem) for path in folder.glob("*.json")
-    ]
+def _raise_first_error(failed, folder: Path, stop: StopSignals) -> None:
+    """Raise the error of the worker that failed first, which made the others fail.
+
+    failed: torch's ChildFailedError. folder: has the reports of `_run_worker`. Returns if a worker
+    was only killed by the signal that this process received too.
+    """
+    reports = {
+        int(path.stem): json.loads(path.read_text(encoding="utf-8"))
+        for path in folder.glob("*.json")
+    }
     rank, failure = failed.get_first_failure()
+    # A rank that reported an error may still abort while it exits: that is no kill.
     aborted = {
-        int(who)
-        for _, who in told
-        if int(who) in failed.failures and failed.failures[int(who)].exitcode == -signal.SIGABRT
+        other
+        for other in reports.keys() & failed.failures.keys()
+        if failed.failures[other].exitcode == -signal.SIGABRT
     }
     for other, died in failed.failures.items():
+        # A rank that was killed from outside made the others fail.
         if died.exitcode < 0 and died.exitcode != -signal.SIGTERM and other not in aborted:
-            rank, failure = (
-                other,
-                died,
-            )  # killed from outside; what the others raised follows from it
-    if (
-        failure.exitcode < 0 and rank not in aborted
-    ):  # a rank that said what is wrong may still abort on its way out
+            rank, failure = other, died
+    if failure.exitcode < 0 and rank not in aborted:
         if stop.received is not None and -failure.exitcode == stop.received:
-            return  # before it could listen; nothing had begun
+            return  # before the worker handled signals; it had done nothing yet
         name = signal.Signals(-failure.exitcode).name
+        hint = " (out of memory?)" if name == "SIGKILL" else ""
         raise WorkerError(
-            f"worker {rank} was killed by {name}{' (out of memory?)' if name == 'SIGKILL' else ''};"
-            " all workers were stopped"
+            f"worker {rank} was killed by {name}{hint}; all workers were stopped"
         ) from failed
-    if not told:
+    if not reports:
         raise WorkerError(
             f"worker {rank} ended with exit code {failure.exitcode}; all workers were stopped"
         ) from failed
-    first, rank = min(told, key=lambda pair: pair[0]["time"])
-    if first["known"]:
-        raise PrefLabError(first["message"])
-    print(first["traceback"], file=sys.stderr)
-    raise WorkerError(f"worker {rank} died of the error above; all workers were stopped")
+    rank = min(reports, key=lambda other: reports[other]["time"])
+    if reports[rank]["known"]:
+        raise PrefLabError(reports[rank]["message"])
+    print(reports[rank]["traceback"], file=sys.stderr)
+    raise WorkerError(f"worker {rank} failed with the error above; all workers were stopped")

@@ -1,8 +1,8 @@
-"""Ranks: who takes part in a run, what they agree on, and the few numbers they share.
+"""The ranks of a run, and the small values that they exchange.
 
-A run in one process has a world of one and none of this costs it anything. Under torchrun, under
-srun with several tasks, or in the workers that train.py starts itself, the process group is joined
-the first time `world()` is asked for.
+A run in one process has a world of size 1, where every exchange returns at once. Under torchrun,
+under srun with several tasks, and in workers that train.py starts, the first call of `world()`
+joins the process group.
 """
 
 import atexit
@@ -19,17 +19,18 @@ import torch.distributed as dist
 
 from utils import ConfigError
 
-# How long a rank waits for another: rank 0 may tokenise a large data set first. A rank that dies is
-# noticed at once.
+# How long a rank waits for another: rank 0 may tokenise a large data set first. When a rank dies,
+# the others fail at once.
 TIMEOUT = timedelta(hours=3)
 
 
 @dataclass
 class World:
-    """The ranks of a run. Ranks that hold parts of the same layers (`peers`) see the same examples.
+    """The ranks of a run.
 
-    rank, size: this process among all. local_rank, local_size: among those of this machine. peers:
-    ranks of a tensor-parallel group, next to one another.
+    rank, size: of this process among all. local_rank, local_size: among those of this machine.
+    peers: size of a tensor-parallel group. Its ranks are consecutive, hold parts of the same layers
+    and see the same examples.
     """
 
     rank: int = 0
@@ -40,35 +41,34 @@ class World:
 
     @property
     def device(self) -> torch.device:
-        """This rank's device: a GPU of its own, else the CPU."""
+        """This rank's device: its GPU, or the CPU."""
         if not torch.cuda.is_available():
             return torch.device("cpu")
         return torch.device("cuda", self.local_rank % torch.cuda.device_count())
 
     @property
     def no_bar(self) -> bool | None:
-        """tqdm's `disable`: rank 0 shows a bar, on a terminal."""
+        """The `disable` of tqdm: rank 0 shows a bar if stderr is a terminal."""
         return True if self.rank else None
 
     @property
     def data_ranks(self) -> int:
-        """How many ranks, or groups of peers, see examples of their own."""
+        """Number of ranks, or groups of peers, that see different examples."""
         return self.size // self.peers
 
     def share(self, items):
-        """This rank's part of `items`, of which every rank has the same copy; sizes differ by one
-        at most."""
+        """This rank's part of `items`, which are equal on all ranks. Sizes differ by at most 1."""
         return items[self.rank // self.peers :: self.data_ranks]
 
     def largest_share(self, n: int) -> int:
-        """How many of `n` items the rank with the most of them gets."""
+        """Number of items of the rank with the largest share of `n` items."""
         return -(-n // self.data_ranks)
 
     def batches(self, items, size: int) -> Iterator[tuple[Any, int]]:
-        """This rank's share of `items` in batches, and how many of each count.
+        """This rank's share of `items` in batches, each with the number of its items that count.
 
-        Every rank gets as many batches, for a sharded model runs on all ranks or on none: a rank
-        that has nothing left gets a stand-in of which nothing counts.
+        All ranks get the same number of batches, because a sharded model runs on all of them
+        together. A rank with fewer items gets stand-ins, of which 0 items count.
         """
         mine = self.share(items)
         for begin in range(0, self.largest_share(len(items)), size):
@@ -80,6 +80,7 @@ class World:
         return self._reduce(values, dist.ReduceOp.SUM, 1 / self.peers)
 
     def max(self, values: list[float]) -> list[float]:
+        """Maxima over all ranks, in float64."""
         return self._reduce(values, dist.ReduceOp.MAX, 1.0)
 
     def _reduce(self, values: list[float], operation, factor: float) -> list[float]:
@@ -90,7 +91,7 @@ class World:
         return (tensor * factor).tolist()
 
     def gather(self, items: list) -> list:
-        """What all ranks have, in the order of `share`: the inverse of it."""
+        """The items of all ranks, in the order of the list that `share` was called with."""
         if self.size == 1:
             return items
         parts: list[Any] = [None] * self.size
@@ -100,8 +101,10 @@ class World:
         return [part[i] for i in range(longest) for part in parts if i < len(part)]
 
     def agree(self, decide: Callable[[], Any]) -> Any:
-        """What rank 0 decides, on every rank. An error of rank 0 is told by rank 0 and ends the
-        others."""
+        """The result of `decide()`, called on rank 0, on every rank.
+
+        An error is raised on rank 0; the others exit without a message.
+        """
         decided = error = None
         if self.rank == 0:
             try:
@@ -119,15 +122,19 @@ class World:
         return decided
 
     def first(self, function: Callable[[], Any]) -> Any:
-        """`function()` on rank 0 and, if that went well, on the others: caches are filled once,
-        errors told once."""
+        """`function()`, called on rank 0 first and then on the others.
+
+        Rank 0 fills caches for the others. An error is raised on rank 0; the others exit without a
+        message.
+        """
         if self.size == 1:
             return function()
-        kept = []
-        self.agree(lambda: kept.append(function()))
-        return kept[0] if kept else function()
+        results = []
+        self.agree(lambda: results.append(function()))
+        return results[0] if results else function()
 
     def barrier(self) -> None:
+        """Wait for all ranks."""
         if self.size > 1:
             dist.barrier(group=dist.group.WORLD)
 
@@ -139,7 +146,10 @@ _world: World | None = None
 
 
 def world() -> World:
-    """The world this process lives in; joins the process group the first time."""
+    """The ranks of this run. The first call joins the process group.
+
+    Raises ConfigError if the ranks cannot meet.
+    """
     global _world
     if _world is None:
         _world = _join()
@@ -147,8 +157,7 @@ def world() -> World:
 
 
 def ranks_given() -> tuple[int, int, int, int] | None:
-    """(rank, size, local rank, local size) as torchrun or srun gave them; None in a process on its
-    own."""
+    """(rank, size, local rank, local size) from torchrun or srun; None in a single process."""
     env = os.environ
     if "RANK" in env and "WORLD_SIZE" in env:
         size = int(env["WORLD_SIZE"])
@@ -174,7 +183,7 @@ def _join() -> World:
     if given is None:
         return World()
     rank, size, local_rank, local_size = given
-    if "RANK" not in os.environ:  # srun says who we are, but not where to meet
+    if "RANK" not in os.environ:  # srun gives the ranks, but no address where they meet
         os.environ |= {"RANK": str(rank), "WORLD_SIZE": str(size), "LOCAL_RANK": str(local_rank)}
         os.environ.setdefault("MASTER_ADDR", _first_host())
         job = int(os.environ.get("SLURM_JOB_ID", 0)) * 7 + int(os.environ.get("SLURM_STEP_ID", 0))
@@ -192,7 +201,7 @@ def _join() -> World:
 
 
 def join_alone() -> None:
-    """A process group of this process alone, for what cannot do without one."""
+    """Make a process group of this process alone, for code that needs one, unless there is one."""
     if not dist.is_initialized():
         _init_process_group(rank=0, world_size=1, device=World().device, store=dist.HashStore())
 
@@ -203,11 +212,11 @@ def _init_process_group(*, device: torch.device, **options) -> None:
         dist.init_process_group("cpu:gloo,cuda:nccl", timeout=TIMEOUT, device_id=device, **options)
     else:
         dist.init_process_group("gloo", timeout=TIMEOUT, **options)
-        atexit.register(leave)  # its threads abort the process otherwise
+        atexit.register(leave)  # otherwise the threads of gloo abort the process
 
 
 def leave() -> None:
-    """Close the process group at the end of a run that went well."""
+    """Leave the process group, at the end of a successful run."""
     global _world
     _world = None
     if dist.is_initialized():
@@ -226,6 +235,6 @@ def _first_host() -> str:
 
 
 def _port_of_command_line() -> str | None:
-    """fsdp_port of the command line: the ranks of srun meet before there is a config."""
-    given = [word.split("=", 1)[1] for word in sys.argv[1:] if word.startswith("fsdp_port=")]
-    return given[-1] if given and given[-1].isdigit() else None
+    """fsdp_port on the command line: under srun the ranks meet before the config is composed."""
+    ports = [word.split("=", 1)[1] for word in sys.argv[1:] if word.startswith("fsdp_port=")]
+    return ports[-1] if ports and ports[-1].isdigit() else None

@@ -1,4 +1,4 @@
-"""Evaluations: held-out losses and samples of a policy, during training and of checkpoints."""
+"""Evaluations of a policy, by held-out losses and samples, in training and of checkpoints."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from preflab.batching.packing import Layout
 from preflab.distributed.process_group import World
 from preflab.distributed.signals import Stopped, StopSignals
 from preflab.evaluation.held_out import evaluate_loss
-from preflab.evaluation.samples import Sampling, sample_and_measure
+from preflab.evaluation.samples import Samples, Sampling, sample_and_measure
 from preflab.evaluation.worklist import Checkpoint, draws_samples, finish_evaluation, temperatures
 from preflab.modeling.fsdp import reshard
 from preflab.modeling.layout_choice import choose_layout
@@ -34,8 +34,7 @@ logger = logging.getLogger(__name__)
 class Evaluator:
     """Measures a policy on the held-out examples `data`.
 
-    rewards: what scores samples, by name. The samples of the reference are drawn once, for it does
-    not change.
+    rewards: score samples, by name. The reference does not change, so it is sampled only once.
     """
 
     def __init__(
@@ -50,14 +49,15 @@ class Evaluator:
     ):
         self.settings, self.loss, self.tokenizer, self.data = settings, loss, tokenizer, data
         self.rewards, self.run_dir, self.world = rewards, run_dir, world
-        self._reference_samples: dict = {}
+        self._reference_samples: dict[Sampling, Samples] = {}
 
     def evaluate(
         self, policy: Scorer, reference: Scorer | None, layout: Layout, *, examples: int
     ) -> dict[str, float]:
-        """Held-out losses, and samples where the run takes some, which go to samples.jsonl.
+        """Held-out losses, and means over samples if the run draws some.
 
-        examples: how many the policy has learned from so far.
+        The samples are appended to samples.jsonl. examples: number of examples that the policy has
+        learned from, a column of the samples.
         """
         values = self.held_out_losses(policy, reference, layout)
         if draws_samples(self.settings, self.loss):
@@ -76,7 +76,8 @@ class Evaluator:
     def held_out_losses(
         self, policy: Scorer, reference: Scorer | None, layout: Layout
     ) -> dict[str, float]:
-        """Means over the held-out examples; empty where the data holds prompts only."""
+        """Means of the loss and its metrics over the held-out examples; empty for data of prompts
+        only."""
         if self.data.kind == "prompts":
             return {}
         return evaluate_loss(
@@ -101,12 +102,12 @@ class Evaluator:
     ) -> tuple[list[dict], dict[str, float]]:
         """Rows of samples.jsonl for the first `n` held-out prompts, and the means over them."""
         settings = self.settings
-        room = settings.max_length - settings.max_prompt_length
-        how = Sampling(
+        default_length = settings.max_length - settings.max_prompt_length
+        sampling = Sampling(
             n=n,
             k=settings.samples_per_prompt,
             max_prompt_length=settings.max_prompt_length,
-            max_new_tokens=settings.max_new_tokens or room,
+            max_new_tokens=settings.max_new_tokens or default_length,
             temperature=temperature,
             top_p=settings.topp,
             seed=settings.seed,
@@ -118,7 +119,7 @@ class Evaluator:
             self.tokenizer,
             self.data,
             self.rewards,
-            how,
+            sampling,
             layout,
             self.world,
             self._reference_samples,
@@ -132,69 +133,107 @@ def evaluate_checkpoints(
     log: MetricLog,
     stop: StopSignals,
 ) -> dict:
-    """Every checkpoint at every temperature: a row of eval.jsonl for each, and samples.
+    """Evaluate every checkpoint at every temperature, and return the summary.
 
-    worklist: what is still to do. trainer: the class that declares where models live. Returns the
-    summary. Raises Stopped after a row if a signal arrived; the same command continues after it.
+    worklist: the evaluations that have no row yet, see `pending`. trainer: the class that declares
+    where models live. Each evaluation writes its samples, then a row of eval.jsonl. Raises Stopped
+    after a row if a signal arrived; the same command continues from there.
     """
-    settings, world, scalar = evaluator.settings, evaluator.world, False
-    scalar = "scalar_head" in evaluator.loss.reads
-    place = bind_place(trainer, settings, world)
+    world = evaluator.world
+    models = _Models(evaluator, trainer)
     n_rows = sum(len(missing) for _, missing in worklist)
-    bar = tqdm(
-        total=n_rows, desc="evaluations", disable=True if len(worklist) < 2 else world.no_bar
-    )
-    policy = reference = layout = None
+    hidden = True if len(worklist) < 2 else world.no_bar
     values: dict = {}
-    for checkpoint, missing in worklist:
-        policy = None  # two of them need not be in memory at once
-        gc.collect()  # some models form cycles
-        model = changed(settings.model, archive=checkpoint.source)
-        policy = build_policy(model, scalar_head=scalar, trainable=False, place=place)
-        if layout is None:
-            layout, reason = choose_layout(
-                settings,
-                policy,
-                world,
-                pad_id=evaluator.tokenizer.pad_token_id,
-                last_tokens=scalar,
-            )
-            reshard(policy.model)
-            logger.info(f"layout: {layout.name}" + (f" ({reason})" if reason else ""))
-            if not scalar:
-                reference = build_reference(settings.model, policy, training=False, place=place)
-        losses = evaluator.held_out_losses(policy, reference, layout)
-        for temperature in missing:
-            rows, means = [], {}
-            if draws_samples(settings, evaluator.loss):
-                rows, means = evaluator.sample(
-                    policy, reference, layout, n=settings.n_eval_examples, temperature=temperature
-                )
-            values = losses | means
-            if world.rank == 0:
-                drawn = {
-                    "temperature": temperature,
-                    "top_p": settings.topp,
-                    "samples_per_prompt": settings.samples_per_prompt,
-                    "eval_seed": settings.seed,
-                }
-                finish_evaluation(evaluator.run_dir, checkpoint, rows, drawn | values)
-            where = {"checkpoint": checkpoint.path, "temperature": temperature}
-            log.write_at(Counters(), "eval", values | where)
-            bar.update()
-            if signum := stop.anywhere(world):
-                log.finish()
-                raise Stopped(signum)
-    bar.close()
+    with tqdm(total=n_rows, desc="evaluations", disable=hidden) as bar:
+        for checkpoint, missing in worklist:
+            models.load(checkpoint)
+            losses = evaluator.held_out_losses(models.policy, models.reference, models.layout)
+            for temperature in missing:
+                means = _evaluate_at(evaluator, models, checkpoint, temperature, losses)
+                values = losses | means
+                evaluated = {"checkpoint": checkpoint.path, "temperature": temperature}
+                log.write_at(Counters(), "eval", values | evaluated)
+                bar.update()
+                if signum := stop.anywhere(world):
+                    log.finish()
+                    raise Stopped(signum)
     summary = write_summary(
         evaluator.run_dir,
-        settings,
+        evaluator.settings,
         evaluator.loss.name,
         values,
         Counters(),
         world,
-        temperature=temperatures(settings)[-1],
+        temperature=temperatures(evaluator.settings)[-1],
         state_bytes={},
     )
     log.finish()
     return summary
+
+
+class _Models:
+    """The policy of one checkpoint after the other, with the reference and layout of them all."""
+
+    def __init__(self, evaluator: Evaluator, trainer: type):
+        self.settings, self.world = evaluator.settings, evaluator.world
+        self.tokenizer = evaluator.tokenizer
+        self.place = bind_place(trainer, self.settings, self.world)
+        self.scalar = "scalar_head" in evaluator.loss.reads
+        self.policy: Scorer | None = None
+        self.reference: Scorer | None = None
+        self.layout: Layout | None = None
+
+    def load(self, checkpoint: Checkpoint) -> None:
+        """Replace the policy; choose the layout and build the reference with the first one."""
+        self.policy = None  # two policies need not be in memory at once
+        gc.collect()  # some models form cycles
+        model = changed(self.settings.model, archive=checkpoint.source)
+        self.policy = build_policy(
+            model, scalar_head=self.scalar, trainable=False, place=self.place
+        )
+        if self.layout is not None:
+            return
+        self.layout, reason = choose_layout(
+            self.settings,
+            self.policy,
+            self.world,
+            pad_id=self.tokenizer.pad_token_id,
+            last_tokens=self.scalar,
+        )
+        reshard(self.policy.model)
+        logger.info(f"layout: {self.layout.name}" + (f" ({reason})" if reason else ""))
+        if not self.scalar:
+            self.reference = build_reference(
+                self.settings.model, self.policy, training=False, place=self.place
+            )
+
+
+def _evaluate_at(
+    evaluator: Evaluator,
+    models: _Models,
+    checkpoint: Checkpoint,
+    temperature: float,
+    losses: dict[str, float],
+) -> dict[str, float]:
+    """Write the samples of a checkpoint at one temperature, and its row of eval.jsonl with
+    `losses`. Returns the means over the samples; both are empty where the run draws none."""
+    settings = evaluator.settings
+    rows: list[dict] = []
+    means: dict[str, float] = {}
+    if draws_samples(settings, evaluator.loss):
+        rows, means = evaluator.sample(
+            models.policy,
+            models.reference,
+            models.layout,
+            n=settings.n_eval_examples,
+            temperature=temperature,
+        )
+    if evaluator.world.rank == 0:
+        sampling = {
+            "temperature": temperature,
+            "top_p": settings.topp,
+            "samples_per_prompt": settings.samples_per_prompt,
+            "eval_seed": settings.seed,
+        }
+        finish_evaluation(evaluator.run_dir, checkpoint, rows, sampling | losses | means)
+    return means

@@ -1,4 +1,4 @@
-"""Losses on held-out examples."""
+"""Loss and metrics on held-out examples."""
 
 import numpy as np
 import torch
@@ -30,24 +30,29 @@ def evaluate_loss(
     """Means of the loss and of every logged metric over the first `n` examples of the fixed
     evaluation order.
 
-    With several data sets, the means over the examples of each are there as well, named
+    With several data sets, there are also the means over the examples of each, named
     METRIC@DATASET.
     """
     examples = evaluation_order(data.groups)[:n]
-    numbers = np.searchsorted(data.begins, examples, side="right") - 1  # of the data set of each
-    total, sums = Sums(), {number: Sums() for number in np.unique(numbers).tolist()}
+    numbers = np.unique(_dataset_numbers(data, examples)).tolist()
+    total = Sums()
+    by_dataset = {number: Sums() for number in numbers} if len(numbers) > 1 else {}
     parts = list(world.batches(examples, batch_size))
     for part, n_real in tqdm(parts, desc="evaluate", leave=False, delay=1.0, disable=world.no_bar):
         batch = collate(data, part, layout).to(policy.device)
         metrics = compute_loss(loss, policy, reference, batch, data, "eval")[1]
         total.add(metrics, n_real)
-        of = np.searchsorted(data.begins, part[:n_real], side="right") - 1
-        for number, own in sums.items() if len(sums) > 1 else ():
-            mine = torch.from_numpy(np.flatnonzero(of == number)).to(policy.device)
-            own.add({name: values[mine] for name, values in metrics.items()}, len(mine))
+        of_example = _dataset_numbers(data, part[:n_real])
+        for number, sums in by_dataset.items():
+            rows = torch.from_numpy(np.flatnonzero(of_example == number)).to(policy.device)
+            sums.add({name: values[rows] for name, values in metrics.items()}, len(rows))
     means = total.flush(world)
-    for number, own in sums.items() if len(sums) > 1 else ():
-        means |= {
-            f"{name}@{data.stores[number].name}": value for name, value in own.flush(world).items()
-        }
+    for number, sums in by_dataset.items():
+        dataset = data.stores[number].name
+        means |= {f"{name}@{dataset}": value for name, value in sums.flush(world).items()}
     return means
+
+
+def _dataset_numbers(data: PreferenceData, examples: np.ndarray) -> np.ndarray:
+    """The position in `data.stores` of the data set of each example."""
+    return np.searchsorted(data.begins, examples, side="right") - 1

@@ -1,11 +1,12 @@
-"""Samples of a policy, and their rewards, KL to the reference, lengths and repetition."""
+"""Samples of a policy, and their rewards, KL to the reference, length and repetition."""
 
 import math
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 import torch
 
-from preflab.batching.examples import PreferenceData, prompts_to_sample
+from preflab.batching.examples import PreferenceData, PromptToSample, prompts_to_sample
 from preflab.batching.packing import Layout, lay_out
 from preflab.distributed.process_group import ALONE, World
 from preflab.modeling.generation import sample
@@ -16,7 +17,7 @@ from utils import mean_and_error
 
 @dataclass(frozen=True)
 class Sampling:
-    """How an evaluation samples: for the first `n` held-out prompts, `k` responses each.
+    """The sampling of an evaluation: `k` responses to each of the first `n` held-out prompts.
 
     max_prompt_length, max_new_tokens: in tokens. temperature 0 is greedy.
     """
@@ -31,113 +32,157 @@ class Sampling:
     batch_size: int
 
 
+@dataclass(frozen=True)
+class Samples:
+    """The responses of one model, (prompts * k,) each, prompt by prompt.
+
+    tokens: with EOS, where a response ended. rewards: scores by the name of the reward.
+    """
+
+    tokens: list[list[int]]
+    texts: list[str]
+    rewards: dict[str, list[float]]
+
+
 def sample_and_measure(
     policy: Scorer,
     reference: Scorer | None,
     tokenizer,
     data: PreferenceData,
     rewards: dict[str, Score],
-    how: Sampling,
+    sampling: Sampling,
     layout: Layout,
     world: World = ALONE,
-    kept: dict | None = None,
+    reference_samples: dict[Sampling, Samples] | None = None,
 ) -> tuple[list[dict], dict[str, float]]:
-    """Samples of both models for held-out prompts; rows for samples.jsonl, and the means of what is
-    measured on them.
+    """Sample responses of both models to held-out prompts, and measure them.
 
-    Both models draw the same random numbers, so equal models give equal samples and differences are
-    paired. KL is measured on the policy's samples, whatever temperature and top_p they were drawn
-    with; only at temperature 1 and top_p 1 is it the KL of the sampled distribution. Without a
-    reference there is neither KL nor reference sample. Standard errors are over prompts, each with
-    the mean of its samples. The first of `rewards` is what `policy_reward` means. kept: a dict in
-    which the samples of a reference are found again, for several policies with the same one.
+    Returns the rows of samples.jsonl, and means over them with standard errors. Errors are over
+    prompts, each with the mean of its samples. The first of `rewards` gives `policy_reward`.
+
+    Both models draw the same random numbers, so equal models give equal samples and differences
+    are paired. KL is measured on the policy's samples; it is the KL of the sampled distribution
+    only at temperature 1 and top_p 1. Without a reference there are neither KL nor reference
+    samples. reference_samples: a cache of the reference's samples, for evaluating several policies
+    with the same reference.
     """
-    prompts = prompts_to_sample(data, how.n, how.max_prompt_length)
-
-    def texts_of(responses):
-        return [tokenizer.decode(tokens, skip_special_tokens=True) for tokens in responses]
-
-    tokens = [p.tokens for p in prompts for _ in range(how.k)]
-    prompt_texts, chosen_texts = texts_of(tokens), texts_of(p.chosen for p in prompts)
-
-    def draw(scorer: Scorer, who: str) -> tuple[list[list[int]], list[str], dict[str, list[float]]]:
-        drawn = sample(
-            scorer,
-            tokenizer,
-            tokens,
-            keys=[(p.key, i) if i else p.key for p in prompts for i in range(how.k)],
-            max_new_tokens=how.max_new_tokens,
-            temperature=how.temperature,
-            top_p=how.top_p,
-            seed=how.seed,
-            batch_size=how.batch_size,
-            world=world,
-            description=f"sample {who}",
-        )
-        texts = texts_of(drawn)
-        mine = world.share(prompt_texts), world.share(texts)
-        return drawn, texts, {name: world.gather(score(*mine)) for name, score in rewards.items()}
-
-    drawn = {"policy": draw(policy, "policy")}
+    prompts = prompts_to_sample(data, sampling.n, sampling.max_prompt_length)
+    shared = (tokenizer, prompts, rewards, sampling, world)
+    samples = {"policy": _draw(policy, *shared, description="sample policy")}
+    prompt_tokens = [prompt.tokens for prompt in prompts for _ in range(sampling.k)]
     measured = measure_samples(
-        policy, reference, tokens, drawn["policy"][0], how.batch_size, layout, world
+        policy,
+        reference,
+        prompt_tokens,
+        samples["policy"].tokens,
+        sampling.batch_size,
+        layout,
+        world,
     )
     if reference is not None:
-        kept = {} if kept is None else kept
-        drawn["reference"] = kept[how] = kept.get(how) or draw(reference, "reference")
+        cache = {} if reference_samples is None else reference_samples
+        if sampling not in cache:
+            cache[sampling] = _draw(reference, *shared, description="sample reference")
+        samples["reference"] = cache[sampling]
+    rows = _rows(tokenizer, prompts, samples, measured, sampling)
+    means = _sample_means(rows, list(rewards), list(measured), sampling.k)
+    for model, drawn in samples.items():
+        for n in (1, 2, 3):
+            means[f"samples_eval/{model}_distinct_{n}"] = distinct(drawn.tokens, n)
+    return rows, means
+
+
+def _draw(
+    scorer: Scorer,
+    tokenizer,
+    prompts: list[PromptToSample],
+    rewards: dict[str, Score],
+    sampling: Sampling,
+    world: World,
+    *,
+    description: str,
+) -> Samples:
+    """`k` responses of a model to each prompt, with their rewards."""
+    # The random numbers of a response depend on its key: the prompt's, with a number from the
+    # second response on.
+    keys = [(p.key, i) if i else p.key for p in prompts for i in range(sampling.k)]
+    prompt_tokens = [prompt.tokens for prompt in prompts for _ in range(sampling.k)]
+    tokens = sample(
+        scorer,
+        tokenizer,
+        prompt_tokens,
+        keys=keys,
+        max_new_tokens=sampling.max_new_tokens,
+        temperature=sampling.temperature,
+        top_p=sampling.top_p,
+        seed=sampling.seed,
+        batch_size=sampling.batch_size,
+        world=world,
+        description=description,
+    )
+    texts = _texts(tokenizer, tokens)
+    mine = world.share(_texts(tokenizer, prompt_tokens)), world.share(texts)
+    scores = {name: world.gather(score(*mine)) for name, score in rewards.items()}
+    return Samples(tokens, texts, scores)
+
+
+def _texts(tokenizer, responses: Iterable[list[int]]) -> list[str]:
+    return [tokenizer.decode(tokens, skip_special_tokens=True) for tokens in responses]
+
+
+def _rows(
+    tokenizer,
+    prompts: list[PromptToSample],
+    samples: dict[str, Samples],
+    measured: dict[str, list[float]],
+    sampling: Sampling,
+) -> list[dict]:
+    """The rows of samples.jsonl. samples: by model. measured: values of the policy's samples."""
+    prompt_texts = _texts(tokenizer, (prompt.tokens for prompt in prompts))
+    chosen_texts = _texts(tokenizer, (prompt.chosen for prompt in prompts))
     rows = []
-    for i in range(len(tokens)):
+    for i in range(len(prompts) * sampling.k):
+        number, member = divmod(i, sampling.k)
         row = {
-            "prompt": prompt_texts[i],
-            "sample": i % how.k,
+            "prompt": prompt_texts[number],
+            "sample": member,
             "policy": None,
             "reference": None,
-            "chosen": chosen_texts[i // how.k],
-        }
-        row |= {
+            "chosen": chosen_texts[number],
             "policy_reward": None,
             "reference_reward": None,
             "policy_tokens": None,
             "reference_tokens": None,
         }
-        for who, (responses, texts, scores) in drawn.items():
-            row |= {
-                who: texts[i],
-                f"{who}_reward": {name: values[i] for name, values in scores.items()},
-                f"{who}_tokens": len(responses[i]),
-            }
-            row[f"{who}_ended"] = responses[i][-1:] == [tokenizer.eos_token_id]
+        for model, drawn in samples.items():
+            tokens = drawn.tokens[i]
+            row[model] = drawn.texts[i]
+            row[f"{model}_reward"] = {name: values[i] for name, values in drawn.rewards.items()}
+            row[f"{model}_tokens"] = len(tokens)
+            row[f"{model}_ended"] = tokens[-1:] == [tokenizer.eos_token_id]
         row |= {name: values[i] for name, values in measured.items()}
-        row["repetition"] = repetition(drawn["policy"][0][i])
-        rows.append(row | {"temperature": how.temperature, "top_p": how.top_p})
-    means = _sample_means(rows, list(rewards), list(measured), how.k)
-    for who, (responses, *_) in drawn.items():
-        means |= {f"samples_eval/{who}_distinct_{n}": distinct(responses, n) for n in (1, 2, 3)}
-    return rows, means
+        row["repetition"] = repetition(samples["policy"].tokens[i])
+        row |= {"temperature": sampling.temperature, "top_p": sampling.top_p}
+        rows.append(row)
+    return rows
 
 
 def _sample_means(
     rows: list[dict], rewards: list[str], measured: list[str], k: int
 ) -> dict[str, float]:
-    columns = {}
+    """The mean and standard error of every measured value, over prompts of `k` rows each."""
+    models = ["policy"] if rows[0]["reference"] is None else ["policy", "reference"]
+    columns: dict[str, list[float]] = {}
     for name in rewards:
-        more = "" if name == rewards[0] else f"[{name}]"
-        columns[f"policy_reward{more}"] = [row["policy_reward"][name] for row in rows]
-        if rows[0]["reference"] is not None:
-            columns[f"reference_reward{more}"] = [row["reference_reward"][name] for row in rows]
-            columns[f"reward_gain{more}"] = [
-                p - r
-                for p, r in zip(
-                    columns[f"policy_reward{more}"],
-                    columns[f"reference_reward{more}"],
-                    strict=True,
-                )
-            ]
-    for who in ("policy", "reference") if rows[0]["reference"] is not None else ("policy",):
-        columns |= {
-            f"{who}_length": [row[f"{who}_tokens"] for row in rows],
-            f"{who}_ended": [float(row[f"{who}_ended"]) for row in rows],
-        }
+        suffix = "" if name == rewards[0] else f"[{name}]"
+        for model in models:
+            columns[f"{model}_reward{suffix}"] = [row[f"{model}_reward"][name] for row in rows]
+        if "reference" in models:
+            ours, theirs = (columns[f"{model}_reward{suffix}"] for model in models)
+            columns[f"reward_gain{suffix}"] = [p - r for p, r in zip(ours, theirs, strict=True)]
+    for model in models:
+        columns[f"{model}_length"] = [row[f"{model}_tokens"] for row in rows]
+        columns[f"{model}_ended"] = [float(row[f"{model}_ended"]) for row in rows]
     columns |= {name: [row[name] for row in rows] for name in (*measured, "repetition")}
     means = {}
     for name, values in columns.items():
@@ -147,15 +192,19 @@ def _sample_means(
 
 
 def repetition(tokens: list[int], n: int = 4) -> float:
-    """The share of a response's n-grams that it already had: 0 for none, towards 1 for a loop; 0
-    with less than two."""
+    """The share of a response's n-grams that occur in it earlier, from 0 to 1.
+
+    It is near 1 for a response that loops, and 0 for one with fewer than two n-grams.
+    """
     grams = [tuple(tokens[i : i + n]) for i in range(len(tokens) - n + 1)]
     return 1 - len(set(grams)) / len(grams) if grams else 0.0
 
 
 def distinct(responses: list[list[int]], n: int) -> float | None:
-    """distinct-n (Li et al. 2016): different n-grams of all responses together, over their number;
-    None without any."""
+    """distinct-n (Li et al. 2016): the share of different n-grams among those of all responses.
+
+    None where no response has an n-gram.
+    """
     grams = [tuple(tokens[i : i + n]) for tokens in responses for i in range(len(tokens) - n + 1)]
     return len(set(grams)) / len(grams) if grams else None
 
@@ -170,13 +219,15 @@ def measure_samples(
     layout: Layout,
     world: World = ALONE,
 ) -> dict[str, list[float]]:
-    """For each sampled response, EOS included: the policy's entropy, and three estimators of
-    KL(policy || reference).
+    """The policy's entropy and three estimators of KL(policy || reference), of each response.
 
-    entropy: mean over its tokens, in nats. kl: full-vocabulary KL at each visited prefix, summed
-    (Rao-Blackwellised, never negative); kl_k1: log pi - log pi_ref of the sampled tokens; kl_k3:
-    exp(-r) - 1 + r with r = log pi - log pi_ref of a token (never negative). Without a reference
-    the entropy alone.
+    prompts, responses: token ids, responses with EOS, (n,) each. Returns lists of n values, in
+    nats:
+    entropy: the mean over the response's tokens.
+    kl: full-vocabulary KL at each prefix, summed over the response (Rao-Blackwellised; >= 0).
+    kl_k1: r = log pi - log pi_ref of a token, summed.
+    kl_k3: exp(-r) - 1 + r, summed (>= 0).
+    Without a reference there is only the entropy.
     """
     order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]) + len(responses[i]))
     mine = []
@@ -189,21 +240,18 @@ def measure_samples(
             kl="policy||reference" if reference else None,
             entropy=True,
         )
-        owners = batch.owners.to(scores.logps.device)
-        values = {
-            "entropy": (
-                sum_by_owner(scores.token_entropy, owners, len(rows))
-                / batch.lengths.to(scores.logps.device)
-            )
-        }
+        device = scores.logps.device
+        owners, lengths = batch.owners.to(device), batch.lengths.to(device)
+        values = {"entropy": sum_by_owner(scores.token_entropy, owners, len(rows)) / lengths}
         if reference is not None:
             ratio = scores.token_logps.double() - scores.reference_token_logps.double()
             k3 = sum_by_owner(torch.expm1(-ratio) + ratio, owners, len(rows))
             values |= {"kl": scores.kl, "kl_k1": scores.logps - scores.reference_logps, "kl_k3": k3}
-        measured = torch.stack(list(values.values()), dim=1).tolist()
-        mine += list(zip(rows, measured, strict=True))[:n_real]
-    found = dict(world.gather(mine))
+        by_response = torch.stack(list(values.values()), dim=1).tolist()
+        mine += list(zip(rows, by_response, strict=True))[:n_real]
+    measured = dict(world.gather(mine))
     names = ("entropy", "kl", "kl_k1", "kl_k3") if reference is not None else ("entropy",)
     return {
-        name: [found[i][column] for i in range(len(prompts))] for column, name in enumerate(names)
+        name: [measured[i][column] for i in range(len(prompts))]
+        for column, name in enumerate(names)
     }

@@ -32,7 +32,10 @@ QUESTION = (
 
 
 def merge(path: Path, new: list[dict], read, write) -> None:
-    """Add rows to a file. They replace the rows of the same comparisons."""
+    """Add rows to a file, in place of its rows on the same comparisons.
+
+    read: returns the rows of a path. write: returns the text of all rows.
+    """
     replaced = {_comparison(row) for row in new}
     rows = [row for row in read(path) if _comparison(row) not in replaced] + new
     with atomic_write(path) as f:
@@ -53,7 +56,9 @@ def judged_groups(pairs: list[dict]) -> dict[tuple, list[dict]]:
 
 def latest_samples(folder: Path) -> list[dict]:
     """The samples of a run's last evaluation, or all samples of an evaluation of checkpoints.
-    Raises DataError if there are none."""
+
+    Raises DataError if there are none.
+    """
     rows = read_jsonl(folder / "samples.jsonl")
     if not rows:
         raise DataError(
@@ -66,11 +71,11 @@ def latest_samples(folder: Path) -> list[dict]:
 
 
 def pair_up(rows: list[dict], against: str) -> list[dict]:
-    """Each sample with its opponent: {prompt, policy, opponent, ...}. Samples without one are left
-    out.
+    """Each sample with its opponent: {prompt, policy, opponent, ...}, without samples that have no
+    opponent.
 
     against: "reference", "chosen", or a folder of samples. Raises DataError for anything else, and
-        where no sample has an opponent.
+    where no sample has an opponent.
     """
     if against in ("reference", "chosen"):
         opponents = [row.get(against) for row in rows]
@@ -126,8 +131,11 @@ def _sample_key(row: dict) -> tuple:
 
 
 def by_reward(pairs: list[dict], folder: Path, name: str, settings: list[str]) -> Verdicts:
-    """The response with the higher score wins. The scores are those of samples.jsonl; where the
-    reward is not among them, or `settings` (KEY=VALUE) are given, they are computed."""
+    """The response with the higher score wins.
+
+    The scores are those of samples.jsonl. Where the reward is not among them, or `settings` of the
+    reward (KEY=VALUE) are given, they are computed.
+    """
     known = [pair.pop("rewards") for pair in pairs]
     scores = [(ours.get(name), theirs.get(name)) for ours, theirs in known]
     missing = [
@@ -151,8 +159,8 @@ def by_reward(pairs: list[dict], folder: Path, name: str, settings: list[str]) -
 
 
 def _reward_of(folder: Path, name: str, settings: list[str]):
-    """A reward with the given settings. Without any, its settings are those of the run in `folder`,
-    if the run has it, else those of config/reward/."""
+    """A reward with the given settings; without any, as in the run in `folder`, or else as in
+    config/reward/."""
     from preflab.rewards.registry import all_rewards, build_reward, reward_settings
     from preflab.settings.run_folder import register_resolvers  # here, because it loads torch
 
@@ -168,7 +176,10 @@ def _reward_of(folder: Path, name: str, settings: list[str]):
 
 
 def by_labels(pairs: list[dict], labels: Path | None) -> Verdicts:
-    """A file of labels decides. Equal texts are a tie; pairs without a label are not judged."""
+    """A file of labels decides. Equal texts tie; pairs without a label are not judged.
+
+    Raises DataError for a missing file, a line that is no label, and labels of other pairs only.
+    """
     if labels is None or not labels.is_file():
         raise DataError(f"--labels {labels}: no such file")
     known = _read_labels(labels)
@@ -199,8 +210,7 @@ def _read_labels(path: Path) -> dict[tuple[str, str, str], float]:
 
 
 def by_llm(pairs: list[dict], endpoint: Endpoint, template: str = QUESTION) -> Verdicts:
-    """A language model decides. It sees each pair as (policy, opponent) and as (opponent, policy);
-    equal texts are a tie, and are not sent.
+    """A language model decides. It sees each pair in both orders. Equal texts tie and are not sent.
 
     template: a text with {prompt}, {a} and {b}.
     """
@@ -230,25 +240,23 @@ def by_llm(pairs: list[dict], endpoint: Endpoint, template: str = QUESTION) -> V
 
 
 def fill(template: str, prompt: str, a: str, b: str) -> str:
-    """The template with its three places filled. Braces in the texts have no meaning."""
+    """The template with {prompt}, {a} and {b} replaced. Braces in the texts have no meaning."""
     texts = {"{prompt}": prompt, "{a}": a, "{b}": b}
     return re.sub(r"\{(?:prompt|a|b)\}", lambda match: texts[match[0]], template)
 
 
 def read_verdict(answer: str) -> str | None:
-    """A, B or tie, where the answer is that one word or ends in `verdict: A` or `[[A]]`; None for
-    anything else."""
+    """A, B or tie, if the answer is that one word or ends in `verdict: A` or `[[A]]`; else None."""
     match = re.fullmatch(r"\W*(?:response |answer:? )?\W*(A|B|tie)\W*", answer, re.IGNORECASE)
     match = match or re.search(r"(?:\[\[|verdict\W+)(A|B|tie)\W*$", answer, re.IGNORECASE)
     return {"a": "A", "b": "B", "tie": "tie"}[match[1].lower()] if match else None
 
 
 def both_orders(first: str | None, second: str | None) -> float | None:
-    """1 where the policy wins, 1/2 for a tie or two verdicts that contradict each other, 0 where it
-    loses; None when a verdict is missing.
+    """1 where the policy wins, 0 where it loses, 1/2 for a tie or two contradicting verdicts; None
+    if a verdict is missing.
 
-    first: the verdict with the policy as A.
-    second: the verdict with the policy as B.
+    first: the verdict with the policy as A. second: the verdict with the policy as B.
     """
     if first is None or second is None:
         return None
@@ -260,8 +268,11 @@ def both_orders(first: str | None, second: str | None) -> float | None:
 
 
 def win_rate(pairs: list[dict], by: str) -> dict:
-    """The counts of the pairs of one comparison, the win rate (a tie is 1/2; None if nothing was
-    judged) and its 95% interval."""
+    """The win rate of one comparison, from 0 to 1, with its 95% interval and the counts behind it.
+
+    A tie counts 1/2. The interval takes prompts as independent, not pairs. The rate and the
+    interval are None if no pair was judged.
+    """
     judged = [pair for pair in pairs if pair["verdict"] is not None]
     n, prompts = len(judged), len({pair["prompt"] for pair in judged})
     rate = math.fsum(pair["verdict"] for pair in judged) / n if n else None
@@ -288,7 +299,7 @@ def win_rate(pairs: list[dict], by: str) -> dict:
 
 
 def wilson(rate: float, n: int, z: float = 1.959963984540054) -> tuple[float, float]:
-    """Wilson's score interval for a share of n trials (Wilson 1927; 95% by default)."""
+    """Wilson's score interval for a share `rate` of n trials (Wilson 1927; 95% by default)."""
     center = rate + z * z / (2 * n)
     spread = z * math.sqrt(rate * (1 - rate) / n + z * z / (4 * n * n))
     scale = 1 + z * z / n

@@ -1,5 +1,4 @@
-"""The work of an evaluation of checkpoints: which checkpoints and temperatures it compares, and
-which of its rows are not written yet."""
+"""The evaluations of checkpoints that a run compares, and those whose rows are not written yet."""
 
 import glob
 import json
@@ -13,7 +12,7 @@ from preflab.modeling.weights_io import archive_files
 from preflab.settings.values import temperatures
 from utils import ConfigError, append_rows, atomic_write, content_hash, json_lines
 
-# The settings of its training run that a checkpoint is described by.
+# Settings of the training run that are written into a checkpoint's row.
 DESCRIBING_KEYS = ("loss", "seed", "lr", "n_epochs", "exp_name")
 
 
@@ -22,7 +21,7 @@ class Checkpoint:
     """An archive to evaluate.
 
     path: as the user gave it; None for the model of `name_or_path`.
-    source: the file or folder to load, which stays the same when a LATEST link moves on.
+    source: the file or folder to load, with links such as LATEST resolved.
     stamp: changes with the files of the archive.
     about: name, step, and settings of its training run, where they are known.
     """
@@ -41,10 +40,10 @@ def draws_samples(config, loss) -> bool:
 
 
 def expand_archives(archive) -> list[str | None]:
-    """`model.archive` as a list of paths. It may be one or several archives, glob patterns, and
-    folders of runs (the newest checkpoint of each). An archive that is given twice, for example as
-    LATEST and as step-N, is listed once.
+    """`model.archive` as a list of paths.
 
+    It may be archives, glob patterns, and folders of runs, which stand for the newest checkpoint of
+    each run. An archive that is given twice, for example as LATEST and as step-N, is listed once.
     Raises ConfigError for a path that does not exist, a pattern without a match and a folder
     without checkpoints.
     """
@@ -88,7 +87,7 @@ def _natural(path: str) -> list:
 
 
 def describe(path: str | None) -> Checkpoint:
-    """The checkpoint at a path, and what is known about it."""
+    """The checkpoint at a path; None is the model of `name_or_path`."""
     if path is None:
         return Checkpoint(None, None, "", {"name": "the model as it is"})
     files = archive_files(path)
@@ -108,8 +107,10 @@ def describe(path: str | None) -> Checkpoint:
 
 
 def pending(config, run_dir: Path) -> list[tuple[Checkpoint, list[float]]]:
-    """The checkpoints and temperatures that `run_dir` has no row for. Their rows from before, which
-    are outdated or belong to an evaluation that was killed halfway, are removed."""
+    """The checkpoints and temperatures that `run_dir` has no row for.
+
+    Earlier rows of theirs are deleted: they are outdated, or from an evaluation that was killed.
+    """
     evaluated = _evaluated(run_dir)
     checkpoints = [describe(path) for path in expand_archives(config.model.archive)]
     work = []
@@ -121,7 +122,7 @@ def pending(config, run_dir: Path) -> list[tuple[Checkpoint, list[float]]]:
         ]
         if missing:
             work.append((checkpoint, missing))
-    if not work:  # it was stopped between its last row and its summary, so the last row is redone
+    if not work:  # the run was stopped between its last row and its summary: redo the last row
         work = [(checkpoints[-1], temperatures(config)[-1:])]
     redone = {(checkpoint.path, t) for checkpoint, missing in work for t in missing}
     for file in (run_dir / "eval.jsonl", run_dir / "samples.jsonl"):
@@ -164,5 +165,5 @@ def finish_evaluation(
 
 
 def _rows(path: Path) -> list[dict]:
-    """The rows of a file that is always written whole; none if it does not exist."""
+    """The rows of a jsonl file without incomplete lines; empty if it does not exist."""
     return [json.loads(line) for line in json_lines(path)] if path.is_file() else []

@@ -1,4 +1,4 @@
-"""The choice of a layout: what an architecture is known to support, and what a check shows."""
+"""The choice of a layout: what an architecture supports, and what a trial of the model shows."""
 
 import torch
 
@@ -12,11 +12,10 @@ BY_SEGMENTS = "attention segment by segment, slower"
 
 
 def known_layouts(config, model) -> tuple[tuple[str, ...], str]:
-    """The layouts that an architecture is known to support, the fastest first, and the reason where
-    there is only the padded one.
+    """The layouts that an architecture supports, the fastest first; and the reason where it
+    supports only the padded one, else "".
 
-    model: its transformers config. What only a run of the model can show is left to
-    `choose_layout`.
+    model: its transformers config. `choose_layout` also tries the model itself.
     """
     if config.model.attn_implementation:
         return ("padded",), (
@@ -31,11 +30,10 @@ def known_layouts(config, model) -> tuple[tuple[str, ...], str]:
 
 
 def choose_layout(config, policy: Scorer, world: World = ALONE, **details) -> tuple[Layout, str]:
-    """The layout of `config.layout`, or for "auto" the fastest that gives this model the padded
-    layout's log-probs; and the reason where it is not the fastest of all, else "".
+    """The layout of `config.layout`; and the reason where it is not the fastest of all, else "".
 
-    details: more fields of `Layout`. Raises ConfigError where the requested layout is wrong for the
-    model.
+    "auto" is the fastest layout that gives this model the hidden states of the padded one.
+    details: more fields of `Layout`. Raises ConfigError where the requested layout gives others.
     """
     requested = config.layout
     known, reason = known_layouts(config, policy.causal_lm.config)
@@ -57,8 +55,10 @@ def choose_layout(config, policy: Scorer, world: World = ALONE, **details) -> tu
 
 
 def flex_support(config, policy: Scorer, world: World) -> Support:
-    """Whether attention over packed rows can be FlexAttention; on a CPU it never is, without a
-    reason, because segment by segment is faster there."""
+    """Whether attention over packed rows can be FlexAttention.
+
+    Never on a CPU, where attention segment by segment is faster; the reason is empty then.
+    """
     if policy.device.type == "cpu":
         return Support(False)
     problem = _flex_problem(config, policy, world)
@@ -88,11 +88,11 @@ def _flex_problem(config, policy: Scorer, world: World) -> str:
 
 @torch.no_grad()
 def check_sharing(scorer: Scorer, flex: bool = False) -> Support:
-    """Whether packed rows give this model the hidden states of padded rows, on two made-up prompts
-    with several responses each.
+    """Whether packed rows give this model the hidden states of padded rows.
 
-    The control is the same row with responses that see each other: an error is small only in
-    comparison with what that mask changes.
+    The trial is two random prompts with several responses each. The control is the same packed row
+    with a wrong mask, which lets responses see each other: the error of the right mask must be
+    small compared with the error of the wrong one.
     """
     padded, shared, wrong = _trial_batches(scorer, flex)
     hidden = []
@@ -103,7 +103,7 @@ def check_sharing(scorer: Scorer, flex: bool = False) -> Support:
             hidden.append(states.double())
     except Exception as failure:  # kernels have no common exception class
         reason = f"attention over packed rows fails here ({first_line(failure)})"
-        # A forward pass that broke off leaves the layers of a sharded model gathered.
+        # After an interrupted forward pass the layers of a sharded model stay gathered.
         if scorer.placed_on is not None:
             raise ConfigError(f"{reason}; use layout=padded") from failure
         return Support(False, reason)
@@ -122,7 +122,7 @@ def check_sharing(scorer: Scorer, flex: bool = False) -> Support:
 def _trial_batches(scorer: Scorer, flex: bool) -> tuple[Batch, Batch, Batch]:
     """Random prompts and responses in padded rows, in a shared row, and in a shared row with a
     wrong mask."""
-    generator = torch.Generator().manual_seed(0)
+    generator = torch.Generator().manual_seed(0)  # the run's own random state does not change
     vocabulary = scorer.causal_lm.config.get_text_config().vocab_size
 
     def draw(n: int):

@@ -1,4 +1,4 @@
-"""Tokenizer, policy and reference: from a name, a path or an archive to models ready to score."""
+"""Loads the tokenizer, the policy and the reference from names, paths and archives."""
 
 from pathlib import Path
 
@@ -23,9 +23,12 @@ from utils import ConfigError
 
 
 def check_model(config, trainer: type, *, scalar_head: bool = False) -> None:
-    """Refuse, before weights are read, lengths the model has no positions for and a placement it
-    does not fit. trainer: the class that declares where models live."""
-    # saving a shard shows a bar of its own otherwise, in the middle of ours
+    """Check what the model supports before its weights are read.
+
+    trainer: the class that declares where models live. Raises ConfigError for a max_length beyond
+    the model's positions, and for a model that the trainer cannot place.
+    """
+    # The bars of transformers would break ours, for example while it saves a shard.
     logging.disable_progress_bar()
     with readable("model.name_or_path", config.model.name_or_path):
         model = AutoConfig.from_pretrained(
@@ -43,8 +46,8 @@ def check_model(config, trainer: type, *, scalar_head: bool = False) -> None:
 def load_tokenizer(config):
     """The tokenizer of `model.tokenizer_name_or_path`, by default that of the model.
 
-    Masks come from lengths, so a pad token that equals EOS is harmless. Raises ConfigError when
-    there is no tokenizer or it has no EOS, without which a response cannot end.
+    A tokenizer without a pad token pads with EOS, which is harmless because masks come from
+    lengths. Raises ConfigError when there is no tokenizer, or it has no EOS token.
     """
     path = config.tokenizer_name_or_path or config.name_or_path
     with readable("model.tokenizer_name_or_path", path):
@@ -66,73 +69,60 @@ def build_policy(
     checkpoint: Path | None = None,
     place: Place | None = None,
 ) -> Scorer:
-    """The policy: weights of `name_or_path` (random with from_scratch), then of `archive`, then
-    LoRA if asked for.
+    """The policy: weights of `name_or_path` (random with from_scratch), then of `archive`, then a
+    LoRA adapter if `lora.r` is set.
 
-    checkpoint: a step folder to go on from instead of `archive`. place: where the model goes; by
-    default to the GPU if there is one, spread over the GPUs if there are several. A placed model
-    comes as files map it: on the CPU, in the dtype of its files.
+    config: the settings of the model. checkpoint: a step folder to continue from instead of
+    `archive`. place: puts the model where it lives, from the CPU and from the dtype of its files,
+    which are mapped. Without it the model is loaded to the GPU if there is one, spread over the
+    GPUs if there are several.
     """
-    model = load_model(
-        config, config.policy_dtype, scalar_head=scalar_head, mapped=place is not None
-    )
-    adapter = trainable and config.lora.r
-    archive = config.archive if checkpoint is None or adapter else checkpoint
+    mapped = place is not None
+    model = load_model(config, config.policy_dtype, scalar_head=scalar_head, mapped=mapped)
+    has_adapter = trainable and config.lora.r
+    archive = config.archive if checkpoint is None or has_adapter else checkpoint
     if archive:
-        load_archive(model, archive, mapped=place is not None)
+        load_archive(model, archive, mapped=mapped)
     if scalar_head and config.reinit_head and checkpoint is None:
         torch.nn.init.normal_(model.score.weight, std=0.02)
-    if adapter:
+    if has_adapter:
         model = _add_lora(model, config.lora, scalar_head)
-        if (
-            checkpoint is not None
-        ):  # policy.pt holds the adapter folded in; training goes on from the adapter
-            model.load_state_dict(
-                torch.load(checkpoint / "adapter.pt", map_location="cpu", weights_only=True),
-                strict=False,
-            )
-    return _ready(
-        Scorer(model, autocast=_autocast(config)),
-        scalar_head,
-        place,
-        dtype_of(config.policy_dtype),
-        config,
-    )
+        if checkpoint is not None:
+            # policy.pt has the adapter merged; training continues from the adapter alone.
+            path = checkpoint / "adapter.pt"
+            adapter = torch.load(path, map_location="cpu", weights_only=True)
+            model.load_state_dict(adapter, strict=False)
+    scorer = Scorer(model, autocast=_autocast(config))
+    return _ready(scorer, scalar_head, place, dtype_of(config.policy_dtype), config)
 
 
 def build_reference(
     config, policy: Scorer, *, training: bool, place: Place | None = None
 ) -> Scorer:
-    """The frozen reference. For a LoRA policy it is the same model with the adapter off.
+    """The frozen reference. For a LoRA policy it is the same model with the adapter disabled.
 
-    In training it starts where the policy starts (`archive`), unless `reference_archive` says
-    otherwise; in evaluation it is `name_or_path` or `reference_archive`.
+    Its weights are those of `reference_archive`; without it, those of `archive` in training, where
+    the policy starts, and those of `name_or_path` otherwise.
     """
     archive = config.reference_archive or (config.archive if training else None)
     if hasattr(policy.model, "peft_config") and not config.reference_archive:
         reference = Scorer(policy.model, adapter_off=True, autocast=policy.autocast)
-        reference.enter, reference.placed_on, reference.mixed = (
-            policy.enter,
-            policy.placed_on,
-            policy.mixed,
-        )
+        reference.enter = policy.enter
+        reference.placed_on, reference.mixed = policy.placed_on, policy.mixed
         return reference
-    model = load_model(config, config.reference_dtype, mapped=place is not None)
+    mapped = place is not None
+    model = load_model(config, config.reference_dtype, mapped=mapped)
     if archive:
-        load_archive(model, archive, mapped=place is not None)
+        load_archive(model, archive, mapped=mapped)
     model.requires_grad_(False)
-    return _ready(
-        Scorer(model, autocast=_autocast(config)),
-        False,
-        place,
-        dtype_of(config.reference_dtype),
-        config,
-    )
+    scorer = Scorer(model, autocast=_autocast(config))
+    return _ready(scorer, False, place, dtype_of(config.reference_dtype), config)
 
 
 def _ready(
     scorer: Scorer, scalar_head: bool, place: Place | None, dtype: torch.dtype, config
 ) -> Scorer:
+    """The scorer in evaluation mode, placed and resharded."""
     disable_dropout(scorer.model)
     fuse_activations(scorer.model)
     if not config.attn_implementation and scorer.causal_lm.config.model_type in SHARING:
@@ -147,8 +137,7 @@ def _ready(
 
 
 def skeleton(config, *, scalar_head: bool = False, trainable: bool = True) -> nn.Module:
-    """The policy without its weights (on torch's meta device): its names, shapes and classes."""
-    kind = AutoModelForSequenceClassification if scalar_head else AutoModelForCausalLM
+    """The policy on torch's meta device: names, shapes and classes without weights."""
     with (
         readable("model.name_or_path", config.name_or_path),
         torch.device("meta"),
@@ -159,7 +148,7 @@ def skeleton(config, *, scalar_head: bool = False, trainable: bool = True) -> nn
         )
         if scalar_head:
             settings.num_labels = 1
-        model = kind.from_config(
+        model = _model_class(scalar_head).from_config(
             settings,
             dtype=dtype_of(config.policy_dtype),
             trust_remote_code=config.trust_remote_code,
@@ -167,7 +156,12 @@ def skeleton(config, *, scalar_head: bool = False, trainable: bool = True) -> nn
         return _add_lora(model, config.lora, scalar_head) if trainable and config.lora.r else model
 
 
+def _model_class(scalar_head: bool) -> type:
+    return AutoModelForSequenceClassification if scalar_head else AutoModelForCausalLM
+
+
 def dtype_of(name: str) -> torch.dtype:
+    """The torch dtype of a name such as "bfloat16"."""
     return getattr(torch, name)
 
 
@@ -176,16 +170,13 @@ def _autocast(config) -> torch.dtype | None:
 
 
 def load_model(config, dtype: str, *, scalar_head: bool = False, mapped: bool = False) -> nn.Module:
-    """A transformers model in `dtype`, on the GPU if there is one, split over the GPUs if there are
-    several.
+    """A transformers model in `dtype`, on the GPU if there is one, its layers spread over the GPUs
+    if there are several.
 
-    mapped: on the CPU and in the dtype of its files instead, so that its weights are read only when
-    they are used.
+    mapped: on the CPU and in the dtype of its files instead, so that weights are read from the
+    files when they are used. Raises ConfigError when the model cannot be read.
     """
-    path, kind = (
-        config.name_or_path,
-        AutoModelForSequenceClassification if scalar_head else AutoModelForCausalLM,
-    )
+    path, cls = config.name_or_path, _model_class(scalar_head)
     options = {"dtype": dtype_of(dtype), "trust_remote_code": config.trust_remote_code}
     if config.attn_implementation:
         options["attn_implementation"] = config.attn_implementation
@@ -195,22 +186,22 @@ def load_model(config, dtype: str, *, scalar_head: bool = False, mapped: bool = 
     with readable("model.name_or_path", path):
         if config.from_scratch:
             labels = {"num_labels": options.pop("num_labels")} if scalar_head else {}
-            model = kind.from_config(
-                AutoConfig.from_pretrained(
-                    path, trust_remote_code=config.trust_remote_code, **labels
-                ),
-                **options,
+            architecture = AutoConfig.from_pretrained(
+                path, trust_remote_code=config.trust_remote_code, **labels
             )
+            model = cls.from_config(architecture, **options)
             return model.to("cuda") if gpus else model
         if gpus > 1:
-            return kind.from_pretrained(path, device_map="balanced", **options)
-        model = kind.from_pretrained(path, **options | ({"dtype": "auto"} if mapped else {}))
+            return cls.from_pretrained(path, device_map="balanced", **options)
+        model = cls.from_pretrained(path, **options | ({"dtype": "auto"} if mapped else {}))
     return model.to("cuda") if gpus else model
 
 
 def disable_dropout(model: nn.Module) -> None:
-    """Every dropout rate to 0: log-ratios compare two models, and noise in either is noise in the
-    loss."""
+    """Set every dropout rate to 0.
+
+    Log-ratios compare two models, so noise in either of them is noise in the loss.
+    """
     for module in model.modules():
         if isinstance(module, nn.modules.dropout._DropoutNd):
             module.p = 0.0
@@ -220,8 +211,7 @@ def disable_dropout(model: nn.Module) -> None:
 
 
 def fuse_activations(model: nn.Module) -> None:
-    """tanh-GELU as the one operation that torch has for it, where transformers writes it out in
-    eight."""
+    """Replace the tanh-GELU of transformers, eight operations, by the single one of torch."""
     for module in model.modules():
         for name, child in module.named_children():
             if isinstance(child, NewGELUActivation):
@@ -229,15 +219,12 @@ def fuse_activations(model: nn.Module) -> None:
 
 
 def _add_lora(model: nn.Module, lora, scalar_head: bool) -> nn.Module:
-    from peft import (  # slow to import, and most runs have no LoRA
-        LoraConfig,
-        TaskType,
-        get_peft_model,
-    )
+    # Imported here because it is slow and most runs have no LoRA.
+    from peft import LoraConfig, TaskType, get_peft_model
 
-    targets = (
-        lora.target_modules if isinstance(lora.target_modules, str) else list(lora.target_modules)
-    )
+    targets = lora.target_modules
+    if not isinstance(targets, str):
+        targets = list(targets)
     settings = LoraConfig(
         r=lora.r,
         lora_alpha=lora.alpha,

@@ -1,4 +1,4 @@
-"""What a trainer declares about where its models live, and what follows from it for a run."""
+"""Placements: where the models of a trainer live, and what a run derives from that."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from preflab.distributed.process_group import World
 from preflab.modeling.logprobs import Scorer
 from utils import ConfigError
 
-# The keys of config.yaml that only some placements read, with the value that means "not used".
+# The keys of config.yaml that only some placements read, each with the value that means unused.
 PLACEMENT_SETTINGS = {
     "world_size": None,
     "tensor_parallel_size": 1,
@@ -23,13 +23,13 @@ PLACEMENT_SETTINGS = {
 
 @dataclass(frozen=True)
 class Placement:
-    """Where the models of a trainer live: a record on its class, as `reads` is on a loss.
+    """Where the models of a trainer live. A trainer declares it on its class.
 
     Launching, the checks, the memory plan, the reference cache, gradients and checkpoints read this
-    record and never the name of a trainer.
+    record and never compare the name of a trainer.
 
-    one_process_per_device: the run has a process for every device, each with examples of its own;
-        otherwise it is one process.
+    one_process_per_device: the run has a process for every device, each with its own examples;
+        otherwise it has one process.
     splits_layers: one process splits every layer over its devices.
     shards_state: weights, gradients and optimizer state are DTensors, sharded over the ranks.
     averages_gradients: the backward pass leaves the mean over the ranks in `.grad` (FSDP, DDP);
@@ -57,7 +57,7 @@ Place = Callable[[Scorer, torch.dtype], None]
 
 
 def bind_place(trainer: type, settings, world: World) -> Place | None:
-    """`trainer.place` for these settings and ranks. None means the GPU, or the CPU without one."""
+    """`trainer.place` bound to a run. None: on the GPU if there is one, otherwise the CPU."""
     if trainer.place is None:
         return None
     return functools.partial(trainer.place, settings=settings, world=world)
@@ -72,7 +72,8 @@ def check_placement_settings(trainer: type, settings) -> None:
             continue
         if key == "world_size":
             raise ConfigError(
-                f"world_size={value} needs a distributed trainer; {name} is one process"
+                f"world_size={value} needs a distributed trainer, and {name} runs in one process;"
+                " take trainer=FSDPTrainer, or leave world_size out"
             )
         raise ConfigError(
             f"{key}={value} is for trainer=FSDPTrainer, not {name}; leave it out, or change the"
@@ -81,23 +82,24 @@ def check_placement_settings(trainer: type, settings) -> None:
 
 
 def local_workers(trainer: type, settings) -> int:
-    """How many workers a process that was started alone starts on this machine."""
+    """Number of workers to start on this machine where no launcher has started the ranks."""
     if not trainer.placement.one_process_per_device:
         return 1
     return settings.world_size or torch.cuda.device_count() or 1
 
 
 def data_ranks(trainer: type, settings, given: World) -> int:
-    """How many ranks see examples of their own.
+    """Number of ranks that see different examples.
 
-    Raises ConfigError where the settings cannot run on the ranks in `given`.
+    given: the ranks that a launcher has started, or one. Raises ConfigError where the settings
+    cannot run on them.
     """
     name, placement = trainer.__name__, trainer.placement
     if not placement.one_process_per_device:
         if given.size > 1:
             raise ConfigError(
-                f"trainer={name} is one process, and this is rank {given.rank} of {given.size};"
-                " start one, or take trainer=FSDPTrainer"
+                f"trainer={name} runs in one process, and this is rank {given.rank} of"
+                f" {given.size}; start one, or take trainer=FSDPTrainer"
             )
         return 1
     if given.size > 1 and settings.world_size not in (None, given.local_size):

@@ -1,4 +1,4 @@
-"""Gradients and weights of a model, whole or in shards."""
+"""Gradients and weights of a model, wherever they are placed: norms, sums, sizes, full weights."""
 
 from collections.abc import Iterable
 from pathlib import Path
@@ -10,41 +10,42 @@ from torch.distributed.tensor import DTensor
 from preflab.distributed.process_group import World
 from preflab.modeling.fsdp import reshard
 from preflab.modeling.logprobs import Scorer
-from preflab.modeling.tensor_parallel import Body, whole_of_split
+from preflab.modeling.tensor_parallel import Body, full_weights_of_split, on_first_device
 
 
 @torch.no_grad()
 def clip_grad_norm(parameters: list[nn.Parameter], max_norm: float) -> float:
-    """Scale gradients to a global norm of at most `max_norm`, wherever they live; returns the norm
-    before."""
-    by_mesh: dict = {}
+    """Scale the gradients to a global L2 norm of at most `max_norm`; returns the norm before.
+
+    The parameters may be on several devices, and some or all of their gradients DTensors.
+    """
+    # torch takes the norm of tensors together only if they are placed alike.
+    groups: dict = {}
     for p in parameters:
         if p.grad is not None:
-            by_mesh.setdefault(
-                (
-                    (p.grad.device_mesh, p.grad.placements)
-                    if isinstance(p.grad, DTensor)
-                    else p.grad.device
-                ),
-                [],
-            ).append(p)
-    norms = [torch.nn.utils.get_total_norm([p.grad for p in group]) for group in by_mesh.values()]
+            groups.setdefault(_placement_of(p.grad), []).append(p)
+    norms = [torch.nn.utils.get_total_norm([p.grad for p in group]) for group in groups.values()]
     norms = [norm.full_tensor() if isinstance(norm, DTensor) else norm for norm in norms]
-    total = (
-        norms[0]
-        if len(norms) == 1
-        else torch.linalg.vector_norm(torch.stack([norm.to(norms[0].device) for norm in norms]))
-    )
-    for group in by_mesh.values():
+    total = norms[0]
+    if len(norms) > 1:
+        total = torch.linalg.vector_norm(torch.stack([norm.to(total.device) for norm in norms]))
+    for group in groups.values():
         torch.nn.utils.clip_grads_with_norm_(group, max_norm, total)
     return total.item()
+
+
+def _placement_of(tensor: Tensor):
+    """A key that tensors on the same mesh and shards, or on the same device, share."""
+    if isinstance(tensor, DTensor):
+        return tensor.device_mesh, tensor.placements
+    return tensor.device
 
 
 @torch.no_grad()
 def sum_over_ranks(parameters: list[nn.Parameter], world: World) -> None:
     """Sum the gradients of all ranks into each rank's `.grad`.
 
-    For placements whose backward pass leaves each rank with the gradient of its own examples.
+    For placements whose backward pass gives each rank the gradient of the rank's own examples.
     """
     if world.size == 1:
         return
@@ -55,44 +56,61 @@ def sum_over_ranks(parameters: list[nn.Parameter], world: World) -> None:
 
 
 def bytes_here(tensors: Iterable[Tensor]) -> int:
-    """What this rank holds of them; numbers of no dimension, such as step counts, are left out."""
-    here = [
+    """Bytes of this rank's parts of some tensors, without scalars such as step counts."""
+    local = [
         tensor.to_local() if isinstance(tensor, DTensor) else tensor
         for tensor in tensors
         if tensor.ndim
     ]
-    return sum(tensor.numel() * tensor.element_size() for tensor in here)
+    return sum(tensor.numel() * tensor.element_size() for tensor in local)
+
+
+def largest_state_bytes(
+    model: nn.Module, optimizer: torch.optim.Optimizer, world: World
+) -> dict[str, int]:
+    """Bytes of "weights", "gradients" and "optimizer" state of one device, each the most of any
+    rank. Every rank calls it."""
+    parameters = [p for name, p in model.named_parameters() if on_first_device(name)]
+    states = [optimizer.state.get(p, {}) for p in parameters]
+    values = [value for state in states for value in state.values()]
+    tensors = {
+        "weights": parameters,
+        "gradients": [p.grad for p in parameters if p.grad is not None],
+        "optimizer": [value for value in values if isinstance(value, Tensor)],
+    }
+    sizes = world.max([float(bytes_here(part)) for part in tensors.values()])
+    return dict(zip(tensors, map(int, sizes), strict=True))
 
 
 def full_weights(scorer: Scorer, scratch: Path, *, keep: bool, alias: bool) -> dict[str, Tensor]:
-    """All weights of a model by name, whole. Every rank must call it; the dict is filled where
-    `keep` is true (rank 0).
+    """All weights of a model by name, unsharded. Every rank calls it.
 
-    A weight that is not whole on this CPU already is copied to a file in `scratch` and mapped from
-    there, so that one weight at a time is in memory; without `alias` so are the others. Weights
-    that share memory do so here too.
+    keep: whether this rank gets them (rank 0); the dict of the others is empty. alias: return
+    weights that are unsharded on the CPU as they are. All others are copied to files in `scratch`
+    and mapped from there, so that only one weight at a time is in memory. Weights that share memory
+    in the model share it in the result.
     """
     reshard(scorer.model)
     if isinstance(body := getattr(scorer.model, scorer.causal_lm.base_model_prefix), Body):
-        return whole_of_split(scorer.model, body.shards)
+        return full_weights_of_split(scorer.model, body.shards)
     state: dict[str, Tensor] = {}
-    seen: dict[int, Tensor] = {}
+    converted: dict[int, Tensor] = {}  # by the id of the model's tensor
     for i, (name, tensor) in enumerate(scorer.model.state_dict(keep_vars=True).items()):
-        if id(tensor) not in seen:
-            sharded = isinstance(tensor, DTensor)
-            whole = tensor.detach().full_tensor() if sharded else tensor.detach()
+        if id(tensor) not in converted:
+            is_sharded = isinstance(tensor, DTensor)
+            full = tensor.detach().full_tensor() if is_sharded else tensor.detach()
             if not keep:
-                seen[id(tensor)] = whole.new_empty(0)
-            elif alias and not sharded and whole.device.type == "cpu":
-                seen[id(tensor)] = whole
-            else:
-                mapped = torch.from_file(
-                    str(scratch / f"{i}"),
-                    shared=True,
-                    size=max(1, whole.numel()),
-                    dtype=whole.dtype,
-                )
-                seen[id(tensor)] = mapped[: whole.numel()].view(whole.shape).copy_(whole)
-            del whole
-        state[name] = seen[id(tensor)]
+                full = full.new_empty(0)
+            elif is_sharded or full.device.type != "cpu" or not alias:
+                full = _on_disk(full, scratch / f"{i}")
+            converted[id(tensor)] = full
+            del full
+        state[name] = converted[id(tensor)]
     return state if keep else {}
+
+
+def _on_disk(tensor: Tensor, path: Path) -> Tensor:
+    """A copy of a tensor that is mapped from a new file."""
+    size = max(1, tensor.numel())
+    mapped = torch.from_file(str(path), shared=True, size=size, dtype=tensor.dtype)
+    return mapped[: tensor.numel()].view(tensor.shape).copy_(tensor)

@@ -1,9 +1,9 @@
-"""Log-probs of the frozen reference: computed once for each response, on disk, and shared by every
-run with the same reference and data.
+"""Log-probs of the frozen reference: computed once for each response, stored on disk, and shared by
+all runs with the same reference and data.
 
 The log-probs of one token store under one reference are a folder under `cache_dir`/reference, named
-after a hash of the weights, tokens, dtypes and versions. Runs of a sweep that start together wait
-for the one that computes.
+by a hash of the weights, tokens, dtypes and versions. Runs of a sweep that start together wait for
+the one that computes.
 """
 
 import contextlib
@@ -32,7 +32,8 @@ from utils import ConfigError, DataError, content_hash
 
 logger = logging.getLogger(__name__)
 
-VERSION = 1  # raise it whenever the same weights and tokens would give other log-probs
+# Raise it with any change that gives other log-probs for the same weights and tokens.
+VERSION = 1
 
 # Responses of each data set whose log-probs are computed again when a run reads them from disk.
 SPOT_CHECKS = 4
@@ -45,8 +46,9 @@ SPOT_CHECKS = 4
 class ReferencePlan:
     """How a run uses the frozen reference.
 
-    cached: the steps read its log-probs from disk. built: its model is loaded, to run in the steps
-    or to draw samples. not_cached_because: the reason where the steps run it, else empty.
+    cached: training steps read its log-probs from disk. built: its model is loaded, to run in
+    training steps or to draw samples. not_cached_because: the reason where training steps run it,
+    else empty.
     """
 
     cached: bool
@@ -86,7 +88,7 @@ def plan_reference(
 
 
 def _obstacle(reads: Collection[str], loss_name: str, function: str, from_scratch: bool) -> str:
-    """The reason why the log-probs cannot be computed before the first step; empty if they can."""
+    """What prevents computing the log-probs before the first step; empty if nothing does."""
     if "token_kl" in reads:
         return f"loss={loss_name} reads the reference's whole distribution at every token"
     if from_scratch:
@@ -100,21 +102,17 @@ def _obstacle(reads: Collection[str], loss_name: str, function: str, from_scratc
 
 
 class ReferenceLogps:
-    """Log-probs of the responses of a token store, one number per token, memory-mapped.
+    """Log-probs of the responses of a token store, in nats, one per token, memory-mapped.
 
-    Both files are as long as the store: `logps` has a value for each of its tokens (those of
-    prompts are never written and take no space on disk), `known` a byte for each of its responses,
-    1 once its log-probs are written.
+    Two files: `logps` (tokens of the store,), of which those of prompts are never written and take
+    no space on disk; and `known` (responses,), one byte each, 1 once the log-probs are written.
     """
 
     def __init__(self, folder: Path, store: TokenStore, dtype: str, mode: str = "r"):
         self.folder, self.spans = folder, store.responses
-        self.values = np.memmap(
-            folder / "logps", dtype=dtype, mode=mode, shape=(len(store.tokens),)
-        )
-        self.known = np.memmap(
-            folder / "known", dtype=np.uint8, mode=mode, shape=(len(store.responses),)
-        )
+        n_tokens, n_responses = len(store.tokens), len(store.responses)
+        self.values = np.memmap(folder / "logps", dtype=dtype, mode=mode, shape=(n_tokens,))
+        self.known = np.memmap(folder / "known", dtype=np.uint8, mode=mode, shape=(n_responses,))
 
     def logps(self, response: int) -> np.ndarray:
         """Log-probs of a response, (tokens,). Raises DataError where they are not on disk."""
@@ -127,7 +125,7 @@ class ReferenceLogps:
         return self.values[begin:end]
 
     def write(self, logps: dict[int, np.ndarray]) -> None:
-        """logps: (tokens,) by response."""
+        """Store log-probs. logps: (tokens,) by response."""
         for response, values in logps.items():
             begin, end = self.spans[response]
             self.values[begin:end] = values
@@ -136,19 +134,15 @@ class ReferenceLogps:
 
 
 def reference_key(model, *, own_mixed_precision: bool) -> str:
-    """A hash of the contents of the reference's weights, its dtypes, and the versions of the code
-    that computes with them.
+    """A hash of the reference's weights, its dtypes, and the versions of the code that runs it.
 
     model: the settings of the model. own_mixed_precision: whether FSDP casts the weights, where
     other placements use autocast, which runs some operations in float32.
     """
     archive = model.reference_archive or model.archive
-    files = [
-        path
-        for path in model_files(model.name_or_path)
-        if not archive or path.name == "config.json"
-    ]
-    files += archive_files(archive) if archive else []
+    files = model_files(model.name_or_path)
+    if archive:
+        files = [path for path in files if path.name == "config.json"] + archive_files(archive)
     hashes = [_file_hash(path) for path in files]
     mixed = f"{model.fsdp_policy_mp} {own_mixed_precision}" if model.fsdp_policy_mp else ""
     return content_hash(
@@ -162,7 +156,7 @@ def _file_hash(path: Path) -> str:
 
 
 def _weights_dtype(model) -> str:
-    """Dtype of the reference's weights; with LoRA they are the policy's."""
+    """Dtype of the reference's weights; with LoRA they are the weights of the policy."""
     shares_weights = model.lora.r and not model.reference_archive
     return model.policy_dtype if shares_weights else model.reference_dtype
 
@@ -182,14 +176,13 @@ def attach_reference(
     microbatch_tokens: int,
     world: World,
 ) -> None:
-    """Set `reference` of the stores of `data` to the log-probs of the `needed` examples, after
-    computing those that are not on disk.
+    """Compute the log-probs of the `needed` examples that are not on disk, and give the stores of
+    `data` all of them as `reference`.
 
     needed: indices of examples by split. model, own_mixed_precision: as in `reference_key`.
-    build_scorer: returns the reference, or a model that equals it; called only where something is
-    computed.
-    microbatch_tokens: input tokens of a forward pass. Raises ConfigError where the ranks see
-    different folders, DataError where log-probs on disk are wrong.
+    build_scorer: returns the reference, or a model that equals it; called only if something is
+    computed. microbatch_tokens: input tokens of a forward pass. Raises ConfigError where the ranks
+    see different folders, and DataError where log-probs are NaN, infinite, or wrong on disk.
     """
     build_scorer = functools.cache(build_scorer)
     key = world.agree(lambda: reference_key(model, own_mixed_precision=own_mixed_precision))
@@ -199,14 +192,14 @@ def attach_reference(
     cache = _Cache(Path(cache_dir) / "reference", key, stores, dtype)
     world.agree(cache.create_files)
     with _locked(cache.lock, world):
-        # As rank 0 sees it: another rank may look when the first new values are there already.
+        # Rank 0 decides: a later look of another rank could already see new values.
         on_disk, missing = world.agree(lambda: cache.split_by_known(responses))
         if any(map(len, missing.values())):
             _compute(missing, cache, build_scorer(), layout, microbatch_tokens, world)
         world.barrier()
     n_responses, n_on_disk = (sum(map(len, lists.values())) for lists in (responses, on_disk))
     logger.info(
-        f"reference: log-probs of {n_responses:,} responses, {n_on_disk:,} of them found on disk;"
+        f"reference: log-probs of {n_responses:,} responses, {n_on_disk:,} of them from disk;"
         " it does not run in the training steps"
     )
     for store in (store for split in data.values() for store in split.stores):
@@ -223,7 +216,7 @@ def attach_reference(
 def _responses_of(
     data: dict[str, PreferenceData], needed: dict[str, np.ndarray]
 ) -> dict[str, np.ndarray]:
-    """The responses of some examples by the key of their store, each once, in order."""
+    """The responses of some examples, sorted and without duplicates, by the key of their store."""
     parts: dict[str, list[np.ndarray]] = {}
     for split, examples in needed.items():
         for store, rows in data[split].by_store(examples):
@@ -241,7 +234,7 @@ class _Cache:
         self.lock = FileLock(root / f"{content_hash(key, *sorted(stores))}.lock")
 
     def create_files(self) -> None:
-        """Files of zeros, which take no space on disk until they are written to."""
+        """Create files of zeros, which take no space on disk until they are written to."""
         itemsize = np.dtype(self.dtype).itemsize
         for name, store in self.stores.items():
             folder = self.folders[name]
@@ -253,7 +246,7 @@ class _Cache:
                         f.truncate(size)
 
     def open(self, store: TokenStore, mode: str = "r") -> ReferenceLogps | None:
-        """The log-probs of a store; None where this machine does not see its folder."""
+        """The log-probs of a store; None if its folder is not visible on this machine."""
         folder = self.folders[store.key]
         if not (folder / "known").is_file():
             return None
@@ -272,7 +265,7 @@ class _Cache:
 
 @contextlib.contextmanager
 def _locked(lock: FileLock, world: World) -> Iterator[None]:
-    """Inside, no other run computes the same log-probs. Rank 0 holds the lock."""
+    """Keep other runs from computing the same log-probs. Rank 0 holds the lock."""
     if not world.agree(lambda: _acquire(lock, 0.1)):
         logger.info("another run computes the reference's log-probs; waiting for it")
         while not world.agree(lambda: _acquire(lock, 20.0)):
@@ -360,7 +353,7 @@ def _count_tokens(store: TokenStore, prompt: int, responses: list[int]) -> int:
 
 
 def _batches(groups: list[_PromptGroup], max_tokens: int) -> list[list[_PromptGroup]]:
-    """Groups in order, as many in a batch as fit into `max_tokens`, at least one."""
+    """Split groups into batches of at most `max_tokens` tokens, or of a single group."""
     batches: list[list[_PromptGroup]] = [[]]
     n_tokens = 0
     for group in groups:
@@ -409,8 +402,8 @@ def _check_finite(store: TokenStore, responses: list[int], logps: list[np.ndarra
 def _spot_check(
     stores: dict[str, TokenStore], on_disk: dict[str, np.ndarray], scorer: Scorer, layout: Layout
 ) -> None:
-    """Compute a few of the log-probs on disk again. Raises DataError where they differ by more than
-    rounding."""
+    """Compute a few of the log-probs on disk again. Raises DataError if they differ by more than
+    rounding errors."""
     bound = 1e-3 if scorer.is_full_precision() else 0.05
     for name, responses in on_disk.items():
         store = stores[name]

@@ -1,4 +1,4 @@
-"""Splits the layers of a model over the devices of one process, by the tensor-parallel package."""
+"""Splitting a model's layers over the devices of one process, with the tensor-parallel package."""
 
 import warnings
 
@@ -11,10 +11,11 @@ from utils import ConfigError
 
 
 def devices_for(config) -> list[torch.device]:
-    """The devices TensorParallelTrainer splits layers over: `world_size` GPUs (by default all), or
-    parts of the CPU.
+    """The devices that TensorParallelTrainer splits layers over.
 
-    Raises ConfigError when there are fewer, and for settings that the package cannot run.
+    They are `world_size` GPUs, by default all. Without a GPU they are `world_size` times the CPU,
+    once by default. Raises ConfigError when there are fewer GPUs, and for settings that the package
+    cannot run.
     """
     gpus = torch.cuda.device_count()
     n = config.world_size or gpus or 1
@@ -39,8 +40,10 @@ def devices_for(config) -> list[torch.device]:
 
 
 class _Parts(nn.Module):
-    """A language model whose body and head can be called apart. The package runs one such shard a
-    device, in threads."""
+    """A model whose body and head can be called separately.
+
+    The package makes a shard of it for each device and runs the shards in threads.
+    """
 
     def __init__(self, model: nn.Module, autocast: torch.dtype | None):
         super().__init__()
@@ -50,38 +53,36 @@ class _Parts(nn.Module):
         if self.autocast is None:
             return self._forward(**inputs)
         device = next(value for value in inputs.values() if isinstance(value, Tensor)).device
-        with torch.autocast(device.type, self.autocast):  # the caller's does not reach into threads
+        with torch.autocast(device.type, self.autocast):  # threads do not inherit the caller's
             return self._forward(**inputs)
 
     def _forward(self, hidden: Tensor | None = None, past_key_values=None, **inputs):
+        model = self.model
         if hidden is not None:
-            head = (
-                self.model.score
-                if hasattr(self.model, "score")
-                else self.model.get_output_embeddings()
-            )
+            is_scalar = hasattr(model, "score")
+            head = model.score if is_scalar else model.get_output_embeddings()
             return head(hidden)
-        if (
-            past_key_values is not None
-        ):  # each shard keeps a cache of its own; the caller holds that of the first
+        if past_key_values is not None:
+            # Each shard has its own cache; the caller holds the first shard's.
             past_key_values = past_key_values.of_shards[self.shard]
-        if isinstance(inputs.get("attention_mask"), _Whole):
+        if isinstance(inputs.get("attention_mask"), _Uncopied):
             inputs["attention_mask"] = inputs["attention_mask"].value
-        return getattr(self.model, self.model.base_model_prefix)(
-            past_key_values=past_key_values, **inputs
-        )
+        body = getattr(model, model.base_model_prefix)
+        return body(past_key_values=past_key_values, **inputs)
 
 
-class _Whole:
-    """What every shard gets as it is: the package copies tensors to GPUs, and cannot from the CPU,
-    where segments are read."""
+class _Uncopied:
+    """Wraps a tensor that every shard gets uncopied.
+
+    The package copies tensors to each device. Segments stay on the CPU, where they are read.
+    """
 
     def __init__(self, value: Tensor):
         self.value = value
 
 
 class Body(nn.Module):
-    """Stands where the body of a model was."""
+    """Replaces the body of a model: calls the shards for hidden states."""
 
     def __init__(self, shards: nn.Module):
         super().__init__()
@@ -92,12 +93,12 @@ class Body(nn.Module):
             others = [type(past_key_values)() for _ in self.shards.module_shards[1:]]
             past_key_values.of_shards = [past_key_values, *others]
         if (mask := inputs.get("attention_mask")) is not None and mask.ndim == 4:
-            inputs["attention_mask"] = _Whole(mask)
+            inputs["attention_mask"] = _Uncopied(mask)
         return self.shards(input_ids=input_ids, past_key_values=past_key_values, **inputs)
 
 
 class _Head(nn.Module):
-    """Stands where the head of a model was."""
+    """Replaces the head of a model: calls the shards for logits or scores."""
 
     def __init__(self, shards: nn.Module):
         super().__init__()
@@ -108,11 +109,11 @@ class _Head(nn.Module):
 
 
 def split(scorer: Scorer, devices: list[torch.device], dtype: torch.dtype) -> None:
-    """Split every linear layer and embedding of a model over `devices`, with the tensor-parallel
-    package's generic config.
+    """Split every linear layer and embedding of a model over `devices`, in `dtype`.
 
-    The model keeps its class, so that it scores and samples as before; its body and head are now
-    the package's. (Its configs for single architectures expect classes as they were in 2023.)
+    The model keeps its class, so it scores and samples as before; its body and head are replaced by
+    the package's. The split follows the package's generic config, because its configs for single
+    architectures expect transformers classes of 2023.
     """
     model = scorer.model
     cast(model, dtype)
@@ -120,9 +121,8 @@ def split(scorer: Scorer, devices: list[torch.device], dtype: torch.dtype) -> No
     if len(devices) == 1:
         model.to(devices[0])
         return
-    from tensor_parallel import (  # slow to import, and for this trainer alone
-        TensorParallel,
-    )
+    # Imported here because it is slow and only this trainer needs it.
+    from tensor_parallel import TensorParallel
     from tensor_parallel.autoconfig import get_default_config
 
     warnings.filterwarnings("ignore", category=FutureWarning, module="tensor_parallel")
@@ -132,9 +132,9 @@ def split(scorer: Scorer, devices: list[torch.device], dtype: torch.dtype) -> No
     )
     for i, part in enumerate(shards.module_shards):
         part.shard = i
-    # What the package does not split (norms) it keeps in pieces and gathers when they have changed.
-    # Gathered without gradient in an evaluation, or with a graph that a backward pass has used up,
-    # they must not be taken again.
+    # The package keeps what it does not split (norms) in pieces, and gathers them again only when
+    # they have changed. A gathered copy cannot be reused after an evaluation, where it has no
+    # gradient, nor after a backward pass, which has freed its graph.
     manager = shards.sharding_manager
     shards.register_forward_pre_hook(lambda *_: setattr(manager, "_last_versions", None))
     head = _Head(shards)
@@ -143,29 +143,29 @@ def split(scorer: Scorer, devices: list[torch.device], dtype: torch.dtype) -> No
     else:
         model.set_output_embeddings(head)
     setattr(model, model.base_model_prefix, Body(shards))
-    # transformers finds these by looking for layers that are no longer there.
+    # transformers would look for layers that are no longer there.
     model.get_output_embeddings, model.get_input_embeddings = lambda: head, lambda: None
 
 
-def whole_of_split(model: nn.Module, shards: nn.Module) -> dict[str, Tensor]:
+def full_weights_of_split(model: nn.Module, shards: nn.Module) -> dict[str, Tensor]:
+    """All weights of a model that `split` has split, by name, on the CPU."""
     from tensor_parallel import save_tensor_parallel
 
-    shards.sharding_manager._last_versions = (
-        None  # a fused optimizer changes weights without counting it as a change
-    )
+    # A fused optimizer changes weights without raising their version.
+    shards.sharding_manager._last_versions = None
     with save_tensor_parallel(shards):
         state = {
             name.removeprefix("model."): tensor.detach().cpu()
             for name, tensor in shards.state_dict().items()
         }
-    # The package puts a tied weight together under its first name alone.
+    # The package returns a tied weight only under its first name.
     return state | {name: state[tied_to] for name, tied_to in model.all_tied_weights_keys.items()}
 
 
 def on_first_device(name: str) -> bool:
-    """Whether the parameter of this name lives on the first device of its process.
+    """Whether the parameter of this name is on the first device of its process.
 
-    Names of parts of split layers say the device; every other parameter is on the only one.
+    In a split model the names contain the device; in any other there is only one device.
     """
     if "_shards." not in name:
         return True

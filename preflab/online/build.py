@@ -1,18 +1,81 @@
-"""What labels the rollouts of a run."""
+"""Builds the parts of an online run, and what labels its rollouts."""
 
+from dataclasses import dataclass
 from pathlib import Path
 
+from preflab.batching.examples import PreferenceData
 from preflab.distributed.process_group import World
+from preflab.evaluation.evaluator import Evaluator
+from preflab.evaluation.worklist import draws_samples
+from preflab.objective.registry import BoundLoss
 from preflab.online.discriminator import build_discriminator
+from preflab.online.drawing import Drawing, build_sampler
 from preflab.online.labelers import DiscriminatorLabels, GoldLabels, RemoteLabels, StaticLabels
 from preflab.online.ledger import Ledger
-from preflab.rewards.registry import REWARDS, Score
+from preflab.online.measures import RoundMeasures
+from preflab.rewards.registry import REWARDS, Score, build_rewards
+from preflab.training.checkpointer import Checkpointer
+from preflab.training.learner import Learner
+from preflab.training.metrics import MetricLog
+from preflab.training.profiling import Profiler
+
+
+@dataclass
+class OnlineParts:
+    """What an online run consists of, besides its loop and its session."""
+
+    learner: Learner
+    drawing: Drawing
+    labeler: StaticLabels
+    measures: RoundMeasures
+    evaluator: Evaluator
+    checkpointer: Checkpointer
+    log: MetricLog
+    profiler: Profiler
+
+
+def build_parts(
+    settings,
+    run_dir: Path,
+    loss: BoundLoss,
+    tokenizer,
+    data: dict[str, PreferenceData],
+    *,
+    trainer: type,
+    world: World,
+    wandb_run=None,
+) -> OnlineParts:
+    """Build the models and everything that rounds use.
+
+    data: prompts by split. trainer: the class that declares where models live.
+    """
+    checkpointer = Checkpointer(
+        run_dir, world, keep=settings.keep_checkpoints, enabled=not settings.debug
+    )
+    rewards = build_rewards(settings)
+    learner = Learner(settings, loss, tokenizer, trainer, world, checkpoint=checkpointer.latest())
+    learner.build_reference()
+    drawing = Drawing(settings, build_sampler(settings, learner), tokenizer, world)
+    score = next(iter(rewards.values()))  # of the reward that labels
+    labeler = make_labeler(trainer, settings, score, run_dir, world)
+    shown = rewards if draws_samples(settings, loss) else {}
+    log_interval, is_first = settings.minimum_log_interval_secs, world.rank == 0
+    return OnlineParts(
+        learner,
+        drawing,
+        labeler,
+        RoundMeasures(settings, learner, rewards, labeler, run_dir, world),
+        Evaluator(settings, loss, tokenizer, data["test"], shown, run_dir, world),
+        checkpointer,
+        MetricLog(run_dir, wandb_run, log_interval, writes=is_first),
+        Profiler(run_dir, settings.profile_steps if is_first else None),
+    )
 
 
 def make_labeler(
     trainer: type, settings, score: Score, run_dir: Path, world: World
 ) -> StaticLabels:
-    """What labels in a run of these settings. score: that of `reward`."""
+    """The labeler of a run with these settings. score: the scores of `reward`."""
     ledger = Ledger(run_dir / "labels.jsonl", settings.online.budget, world)
     if settings.online.discriminator is not None:
         discriminator = build_discriminator(trainer, settings, run_dir, world)

@@ -1,4 +1,4 @@
-"""A discriminator: a model that scores responses and learns from bought labels (D2PO)."""
+"""The discriminator of D2PO: a model that scores responses and learns from bought labels."""
 
 import logging
 import math
@@ -38,7 +38,7 @@ def build_discriminator(trainer: type, settings, run_dir: Path, world: World) ->
 
 
 def _own_settings(settings, loss: BoundLoss):
-    """The settings of the run with those that the discriminator has of its own."""
+    """The settings of the run, changed to those of its discriminator."""
     online = settings.online
     return changed(
         settings,
@@ -54,10 +54,10 @@ def _own_settings(settings, loss: BoundLoss):
 
 
 def _own_model(settings, loss: BoundLoss) -> dict:
-    """Which model it starts from, in place of the policy's."""
+    """The settings of `model` that differ from the policy's."""
     start, model = settings.online.discriminator_path, settings.model
     if "scalar_head" not in loss.reads:
-        # Its scores are log pi - log pi_ref, and its reference is where the policy starts.
+        # Its scores are log pi - log pi_ref; its reference is the model where the policy starts.
         return {
             "archive": start or model.archive,
             "reference_archive": model.reference_archive or model.archive,
@@ -68,7 +68,7 @@ def _own_model(settings, loss: BoundLoss) -> dict:
     folder = str(model_folder(start))
     if settings.online.budget == 0 and not _is_reward_model(folder):
         raise ConfigError(
-            f"online.discriminator_path={start} is no reward model, and with online.budget=0 it"
+            f"online.discriminator_path={start} is not a reward model, and with online.budget=0 it"
             f" would never learn; give a run of loss={loss.name}, or a budget"
         )
     return {
@@ -87,11 +87,10 @@ def _is_reward_model(folder: str) -> bool:
 
 
 class Discriminator:
-    """Scores texts: a response's score is what the loss calls its reward. Bought labels are its
-    examples.
+    """Scores texts, and learns from bought labels. A response's score is its reward in the loss.
 
-    settings: its own. folder: for its metrics.jsonl; it is saved in the checkpoints of the run that
-    it labels for.
+    settings: those of the discriminator. folder: for its metrics.jsonl. The discriminator is saved
+    in the checkpoints of its run.
     """
 
     def __init__(self, settings, loss: BoundLoss, folder: Path, trainer: type, world: World):
@@ -122,9 +121,11 @@ class Discriminator:
             self._drop_rows_after(-1)
 
     def save(self, folder: Path, state: dict, metrics: dict) -> Future | None:
+        """As `Learner.save`."""
         return self.learner.save(folder, state, metrics)
 
     def load(self, folder: Path) -> dict:
+        """As `Learner.load`; rows of metrics.jsonl that are newer are deleted."""
         state = self.learner.load(folder)
         self._drop_rows_after(self.learner.counters.examples)
         return state
@@ -135,7 +136,7 @@ class Discriminator:
 
     @torch.no_grad()
     def score_responses(self, prompts: list[str], responses: list[list[str]]) -> list[list[float]]:
-        """(prompts, K): the reward of each response. Raises NonFiniteLossError."""
+        """The scores of the responses, (prompts, K). Raises NonFiniteLossError."""
         trees = self._tokenize(prompts, responses)
         n_tokens = [len(prompt) + sum(map(len, of_prompt)) for prompt, of_prompt in trees]
         order = sorted(range(len(trees)), key=n_tokens.__getitem__)
@@ -157,10 +158,12 @@ class Discriminator:
         return [scores[i] for i in range(len(trees))]
 
     def learn(self, pairs: list[tuple[str, str, str]], *, epochs: int, seed: list[int]) -> None:
-        """Passes over bought labels. pairs: (prompt, better, worse). Raises NonFiniteLossError."""
-        trees = self._tokenize(
-            [prompt for prompt, _, _ in pairs], [[better, worse] for _, better, worse in pairs]
-        )
+        """Train on bought labels, `epochs` passes in an order that depends on `seed`.
+
+        pairs: (prompt, better response, worse response). Raises NonFiniteLossError.
+        """
+        prompts = [prompt for prompt, _, _ in pairs]
+        trees = self._tokenize(prompts, [[better, worse] for _, better, worse in pairs])
         scores = [[math.nan, math.nan]] * len(pairs)
         store = store_of("bought labels", trees, scores, [(0, 1)] * len(pairs))
         data = PreferenceData([store], "pairs", store.name)
@@ -184,13 +187,13 @@ class Discriminator:
     def _tokenize(
         self, prompts: list[str], responses: list[list[str]]
     ) -> list[tuple[list[int], list[list[int]]]]:
-        """As the data of reward models is: prompt and response apart, EOS after each response."""
+        """Tokens of prompts and responses, tokenized separately, with EOS after each response."""
         texts = [*prompts, *(text for of_prompt in responses for text in of_prompt)]
         ids = iter(self.tokenizer(texts, add_special_tokens=False, verbose=False)["input_ids"])
-        heads = [next(ids) for _ in prompts]
+        prompt_ids = [next(ids) for _ in prompts]
         settings = self.settings
         limits = (self.tokenizer, "keep_end", settings.max_length, settings.max_prompt_length)
         return [
-            truncate(head, [next(ids) for _ in of_prompt], *limits)[:2]
-            for head, of_prompt in zip(heads, responses, strict=True)
+            truncate(prompt, [next(ids) for _ in of_prompt], *limits)[:2]
+            for prompt, of_prompt in zip(prompt_ids, responses, strict=True)
         ]

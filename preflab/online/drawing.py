@@ -1,8 +1,11 @@
-"""Who writes the rollouts of a round, and how they are drawn."""
+"""The prompts of a round, the model that samples responses to them, and the sampling."""
 
 from pathlib import Path
 
-from preflab.batching.examples import PromptToSample
+import numpy as np
+
+from preflab.batching.examples import PreferenceData, PromptToSample, prompt_to_sample
+from preflab.batching.loader import Loader
 from preflab.distributed.process_group import World
 from preflab.modeling.generation import sample
 from preflab.modeling.loading import build_policy
@@ -12,31 +15,57 @@ from preflab.settings.values import changed
 from preflab.training.learner import Learner
 
 
+class PromptLoader:
+    """Batches of `prompts_per_round` prompts, in a new order in every epoch, without an end."""
+
+    def __init__(self, settings, data: PreferenceData):
+        self.data, self.max_prompt_length = data, settings.max_prompt_length
+        self.loader = Loader(
+            np.arange(len(data)),
+            batch_size=settings.online.prompts_per_round or settings.batch_size,
+            seed=settings.seed,
+            n_epochs=None,
+            n_examples=2**62,  # never reached: online.rounds ends the run
+        )
+
+    def __next__(self) -> list[PromptToSample]:
+        numbers = map(int, next(self.loader))
+        return [prompt_to_sample(self.data, i, self.max_prompt_length) for i in numbers]
+
+    def state_dict(self) -> dict:
+        """The position in the order, for a checkpoint."""
+        return self.loader.state_dict()
+
+    def load_state_dict(self, state: dict) -> None:
+        """Continue from a position."""
+        self.loader.load_state_dict(state)
+
+
 def build_sampler(settings, learner: Learner) -> Scorer:
-    """The model of `online.sampler`: the policy as it learns, or a model that stays as it is."""
-    given = settings.online.sampler
-    if given is None:
+    """The model of `online.sampler`: the learning policy, the reference, or a model of an archive.
+
+    Only the policy changes during the run.
+    """
+    source = settings.online.sampler
+    if source is None:
         return learner.policy
-    if given == "reference" and learner.reference is not None:
+    if source == "reference" and learner.reference is not None:
         return learner.reference
     model = settings.model
-    archive = (model.reference_archive or model.archive) if given == "reference" else given
+    archive = (model.reference_archive or model.archive) if source == "reference" else source
     return build_policy(changed(model, archive=archive), trainable=False, place=learner.place)
 
 
 class Drawing:
     """Draws K responses to each prompt of a round.
 
-    A response depends on the seed, the prompt, the round and its number in the round alone.
+    The random numbers of a response depend only on the seed, its prompt, the round and its number
+    in the round.
     """
 
     def __init__(self, settings, sampler: Scorer, tokenizer, world: World):
-        self.settings, self.sampler, self.tokenizer, self.world = (
-            settings,
-            sampler,
-            tokenizer,
-            world,
-        )
+        self.settings, self.sampler = settings, sampler
+        self.tokenizer, self.world = tokenizer, world
         self.k = settings.online.responses_per_prompt
         self.max_new_tokens = (
             settings.online.max_new_tokens
@@ -49,8 +78,8 @@ class Drawing:
     ) -> Rollouts:
         """The rollouts of round `number`.
 
-        recorded: ledger lines of this round from before a stop. Their responses are used again, for
-        their labels are paid.
+        recorded: ledger lines of this round, from before the run was stopped. Their responses are
+        used again because their labels are paid for.
         """
         paid = {row["key"]: row["tokens"] for row in recorded}
         new = [
@@ -61,17 +90,18 @@ class Drawing:
         ]
         drawn = iter(self._draw(number, new))
         tokens = [paid.get(p.key) or [next(drawn) for _ in range(self.k)] for p in prompts]
+        prompt_tokens = [prompt.tokens for prompt in prompts]
         return Rollouts(
             number,
-            [prompt.key for prompt in prompts],
-            self._texts([prompt.tokens for prompt in prompts]),
-            [prompt.tokens for prompt in prompts],
-            [self._texts(of_prompt) for of_prompt in tokens],
-            tokens,
+            keys=[prompt.key for prompt in prompts],
+            prompts=self._texts(prompt_tokens),
+            prompt_tokens=prompt_tokens,
+            responses=[self._texts(of_prompt) for of_prompt in tokens],
+            tokens=tokens,
         )
 
     def _draw(self, number: int, items: list[tuple[PromptToSample, int]]) -> list[list[int]]:
-        """A response to each prompt, with the number it has among all responses of the round."""
+        """A response for each (prompt, number of the response in the round)."""
         if not items:
             return []
         settings = self.settings
@@ -94,5 +124,5 @@ class Drawing:
 
 
 def rollouts_file(run_dir: Path) -> Path:
-    """Every rollout of a run, a line for each prompt of a round."""
+    """The file with all rollouts of a run, one line for each prompt of a round."""
     return run_dir / "rollouts.jsonl"

@@ -1,9 +1,8 @@
-"""Labels of rollouts: which of a prompt's responses is better, which model or oracle says so, and
-what it costs.
+"""Labelers: they decide which of a prompt's responses is better, and count what the labels cost.
 
-*Gold* is the oracle, whose labels are limited; a *discriminator* is a model that stands in for it
-(D2PO, arXiv:2405.01511). A label says which of two responses is better, so finding the best and the
-worst of K responses costs K - 1 gold labels.
+*Gold* is the oracle, whose labels are limited; a *discriminator* is a model that replaces it most
+of the time (D2PO, arXiv:2405.01511). A label says which of two responses is better, so finding the
+best and the worst of K responses costs K - 1 gold labels.
 """
 
 from typing import Protocol
@@ -19,16 +18,18 @@ from preflab.rewards.registry import Score
 class Discriminating(Protocol):
     """A model that scores responses and learns which are better."""
 
-    def score_responses(
-        self, prompts: list[str], responses: list[list[str]]
-    ) -> list[list[float]]: ...
+    def score_responses(self, prompts: list[str], responses: list[list[str]]) -> list[list[float]]:
+        """Scores, (prompts, K), of responses (prompts, K)."""
+        ...
 
-    def learn(self, pairs: list[tuple[str, str, str]], *, epochs: int, seed: list[int]) -> None: ...
+    def learn(self, pairs: list[tuple[str, str, str]], *, epochs: int, seed: list[int]) -> None:
+        """Train on (prompt, better response, worse response)."""
+        ...
 
 
 class StaticLabels:
-    """OPO with a reward that costs nothing, for example a reward model: every response is scored,
-    and no gold labels are bought."""
+    """OPO with a free reward, for example a reward model: it scores every response, and no gold
+    labels are bought."""
 
     labels_by_reward = True  # whether the scores of the labels are those of `reward`
     discriminator: Discriminating | None = None
@@ -37,7 +38,7 @@ class StaticLabels:
         self.score, self.world = score, world
 
     def label(self, rollouts: Rollouts) -> Labels:
-        """Raises RewardError where there are no scores; the state is unchanged then."""
+        """The labels of a round. Raises RewardError, without changing the state, if it fails."""
         flat = iter(score_shared(self.world, self.score, *rollouts.flat()))
         scores = [[next(flat) for _ in of_prompt] for of_prompt in rollouts.responses]
         return Labels(scores, [best_and_worst(of_prompt) for of_prompt in scores])
@@ -47,8 +48,10 @@ class StaticLabels:
         return 0
 
     def recorded(self, number: int) -> list[dict]:
-        """The ledger lines of round `number`. There are some before it is labelled if the run was
-        stopped after buying them."""
+        """The ledger lines of round `number`.
+
+        Before the round is labelled, there are some only if the run was stopped after buying them.
+        """
         return []
 
     def room(self, number: int) -> int | None:
@@ -56,14 +59,15 @@ class StaticLabels:
         return None
 
     def spent(self, number: int) -> bool:
-        """Whether no labels remain for round `number` and all that follow."""
+        """Whether no labels remain for round `number` and later rounds."""
         return self.room(number) == 0
 
     def state_dict(self) -> dict:
+        """The state for a checkpoint, numbers and plain containers."""
         return {}
 
     def load_state_dict(self, state: dict) -> None:
-        pass
+        """Restore a state. Raises DataError if the ledger has lost lines since."""
 
 
 class RemoteLabels(StaticLabels):
@@ -111,8 +115,8 @@ class GoldLabels(StaticLabels):
         self.ledger.must_have(state["lines"])
 
     def room(self, number: int) -> int | None:
-        more = self.ledger.affords(self.k - 1)
-        return None if more is None else more + len(self.recorded(number))
+        n_affordable = self.ledger.affords(self.k - 1)
+        return None if n_affordable is None else n_affordable + len(self.recorded(number))
 
     def label(self, rollouts: Rollouts) -> Labels:
         paid = {row["key"]: row["scores"] for row in self.recorded(rollouts.round)}
@@ -128,10 +132,10 @@ class GoldLabels(StaticLabels):
 
 
 class DiscriminatorLabels(StaticLabels):
-    """D2PO: a discriminator labels every pair. From time to time a few gold labels are bought for a
-    pool of pairs, and the discriminator learns from them.
+    """D2PO: a discriminator labels every pair.
 
-    settings: `online` of config.yaml.
+    After every `relabel_every` rollouts a few gold labels are bought for pairs of a pool, and the
+    discriminator learns from them. settings: `online` of config.yaml.
     """
 
     labels_by_reward = False
@@ -144,11 +148,11 @@ class DiscriminatorLabels(StaticLabels):
         self.bought_until = ledger.bought_until
         self.pool: list[dict] = []  # candidate ledger lines, with the `gap` of their scores
         self.gathered = 0  # rollouts since the pool was last emptied
-        # (prompt, better, worse) of the latest bought batches, which are learned from again.
+        # (prompt, better, worse) of the latest bought batches, which are trained on again.
         self.replay: list[list[tuple[str, str, str]]] = []
 
     def begin(self, rollouts: Rollouts) -> None:
-        """Buy the labels that the discriminator starts with, for two responses of each prompt."""
+        """Buy the initial labels, for two responses of each prompt, and train on them."""
         scores = [[0.0] * len(texts) for texts in rollouts.responses]
         candidates = self._candidates(rollouts, Labels(scores, [None] * len(rollouts)))
         bought = self._buy(candidates, 0, len(rollouts))
@@ -160,7 +164,7 @@ class DiscriminatorLabels(StaticLabels):
         pool = self.pool + self._candidates(rollouts, labels)
         gathered = self.gathered + sum(map(len, rollouts.responses))
         if gathered >= self.settings.relabel_every:
-            # The state is assigned last, so that a failure to buy leaves it unchanged.
+            # The state is assigned last, so that it does not change if buying fails.
             bought = self._buy(pool, rollouts.round, self.settings.relabels)
             pool, gathered = [], 0
             self._learn(bought, rollouts.round, self.settings.discriminator_epochs)
@@ -170,20 +174,22 @@ class DiscriminatorLabels(StaticLabels):
         return labels
 
     def _candidates(self, rollouts: Rollouts, labels: Labels) -> list[dict]:
-        """One pair of each prompt that has two different responses: the best and the worst, or the
-        first two that differ where the scores tie."""
+        """One pair of each prompt with two different responses: the best and the worst, or the
+        first two that differ where all scores are equal."""
         candidates = []
         for i, (texts, pair) in enumerate(zip(rollouts.responses, labels.pairs, strict=True)):
-            members = pair or next(
-                ((0, m) for m in range(1, len(texts)) if texts[m] != texts[0]), None
-            )
-            if members and texts[members[0]] != texts[members[1]]:
-                gap = labels.scores[i][members[0]] - labels.scores[i][members[1]]
+            different = ((0, m) for m in range(1, len(texts)) if texts[m] != texts[0])
+            members = pair or next(different, None)
+            if members is None:
+                continue
+            first, second = members
+            if texts[first] != texts[second]:
+                gap = labels.scores[i][first] - labels.scores[i][second]
                 candidates.append(ledger_row(rollouts, i, members) | {"gap": gap})
         return candidates
 
     def _buy(self, pool: list[dict], number: int, n_labels: int) -> list[dict]:
-        """Up to `n_labels` labels of round `number`: those in the ledger already, and as many more
+        """Up to `n_labels` labels of round `number`: those already in the ledger, then as many
         pairs of the pool as the limits allow."""
         paid = self.ledger.of_round(number)
         limits = [n_labels - len(paid), self.ledger.affords(1)]
@@ -197,8 +203,8 @@ class DiscriminatorLabels(StaticLabels):
         return paid + self.ledger.buy([row | {"round": number} for row in rows], self.gold)
 
     def _learn(self, bought: list[dict], number: int, epochs: int) -> None:
-        """Train the discriminator on the bought labels and the replayed ones. Equal gold scores
-        make no pair, although they cost a label."""
+        """Train the discriminator on the replayed labels and the bought ones. Equal gold scores
+        make no pair, although the label is paid for."""
         batch = []
         for row in bought:
             if pair := best_and_worst(row["scores"]):
@@ -226,16 +232,20 @@ class DiscriminatorLabels(StaticLabels):
 
 
 def select(pool: list[dict], n: int, strategy: str, seed: list[int]) -> list[int]:
-    """The positions of `n` pairs of the pool. strategy: "conf" takes those with the smallest
-    absolute score gaps, "rand" draws uniformly."""
+    """The positions of `n` pairs of the pool.
+
+    strategy: "conf" takes the pairs with the smallest absolute score gaps, "rand" draws uniformly.
+    """
     if strategy == "rand":
         return sorted(np.random.default_rng(seed).permutation(len(pool))[:n].tolist())
     return sorted(range(len(pool)), key=lambda i: (abs(pool[i]["gap"]), i))[:n]
 
 
 def _overrule(labels: Labels, rollouts: Rollouts, bought: list[dict]) -> None:
-    """Where a pair of this round was bought, the gold label replaces the discriminator's. The two
-    scores are swapped if they disagree with it, so that they stay on the discriminator's scale."""
+    """Replace the discriminator's label of a pair by the gold label where one was bought.
+
+    The two scores are swapped if they disagree with it: they stay on the discriminator's scale.
+    """
     positions = {key: i for i, key in enumerate(rollouts.keys)}
     for row in bought:
         i = positions.get(row["key"])

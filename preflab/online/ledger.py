@@ -1,4 +1,4 @@
-"""The labels that were bought from an oracle. They are on disk before anything learns from them."""
+"""The labels bought from an oracle. They are on disk before anything learns from them."""
 
 import json
 import math
@@ -10,23 +10,17 @@ from preflab.online.rollouts import Rollouts
 from preflab.rewards.registry import RewardError, Score
 from utils import DataError, PrefLabError
 
-COLUMNS = {
-    "round",
-    "key",
-    "prompt",
-    "prompt_tokens",
-    "responses",
-    "tokens",
-    "scores",
-    "cost",
-}  # of a line in the ledger
+# The columns of a line in the ledger.
+COLUMNS = {"round", "key", "prompt", "prompt_tokens", "responses", "tokens", "scores", "cost"}
 
 
 def score_shared(
     world: World, score: Score, prompts: list[str], responses: list[str]
 ) -> list[float]:
-    """`score(prompts, responses)`, with a part of the texts on each rank. If one rank fails, all
-    raise."""
+    """`score(prompts, responses)`, (n,), with each rank scoring a part of the texts.
+
+    All ranks raise RewardError if one rank fails.
+    """
     try:
         mine, error = score(world.share(prompts), world.share(responses)), ""
     except PrefLabError as failure:
@@ -37,7 +31,8 @@ def score_shared(
 
 
 def on_rank_0(world: World, function):
-    """The result of `function()` on rank 0, returned on all ranks. If it fails, all raise."""
+    """The result of `function()`, called on rank 0, on all ranks. They raise RewardError if it
+    fails."""
 
     def attempt():
         try:
@@ -52,16 +47,17 @@ def on_rank_0(world: World, function):
 
 
 def _everywhere(error: PrefLabError) -> PrefLabError:
+    """Mark an error that all ranks raise."""
     error.everywhere = True
     return error
 
 
 class Ledger:
-    """Every gold label that was bought, one line each in `labels.jsonl`. A line is on disk before
-    anything learns from it, and its label is never bought again.
+    """All bought gold labels, one comparison a line in `labels.jsonl`.
 
-    A line holds what was compared (text and tokens), the scores and the round; `cost` is the number
-    of labels that it took. A resumed run finds here what was bought after its checkpoint.
+    A line holds the compared responses (text and tokens), their scores, the round, and `cost`, the
+    number of labels it took. It is on disk before anything learns from it, and is never bought
+    again: a resumed run reads what was bought after its checkpoint.
 
     budget: the number of labels that may be bought; None for any number.
     """
@@ -72,6 +68,7 @@ class Ledger:
 
     @property
     def bought(self) -> int:
+        """The number of labels bought so far."""
         return sum(row["cost"] for row in self.rows)
 
     def bought_until(self, number: int) -> int:
@@ -79,8 +76,10 @@ class Ledger:
         return sum(row["cost"] for row in self.rows if row["round"] <= number)
 
     def must_have(self, lines: int) -> None:
-        """Raise DataError if there are fewer lines than a checkpoint recorded: missing labels were
-        paid for, and would be paid for again."""
+        """Raise DataError if there are fewer lines than at a checkpoint.
+
+        The missing labels would be paid for twice.
+        """
         if len(self.rows) < lines:
             raise DataError(
                 f"{self.path} has {len(self.rows)} bought labels, and there were {lines} at the"
@@ -92,15 +91,15 @@ class Ledger:
         return None if self.budget is None else max(0, self.budget - self.bought) // cost
 
     def of_round(self, number: int) -> list[dict]:
+        """The lines of round `number`."""
         return [row for row in self.rows if row["round"] == number]
 
     def buy(self, rows: list[dict], score: Score) -> list[dict]:
-        """Score the responses of `rows` (see `ledger_row`, all with equally many responses) with
-        the gold reward, and write the result to the ledger. Returns the rows with their `scores`
-        and `cost`.
+        """Score the responses of `rows` with the gold reward, and write them to the ledger.
 
-        Raises RewardError where the gold reward fails or the budget is too small; nothing is bought
-        then.
+        rows: as `ledger_row` returns them, all with the same number of responses. Returns them with
+        their `scores` and `cost`. Raises RewardError, without buying anything, if the gold reward
+        fails or the budget is too small.
         """
         if not rows:
             return []
@@ -108,7 +107,7 @@ class Ledger:
         room = self.affords(cost)
         if room is not None and len(rows) > room:
             raise RewardError(
-                f"{len(rows)} labels were to be bought and the budget has room for {room}"
+                f"{len(rows)} comparisons were to be labelled and the budget has room for {room}"
             )
         scores = on_rank_0(self.world, lambda: self._purchase(rows, score, cost))
         bought = _with_scores(rows, scores, cost)
@@ -116,16 +115,14 @@ class Ledger:
         return bought
 
     def _purchase(self, rows: list[dict], score: Score, cost: int) -> list[list[float]]:
-        """The scores of the responses, (rows, K), once they are on disk."""
+        """Score the responses, (rows, K), write the lines to disk, and return the scores."""
         prompts = [row["prompt"] for row in rows for _ in row["responses"]]
         responses = [response for row in rows for response in row["responses"]]
         flat = iter(score(prompts, responses))
         scores = [[next(flat) for _ in row["responses"]] for row in rows]
+        bought = _with_scores(rows, scores, cost)
         with open(self.path, "a", encoding="utf-8") as f:
-            f.writelines(
-                json.dumps(row, ensure_ascii=False) + "\n"
-                for row in _with_scores(rows, scores, cost)
-            )
+            f.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in bought)
             f.flush()
             os.fsync(f.fileno())
         return scores
@@ -138,7 +135,10 @@ def _with_scores(rows: list[dict], scores: list[list[float]], cost: int) -> list
 
 
 def _read_ledger(path: Path) -> list[dict]:
-    """The lines of the file. A last line without its newline is removed: a kill cut it short."""
+    """The lines of the file. A last line without a newline, cut short by a kill, is removed.
+
+    Raises DataError for any other line that is no bought label.
+    """
     content = path.read_bytes() if path.is_file() else b""
     whole = content[: content.rfind(b"\n") + 1]
     if whole != content:
@@ -168,10 +168,10 @@ def _problem(row) -> str | None:
         return f"the line is {json.dumps(row)[:80]}"
     if missing := sorted(COLUMNS - row.keys()):
         return f"the line has no {', '.join(missing)}"
-    for column, least in (("round", 0), ("cost", 1)):
+    for column, minimum in (("round", 0), ("cost", 1)):
         value = row[column]
-        if isinstance(value, bool) or not isinstance(value, int) or value < least:
-            return f"{column} is {value!r} (accepted: whole numbers from {least})"
+        if isinstance(value, bool) or not isinstance(value, int) or value < minimum:
+            return f"{column} is {value!r} (accepted: whole numbers from {minimum})"
     lists = [row[column] for column in ("responses", "scores", "tokens")]
     if not all(isinstance(values, list) for values in lists) or len({*map(len, lists)}) > 1:
         return "responses, scores and tokens are not lists of the same length"
@@ -185,7 +185,8 @@ def _is_finite_number(value) -> bool:
 
 
 def ledger_row(rollouts: Rollouts, i: int, members: tuple[int, ...]) -> dict:
-    """The columns of a ledger line that say what is compared: responses `members` of prompt i."""
+    """The columns of a ledger line before it is bought: it compares responses `members` of prompt
+    `i`."""
     return {
         "round": rollouts.round,
         "key": rollouts.keys[i],

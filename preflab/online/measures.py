@@ -1,4 +1,4 @@
-"""What the log has of a round, none of which the learner reads: rewards, KL, accuracy of labels."""
+"""Measures of a round for the log: rewards, KL, accuracy of labels. No training depends on them."""
 
 import json
 from pathlib import Path
@@ -17,7 +17,7 @@ from utils import mean_and_error
 class RoundMeasures:
     """Measures rounds, and writes their rollouts to rollouts.jsonl.
 
-    rewards: by name, the first is `reward`. eos: token id that ends a response.
+    rewards: scores by name, the first is that of `reward`.
     """
 
     def __init__(
@@ -36,9 +36,10 @@ class RoundMeasures:
         self._logged = logged_rewards(settings)
 
     def scores(self, rollouts: Rollouts) -> dict[str, list[float]]:
-        """Scores of all rollouts by reward, for those that are asked for the log alone.
+        """Scores of all rollouts, (prompts * K,), by those rewards that only the log needs.
 
-        Left out are the reward that labels the rollouts anyway, and gold that may not be measured.
+        They are not the reward that labels the rollouts, nor one that `online.measure_gold`
+        excludes. Raises RewardError.
         """
         names = list(self.rewards)[1 if self.labeler.labels_by_reward else 0 :]
         return {
@@ -50,18 +51,18 @@ class RoundMeasures:
     def measure(
         self, rollouts: Rollouts, labels: Labels, scores: dict[str, list[float]]
     ) -> dict[str, float]:
-        """Means over the rollouts of a round. scores: what `scores` returned before labelling."""
+        """Means over the rollouts of a round. scores: what `scores` returned before labelling.
+
+        Lengths are in tokens, KL in nats. The rollouts are appended to rollouts.jsonl.
+        """
         guesses = labels.guesses or labels
         columns = self._lengths(rollouts) | self._kl(rollouts)
         if self.labeler.labels_by_reward:
-            own = [score for of_prompt in labels.scores for score in of_prompt]
-            scores = {next(iter(self.rewards)): own} | scores
+            of_labels = [score for of_prompt in labels.scores for score in of_prompt]
+            scores = {next(iter(self.rewards)): of_labels} | scores
         columns |= {f"reward[{name}]": values for name, values in scores.items()}
         columns["label_score"] = [score for of_prompt in guesses.scores for score in of_prompt]
-        values = {
-            f"online/{name}": mean_and_error(of_rollouts)[0]
-            for name, of_rollouts in columns.items()
-        }
+        values = {f"online/{name}": mean_and_error(column)[0] for name, column in columns.items()}
         values["online/labels_bought"] = self.labeler.bought_until(rollouts.round)
         if self.gold in scores:
             values["online/gold_reward"] = values[f"online/reward[{self.gold}]"]
@@ -121,13 +122,15 @@ class RoundMeasures:
 
 
 def _registered(settings) -> dict:
-    """The functions of the run's rewards, by the name that their scores have."""
+    """The registered rewards of the run, by the name of their scores."""
     return {name: REWARDS[entry["name"]] for name, entry in all_rewards(settings).items()}
 
 
 def logged_rewards(settings) -> dict[str, bool]:
-    """Whether each reward is asked for the log alone: `online.measure_gold`, where "auto" means
-    those whose questions cost nothing."""
+    """Whether each reward may be computed only for the log, by `online.measure_gold`.
+
+    "auto" means the rewards that are not paid for.
+    """
     logged = settings.online.measure_gold
     return {
         name: (not reward.is_paid) if logged == "auto" else logged
@@ -136,13 +139,13 @@ def logged_rewards(settings) -> dict[str, bool]:
 
 
 def label_accuracy(labels: Labels, gold: list[float]) -> float | None:
-    """The share of labelled pairs that gold orders the same way, without those it scores equally.
+    """The share of labelled pairs that gold orders the same way, from 0 to 1.
 
-    gold: of all responses, prompt by prompt.
+    gold: scores of all responses, (prompts * K,). Pairs with equal gold scores do not count; None
+    if there are no others.
     """
     k = len(labels.scores[0])
-    gaps = [
-        gold[i * k + pair[0]] - gold[i * k + pair[1]] for i, pair in enumerate(labels.pairs) if pair
-    ]
-    right = [gap > 0 for gap in gaps if gap]
-    return sum(right) / len(right) if right else None
+    pairs = [(i * k, pair) for i, pair in enumerate(labels.pairs) if pair]
+    gaps = [gold[first + better] - gold[first + worse] for first, (better, worse) in pairs]
+    correct = [gap > 0 for gap in gaps if gap]
+    return sum(correct) / len(correct) if correct else None

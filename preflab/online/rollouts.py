@@ -1,4 +1,4 @@
-"""Rollouts of a round and their labels."""
+"""The rollouts of a round, and their labels."""
 
 from dataclasses import dataclass
 
@@ -9,9 +9,9 @@ SELECTIONS = ("conf", "rand")
 
 @dataclass
 class Rollouts:
-    """The samples of a round: for each prompt its key, text and tokens, and K responses likewise.
+    """The samples of a round: prompts, and K responses to each, as text and as tokens.
 
-    The key is the number of the prompt in the data, or a hash of its texts in the service.
+    A key is the number of a prompt in the data, or in the service a hash of its texts.
     """
 
     round: int
@@ -47,8 +47,10 @@ class Labels:
     guesses: "Labels | None" = None
 
     def drop_pairs_without_a_gap(self) -> None:
-        """For losses that read scores: a bought label may order two responses that the
-        discriminator scores the other way round, or equally."""
+        """Drop pairs whose scores are not in the order of the label.
+
+        For losses that read scores: a bought label may contradict the discriminator's scores.
+        """
         self.pairs = [
             pair if pair and scores[pair[0]] > scores[pair[1]] else None
             for pair, scores in zip(self.pairs, self.scores, strict=True)

@@ -1,53 +1,47 @@
 """Online learning: rounds of sampling, labelling and learning (OPO and D2PO, arXiv:2405.01511).
 
-What learns, where it lives, its checkpoints and its evaluations are the parts that the offline
-trainers are made of; here is what a round is.
+The learner, its placement, checkpoints and evaluations are those of offline training.
 """
 
 import contextlib
 import logging
 import sys
-import time
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
 from tqdm import tqdm
 
-from preflab.batching.examples import PreferenceData, PromptToSample, prompt_to_sample
-from preflab.batching.loader import Loader
+from preflab.batching.examples import PreferenceData
 from preflab.batching.token_store import store_of
 from preflab.distributed.process_group import ALONE, World
 from preflab.distributed.signals import StopSignals
-from preflab.evaluation.evaluator import Evaluator
-from preflab.evaluation.worklist import draws_samples
 from preflab.objective.registry import BoundLoss
-from preflab.online.build import make_labeler
-from preflab.online.drawing import Drawing, build_sampler, rollouts_file
-from preflab.online.measures import RoundMeasures
+from preflab.online.build import build_parts
+from preflab.online.drawing import PromptLoader, rollouts_file
 from preflab.online.rollouts import Labels, Rollouts
-from preflab.rewards.registry import build_rewards
-from preflab.training.checkpointer import Checkpointer
-from preflab.training.learner import Learner, NonFiniteLossError, NonFiniteStepError
-from preflab.training.metrics import MetricLog, rewind
-from preflab.training.profiling import Profiler
+from preflab.training.learner import NonFiniteLossError, NonFiniteStepError
+from preflab.training.metrics import rewind
+from preflab.training.profiling import Stopwatch
 from preflab.training.session import Session
 from utils import PrefLabError, in_use, seed_everything
 
 logger = logging.getLogger(__name__)
 
-PATIENCE = 20  # rounds without a single pair before the run gives up
+PATIENCE = 20  # rounds in a row without a pair after which the run stops
 
 
 class NothingToLearnError(PrefLabError):
-    """Round after round no pair of responses could be ordered; the state is saved."""
+    """No pair of responses could be ordered in PATIENCE rounds; the state is saved."""
 
     everywhere = True
 
 
 class OnlineTrainer:
-    """The loop over rounds: responses are sampled, labelled, and learned from.
+    """The loop over rounds: sample responses, label them, learn from them.
 
-    data: prompts by split. trainer: the class that declares where models live.
+    settings: those of the run. data: prompts by split, "train" and "test". trainer: the class that
+    declares where models live. world: the ranks of the run. stop: the signals that ask it to stop.
     """
 
     def __init__(
@@ -64,62 +58,47 @@ class OnlineTrainer:
         stop: StopSignals | None = None,
     ):
         seed_everything(settings.seed)
-        stop = stop or StopSignals()
         self.settings, self.run_dir, self.loss, self.world = settings, run_dir, loss, world
-        self.prompts = data["train"]
-        self.loader = Loader(
-            np.arange(len(self.prompts)),
-            batch_size=settings.online.prompts_per_round or settings.batch_size,
-            seed=settings.seed,
-            n_epochs=None,
-            n_examples=2**62,  # the rounds end the run
+        self.prompts = PromptLoader(settings, data["train"])
+        self.round = 0  # the last one that was labelled
+        self.rounds_without_pairs = 0  # in a row
+        self.has_initial_labels = False  # whether they are bought and learned from
+        self.timed = Stopwatch("sampling", "labelling", "learning", "measuring")
+        parts = build_parts(
+            settings,
+            run_dir,
+            loss,
+            tokenizer,
+            data,
+            trainer=trainer,
+            world=world,
+            wandb_run=wandb_run,
         )
-        self.round = 0
-        self.seconds = dict.fromkeys(("sampling", "labelling", "learning", "measuring"), 0.0)
-        self.fruitless = 0  # rounds in a row without a pair
-        self.begun = False  # whether the initial labels are bought and learned from
-        checkpointer = Checkpointer(
-            run_dir, world, keep=settings.keep_checkpoints, enabled=not settings.debug
-        )
-        rewards = build_rewards(settings)
-        self.learner = Learner(
-            settings, loss, tokenizer, trainer, world, checkpoint=checkpointer.latest()
-        )
-        self.learner.build_reference()
-        self.drawing = Drawing(settings, build_sampler(settings, self.learner), tokenizer, world)
-        score = next(iter(rewards.values()))
-        self.labeler = make_labeler(trainer, settings, score, run_dir, world)
-        self.measures = RoundMeasures(settings, self.learner, rewards, self.labeler, run_dir, world)
+        self.learner, self.drawing, self.profiler = parts.learner, parts.drawing, parts.profiler
+        self.labeler, self.measures = parts.labeler, parts.measures
         discriminator = self.labeler.discriminator
         self.session = Session(
             self.learner,
-            Evaluator(
-                settings,
-                loss,
-                tokenizer,
-                data["test"],
-                rewards if draws_samples(settings, loss) else {},
-                run_dir,
-                world,
-            ),
-            checkpointer,
-            MetricLog(
-                run_dir, wandb_run, settings.minimum_log_interval_secs, writes=world.rank == 0
-            ),
-            stop,
+            parts.evaluator,
+            parts.checkpointer,
+            parts.log,
+            stop or StopSignals(),
             loop_state=self.state_dict,
-            # A round without a pair takes no step and still changes what labels.
+            # Not the step: a round without a pair takes none, and still changes the labeler.
             number=lambda: self.round,
             also={} if discriminator is None else {"discriminator": discriminator},
         )
-        self.profiler = Profiler(run_dir, settings.profile_steps if world.rank == 0 else None)
 
     # ------------------------------------------------------------------------------------ the loop
 
     def train(self) -> dict:
-        """All rounds, evaluating and saving on the way; returns the summary."""
+        """Run all rounds, evaluating and saving in between; returns the summary.
+
+        Raises NothingToLearnError, NonFiniteLossError or RewardError after saving, and Stopped
+        after a signal.
+        """
         with contextlib.ExitStack() as stack:
-            # Two runs that bought labels into one ledger would overspend.
+            # Two runs that buy labels into one ledger would exceed the budget.
             self.world.agree(lambda: stack.enter_context(in_use(self.run_dir / "labels.lock")))
             return self._train()
 
@@ -129,8 +108,8 @@ class OnlineTrainer:
         if self.round == 0 and session.last_eval is None and self.settings.do_first_eval:
             self._evaluate()
             session.stop_if_asked()
-        if self.round == 0 and settings.initial_labels and not self.begun:
-            self._teach_discriminator()
+        if self.round == 0 and settings.initial_labels and not self.has_initial_labels:
+            self._learn_initial_labels()
         bar = self._progress_bar()
         reason = None
         while self.round < settings.rounds and not (reason := self._reason_to_end()):
@@ -153,10 +132,11 @@ class OnlineTrainer:
             rounds=self.round,
             labels_bought=self.labeler.bought_until(self.round),
             ended=reason,
-            **{f"seconds_{name}": seconds for name, seconds in self.seconds.items()},
+            **{f"seconds_{name}": seconds for name, seconds in self.timed.seconds.items()},
         )
 
     def _reason_to_end(self) -> str | None:
+        """The reason to end before the last round; None for none."""
         if self.labeler.spent(self.round + 1):
             return f"the budget of {self.settings.online.budget} labels is spent"
         return None
@@ -173,58 +153,51 @@ class OnlineTrainer:
 
     # --------------------------------------------------------------------------------- the rounds
 
-    def _teach_discriminator(self) -> None:
-        """Buy labels of samples of the policy that the run starts with, before the first round."""
+    def _learn_initial_labels(self) -> None:
+        """Buy labels of samples of the initial policy, and train the discriminator on them."""
         n = self.settings.online.initial_labels
         with self._saved_on_error():
-            with self._timed("sampling"):
+            with self.timed("sampling"):
                 prompts = []
                 while len(prompts) < n:
-                    prompts += self._next_prompts()
+                    prompts += next(self.prompts)
                 rollouts = self.drawing.roll_out(0, prompts[:n], self.labeler.recorded(0))
-            with self._timed("labelling"):
+            with self.timed("labelling"):
                 self.labeler.begin(rollouts)
-        self.begun = True
+        self.has_initial_labels = True
 
     def _learn_from_a_round(self, bar: tqdm) -> None:
         number = self.round + 1
         with self._saved_on_error():
-            with self._timed("sampling"):
-                prompts = self._next_prompts()[: self.labeler.room(number)]
+            with self.timed("sampling"):
+                prompts = next(self.prompts)[: self.labeler.room(number)]
                 recorded = self.labeler.recorded(number)
                 rollouts = self.drawing.roll_out(number, prompts, recorded)
-            with self._timed("measuring"):
-                # First, because it may fail, and labelling changes the discriminator.
+            with self.timed("measuring"):
+                # Before labelling, which changes the discriminator: a reward may fail here.
                 scores = self.measures.scores(rollouts)
-            with self._timed("labelling"):
+            with self.timed("labelling"):
                 labels = self.labeler.label(rollouts)
         self.round = number
         if "scores" in self.loss.reads:
             labels.drop_pairs_without_a_gap()
-        with self._timed("measuring"):
+        with self.timed("measuring"):
             values = self.measures.measure(rollouts, labels, scores)
-        with self._timed("learning"):
+        with self.timed("learning"):
             n_pairs = self._learn(rollouts, labels, bar)
-        counts = {
-            "round": number,
-            "online/pairs": n_pairs,
-            "online/ties": len(rollouts) - n_pairs,
-        }
-        shares = {f"seconds/{name}": seconds for name, seconds in self.seconds.items()}
-        self.session.write("online", counts | values | shares)
-        self.fruitless = 0 if n_pairs else self.fruitless + 1
-        if self.fruitless >= PATIENCE:
-            self._give_up()
+        n_ties = len(rollouts) - n_pairs
+        counts = {"round": number, "online/pairs": n_pairs, "online/ties": n_ties}
+        seconds = {f"seconds/{part}": spent for part, spent in self.timed.seconds.items()}
+        self.session.write("online", counts | values | seconds)
+        self.rounds_without_pairs = 0 if n_pairs else self.rounds_without_pairs + 1
+        if self.rounds_without_pairs >= PATIENCE:
+            self._stop_without_pairs()
 
     def _learn(self, rollouts: Rollouts, labels: Labels, bar: tqdm) -> int:
-        """`updates_per_round` passes over the round's pairs; returns how many there are."""
+        """Train on the pairs of a round, `updates_per_round` times; returns the number of pairs."""
         settings = self.settings
-        store = store_of(
-            f"round {rollouts.round}",
-            list(zip(rollouts.prompt_tokens, rollouts.tokens, strict=True)),
-            labels.scores,
-            labels.pairs,
-        )
+        trees = list(zip(rollouts.prompt_tokens, rollouts.tokens, strict=True))
+        store = store_of(f"round {rollouts.round}", trees, labels.scores, labels.pairs)
         n_pairs = len(store.prompts)
         if not n_pairs:
             return 0
@@ -241,31 +214,27 @@ class OnlineTrainer:
         try:
             metrics = learner.step(pairs, learner.microbatches(pairs, examples), len(examples))
         except NonFiniteStepError as error:
-            # A round is not taken back: some of its steps are done.
+            # The round cannot be repeated: the policy has learned from a part of it.
             self.session.save(wait=True)
             bad = (error.examples or examples.tolist())[:8]
+            names = ", ".join(pairs.describe(example) for example in bad)
             raise NonFiniteLossError(
                 f"the {error.what} of step {learner.counters.steps + 1} is not finite, from"
-                f" {', '.join(pairs.describe(example) for example in bad)};"
-                f" {self.session.checkpointer.where()}; try a smaller lr or max_grad_norm, or look"
-                " at these examples"
+                f" {names}; {self.session.checkpointer.where()}; try a smaller lr or max_grad_norm,"
+                " or look at these examples"
             ) from None
         self.session.write("train", metrics)
         speed = f"{metrics['tokens_per_second']:,.0f} tokens/s"
         bar.set_postfix_str(f"loss {metrics['loss/train']:.4g}, {speed}", refresh=False)
         self.profiler.step()
 
-    def _next_prompts(self) -> list[PromptToSample]:
-        longest = self.settings.max_prompt_length
-        return [prompt_to_sample(self.prompts, int(i), longest) for i in next(self.loader)]
-
     def _evaluate(self) -> None:
-        """There are no held-out pairs, so an evaluation is of samples: their rewards and KL."""
+        """Evaluate by the rewards and the KL of samples, because there are no held-out pairs."""
         bought = self.labeler.bought_until(self.round)
-        with self._timed("measuring"), self._saved_on_error():
+        with self.timed("measuring"), self._saved_on_error():
             self.session.evaluate(round=self.round, **{"online/labels_bought": bought})
 
-    def _give_up(self) -> None:
+    def _stop_without_pairs(self) -> None:
         self.session.save(wait=True)
         raise NothingToLearnError(
             f"in the last {PATIENCE} rounds no two responses of a prompt could be ordered;"
@@ -274,45 +243,40 @@ class OnlineTrainer:
         )
 
     @contextlib.contextmanager
-    def _saved_on_error(self):
-        """An error in here leaves a checkpoint from which the same prompts come again: the policy
-        has not learned from them."""
-        before = self.loader.state_dict()
+    def _saved_on_error(self) -> Iterator[None]:
+        """Save before an error ends the run. The policy has not learned from the current prompts,
+        so the checkpoint starts with them again."""
+        before = self.prompts.state_dict()
         try:
             yield
         except PrefLabError:
-            self.loader.load_state_dict(before)
+            self.prompts.load_state_dict(before)
             self.session.save(wait=True)
             raise
-
-    @contextlib.contextmanager
-    def _timed(self, part: str):
-        begun = time.perf_counter()
-        yield
-        self.seconds[part] += time.perf_counter() - begun
 
     # --------------------------------------------------------------------------- saving, resuming
 
     def state_dict(self) -> dict:
-        """Where the rounds are, for a checkpoint."""
+        """The state of the loop, for a checkpoint."""
         online = {
             "round": self.round,
-            "seconds": self.seconds,
-            "fruitless": self.fruitless,
-            "begun": self.begun,
+            "seconds": self.timed.seconds,
+            "fruitless": self.rounds_without_pairs,
+            "begun": self.has_initial_labels,
             "labels": self.labeler.state_dict(),
         }
-        return {"loader": self.loader.state_dict(), "online": online}
+        return {"loader": self.prompts.state_dict(), "online": online}
 
     def _prepare_and_resume(self) -> None:
         self.learner.prepare()
         if self.labeler.discriminator is not None:
             self.labeler.discriminator.prepare()
         if state := self.session.resume():
-            self.loader.load_state_dict(state["loader"])
+            self.prompts.load_state_dict(state["loader"])
             online = state["online"]
-            self.round, self.seconds = online["round"], online["seconds"]
-            self.fruitless, self.begun = online["fruitless"], online["begun"]
+            self.round, self.timed.seconds = online["round"], online["seconds"]
+            self.rounds_without_pairs = online["fruitless"]
+            self.has_initial_labels = online["begun"]
             self.labeler.load_state_dict(online["labels"])
         if self.world.rank == 0:
             for path in (self.run_dir / "metrics.jsonl", rollouts_file(self.run_dir)):

@@ -22,38 +22,37 @@ from preflab.settings.schema import Settings
 from preflab.training.checkpoints import save_checkpoint
 from utils import DataError, PrefLabError, atomic_write, content_hash
 
-MOST_TEXTS, MOST_CHARACTERS, MOST_BYTES = (
-    4096,
-    200_000,
-    2**26,
-)  # of a request, of a text, of a request
-
-
-MOST_WAITING = 64  # requests; further ones are told to come back later
+MAX_TEXTS = 4096  # in a request
+MAX_CHARACTERS = 200_000  # in a text
+MAX_BYTES = 2**26  # in a request
+MAX_WAITING = 64  # requests; the service refuses more
 
 
 class Predict(BaseModel):
-    """Prompt and response of each text to score."""
+    """The body of POST /predict: the texts to score, (n,) prompts and (n,) responses."""
 
-    prompts: list[StrictStr] = Field(max_length=MOST_TEXTS)
-    responses: list[StrictStr] = Field(max_length=MOST_TEXTS)
+    prompts: list[StrictStr] = Field(max_length=MAX_TEXTS)
+    responses: list[StrictStr] = Field(max_length=MAX_TEXTS)
 
 
 class Train(BaseModel):
-    """The responses of each prompt of a round, at least two of each."""
+    """The body of POST /train: the responses of a round to label, (prompts, K) with K >= 2.
+
+    id: the same for a request that is sent again, which gets the same answer.
+    """
 
     id: StrictStr = Field(max_length=200)
     round: StrictInt
-    prompts: list[StrictStr] = Field(max_length=MOST_TEXTS)
-    responses: list[list[StrictStr]] = Field(max_length=MOST_TEXTS)
+    prompts: list[StrictStr] = Field(max_length=MAX_TEXTS)
+    responses: list[list[StrictStr]] = Field(max_length=MAX_TEXTS)
 
 
 class Service:
-    """What is behind the address: a labeler, and its state in `folder`.
+    """A labeler, with its state in `folder`.
 
-    state.json, written after each request, names the discriminator's step that goes with it; a kill
-    between the two leaves the request undone, and the labels it bought in the ledger for when it
-    comes again.
+    state.json is written last in every request and names the discriminator's checkpoint that it
+    belongs to. A request that was killed before is not done; the labels it bought are in the ledger
+    for when it is sent again.
     """
 
     def __init__(self, settings: Settings, folder: Path, trainer: type):
@@ -62,12 +61,11 @@ class Service:
         self.state = {"requests": 0, "steps": 0, "labels": {}}
         if (path := folder / "state.json").is_file():
             self.state = json.loads(path.read_text(encoding="utf-8"))
-        self.answers = (
-            self._known_answers()
-        )  # by id, for clients that did not get them, or start again
-        for later in folder.glob("step-*"):
-            if int(later.name.removeprefix("step-")) > self.state["steps"]:
-                shutil.rmtree(later)
+        # By id, for clients that did not receive them or that start again.
+        self.answers = self._known_answers()
+        for checkpoint in folder.glob("step-*"):
+            if int(checkpoint.name.removeprefix("step-")) > self.state["steps"]:
+                shutil.rmtree(checkpoint)
         self.score = build_reward(settings.reward)
         self.labeler = make_labeler(trainer, settings, self.score, folder, ALONE)
         if self.discriminator is not None:
@@ -78,7 +76,8 @@ class Service:
             self.labeler.load_state_dict(self.state["labels"])
 
     def _known_answers(self) -> dict[str, dict]:
-        """Those of requests that the state knows of; one that a kill left undone is forgotten."""
+        """The answers by id, after deleting that of a request that was killed before its state was
+        written."""
         path = self.folder / "answers.jsonl"
         rows = [row for row in read_jsonl(path) if row["request"] <= self.state["requests"]]
         with atomic_write(path) as f:
@@ -87,45 +86,35 @@ class Service:
 
     @property
     def discriminator(self):
+        """The model that scores responses; None where the reward scores them."""
         return self.labeler.discriminator
 
     def predict(self, prompts: list[str], responses: list[str]) -> list[float]:
+        """The score of each response, (n,). Raises RewardError or NonFiniteLossError."""
         if self.discriminator is None:
             return self.score(prompts, responses)
-        return [
-            score
-            for [score] in self.discriminator.score_responses(
-                prompts, [[response] for response in responses]
-            )
-        ]
+        alone = [[response] for response in responses]
+        return [score for [score] in self.discriminator.score_responses(prompts, alone)]
 
     def train(self, request: Train) -> dict:
-        """Labels of the responses; the same answer for the same id."""
+        """The labels of the responses, after learning from those that were bought.
+
+        Returns the earlier answer for an id that was answered before. Raises DataError for a
+        request that this service cannot label, and RewardError if the gold reward fails.
+        """
         if request.id in self.answers:
             return self.answers[request.id]
         number = self.state["requests"] + 1
-        keys = [
-            content_hash(prompt, *texts)
-            for prompt, texts in zip(request.prompts, request.responses, strict=True)
-        ]
-        none = [[] for _ in keys]
-        rollouts = Rollouts(
-            number,
-            keys,
-            request.prompts,
-            none,
-            request.responses,
-            [[[] for _ in texts] for texts in request.responses],
-        )
-        k = self.settings.online.responses_per_prompt
-        if self.discriminator is None and len(request.responses[0]) != k:
+        rollouts = _rollouts_of(request, number)
+        k, n = self.settings.online.responses_per_prompt, len(request.responses[0])
+        if self.discriminator is None and n != k:
             raise DataError(
-                f"{len(request.responses[0])} responses of each prompt, and this service labels"
-                f" {k}; start it with online.responses_per_prompt={len(request.responses[0])}"
+                f"{n} responses of each prompt, and this service labels {k}; start it with"
+                f" online.responses_per_prompt={n}"
             )
-        if (room := self.labeler.room(number)) is not None and room < len(keys):
+        if (room := self.labeler.room(number)) is not None and room < len(rollouts):
             raise DataError(
-                f"{len(keys)} pairs are to be labelled, and the budget of"
+                f"{len(rollouts)} pairs are to be labelled, and the budget of"
                 f" {self.settings.online.budget} labels has room for {room}"
             )
         labels = self.labeler.label(rollouts)
@@ -138,141 +127,160 @@ class Service:
         self._save(number, request.id, answer)
         return answer
 
-    def _save(self, number: int, name: str, answer: dict) -> None:
+    def _save(self, number: int, request_id: str, answer: dict) -> None:
         steps = self.discriminator.learner.counters.steps if self.discriminator is not None else 0
         if steps != self.state["steps"]:
-            save_checkpoint(self.folder, steps, self._fill, keep=2).wait()
+            save_checkpoint(self.folder, steps, self._fill_checkpoint, keep=2).wait()
         self.state = {"requests": number, "steps": steps, "labels": self.labeler.state_dict()}
         with open(self.folder / "answers.jsonl", "a", encoding="utf-8") as f:
-            f.write(json.dumps({"id": name, "request": number, "answer": answer}) + "\n")
-        self.answers[name] = answer
+            f.write(json.dumps({"id": request_id, "request": number, "answer": answer}) + "\n")
+        self.answers[request_id] = answer
         with atomic_write(self.folder / "state.json") as f:
             json.dump(self.state, f)
 
-    def _fill(self, folder: Path) -> None:
+    def _fill_checkpoint(self, folder: Path) -> None:
         (folder / "discriminator").mkdir()
         self.discriminator.save(folder / "discriminator", {}, {})
 
-    def told(self) -> dict:
-        """For /state."""
-        online, state = self.settings.online, self.state
-        bought = self.labeler.bought_until(state["requests"])
-        pool = len(state["labels"].get("pool", ()))
+    def describe_state(self) -> dict:
+        """The answer of GET /state: counts of requests, labels, pooled pairs and steps."""
+        state = self.state
         return {
             "requests": state["requests"],
-            "labels_bought": bought,
-            "budget": online.budget,
-            "pool": pool,
+            "labels_bought": self.labeler.bought_until(state["requests"]),
+            "budget": self.settings.online.budget,
+            "pool": len(state["labels"].get("pool", ())),
             "discriminator_steps": state["steps"],
         }
 
 
+def _rollouts_of(request: Train, number: int) -> Rollouts:
+    """The responses of a request as rollouts of round `number`, without tokens."""
+    texts_of_prompts = zip(request.prompts, request.responses, strict=True)
+    return Rollouts(
+        number,
+        keys=[content_hash(prompt, *texts) for prompt, texts in texts_of_prompts],
+        prompts=request.prompts,
+        prompt_tokens=[[] for _ in request.prompts],
+        responses=request.responses,
+        tokens=[[[] for _ in texts] for texts in request.responses],
+    )
+
+
 def make_app(service: Service, token: str | None) -> FastAPI:
-    """The service behind HTTP. token: what clients must bear, None for nothing."""
+    """The HTTP application of a service. token: what clients must send; None for no token."""
     app = FastAPI(docs_url=None, redoc_url=None, openapi_url=None)
     _guard(app, token)
-    worker = ThreadPoolExecutor(1, "service")  # one request after the other
-    waiting = 0
+    worker = _Worker()
 
-    async def work(function, *arguments):
-        nonlocal waiting
-        if waiting >= MOST_WAITING:
-            return refuse(503, f"{waiting} requests are waiting; try again later")
-        waiting += 1
+    @app.post("/predict")
+    async def predict(request: Predict):
+        if problem := _problem_of_predict(request):
+            return refuse(422, problem)
+        scores = await worker.run(service.predict, request.prompts, request.responses)
+        return scores if isinstance(scores, JSONResponse) else {"scores": scores}
+
+    @app.post("/train")
+    async def train(request: Train):
+        if problem := _problem_of_train(request):
+            return refuse(422, problem)
+        return await worker.run(service.train, request)
+
+    @app.get("/health")
+    async def health():
+        discriminator = service.discriminator
+        return {
+            "ok": True,
+            "reward": service.settings.reward["name"],
+            "discriminator": discriminator is not None and discriminator.learner.loss.name,
+        }
+
+    @app.get("/state")
+    async def state():
+        return service.describe_state()
+
+    return app
+
+
+class _Worker:
+    """Runs the work of requests one after the other, in a thread."""
+
+    def __init__(self):
+        self._executor = ThreadPoolExecutor(1, "service")
+        self._n_waiting = 0
+
+    async def run(self, function, *arguments):
+        """The result of `function(*arguments)`, or a response with the error."""
+        if self._n_waiting >= MAX_WAITING:
+            return refuse(503, f"{self._n_waiting} requests are waiting; try again later")
+        self._n_waiting += 1
+        loop = asyncio.get_running_loop()
         try:
-            return await asyncio.get_running_loop().run_in_executor(worker, function, *arguments)
+            return await loop.run_in_executor(self._executor, function, *arguments)
         except DataError as error:
             return refuse(422, str(error))
         except PrefLabError as error:
             return refuse(502, str(error))
         finally:
-            waiting -= 1
-
-    @app.post("/predict")
-    async def predict(request: Predict):
-        if len(request.prompts) != len(request.responses):
-            return refuse(
-                422,
-                f"{len(request.prompts)} prompts and {len(request.responses)} responses, expected"
-                " as many",
-            )
-        if too_long := _too_long([*request.prompts, *request.responses]):
-            return refuse(422, too_long)
-        scores = await work(service.predict, request.prompts, request.responses)
-        return scores if isinstance(scores, JSONResponse) else {"scores": scores}
-
-    @app.post("/train")
-    async def train(request: Train):
-        sizes = {len(texts) for texts in request.responses}
-        if len(request.prompts) != len(request.responses) or len(sizes) != 1 or min(sizes) < 2:
-            return refuse(
-                422,
-                "expected a list of two or more responses for each prompt, of each equally many",
-            )
-        if too_long := _too_long(
-            [*request.prompts, *(text for texts in request.responses for text in texts)]
-        ):
-            return refuse(422, too_long)
-        return await work(service.train, request)
-
-    @app.get("/health")
-    async def health():
-        return {
-            "ok": True,
-            "reward": service.settings.reward["name"],
-            "discriminator": service.discriminator is not None
-            and service.discriminator.learner.loss.name,
-        }
-
-    @app.get("/state")
-    async def state():
-        return service.told()
-
-    return app
+            self._n_waiting -= 1
 
 
-def refuse(status: int, why: str) -> JSONResponse:
-    return JSONResponse({"error": why}, status)
+def _problem_of_predict(request: Predict) -> str | None:
+    """What is wrong with a request; None if nothing is."""
+    n_prompts, n_responses = len(request.prompts), len(request.responses)
+    if n_prompts != n_responses:
+        return f"{n_prompts} prompts and {n_responses} responses; send as many of each"
+    return _too_long([*request.prompts, *request.responses])
 
 
-def _guard(app: FastAPI, token: str | None) -> None:
-    """Who may ask, how much, and that every error is JSON with its cause."""
-
-    @app.middleware("http")
-    async def guard(request: Request, call_next):
-        given = request.headers.get("authorization", "")
-        if token and not hmac.compare_digest(given.encode(), f"Bearer {token}".encode()):
-            return refuse(
-                401, "a bearer token is wanted: set REWARD_TOKEN for the client as for the service"
-            )
-        size = request.headers.get("content-length")
-        if request.method == "POST" and (
-            size is None or not size.isdigit() or int(size) > MOST_BYTES
-        ):
-            return refuse(413, f"a request is to say its length, of at most {MOST_BYTES:,} bytes")
-        return await call_next(request)
-
-    @app.exception_handler(RequestValidationError)
-    async def invalid(_, error: RequestValidationError):
-        told = "; ".join(f"{'.'.join(map(str, e['loc']))}: {e['msg']}" for e in error.errors()[:3])
-        return refuse(422, told)
-
-    @app.exception_handler(HTTPException)
-    async def unknown(_, error: HTTPException):
-        return refuse(
-            error.status_code,
-            f"{error.detail}; there are POST /predict, POST /train, GET /health, GET /state",
-        )
-
-    @app.exception_handler(Exception)
-    async def unforeseen(_, error: Exception):
-        return refuse(500, f"{type(error).__name__}: {error}")
+def _problem_of_train(request: Train) -> str | None:
+    """What is wrong with a request; None if nothing is."""
+    sizes = {len(texts) for texts in request.responses}
+    if len(request.prompts) != len(request.responses) or len(sizes) != 1 or min(sizes) < 2:
+        return "expected a list of two or more responses to each prompt, all equally many"
+    responses = (text for texts in request.responses for text in texts)
+    return _too_long([*request.prompts, *responses])
 
 
 def _too_long(texts: list[str]) -> str | None:
     longest = max(map(len, texts), default=0)
-    return (
-        f"a text has {longest:,} characters, at most {MOST_CHARACTERS:,} are taken"
-        if longest > MOST_CHARACTERS
-        else None
-    )
+    if longest <= MAX_CHARACTERS:
+        return None
+    return f"a text has {longest:,} characters; at most {MAX_CHARACTERS:,} are accepted"
+
+
+def refuse(status: int, message: str) -> JSONResponse:
+    """A response with an error."""
+    return JSONResponse({"error": message}, status)
+
+
+def _guard(app: FastAPI, token: str | None) -> None:
+    """Check the token and the size of requests, and answer every error with JSON."""
+
+    @app.middleware("http")
+    async def guard(request: Request, call_next):
+        credentials = request.headers.get("authorization", "")
+        if token and not hmac.compare_digest(credentials.encode(), f"Bearer {token}".encode()):
+            return refuse(
+                401,
+                "a bearer token is required: set REWARD_TOKEN for the client as for the service",
+            )
+        size = request.headers.get("content-length", "")
+        is_acceptable = size.isdigit() and int(size) <= MAX_BYTES
+        if request.method == "POST" and not is_acceptable:
+            return refuse(413, f"a request needs a Content-Length of at most {MAX_BYTES:,} bytes")
+        return await call_next(request)
+
+    @app.exception_handler(RequestValidationError)
+    async def invalid(_, error: RequestValidationError):
+        errors = error.errors()[:3]
+        return refuse(422, "; ".join(f"{'.'.join(map(str, e['loc']))}: {e['msg']}" for e in errors))
+
+    @app.exception_handler(HTTPException)
+    async def no_route(_, error: HTTPException):
+        routes = "POST /predict, POST /train, GET /health, GET /state"
+        return refuse(error.status_code, f"{error.detail}; there are {routes}")
+
+    @app.exception_handler(Exception)
+    async def unexpected(_, error: Exception):
+        return refuse(500, f"{type(error).__name__}: {error}")

@@ -1,4 +1,4 @@
-"""When a run saves, and from which checkpoint it continues."""
+"""Writes the checkpoints of a run, and finds the one it continues from."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ class Checkpointer:
 
     def __init__(self, run_dir: Path, world: World, *, keep: int | None, enabled: bool = True):
         self.run_dir, self.world, self.keep, self.enabled = run_dir, world, keep, enabled
-        self.peaks: list[int] = []  # bytes of host memory that each save took
+        self.peaks: list[int] = []  # peak bytes of host memory of each save
         self._saving: Saving | None = None
 
     def latest(self) -> Path | None:
@@ -29,9 +29,9 @@ class Checkpointer:
     def begin(
         self, number: int, fill: Callable[[Path], Future | None], *, best: bool = False
     ) -> None:
-        """Begin to write `step-<number>` by `fill(folder)`, after an earlier save has ended.
+        """Write `step-<number>` by `fill(folder)`, as `save_checkpoint` does.
 
-        What `fill` returns as a future is written while training continues.
+        Waits for an earlier save first. A future that `fill` returns is pending after this returns.
         """
         if not self.enabled:
             return
@@ -44,13 +44,13 @@ class Checkpointer:
             self.peaks.append(memory.peak)
 
     def finish(self) -> None:
-        """Wait until what was begun is on the disk; raises what went wrong."""
+        """Wait until the last save is complete. Raises the error that it ended with."""
         if self._saving is not None:
             self._saving.wait()
             self._saving = None
 
     def where(self) -> str:
-        """For messages: where the newest weights are."""
+        """Where the newest weights are, as a clause of an error message."""
         if not self.enabled:
             return "no checkpoint was written (debug=true)"
         return f"the last good weights are in {self.run_dir / 'LATEST'}"

@@ -1,5 +1,4 @@
-"""Checkpoints: complete or absent, the last k kept, and all that a resumed run needs to go on bit
-for bit."""
+"""Checkpoint folders, each complete or absent, and the state of optimizer and random generators."""
 
 import contextlib
 import os
@@ -25,8 +24,10 @@ from utils import ConfigError, finish_directory
 
 @dataclass
 class Counters:
-    """Where a run is. seconds, train_seconds: wall-clock time so far, all of it and in training
-    steps."""
+    """Where a run is.
+
+    seconds, train_seconds: wall-clock time so far, in total and in training steps.
+    """
 
     examples: int = 0
     steps: int = 0
@@ -43,23 +44,23 @@ def save_checkpoint(
     best: bool = False,
     world: World = ALONE,
 ) -> "Saving":
-    """Write `run_dir/step-N` by calling `fill(folder)` on every rank, point LATEST at it, drop all
-    but the `keep` newest.
+    """Write `run_dir/step-N`, point LATEST at it, and delete all but the `keep` newest.
 
-    best: point BEST at it as well; what BEST points to is never dropped.
+    fill: called on every rank with the folder to fill; returns a future for what it still writes in
+    the background. A step that is on disk already is not written again. keep: None keeps all. best:
+    point BEST at the checkpoint too; the one that BEST points to is never deleted.
 
-    What `fill` still writes in the background it returns as a future. The folder gets its name, and
-    LATEST its target, by a rename once all is written: a kill at any moment leaves the previous
-    checkpoint.
+    The folder gets its name, and LATEST its target, by a rename once everything is written, so a
+    kill at any moment leaves the previous checkpoint in place.
     """
     folder = run_dir / f"step-{step}"
-    temporary = world.agree(
-        lambda: (
-            None
-            if folder.is_dir()
-            else Path(tempfile.mkdtemp(dir=run_dir, prefix=f".{folder.name}."))
-        )
-    )
+
+    def make_temporary() -> Path | None:
+        if folder.is_dir():
+            return None
+        return Path(tempfile.mkdtemp(dir=run_dir, prefix=f".{folder.name}."))
+
+    temporary = world.agree(make_temporary)
     future = None
     if temporary is not None:
         try:
@@ -67,13 +68,16 @@ def save_checkpoint(
         except BaseException:
             shutil.rmtree(temporary, ignore_errors=True)
             raise
-        world.barrier()  # what each rank wrote itself is there
+        world.barrier()  # every rank has written its files
     return Saving(temporary, folder, keep, best, future, commits=world.rank == 0)
 
 
 class Saving:
-    """A checkpoint on its way to the disk; `wait` returns when it has its name, and raises what
-    went wrong."""
+    """A checkpoint that is being written, by a thread if part of it is written in the background.
+
+    temporary: the folder that becomes `folder`; None where that exists already. future: what is
+    still being written. commits: whether this rank renames, links and deletes.
+    """
 
     def __init__(
         self,
@@ -94,6 +98,7 @@ class Saving:
             self.wait()
 
     def wait(self) -> None:
+        """Wait until the checkpoint is complete. Raises the error that writing it ended with."""
         self._thread.join()
         if self._error is not None:
             raise self._error
@@ -122,14 +127,16 @@ def _point(link: Path, folder: Path) -> None:
 
 
 def _drop_old(folder: Path, keep: int | None) -> None:
-    stays = {folder.resolve(), (folder.parent / "BEST").resolve()}
-    for old in _steps(folder.parent)[:-keep] if keep is not None else ():
-        if old.resolve() not in stays:
+    if keep is None:
+        return
+    protected = {folder.resolve(), (folder.parent / "BEST").resolve()}
+    for old in _steps(folder.parent)[:-keep]:
+        if old.resolve() not in protected:
             shutil.rmtree(old)
 
 
 def latest_checkpoint(run_dir: Path) -> Path | None:
-    """The newest complete checkpoint; clears what a killed save left behind."""
+    """The newest complete checkpoint, None without one. Deletes what a killed save has written."""
     for leftover in run_dir.glob(".step-*"):
         shutil.rmtree(leftover, ignore_errors=True)
     steps = _steps(run_dir)
@@ -137,17 +144,17 @@ def latest_checkpoint(run_dir: Path) -> Path | None:
 
 
 def _steps(run_dir: Path) -> list[Path]:
-    found = [path for path in run_dir.glob("step-*") if re.fullmatch(r"step-\d+", path.name)]
-    return sorted(found, key=lambda path: int(path.name.removeprefix("step-")))
+    steps = [path for path in run_dir.glob("step-*") if re.fullmatch(r"step-\d+", path.name)]
+    return sorted(steps, key=lambda path: int(path.name.removeprefix("step-")))
 
 
 def random_state() -> dict:
     """State of all random number generators, as tensors and plain numbers."""
-    kind, keys, *rest = np.random.get_state()
+    generator, keys, *rest = np.random.get_state()
     version, numbers, gauss = random.getstate()
     state = {
         "torch": torch.get_rng_state(),
-        "numpy": [kind, keys.tolist(), *rest],
+        "numpy": [generator, keys.tolist(), *rest],
         "python": [version, list(numbers), gauss],
     }
     if torch.cuda.is_available():
@@ -156,26 +163,26 @@ def random_state() -> dict:
 
 
 def set_random_state(state: dict) -> None:
+    """Restore what `random_state` returned."""
     torch.set_rng_state(state["torch"])
     np.random.set_state(tuple(state["numpy"]))
     version, numbers, gauss = state["python"]
     random.setstate((version, tuple(numbers), gauss))
     if torch.cuda.is_available() and "cuda" in state:
-        for i, of_gpu in enumerate(
-            state["cuda"][: torch.cuda.device_count()]
-        ):  # there may have been more
+        here = torch.cuda.device_count()  # there may have been more GPUs
+        for i, of_gpu in enumerate(state["cuda"][:here]):
             torch.cuda.set_rng_state(of_gpu, i)
 
 
 def save_optimizer(
     optimizer, names: list[str], folder: Path, group=None
 ) -> tuple[dict, Future | None]:
-    """Write the optimizer's tensors, each rank its own part, and return what is small, with a
-    future while writing goes on.
+    """Write the optimizer's tensors to `folder`, each rank its shards.
 
     names: of the parameters, in the optimizer's order. group: a process group for writing in the
-    background; without one, this process alone writes, now. The files can be read on any number of
-    ranks.
+    background; without one, this process writes alone and at once. Returns the rest of the state,
+    for `load_optimizer`, and a future if tensors are still being written. The files can be read on
+    any number of ranks.
     """
     tensors, small = {}, {}
     for name, parameter in zip(names, _parameters(optimizer), strict=True):
@@ -195,29 +202,21 @@ def save_optimizer(
     }
     if not tensors:
         return state, None
+    # Nothing is copied ahead. torch would wait for the copies of one GPU only, and the tensors may
+    # be on several; in the background its thread would open the first GPU instead of the rank's.
+    writer = dcp.FileSystemWriter(str(folder), per_thread_copy_ahead=0)
     if group is None:
-        # Nothing is copied ahead: torch would wait for the copies of one GPU, and the tensors may
-        # be on several.
-        with _quiet():
-            dcp.save(
-                tensors,
-                storage_writer=dcp.FileSystemWriter(str(folder), per_thread_copy_ahead=0),
-                no_dist=True,
-            )
+        with _without_warnings():
+            dcp.save(tensors, storage_writer=writer, no_dist=True)
         return state, None
-    # Nor here, where the writing thread would open the first GPU for it, whatever the rank's own.
-    return state, dcp.async_save(
-        tensors,
-        storage_writer=dcp.FileSystemWriter(str(folder), per_thread_copy_ahead=0),
-        process_group=group,
-    )
+    return state, dcp.async_save(tensors, storage_writer=writer, process_group=group)
 
 
 def load_optimizer(optimizer, names: list[str], folder: Path, state: dict, *, alone: bool) -> None:
-    """Read what `save_optimizer` wrote into an optimizer over the same parameters, however they are
-    sharded now.
+    """Read what `save_optimizer` wrote, into an optimizer over the same parameters.
 
-    Raises ConfigError when the parameters have other names.
+    They may be sharded differently now. state: what `save_optimizer` returned. alone: whether this
+    process reads by itself. Raises ConfigError when the parameters have other names.
     """
     parameters = dict(zip(names, _parameters(optimizer), strict=True))
     saved = {key.rpartition("/")[0] for key in state["dtypes"]} | set(state["small"])
@@ -235,31 +234,27 @@ def load_optimizer(optimizer, names: list[str], folder: Path, state: dict, *, al
             requires_grad=False,
         )
     if tensors:
-        with _quiet():
+        with _without_warnings():
             dcp.load(tensors, checkpoint_id=str(folder), no_dist=alone)
     loaded = {name: dict(values) for name, values in state["small"].items()}
     for key, tensor in tensors.items():
         name, _, slot = key.rpartition("/")
         loaded.setdefault(name, {})[slot] = tensor
-    groups, index = [], {id(parameter): i for i, parameter in enumerate(_parameters(optimizer))}
+    by_index = {names.index(name): values for name, values in loaded.items()}
+    groups = _param_groups(optimizer, state["settings"])
+    optimizer.load_state_dict({"state": by_index, "param_groups": groups})
+
+
+def _param_groups(optimizer, settings: dict) -> list[dict]:
+    """The optimizer's groups as in its state dict, with saved settings such as betas."""
+    index = {id(parameter): i for i, parameter in enumerate(_parameters(optimizer))}
+    groups = []
     for group in optimizer.param_groups:
-        kernels = {
-            key: group[key] for key in ("fused", "foreach") if key in group
-        }  # what can be had here, not where it was saved
-        groups.append(
-            {
-                **group,
-                **state["settings"],
-                **kernels,
-                "params": [index[id(p)] for p in group["params"]],
-            }
-        )
-    optimizer.load_state_dict(
-        {
-            "state": {names.index(name): values for name, values in loaded.items()},
-            "param_groups": groups,
-        }
-    )
+        # Which kernels there are depends on this machine, not on the one that saved.
+        kernels = {key: group[key] for key in ("fused", "foreach") if key in group}
+        parameters = [index[id(parameter)] for parameter in group["params"]]
+        groups.append({**group, **settings, **kernels, "params": parameters})
+    return groups
 
 
 def _parameters(optimizer) -> list:
@@ -267,8 +262,8 @@ def _parameters(optimizer) -> list:
 
 
 @contextlib.contextmanager
-def _quiet():
-    """torch warns that a checkpoint is written by one process, which is meant."""
+def _without_warnings():
+    """torch warns when one process writes or reads a checkpoint alone, which is intended here."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         yield

@@ -1,18 +1,18 @@
 """What learns: a policy, its frozen reference, an optimizer, and one step.
 
-A trainer, a run of online learning and a discriminator each have a learner. It knows no loop, no
-evaluation and no run folder.
+A trainer, an online run and a discriminator each have a learner. It knows no loop, no evaluation
+and no run folder.
 """
 
 from __future__ import annotations
 
-import gc
 import logging
 import math
 import time
 from concurrent.futures import Future
 from pathlib import Path
 
+import numpy as np
 import torch
 
 from preflab.batching.collate import collate
@@ -23,12 +23,14 @@ from preflab.distributed.process_group import World
 from preflab.modeling.blocks import find_blocks
 from preflab.modeling.fsdp import reshard
 from preflab.modeling.layout_choice import choose_layout
-from preflab.modeling.loading import build_policy, build_reference
+from preflab.modeling.loading import build_policy
 from preflab.modeling.logprobs import Scorer
 from preflab.modeling.parallelism import bind_place
-from preflab.modeling.placed_weights import bytes_here, clip_grad_norm, sum_over_ranks
-from preflab.modeling.reference_cache import ReferencePlan, attach_reference, plan_reference
-from preflab.modeling.tensor_parallel import on_first_device
+from preflab.modeling.placed_weights import (
+    clip_grad_norm,
+    largest_state_bytes,
+    sum_over_ranks,
+)
 from preflab.objective.registry import BoundLoss
 from preflab.training.checkpoints import (
     Counters,
@@ -40,12 +42,14 @@ from preflab.training.checkpoints import (
 from preflab.training.compute_loss import compute_loss
 from preflab.training.metrics import Sums
 from preflab.training.optimizers import make_optimizer
+from preflab.training.reference import ReferenceSource
 from preflab.training.saved_weights import save_weights
 from utils import PrefLabError
 
 logger = logging.getLogger(__name__)
 
-STATE = "training_state.pt"  # of a checkpoint: all but the weights and the optimizer's tensors
+# The file of a checkpoint with everything but the weights and the optimizer's tensors.
+STATE = "training_state.pt"
 
 
 class NonFiniteLossError(PrefLabError):
@@ -55,9 +59,10 @@ class NonFiniteLossError(PrefLabError):
 
 
 class NonFiniteStepError(Exception):
-    """A step whose loss or gradient is NaN or infinite. It was not taken.
+    """The loss or the gradient of a step is NaN or infinite. The weights are unchanged.
 
-    what: "loss" or "gradient". examples: those whose loss is not finite, on any rank.
+    what: "loss" or "gradient". examples: indices of those whose loss is not finite, on any rank;
+    empty where only the gradient is not.
     """
 
     def __init__(self, what: str, examples: list[int]):
@@ -70,6 +75,8 @@ class Learner:
 
     settings: those of the run. trainer: the class that declares where models live (`placement`,
     `place`). checkpoint: a step folder to continue from.
+
+    Call `build_reference`, then `prepare`, then `load` if there is a checkpoint, then `step`.
     """
 
     def __init__(
@@ -85,10 +92,11 @@ class Learner:
         self.settings, self.loss, self.tokenizer, self.world = settings, loss, tokenizer, world
         self.placement, self.place = trainer.placement, bind_place(trainer, settings, world)
         self.checkpoint = checkpoint
-        self.scalar = "scalar_head" in loss.reads  # such a model has no text to sample
+        self.scalar = "scalar_head" in loss.reads  # such a model scores and writes no text
         self.counters = Counters()
-        self.state_bytes: dict[str, int] = {}
+        self.state_bytes: dict[str, int] = {}  # empty before the first step
         self.reference: Scorer | None = None
+        self._group = None
         self.policy = build_policy(
             settings.model, scalar_head=self.scalar, checkpoint=checkpoint, place=self.place
         )
@@ -101,77 +109,43 @@ class Learner:
         )
         reshard(self.policy.model)
         logger.info(f"layout: {self.layout.name}" + (f" ({reason})" if reason else ""))
-
-    # ----------------------------------------------------------------------------------- reference
+        self._reference_source = ReferenceSource(
+            settings,
+            loss,
+            self.policy,
+            self.place,
+            own_mixed_precision=self.placement.own_mixed_precision,
+            resumed=checkpoint is not None,
+        )
 
     def build_reference(self, *, at_archive: bool = True) -> None:
-        """Build the reference if steps or evaluations run it.
+        """Build `reference` if steps or evaluations run it.
 
-        at_archive: it starts where the policy starts (`model.archive`), otherwise it is
-        `model.reference_archive` or the model as it is.
+        at_archive: start at `model.archive`, as the policy does; see `ReferenceSource.build`.
         """
-        plan = self._reference_plan()
-        if plan.built:
-            self.reference = self._new_reference(at_archive)
-        if plan.not_cached_because:
-            logger.info(f"reference: runs in every step ({plan.not_cached_because})")
+        self.reference = self._reference_source.build(at_archive=at_archive)
 
-    def cache_reference(self, data: dict[str, PreferenceData], needed: dict) -> None:
+    def cache_reference(
+        self, data: dict[str, PreferenceData], needed: dict[str, np.ndarray]
+    ) -> None:
         """Give `data` the reference's log-probs of the `needed` examples, if the run caches them.
 
         needed: indices of examples by split.
         """
-        if not self._reference_plan().cached:
-            return
-        attach_reference(
-            data,
-            needed,
-            cache_dir=self.settings.cache_dir,
-            model=self.settings.model,
-            own_mixed_precision=self.placement.own_mixed_precision,
-            build_scorer=self._like_reference,
-            layout=self.layout,
-            microbatch_tokens=self._microbatch_tokens(),
-            world=self.world,
+        self._reference_source.cache(
+            data, needed, self.reference, self.layout, self._microbatch_tokens(), self.world
         )
-        reshard(self.policy.model)  # it may have stood in for the reference
-        gc.collect()  # the reference may not be needed any more, and some models form cycles
-
-    def _reference_plan(self) -> ReferencePlan:
-        settings = self.settings
-        return plan_reference(
-            self.loss.reads,
-            loss_name=self.loss.name,
-            function=settings.function,
-            cache=settings.reference.cache,
-            from_scratch=settings.model.from_scratch,
-            draws_samples=settings.sample_during_eval and not self.scalar,
-        )
-
-    def _new_reference(self, at_archive: bool = True) -> Scorer:
-        return build_reference(
-            self.settings.model, self.policy, training=at_archive, place=self.place
-        )
-
-    def _like_reference(self) -> Scorer:
-        """The reference, or its equal: the policy before its first step, without an adapter."""
-        model = self.settings.model
-        untrained = self.checkpoint is None and not model.lora.r
-        equal = not model.reference_archive and model.policy_dtype == model.reference_dtype
-        if self.reference is None and untrained and equal:
-            return self.policy
-        return self.reference or self._new_reference()
 
     # -------------------------------------------------------------------------------------- a step
 
     def prepare(self) -> None:
-        """Make the optimizer, and what training needs of the model: recomputation, compilation."""
+        """Make the optimizer, and set up activation checkpointing and compilation if asked for."""
         settings, model = self.settings, self.policy.model
         if settings.activation_checkpointing:
             model.gradient_checkpointing_enable(
                 gradient_checkpointing_kwargs={"use_reentrant": False}
             )
-            model.train()  # transformers recomputes in training mode only; dropout stays off
+            model.train()  # transformers recomputes only in training mode; dropout rates are 0
         if settings.compile:
             for block in find_blocks(self.policy.causal_lm, settings.model.block_name):
                 block.compile(dynamic=True)
@@ -180,9 +154,10 @@ class Learner:
         self.optimizer = make_optimizer(settings.optimizer, self.parameters, lr=settings.lr)
 
     def microbatches(self, data: PreferenceData, examples) -> list[tuple[Batch, int]]:
-        """This rank's microbatches of a step, and how many examples of each count.
+        """This rank's microbatches of a step, each with the number of its examples that count.
 
-        Every rank has as many: one with nothing left gets a stand-in of which nothing counts.
+        examples: indices of the examples of all ranks. All ranks have the same number of
+        microbatches; a rank with fewer examples gets stand-ins, of which 0 examples count.
         """
         budget = None if self.loss.couples_batch else self._microbatch_tokens()
         parts = split_step(
@@ -206,16 +181,16 @@ class Learner:
     def step(
         self, data: PreferenceData, microbatches: list[tuple[Batch, int]], n_examples: int
     ) -> dict[str, float]:
-        """One optimizer step: the gradient of the mean loss over `n_examples`, however they are
-        split over ranks and microbatches. Returns the metrics of the step.
+        """Take one optimizer step and return its metrics.
 
-        Raises NonFiniteStepError, on all ranks, before the weights change.
+        The gradient is that of the mean loss over the `n_examples` examples of all ranks, however
+        they are split over ranks and microbatches. Raises NonFiniteStepError, on all ranks, before
+        the weights change.
         """
         begun = time.perf_counter()
         sums, losses, seen, n_tokens = Sums(), [], [], 0
         lr = self._set_learning_rate()
-        # The gradient is that of the mean over the examples of all ranks: where the placement
-        # divides by the number of ranks, that is undone here.
+        # Where the placement divides gradients by the number of ranks, this factor undoes it.
         scale = self.world.data_ranks if self.placement.averages_gradients else 1
         for batch, n_real in microbatches:
             batch = batch.to(self.policy.device)
@@ -232,8 +207,11 @@ class Learner:
         grad_norm = clip_grad_norm(self.parameters, self.settings.max_grad_norm)
         self._check_finite(grad_norm, torch.cat(losses), seen)
         self.optimizer.step()
-        self.loss.keep(output)  # running means; a loss that has them gets the batch in one piece
-        self.state_bytes = self.state_bytes or self._measure_state()
+        self.loss.keep(output)  # running means; such a loss gets its batch in one microbatch
+        # Before the gradients are freed; every step holds the same tensors.
+        self.state_bytes = self.state_bytes or largest_state_bytes(
+            self.policy.model, self.optimizer, self.world
+        )
         self.optimizer.zero_grad(set_to_none=True)
         self.counters.steps += 1
         self.counters.examples += n_examples
@@ -251,9 +229,10 @@ class Learner:
         return lr
 
     def _check_finite(self, grad_norm: float, losses: torch.Tensor, seen: list[int]) -> None:
+        """Raise NonFiniteStepError on all ranks if a loss or the gradient is not finite on one."""
         finite = torch.isfinite(losses)
-        bad = not math.isfinite(grad_norm) or not bool(finite.all())
-        if not self.world.max([float(bad)])[0]:
+        is_bad = not math.isfinite(grad_norm) or not bool(finite.all())
+        if not self.world.max([float(is_bad)])[0]:
             return
         by_example = self.world.gather(list(zip(seen, finite.tolist(), strict=True)))
         examples = sorted(example for example, is_finite in by_example if not is_finite)
@@ -263,9 +242,8 @@ class Learner:
     def _step_metrics(
         self, sums: Sums, begun: float, n_examples: int, n_tokens: int
     ) -> dict[str, float]:
-        means = sums.flush(
-            self.world
-        )  # the only read-back of a step, after which its time is known
+        # The only read-back from the device in a step: the step's time is known after it.
+        means = sums.flush(self.world)
         seconds = time.perf_counter() - begun
         n_tokens = self.world.sum([n_tokens])[0]
         self.counters.train_seconds += seconds
@@ -275,30 +253,13 @@ class Learner:
         }
         return means | rates
 
-    def _measure_state(self) -> dict[str, int]:
-        """Bytes of weights, gradients and optimizer state of one device, on the rank with most."""
-        held = [p for name, p in self.policy.model.named_parameters() if on_first_device(name)]
-        slots = [
-            value
-            for p in held
-            for value in self.optimizer.state.get(p, {}).values()
-            if isinstance(value, torch.Tensor)
-        ]
-        tensors = {
-            "weights": held,
-            "gradients": [p.grad for p in held if p.grad is not None],
-            "optimizer": slots,
-        }
-        sizes = self.world.max([float(bytes_here(part)) for part in tensors.values()])
-        return dict(zip(tensors, map(int, sizes), strict=True))
-
     # ----------------------------------------------------------------------------- saving, loading
 
     def save(self, folder: Path, state: dict, metrics: dict) -> Future | None:
-        """Write everything that `load` needs, and the weights for others. Every rank calls it.
+        """Write what `load` reads, policy.pt and hf/. Every rank calls it.
 
-        state: of the loop, numbers and plain containers. metrics: for policy.pt. Returns a future
-        while the optimizer's shards are still being written.
+        state: of the loop, numbers and plain containers. metrics: stored in policy.pt. Returns a
+        future if the optimizer's shards are still being written in the background, else None.
         """
         sharded = self.placement.shards_state
         optimizer, future = {}, None
@@ -328,8 +289,11 @@ class Learner:
         return future
 
     def load(self, folder: Path) -> dict:
-        """Continue from what `save` wrote; returns the state of the loop. The weights were read
-        when the policy was built."""
+        """Continue from what `save` wrote; returns the state of the loop.
+
+        The weights were read when the policy was built. Raises ConfigError for a checkpoint whose
+        optimizer has other parameters.
+        """
         state = torch.load(folder / STATE, map_location="cpu", weights_only=True)
         load_optimizer(
             self.optimizer,
@@ -345,9 +309,7 @@ class Learner:
         return state
 
     def _writing_group(self):
-        """The process group that writes shards in the background. None: one process writes."""
-        if not self.placement.shards_state:
-            return None
-        if not hasattr(self, "_group"):
+        """The process group that writes shards in the background; None where one process writes."""
+        if self.placement.shards_state and self._group is None:
             self._group = torch.distributed.new_group(backend="gloo")
         return self._group

@@ -1,10 +1,9 @@
-"""What a run will need, without loading a weight: parameters, memory of a rank by kind, steps and
-tokens.
+"""The memory plan of a run (function=plan): parameters, memory of a rank, steps and tokens.
 
-The model is built on torch's meta device and placed by the same code that places it in the run,
-among ranks that do not exist, so that weights, gradients and optimizer state are counted and not
-estimated. Activations are what autograd keeps of one forward pass of the largest microbatch, also
-counted, on the meta device.
+No weight is loaded. The model is built on torch's meta device and placed by the code that places it
+in the run, in a fake process group of as many ranks, so that weights, gradients and optimizer state
+are counted, not estimated. Activations are the tensors that autograd saves in a forward pass of the
+largest microbatch, also counted on the meta device.
 """
 
 import contextlib
@@ -30,19 +29,23 @@ from preflab.modeling.layout_choice import known_layouts
 from preflab.modeling.loading import dtype_of, skeleton
 from preflab.modeling.logprobs import Scorer
 from preflab.modeling.parallelism import bind_place, data_ranks
-from preflab.modeling.reference_cache import plan_reference
+from preflab.training.reference import reference_plan
 from preflab.training.registry import find_trainer
 
 GIB = 2**30
 
-
-LOOK_AT = 50  # steps, from the first, for the tokens of an example and the largest microbatch
+# The tokens of an example and the largest microbatch are those of the first steps.
+STEPS_TO_MEASURE = 50
 
 
 @dataclass
 class Plan:
-    """parameters, trained: counts. memory: bytes of a rank by kind. The rest: what the run will
-    do."""
+    """The plan of a run.
+
+    parameters, trained: numbers of all and of trained parameters. ranks: number of processes.
+    memory: bytes on a rank by what they hold. examples, steps, tokens: of the whole run, tokens
+    estimated. largest_microbatch: (rows, tokens in a row).
+    """
 
     parameters: int
     trained: int
@@ -55,11 +58,12 @@ class Plan:
 
     @property
     def total(self) -> int:
+        """Bytes on a rank."""
         return sum(self.memory.values())
 
 
 def make_plan(config, loss, data: PreferenceData) -> Plan:
-    """The plan of training `config` on `data`. config: checked; loss: bound."""
+    """The plan of training with `config`, a checked config, on `data`."""
     scalar = "scalar_head" in loss.reads
     model = skeleton(config.model, scalar_head=scalar)
     trained = [p for p in model.parameters() if p.requires_grad]
@@ -70,35 +74,29 @@ def make_plan(config, loss, data: PreferenceData) -> Plan:
     )
     _count_data(plan, config, loss, data)
     policy, gathered = _bytes_on_a_rank(config, scalar, config.model.policy_dtype)
-    trained_bytes, slots = sum(size for size, needs in policy if needs), _optimizer_slots(config)
+    trained_bytes = sum(size for size, is_trained in policy if is_trained)
     plan.memory = {
         "weights": sum(size for size, _ in policy),
         "gradients": trained_bytes,
-        "optimizer": int(trained_bytes * slots),
+        "optimizer": int(trained_bytes * _optimizer_slots(config)),
         "gathered weights": gathered,
     }
-    reference = plan_reference(
-        loss.reads,
-        loss_name=loss.name,
-        function=config.function,
-        cache=config.reference.cache,
-        from_scratch=config.model.from_scratch,
-        draws_samples=config.sample_during_eval and not scalar,
-    )
-    if reference.built:
-        separate = not config.model.lora.r or config.model.reference_archive
-        whole, gathered = (
-            _bytes_on_a_rank(config, False, config.model.reference_dtype, lora=False)
-            if separate
-            else ([], 0)
-        )
-        plan.memory["reference"] = sum(size for size, _ in whole) + gathered
+    if reference_plan(config, loss).built:
+        plan.memory["reference"] = _reference_bytes(config)
     plan.memory["activations"] = _activations(config, scalar, plan.largest_microbatch)
     return plan
 
 
+def _reference_bytes(config) -> int:
+    """Bytes of the reference on a rank; 0 where it is the policy without its LoRA adapter."""
+    if config.model.lora.r and not config.model.reference_archive:
+        return 0
+    weights, gathered = _bytes_on_a_rank(config, False, config.model.reference_dtype, lora=False)
+    return sum(size for size, _ in weights) + gathered
+
+
 def describe(plan: Plan, gpu_gib: float | None) -> str:
-    """The plan as a table, and whether it fits."""
+    """The plan as a table, and whether it fits into `gpu_gib` GiB of GPU memory."""
     rows, width = plan.largest_microbatch
     lines = [
         f"parameters                {plan.parameters:>16,}",
@@ -111,27 +109,26 @@ def describe(plan: Plan, gpu_gib: float | None) -> str:
         "",
         "memory of a rank, MiB",
     ]
-    lines += [
-        f"  {kind:<24}{size / 2**20:>16,.1f}"
-        for kind, size in [*plan.memory.items(), ("together", plan.total)]
-    ]
-    if gpu_gib is not None:
-        spare = gpu_gib - plan.total / GIB
-        told = (
-            f"fits, with {spare:.1f} GiB to spare"
-            if spare >= 0
-            else f"does not fit: {-spare:.1f} GiB too much; {_advice(plan)}"
-        )
-        lines.append(f"plan.gpu_gib={gpu_gib:g}: {told}")
-    else:
-        lines.append("give plan.gpu_gib to be told whether it fits")
+    sizes = [*plan.memory.items(), ("together", plan.total)]
+    lines += [f"  {name:<24}{size / 2**20:>16,.1f}" for name, size in sizes]
+    lines.append(_verdict(plan, gpu_gib))
     return "\n".join(lines)
+
+
+def _verdict(plan: Plan, gpu_gib: float | None) -> str:
+    if gpu_gib is None:
+        return "set plan.gpu_gib to see whether it fits"
+    spare = gpu_gib - plan.total / GIB
+    verdict = f"fits, with {spare:.1f} GiB to spare"
+    if spare < 0:
+        verdict = f"does not fit: {-spare:.1f} GiB too much; {_advice(plan)}"
+    return f"plan.gpu_gib={gpu_gib:g}: {verdict}"
 
 
 def _advice(plan: Plan) -> str:
     if plan.memory["activations"] > plan.total / 2:
         return (
-            "most of it are activations: raise gradient_accumulation_steps, or set"
+            "most of it is activations: raise gradient_accumulation_steps, or set"
             " activation_checkpointing=true"
         )
     return (
@@ -149,15 +146,14 @@ def _count_data(plan: Plan, config, loss, data: PreferenceData) -> None:
         n_examples=config.n_examples,
         order=config.order,
     )
-    whole, rest = divmod(loader.total, len(data))
+    n_epochs, rest = divmod(loader.total, len(data))
+    steps_of_epoch = math.ceil(len(data) / config.batch_size)
     plan.examples = loader.total
-    plan.steps = whole * math.ceil(len(data) / config.batch_size) + math.ceil(
-        rest / config.batch_size
-    )
+    plan.steps = n_epochs * steps_of_epoch + math.ceil(rest / config.batch_size)
     layout = Layout(_layout(config), last_tokens="scalar_head" in loss.reads)
     budget = None if loss.couples_batch else microbatch_tokens(config, loss, _device(config))
-    looked_at = tokens = 0
-    for examples in itertools.islice(loader, LOOK_AT):
+    n_measured = tokens = 0
+    for examples in itertools.islice(loader, STEPS_TO_MEASURE):
         parts = split_step(
             data,
             examples,
@@ -170,79 +166,75 @@ def _count_data(plan: Plan, config, loss, data: PreferenceData) -> None:
         for part in (part for of_rank in parts for part in of_rank if len(part)):
             batch = collate(data, part, layout)
             tokens += batch.n_tokens
-            plan.largest_microbatch = max(
-                plan.largest_microbatch, tuple(batch.input_ids.shape), key=math.prod
-            )
-        looked_at += len(examples)
-    plan.tokens = round(tokens / looked_at * plan.examples)
+            shape = tuple(batch.input_ids.shape)
+            plan.largest_microbatch = max(plan.largest_microbatch, shape, key=math.prod)
+        n_measured += len(examples)
+    plan.tokens = round(tokens / n_measured * plan.examples)
 
 
 def _device(config) -> str:
-    """What the plan is for."""
+    """The type of device that the plan is for."""
     return "cuda" if torch.cuda.is_available() or config.plan.gpu_gib is not None else "cpu"
 
 
 def _layout(config) -> str:
-    """What `layout=auto` will take, but for what only a run of the model shows."""
+    """The layout of the run; for layout=auto, what it is unless a trial of the model fails."""
     if config.layout != "auto":
         return config.layout
-    return known_layouts(
-        config,
-        AutoConfig.from_pretrained(
-            config.model.name_or_path, trust_remote_code=config.model.trust_remote_code
-        ),
-    )[0][0]
+    model = AutoConfig.from_pretrained(
+        config.model.name_or_path, trust_remote_code=config.model.trust_remote_code
+    )
+    names, _ = known_layouts(config, model)
+    return names[0]
 
 
 def _bytes_on_a_rank(
     config, scalar: bool, dtype: str, lora: bool = True
 ) -> tuple[list[tuple[int, bool]], int]:
-    """([(bytes, trained) of each parameter on rank 0], bytes of what is gathered around it at the
-    most)."""
-    with _as_if_rank_0(config) as world:
+    """Bytes of each parameter on rank 0, with whether it is trained; and the most bytes that are
+    gathered from other ranks at a time."""
+    with _fake_process_group(config) as world:
         model = skeleton(config.model, scalar_head=scalar, trainable=lora)
-        whole = {name: p.numel() for name, p in model.named_parameters()}
-        item = dtype_of(dtype).itemsize
+        sizes = {name: p.numel() for name, p in model.named_parameters()}
         trainer = find_trainer(config.trainer)
         if not trainer.placement.shards_state:
-            # Where layers are split, what is not split is kept in pieces too.
+            # Where layers are split, the package also keeps the other parameters in pieces.
             parts = (config.world_size or 1) if trainer.placement.splits_layers else 1
+            item = dtype_of(dtype).itemsize
             return [
                 (math.ceil(p.numel() / parts) * item, p.requires_grad) for p in model.parameters()
             ], 0
         bind_place(trainer, config, world)(Scorer(model), dtype_of(dtype))
-        local = {
-            name: (p.to_local() if isinstance(p, DTensor) else p, p.requires_grad)
-            for name, p in model.named_parameters()
-        }
-        sizes = [(p.numel() * p.element_size(), needs) for p, needs in local.values()]
-        if config.fsdp_cpu_offload:
-            sizes = [(0, needs) for _, needs in sizes]
-        half = dtype_of(config.model.fsdp_policy_mp or dtype).itemsize
-        return sizes, _gathered(model, whole) * half // trainer.placement.peers(config)
+        on_rank = []
+        for p in model.parameters():
+            local = p.to_local() if isinstance(p, DTensor) else p
+            size = 0 if config.fsdp_cpu_offload else local.numel() * local.element_size()
+            on_rank.append((size, p.requires_grad))
+        compute = dtype_of(config.model.fsdp_policy_mp or dtype).itemsize
+        return on_rank, _gathered(sizes) * compute // trainer.placement.peers(config)
 
 
-def _gathered(model: nn.Module, whole: dict[str, int]) -> int:
-    """Parameters gathered at the same time: those of the root, and of two blocks, for the next
-    comes while one computes."""
-    blocks = {}
-    for name, n in whole.items():
+def _gathered(sizes: dict[str, int]) -> int:
+    """Number of parameters gathered at a time: those of the root and of two blocks, since the next
+    block is gathered while one computes. sizes: numbers of parameters by name."""
+    blocks: dict[str | None, int] = {}
+    for name, n in sizes.items():
         parts = name.split(".")
         index = next((i for i, part in enumerate(parts) if part.isdigit()), None)
-        key = None if index is None else ".".join(parts[: index + 1])
-        blocks[key] = blocks.get(key, 0) + n
+        block = None if index is None else ".".join(parts[: index + 1])
+        blocks[block] = blocks.get(block, 0) + n
     root = blocks.pop(None, 0)
     return root + 2 * max(blocks.values(), default=0)
 
 
 @contextlib.contextmanager
-def _as_if_rank_0(config):
-    """Inside, this process is rank 0 of a process group whose other ranks do not exist. Nothing is
-    ever sent."""
+def _fake_process_group(config):
+    """Make this process rank 0 of as many ranks as the run has. The others do not exist, and
+    nothing is sent."""
     from torch.testing._internal.distributed.fake_pg import FakeStore
 
     size = _ranks(config)
-    if dist.is_initialized():  # that of an earlier run in this process, alone
+    if dist.is_initialized():  # by an earlier run in this process
         dist.destroy_process_group()
     dist.init_process_group("fake", rank=0, world_size=size, store=FakeStore())
     try:
@@ -261,22 +253,17 @@ def _ranks(config) -> int:
 
 
 def _optimizer_slots(config) -> float:
-    """How many numbers the optimizer keeps for each number it trains: seen on a small weight."""
+    """Numbers in the optimizer's state for each trained number, measured on a small weight."""
     weight = nn.Parameter(torch.zeros(64, 64))
     weight.grad = torch.ones_like(weight)
     optimizer = getattr(torch.optim, config.optimizer)([weight], lr=config.lr)
     optimizer.step()
-    kept = sum(
-        value.numel()
-        for value in optimizer.state[weight].values()
-        if isinstance(value, torch.Tensor) and value.ndim > 0
-    )
-    return kept / weight.numel()
+    tensors = [v for v in optimizer.state[weight].values() if isinstance(v, torch.Tensor)]
+    return sum(tensor.numel() for tensor in tensors if tensor.ndim > 0) / weight.numel()
 
 
 class _FusedAttention(torch.autograd.Function):
-    """Keeps what fused kernels keep: queries, keys, values and output, and nothing quadratic in the
-    length."""
+    """Saves what fused kernels save: queries, keys, values and output, all linear in the length."""
 
     @staticmethod
     def forward(ctx, query, key, value):
@@ -290,8 +277,10 @@ def _fused_attention(module, query, key, value, attention_mask, **options):
 
 
 def _activations(config, scalar: bool, shape: tuple[int, int]) -> int:
-    """Bytes that autograd keeps of a forward pass over rows x width tokens, and of one chunk of the
-    head's logits."""
+    """Bytes of activations of a microbatch, on one of the peers. shape: (rows, tokens in a row).
+
+    They are the tensors that autograd saves in a forward pass, and one chunk of the head's logits.
+    """
     rows, width = shape
     model = skeleton(config.model, scalar_head=scalar).train()
     compute = dtype_of(config.model.fsdp_policy_mp or config.model.policy_dtype)
@@ -303,29 +292,26 @@ def _activations(config, scalar: bool, shape: tuple[int, int]) -> int:
     scorer = Scorer(model)
     ids = torch.zeros(rows, width, dtype=torch.long, device="meta")
     batch = Batch(ids, *[None] * 8, attention_mask=torch.ones_like(ids))
-    kept: dict[int, tuple[int, object]] = {}
+    saved = {}  # storages by address; a reference to each keeps its address from being used again
     weights = {p.untyped_storage()._cdata for p in model.parameters()}
 
-    def keep(tensor):
+    def save(tensor):
         storage = tensor.untyped_storage()
         if storage._cdata not in weights:
-            kept[storage._cdata] = (
-                storage.nbytes(),
-                storage,
-            )  # held, so that no other takes its place
+            saved[storage._cdata] = storage
         return tensor
 
-    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+    with torch.autograd.graph.saved_tensors_hooks(save, lambda tensor: tensor):
         scorer.hidden(batch, torch.arange(rows * width, device="meta"))
-    total = sum(size for size, _ in kept.values())
+    total = sum(storage.nbytes() for storage in saved.values())
+    architecture = model.config.get_text_config()
     if config.activation_checkpointing:
-        settings = model.config.get_text_config()
-        layers = settings.num_hidden_layers
-        total = total // layers + layers * rows * width * settings.hidden_size * compute.itemsize
-    peers = _peers(config)
-    vocabulary = model.config.get_text_config().vocab_size
-    limit = CHUNK_ELEMENTS * (GPU_FACTOR if _device(config) == "cuda" else 1)
-    chunk = (
-        0 if scalar else 3 * 4 * min(limit, rows * width * vocabulary)
-    )  # logits, their softmax and gradient
-    return total // peers + chunk
+        # The input of every layer, and the activations of the one that is computed again.
+        layers, hidden = architecture.num_hidden_layers, architecture.hidden_size
+        total = total // layers + layers * rows * width * hidden * compute.itemsize
+    chunk = 0
+    if not scalar:
+        limit = CHUNK_ELEMENTS * (GPU_FACTOR if _device(config) == "cuda" else 1)
+        # Logits, their softmax and their gradient, in float32.
+        chunk = 3 * 4 * min(limit, rows * width * architecture.vocab_size)
+    return total // _peers(config) + chunk

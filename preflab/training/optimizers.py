@@ -9,13 +9,13 @@ from torch.distributed.tensor import DTensor
 def make_optimizer(
     name: str, parameters: list[torch.nn.Parameter], *, lr: float
 ) -> torch.optim.Optimizer:
-    """An optimizer of torch.optim by its name, fused where torch has a fused form for it.
+    """An optimizer of torch.optim by its name, fused where torch has a fused version.
 
     A fused step is one kernel instead of a dozen.
     """
     cls = getattr(torch.optim, name)
     has_fused = "fused" in inspect.signature(cls).parameters
-    # Of the fused kernels only Adam's know DTensors.
+    # Of the fused kernels, only those of Adam and AdamW accept DTensors.
     sharded = any(isinstance(p, DTensor) for p in parameters)
     if sharded and name not in ("Adam", "AdamW"):
         has_fused = False

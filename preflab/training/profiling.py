@@ -1,7 +1,10 @@
-"""Peak memory of a process, and traces of training steps."""
+"""Wall-clock time, peak memory of a process, and traces of training steps."""
 
+import contextlib
 import resource
 import threading
+import time
+from collections.abc import Iterator
 from pathlib import Path
 
 import torch
@@ -9,11 +12,27 @@ import torch
 from utils import atomic_write
 
 
-class HostMemory:
-    """`with HostMemory() as memory: ...` measures the peak growth of this process's anonymous
-    memory, `memory.peak` in bytes; None where /proc is missing.
+class Stopwatch:
+    """Sums wall-clock time by part of a run: `with stopwatch("sampling"): ...`.
 
-    Pages mapped from files do not count, since the system can drop them at any time.
+    seconds: by part, since the start of the run.
+    """
+
+    def __init__(self, *parts: str):
+        self.seconds = dict.fromkeys(parts, 0.0)
+
+    @contextlib.contextmanager
+    def __call__(self, part: str) -> Iterator[None]:
+        start = time.perf_counter()
+        yield
+        self.seconds[part] += time.perf_counter() - start
+
+
+class HostMemory:
+    """Measures the peak growth of this process's memory: `with HostMemory() as memory: ...`.
+
+    `memory.peak` is in bytes; None where /proc is missing. Only anonymous memory counts, because
+    the system can drop pages mapped from files at any time.
     """
 
     def __enter__(self) -> "HostMemory":
@@ -26,10 +45,11 @@ class HostMemory:
     def __exit__(self, *exception) -> None:
         self._done.set()
         self._thread.join()
-        self._measure()  # on a busy machine the thread may not have run
+        self._measure()  # the thread may not have run on a busy machine
 
     @property
     def peak(self) -> int | None:
+        """The peak growth in bytes; None where /proc is missing."""
         return None if self._before is None else self._highest - self._before
 
     def _watch(self) -> None:
@@ -42,8 +62,8 @@ class HostMemory:
 
 
 def peak_memory() -> int:
-    """Peak memory of this process in bytes: of its GPU if it has one, else of the host, with
-    libraries and mapped files."""
+    """Peak memory of this process in bytes: on its GPU if it has one, else on the host, where
+    libraries and mapped files count too."""
     if torch.cuda.is_available():
         return torch.cuda.max_memory_allocated()
     return 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
@@ -59,11 +79,10 @@ def _anonymous_memory() -> int | None:
 
 
 class Profiler:
-    """Records `steps` training steps with torch.profiler, after two for warm-up; None records
-    nothing.
+    """Records `steps` training steps with torch.profiler, after two for warm-up.
 
-    Writes profile.json, a trace for Perfetto or chrome://tracing, and profile.txt, the operations
-    that took longest.
+    Writes profile.json, a trace for Perfetto or chrome://tracing, and profile.txt, the slowest
+    operations. steps=None records nothing.
     """
 
     def __init__(self, run_dir: Path, steps: int | None):
@@ -79,11 +98,12 @@ class Profiler:
             self._profile.start()
 
     def step(self) -> None:
-        """Call it after each step."""
+        """Mark the end of a training step."""
         if self._profile is not None:
             self._profile.step()
 
     def stop(self) -> None:
+        """End the recording; call it after the last step."""
         if self._profile is not None:
             self._profile.stop()
 

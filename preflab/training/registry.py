@@ -17,16 +17,16 @@ def register_trainer(cls: type) -> type:
 def find_trainer(name: str) -> type:
     """The trainer class of `trainer=name`.
 
-    name: a registered name, `my_module.MyTrainer`, or `path/to/file.py:MyTrainer` for a class of
-    your own. Raises ConfigError for a name that is neither, and for a class without a placement.
+    name: a registered name, or `my_module.MyTrainer` or `path/to/file.py:MyTrainer` for your own
+    class. Raises ConfigError for an unknown name, and for a class without a placement.
     """
     if name in TRAINERS:
         return TRAINERS[name]
     module, separator, cls_name = str(name).rpartition(":" if ".py:" in str(name) else ".")
     if not separator:
         raise ConfigError(
-            f"trainer={name}; {nearest(str(name), TRAINERS)}; or my_module.MyTrainer, or"
-            " path/to/file.py:MyTrainer for one of your own"
+            f"trainer={name}; {nearest(str(name), TRAINERS)}; or my_module.MyTrainer or"
+            " path/to/file.py:MyTrainer for your own class"
         )
     loaded = load_module(module, "trainer")
     cls = getattr(loaded, cls_name, None)

@@ -1,4 +1,4 @@
-"""The weights of a checkpoint as others read them: policy.pt, hf/ and, with LoRA, adapter/."""
+"""The weights of a checkpoint for other programs: policy.pt, hf/ and, with LoRA, adapter/."""
 
 import tempfile
 from pathlib import Path
@@ -11,7 +11,7 @@ from preflab.modeling.logprobs import Scorer
 from preflab.modeling.placed_weights import full_weights
 from preflab.modeling.weights_io import archive_state
 
-SHARD = "2GB"  # largest file of hf/: a shard is in memory while it is written
+SHARD = "2GB"  # the largest file of hf/; a whole file is in memory while it is written
 
 
 def save_weights(
@@ -26,10 +26,11 @@ def save_weights(
     step: int,
     metrics: dict,
 ) -> None:
-    """Write policy.pt and hf/ with whole weights. Every rank calls it, rank 0 writes.
+    """Write policy.pt and hf/ with unsharded weights. Every rank calls it, rank 0 writes.
 
-    trained: names of the trained parameters. With LoRA policy.pt has the adapter merged, and
-    adapter.pt and adapter/ hold the adapter alone, from which training continues.
+    trained: names of the trained parameters. step, metrics: stored in policy.pt. With LoRA the
+    adapter is merged into policy.pt and hf/, and adapter.pt and adapter/ hold it alone; training
+    continues from adapter.pt.
     """
     with tempfile.TemporaryDirectory(dir=folder, prefix=".weights-") as scratch:
         adapter = hasattr(policy.model, "peft_config")

@@ -1,4 +1,4 @@
-"""What every loop of a run shares: evaluating, saving, stopping, continuing and ending."""
+"""What every training loop shares: evaluating, saving, stopping, resuming and finishing."""
 
 from __future__ import annotations
 
@@ -17,16 +17,17 @@ from preflab.training.summary import write_summary
 
 logger = logging.getLogger(__name__)
 
-ROWS = ("metrics.jsonl", "samples.jsonl")  # files of rows that say after how many examples
+# Files whose rows say after how many examples they were written.
+ROWS = ("metrics.jsonl", "samples.jsonl")
 
 
 class Session:
-    """A run in its folder, around a learner.
+    """A learner in its run folder.
 
-    evaluator: has `evaluate(policy, reference, layout, examples=n) -> dict`. loop_state: what the
-    loop wants in a checkpoint, numbers and plain containers. number: of the next checkpoint; it
-    grows with what a checkpoint holds. also: what else has `save` and `load` as a learner has, by
-    the folder inside a checkpoint that it is saved in.
+    evaluator: has `evaluate(policy, reference, layout, examples=n) -> dict`. loop_state: returns
+    the state of the loop for a checkpoint, numbers and plain containers. number: returns N of the
+    next checkpoint `step-N`, which must grow whenever the state changes. also: further objects with
+    a learner's `save` and `load`, by the folder inside a checkpoint that they are saved in.
     """
 
     def __init__(
@@ -53,7 +54,7 @@ class Session:
     # ------------------------------------------------------------------------------------ evaluate
 
     def evaluate(self, **more: Any) -> None:
-        """Evaluate the learner's policy: a row of metrics.jsonl that starts with `more`."""
+        """Evaluate the learner's policy, and write a row of metrics.jsonl with `more` first."""
         learner = self.learner
         values = more | self.evaluator.evaluate(
             learner.policy,
@@ -65,13 +66,13 @@ class Session:
         self.last_eval = {"examples": learner.counters.examples, **values}
 
     def write(self, split: str, values: dict) -> None:
-        """A row of metrics.jsonl that says where the run is."""
+        """Write a row of metrics.jsonl with the learner's counters."""
         self.log.write_at(self.learner.counters, split, values)
 
     # ---------------------------------------------------------------------------- saving, resuming
 
     def save(self, *, wait: bool = False) -> None:
-        """Begin a checkpoint; wait: until it is on the disk."""
+        """Begin a checkpoint. wait: return only when it is complete."""
         self.checkpointer.begin(self.number(), self._fill, best=self._is_best())
         if wait:
             self.checkpointer.finish()
@@ -91,7 +92,7 @@ class Session:
     def _is_best(self) -> bool:
         """Whether a reward model orders more held-out pairs correctly than at any earlier save.
 
-        Policies are not ranked by that.
+        Always False for a policy, which accuracy does not rank.
         """
         last = self.last_eval or {}
         current = last.get("examples") == self.learner.counters.examples
@@ -103,11 +104,10 @@ class Session:
         return True
 
     def resume(self) -> dict | None:
-        """Continue from the checkpoint that the learner was built from, if there was one; returns
-        the state of the loop.
+        """Continue from the checkpoint that the learner was built from.
 
-        Rows that were written after the checkpoint are dropped, and those of a start that left no
-        checkpoint.
+        Returns the state of the loop; None without a checkpoint. Rows written after the checkpoint
+        are deleted, all of them where there is none, and so is summary.json.
         """
         checkpoint, state = self.learner.checkpoint, None
         if checkpoint is not None:
@@ -131,18 +131,21 @@ class Session:
     # ---------------------------------------------------------------------------- stopping, ending
 
     def tick(self) -> None:
-        """Note how long the run has taken, over all its parts."""
+        """Update the wall-clock time of the run, which includes the time before a resume."""
         self.learner.counters.seconds = time.perf_counter() - self._started
 
     def stop_if_asked(self) -> None:
-        """Save, and raise Stopped, if a signal asked any rank to stop."""
+        """Save and raise Stopped if any rank received a signal to stop."""
         if signum := self.stop.anywhere(self.world):
             self.save(wait=True)
             self.log.finish()
             raise Stopped(signum)
 
     def finish(self, *, temperature: float, **more: Any) -> dict:
-        """Save, write summary.json and return its content; more: further keys of it."""
+        """Save, write summary.json and return its content.
+
+        temperature: of the samples in the last evaluation. more: further keys of the summary.
+        """
         self.save(wait=True)
         summary = write_summary(
             self.run_dir,

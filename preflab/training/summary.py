@@ -1,4 +1,4 @@
-"""summary.json: the last evaluation of a run, its speed and its size."""
+"""summary.json: the last evaluation of a run, its speed and its memory."""
 
 import json
 from pathlib import Path
@@ -35,8 +35,8 @@ def write_summary(
 ) -> dict:
     """Write summary.json on rank 0 and return its content on every rank.
 
-    values: the last row of an evaluation. state_bytes: by kind, see `Learner`. save_peaks: bytes of
-    host memory of each save. more: further keys.
+    values: metrics of the last evaluation. state_bytes: bytes of weights, gradients and optimizer
+    of a rank. save_peaks: peak bytes of host memory of each save. more: further keys.
     """
     samples = {
         key.removeprefix("samples_eval/"): value
