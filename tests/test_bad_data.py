@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 from conftest import write_jsonl
-from dataset_files import PAIRS, as_file, both, hub_cache, named_pairs, read  # noqa: F401  a fixture
+from dataset_files import PAIRS, as_file, both, hub_cache, named_pairs, read  # noqa: F401
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
