@@ -30,9 +30,14 @@ LAYERS = [
     ["preflab.api"],
     ["train"],
     [
-        "generate", "judge", "report", "serve_reward", "train_risk_preferences", "rewards",
+        "generate",
+        "judge",
+        "report",
+        "serve_reward",
+        "train_risk_preferences",
+        "rewards",
     ],
-]  # fmt: skip
+]
 
 # What is optimised, how responses become rows, and where a model lives: no module of one axis
 # imports a module of another.

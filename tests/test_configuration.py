@@ -239,10 +239,32 @@ def test_values_that_are_resolved_later_are_checked_then():
 
 
 WRONG = [
-    "null", "true", "flase", "''", "abc", "'64'", "-1", "0", "1.5", "64.0", "1e400", "-inf", "nan",
-    "99999999999999999999999", "[]", "[1,x]", "[[1]]", "{}", "{a:1}", "[{b:null}]", "/no/such/path",
-    "'a b'", "../x", "${seed}", "${no_such_key}",
-]  # fmt: skip
+    "null",
+    "true",
+    "flase",
+    "''",
+    "abc",
+    "'64'",
+    "-1",
+    "0",
+    "1.5",
+    "64.0",
+    "1e400",
+    "-inf",
+    "nan",
+    "99999999999999999999999",
+    "[]",
+    "[1,x]",
+    "[[1]]",
+    "{}",
+    "{a:1}",
+    "[{b:null}]",
+    "/no/such/path",
+    "'a b'",
+    "../x",
+    "${seed}",
+    "${no_such_key}",
+]
 
 
 def test_no_value_of_any_key_leads_to_an_exception_that_is_not_ours():
@@ -317,9 +339,8 @@ def test_help_says_of_every_key_what_it_accepts_and_means():
 
 
 def test_words_of_other_tools_point_to_keys_that_exist():
-    keys = set(RULES) | {f"{group}.{key}" for group in ("loss", "reward") for key in (
-        "beta", "label_smoothing", "path"
-    )}  # fmt: skip
+    of_groups = ("loss.beta", "loss.label_smoothing", "loss.path")
+    keys = {*RULES, *of_groups, *(key.replace("loss", "reward") for key in of_groups)}
     assert set(OUR_KEYS.values()) <= keys and set(NOTES) <= set(OUR_KEYS.values())
     assert not (set(OUR_KEYS) | set(NOT_SETTINGS)) & set(RULES)
 

@@ -88,10 +88,13 @@ def _group_options(sources: Sources) -> str:
         )
         lines.append(
             textwrap.fill(
-                f"  {group + '=':13}{names}", WIDTH, subsequent_indent=" " * 15,
-                break_long_words=False, break_on_hyphens=False,
+                f"  {group + '=':13}{names}",
+                WIDTH,
+                subsequent_indent=" " * 15,
+                break_long_words=False,
+                break_on_hyphens=False,
             )
-        )  # fmt: skip
+        )
     return "\n".join(lines)
 
 
