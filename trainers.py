@@ -28,9 +28,8 @@ from preflab.modeling.tensor_parallel import devices_for, split
 from preflab.objective.registry import BoundLoss
 from preflab.rewards.registry import build_rewards
 from preflab.training.checkpointer import Checkpointer
-from preflab.training.learner import Learner, NonFiniteLossError, NonFiniteStepError
+from preflab.training.learner import Learner, NonFiniteStepError
 from preflab.training.metrics import MetricLog
-from preflab.training.profiling import Profiler
 from preflab.training.registry import register_trainer
 from preflab.training.session import Session
 from utils import seed_everything
@@ -103,7 +102,6 @@ class BasicTrainer:
             loop_state=lambda: {"loader": self.loader.state_dict()},
             number=lambda: self.learner.counters.steps,
         )
-        self.profiler = Profiler(run_dir, settings.profile_steps if world.rank == 0 else None)
 
     def train(self) -> dict:
         """Train to the end of the data, evaluating and saving on the way; returns the summary."""
@@ -124,34 +122,20 @@ class BasicTrainer:
                 session.save()
             session.stop_if_asked()
         bar.close()
-        self.profiler.stop()
+        session.profiler.stop()
         return session.finish(temperature=settings.temperature)
 
     def _collate(self, examples) -> list[tuple[Batch, int]]:
         return self.learner.microbatches(self.data["train"], examples)
 
     def train_step(self, examples, microbatches: list[tuple[Batch, int]], bar: tqdm) -> None:
-        """One optimizer step on `examples`, and its row of metrics.jsonl."""
+        """One optimizer step on `examples`. One that is not finite ends the run."""
+        data = self.data["train"]
         try:
-            metrics = self.learner.step(self.data["train"], microbatches, len(examples))
+            self.session.step(data, microbatches, examples, bar)
         except NonFiniteStepError as error:
-            self._stop_at_non_finite(error, examples)
-        self.session.write("train", metrics)
-        speed = f"{metrics['tokens_per_second']:,.0f} tokens/s"
-        bar.set_postfix_str(f"loss {metrics['loss/train']:.4g}, {speed}", refresh=False)
-        self.profiler.step()
-
-    def _stop_at_non_finite(self, error: NonFiniteStepError, examples) -> None:
-        """Save the weights of the last good step, from which the same examples come again."""
-        self.loader.step_back(len(examples))
-        self.session.save(wait=True)
-        bad = (error.examples or [int(example) for example in examples])[:8]
-        names = ", ".join(self.data["train"].describe(example) for example in bad)
-        raise NonFiniteLossError(
-            f"the {error.what} of step {self.learner.counters.steps + 1} is not finite, from"
-            f" {names}; {self.session.checkpointer.where()}; try a smaller lr or max_grad_norm, or"
-            " look at these examples"
-        ) from None
+            self.loader.step_back(len(examples))  # they come again when the run continues
+            self.session.stop_at_non_finite(error, data, examples)
 
     def _crossed(self, every: int, n: int) -> bool:
         """Whether the last `n` examples reached a multiple of `every`."""

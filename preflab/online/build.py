@@ -17,7 +17,6 @@ from preflab.rewards.registry import REWARDS, Score, build_rewards
 from preflab.training.checkpointer import Checkpointer
 from preflab.training.learner import Learner
 from preflab.training.metrics import MetricLog
-from preflab.training.profiling import Profiler
 
 
 @dataclass
@@ -31,7 +30,6 @@ class OnlineParts:
     evaluator: Evaluator
     checkpointer: Checkpointer
     log: MetricLog
-    profiler: Profiler
 
 
 def build_parts(
@@ -68,7 +66,6 @@ def build_parts(
         Evaluator(settings, loss, tokenizer, data["test"], shown, run_dir, world),
         checkpointer,
         MetricLog(run_dir, wandb_run, log_interval, writes=is_first),
-        Profiler(run_dir, settings.profile_steps if is_first else None),
     )
 
 

@@ -20,7 +20,7 @@ from preflab.objective.registry import BoundLoss
 from preflab.online.build import build_parts
 from preflab.online.drawing import PromptLoader, rollouts_file
 from preflab.online.rollouts import Labels, Rollouts
-from preflab.training.learner import NonFiniteLossError, NonFiniteStepError
+from preflab.training.learner import NonFiniteStepError
 from preflab.training.metrics import rewind
 from preflab.training.profiling import Stopwatch
 from preflab.training.session import Session
@@ -74,7 +74,7 @@ class OnlineTrainer:
             world=world,
             wandb_run=wandb_run,
         )
-        self.learner, self.drawing, self.profiler = parts.learner, parts.drawing, parts.profiler
+        self.learner, self.drawing = parts.learner, parts.drawing
         self.labeler, self.measures = parts.labeler, parts.measures
         discriminator = self.labeler.discriminator
         self.session = Session(
@@ -122,7 +122,7 @@ class OnlineTrainer:
                 session.save()
             session.stop_if_asked()
         bar.close()
-        self.profiler.stop()
+        session.profiler.stop()
         if (session.last_eval or {}).get("round") != self.round:
             self._evaluate()  # the run ended early, or was stopped in its last evaluation
         if reason:
@@ -210,23 +210,12 @@ class OnlineTrainer:
         return n_pairs
 
     def _step(self, pairs: PreferenceData, examples: np.ndarray, bar: tqdm) -> None:
-        learner = self.learner
+        microbatches = self.learner.microbatches(pairs, examples)
         try:
-            metrics = learner.step(pairs, learner.microbatches(pairs, examples), len(examples))
+            self.session.step(pairs, microbatches, examples, bar)
         except NonFiniteStepError as error:
             # The round cannot be repeated: the policy has learned from a part of it.
-            self.session.save(wait=True)
-            bad = (error.examples or examples.tolist())[:8]
-            names = ", ".join(pairs.describe(example) for example in bad)
-            raise NonFiniteLossError(
-                f"the {error.what} of step {learner.counters.steps + 1} is not finite, from"
-                f" {names}; {self.session.checkpointer.where()}; try a smaller lr or max_grad_norm,"
-                " or look at these examples"
-            ) from None
-        self.session.write("train", metrics)
-        speed = f"{metrics['tokens_per_second']:,.0f} tokens/s"
-        bar.set_postfix_str(f"loss {metrics['loss/train']:.4g}, {speed}", refresh=False)
-        self.profiler.step()
+            self.session.stop_at_non_finite(error, pairs, examples)
 
     def _evaluate(self) -> None:
         """Evaluate by the rewards and the KL of samples, because there are no held-out pairs."""

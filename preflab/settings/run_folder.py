@@ -103,7 +103,7 @@ def saved_config(config: DictConfig, run_dir: Path) -> DictConfig:
 
 def run_dir_for(config: DictConfig, run_dir: Path) -> Path:
     """`run_dir`, or for an evaluation a folder inside it when another run lives there; one that was
-    cut short goes on."""
+    cut short continues."""
     if config.function == "eval":
         folders = itertools.chain([run_dir], (run_dir / f"eval-{n}" for n in itertools.count(1)))
         return next(

@@ -7,12 +7,17 @@ import time
 from collections.abc import Callable
 from concurrent.futures import Future
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
+from tqdm import tqdm
+
+from preflab.batching.examples import PreferenceData
+from preflab.batching.packing import Batch
 from preflab.distributed.signals import Stopped, StopSignals
 from preflab.training.checkpointer import Checkpointer
-from preflab.training.learner import Learner
+from preflab.training.learner import Learner, NonFiniteLossError, NonFiniteStepError
 from preflab.training.metrics import MetricLog, rewind
+from preflab.training.profiling import Profiler
 from preflab.training.summary import write_summary
 
 logger = logging.getLogger(__name__)
@@ -49,7 +54,24 @@ class Session:
         self.run_dir = checkpointer.run_dir
         self.last_eval: dict | None = None
         self.best_accuracy = -1.0
+        profile_steps = self.settings.profile_steps if self.world.rank == 0 else None
+        self.profiler = Profiler(self.run_dir, profile_steps)
         self._started = 0.0
+
+    # ------------------------------------------------------------------------------------- a step
+
+    def step(
+        self, data: PreferenceData, microbatches: list[tuple[Batch, int]], examples, bar: tqdm
+    ) -> None:
+        """One optimizer step on `examples` of `data`, and its row of metrics.jsonl.
+
+        Raises NonFiniteStepError before the weights change.
+        """
+        metrics = self.learner.step(data, microbatches, len(examples))
+        self.write("train", metrics)
+        speed = f"{metrics['tokens_per_second']:,.0f} tokens/s"
+        bar.set_postfix_str(f"loss {metrics['loss/train']:.4g}, {speed}", refresh=False)
+        self.profiler.step()
 
     # ------------------------------------------------------------------------------------ evaluate
 
@@ -133,6 +155,22 @@ class Session:
     def tick(self) -> None:
         """Update the wall-clock time of the run, which includes the time before a resume."""
         self.learner.counters.seconds = time.perf_counter() - self._started
+
+    def stop_at_non_finite(
+        self, error: NonFiniteStepError, data: PreferenceData, examples
+    ) -> NoReturn:
+        """Save the weights of the last good step and raise NonFiniteLossError.
+
+        examples: those of the step, which are named where no single loss is to blame.
+        """
+        self.save(wait=True)
+        bad = (error.examples or [int(example) for example in examples])[:8]
+        names = ", ".join(data.describe(example) for example in bad)
+        raise NonFiniteLossError(
+            f"the {error.what} of step {self.learner.counters.steps + 1} is not finite, from"
+            f" {names}; {self.checkpointer.where()}; try a smaller lr or max_grad_norm, or look at"
+            " these examples"
+        ) from None
 
     def stop_if_asked(self) -> None:
         """Save and raise Stopped if any rank received a signal to stop."""
