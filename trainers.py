@@ -27,6 +27,7 @@ from preflab.modeling.parallelism import Placement
 from preflab.modeling.tensor_parallel import devices_for, split
 from preflab.objective.registry import BoundLoss
 from preflab.rewards.registry import build_rewards
+from preflab.settings.schema import Settings
 from preflab.training.checkpointer import Checkpointer
 from preflab.training.learner import Learner, NonFiniteStepError
 from preflab.training.metrics import MetricLog
@@ -50,12 +51,12 @@ class BasicTrainer:
     place = None
 
     @staticmethod
-    def check(settings, *, scalar_head: bool) -> None:
+    def check(settings: Settings, *, scalar_head: bool) -> None:
         """Raise ConfigError, before weights are read, for what this placement cannot run."""
 
     def __init__(
         self,
-        settings,
+        settings: Settings,
         run_dir: Path,
         loss: BoundLoss,
         tokenizer,
@@ -174,11 +175,11 @@ class FSDPTrainer(BasicTrainer):
     )
 
     @staticmethod
-    def place(scorer: Scorer, dtype: torch.dtype, settings, world: World) -> None:
+    def place(scorer: Scorer, dtype: torch.dtype, settings: Settings, world: World) -> None:
         shard(scorer, world, settings, dtype)
 
     @staticmethod
-    def check(settings, *, scalar_head: bool) -> None:
+    def check(settings: Settings, *, scalar_head: bool) -> None:
         model = skeleton(settings.model, scalar_head=scalar_head)
         find_blocks(model, settings.model.block_name)
         if settings.tensor_parallel_size > 1:
@@ -192,10 +193,10 @@ class TensorParallelTrainer(BasicTrainer):
     placement = Placement(splits_layers=True, settings=frozenset({"world_size"}))
 
     @staticmethod
-    def place(scorer: Scorer, dtype: torch.dtype, settings, world: World) -> None:
+    def place(scorer: Scorer, dtype: torch.dtype, settings: Settings, world: World) -> None:
         split(scorer, devices_for(settings), dtype)
 
     @staticmethod
-    def check(settings, *, scalar_head: bool) -> None:
+    def check(settings: Settings, *, scalar_head: bool) -> None:
         if settings.function != "plan":  # a plan is for other machines
             devices_for(settings)

@@ -1,6 +1,7 @@
 """The division of a step's examples into microbatches and over ranks."""
 
 import heapq
+from collections.abc import Collection
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,12 +14,15 @@ from preflab.batching.packing import Layout
 MICROBATCH_TOKENS = {"cpu": 2048, "cuda": 16384}
 
 
-def microbatch_tokens(config, loss, device: str) -> int:
-    """The input tokens that a microbatch should have."""
+def default_microbatch_tokens(reads: Collection[str], device: str) -> int:
+    """The input tokens that a microbatch has where the config does not say.
+
+    reads: of the loss. device: "cpu" or "cuda".
+    """
     # A loss that reads token_kl also keeps the reference's distribution over the vocabulary for the
     # backward pass.
-    distributions = 2 if "token_kl" in loss.reads else 1
-    return config.microbatch_tokens or MICROBATCH_TOKENS[device] // distributions
+    distributions = 2 if "token_kl" in reads else 1
+    return MICROBATCH_TOKENS[device] // distributions
 
 
 def split_step(

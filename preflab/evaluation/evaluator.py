@@ -22,6 +22,7 @@ from preflab.modeling.logprobs import Scorer
 from preflab.modeling.parallelism import bind_place
 from preflab.objective.registry import BoundLoss
 from preflab.rewards.registry import Score
+from preflab.settings.schema import Settings
 from preflab.settings.values import changed
 from preflab.training.checkpoints import Counters
 from preflab.training.metrics import MetricLog
@@ -39,7 +40,7 @@ class Evaluator:
 
     def __init__(
         self,
-        settings,
+        settings: Settings,
         loss: BoundLoss,
         tokenizer,
         data: PreferenceData,

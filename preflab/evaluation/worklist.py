@@ -9,6 +9,7 @@ from pathlib import Path
 from omegaconf import OmegaConf
 
 from preflab.modeling.weights_io import archive_files
+from preflab.settings.schema import Settings
 from preflab.settings.values import temperatures
 from utils import ConfigError, append_rows, atomic_write, content_hash, json_lines
 
@@ -32,7 +33,7 @@ class Checkpoint:
     about: dict = field(compare=False)
 
 
-def draws_samples(config, loss) -> bool:
+def draws_samples(config: Settings, loss) -> bool:
     """Whether evaluations sample from policy and reference, and measure the KL between them."""
     if "scalar_head" in loss.reads:
         return False
@@ -106,7 +107,7 @@ def describe(path: str | None) -> Checkpoint:
     return Checkpoint(path, str(source), content_hash(json.dumps(stats)), about)
 
 
-def pending(config, run_dir: Path) -> list[tuple[Checkpoint, list[float]]]:
+def pending(config: Settings, run_dir: Path) -> list[tuple[Checkpoint, list[float]]]:
     """The checkpoints and temperatures that `run_dir` has no row for.
 
     Earlier rows of theirs are deleted: they are outdated, or from an evaluation that was killed.
@@ -139,7 +140,7 @@ def _drop_rows(file: Path, redone: set[tuple]) -> None:
                 f.write(json.dumps(row, ensure_ascii=False) + "\n")
 
 
-def covered(config, run_dir: Path) -> bool:
+def covered(config: Settings, run_dir: Path) -> bool:
     """Whether `run_dir` has a row for every checkpoint, as its files are now, at every
     temperature."""
     evaluated = _evaluated(run_dir)

@@ -20,10 +20,11 @@ from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, 
 from preflab.distributed.process_group import World, join_alone
 from preflab.modeling.blocks import cast, find_blocks
 from preflab.modeling.logprobs import Scorer
+from preflab.settings.schema import Settings
 from utils import ConfigError
 
 
-def shard(scorer: Scorer, world: World, config, dtype: torch.dtype) -> None:
+def shard(scorer: Scorer, world: World, config: Settings, dtype: torch.dtype) -> None:
     """Shard a model over the ranks with FSDP2, block by block, in `dtype`.
 
     With tensor_parallel_size > 1, each layer is first split over that many ranks. The weights may
@@ -72,7 +73,7 @@ def reshard(model: nn.Module) -> None:
             module.reshard()
 
 
-def _mesh(world: World, config):
+def _mesh(world: World, config: Settings):
     shards = config.fsdp_shard_size or world.data_ranks
     shape = (world.data_ranks // shards, shards, world.peers)
     return init_device_mesh(

@@ -6,12 +6,13 @@ from preflab.batching.packed_attention import SHARING, Support, block_table, che
 from preflab.batching.packing import LAYOUTS, Batch, Layout, lay_out
 from preflab.distributed.process_group import ALONE, World
 from preflab.modeling.logprobs import Scorer
+from preflab.settings.schema import Settings
 from utils import ConfigError, first_line
 
 BY_SEGMENTS = "attention segment by segment, slower"
 
 
-def known_layouts(config, model) -> tuple[tuple[str, ...], str]:
+def known_layouts(config: Settings, model) -> tuple[tuple[str, ...], str]:
     """The layouts that an architecture supports, the fastest first; and the reason where it
     supports only the padded one, else "".
 
@@ -29,7 +30,9 @@ def known_layouts(config, model) -> tuple[tuple[str, ...], str]:
     return LAYOUTS, ""
 
 
-def choose_layout(config, policy: Scorer, world: World = ALONE, **details) -> tuple[Layout, str]:
+def choose_layout(
+    config: Settings, policy: Scorer, world: World = ALONE, **details
+) -> tuple[Layout, str]:
     """The layout of `config.layout`; and the reason where it is not the fastest of all, else "".
 
     "auto" is the fastest layout that gives this model the hidden states of the padded one.
@@ -54,7 +57,7 @@ def choose_layout(config, policy: Scorer, world: World = ALONE, **details) -> tu
     raise ConfigError(f"layout={requested} cannot be used: {reason}; use layout=padded")
 
 
-def flex_support(config, policy: Scorer, world: World) -> Support:
+def flex_support(config: Settings, policy: Scorer, world: World) -> Support:
     """Whether attention over packed rows can be FlexAttention.
 
     Never on a CPU, where attention segment by segment is faster; the reason is empty then.
@@ -65,7 +68,7 @@ def flex_support(config, policy: Scorer, world: World) -> Support:
     return Support(False, f"{BY_SEGMENTS}: {problem}") if problem else Support(True)
 
 
-def _flex_problem(config, policy: Scorer, world: World) -> str:
+def _flex_problem(config: Settings, policy: Scorer, world: World) -> str:
     """What prevents FlexAttention on a GPU; empty if nothing does."""
     model = policy.causal_lm.config.get_text_config()
     window = window_of(model)

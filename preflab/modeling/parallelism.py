@@ -10,6 +10,7 @@ import torch
 
 from preflab.distributed.process_group import World
 from preflab.modeling.logprobs import Scorer
+from preflab.settings.schema import Settings
 from utils import ConfigError
 
 # The keys of config.yaml that only some placements read, each with the value that means unused.
@@ -45,7 +46,7 @@ class Placement:
     own_mixed_precision: bool = False
     settings: frozenset[str] = frozenset()
 
-    def peers(self, settings) -> int:
+    def peers(self, settings: Settings) -> int:
         """Ranks that hold parts of the same layers and see the same examples."""
         if "tensor_parallel_size" in self.settings:
             return settings.tensor_parallel_size
@@ -56,14 +57,14 @@ class Placement:
 Place = Callable[[Scorer, torch.dtype], None]
 
 
-def bind_place(trainer: type, settings, world: World) -> Place | None:
+def bind_place(trainer: type, settings: Settings, world: World) -> Place | None:
     """`trainer.place` bound to a run. None: on the GPU if there is one, otherwise the CPU."""
     if trainer.place is None:
         return None
     return functools.partial(trainer.place, settings=settings, world=world)
 
 
-def check_placement_settings(trainer: type, settings) -> None:
+def check_placement_settings(trainer: type, settings: Settings) -> None:
     """Raise ConfigError for a key that is set and that the trainer's placement does not read."""
     name, placement = trainer.__name__, trainer.placement
     for key, unused in PLACEMENT_SETTINGS.items():
@@ -81,14 +82,14 @@ def check_placement_settings(trainer: type, settings) -> None:
         )
 
 
-def local_workers(trainer: type, settings) -> int:
+def local_workers(trainer: type, settings: Settings) -> int:
     """Number of workers to start on this machine where no launcher has started the ranks."""
     if not trainer.placement.one_process_per_device:
         return 1
     return settings.world_size or torch.cuda.device_count() or 1
 
 
-def data_ranks(trainer: type, settings, given: World) -> int:
+def data_ranks(trainer: type, settings: Settings, given: World) -> int:
     """Number of ranks that see different examples.
 
     given: the ranks that a launcher has started, or one. Raises ConfigError where the settings

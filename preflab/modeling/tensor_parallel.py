@@ -7,10 +7,11 @@ from torch import Tensor, nn
 
 from preflab.modeling.blocks import cast
 from preflab.modeling.logprobs import Scorer
+from preflab.settings.schema import Settings
 from utils import ConfigError
 
 
-def devices_for(config) -> list[torch.device]:
+def devices_for(config: Settings) -> list[torch.device]:
     """The devices that TensorParallelTrainer splits layers over.
 
     They are `world_size` GPUs, by default all. Without a GPU they are `world_size` times the CPU,

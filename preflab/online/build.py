@@ -14,6 +14,7 @@ from preflab.online.labelers import DiscriminatorLabels, GoldLabels, RemoteLabel
 from preflab.online.ledger import Ledger
 from preflab.online.measures import RoundMeasures
 from preflab.rewards.registry import REWARDS, Score, build_rewards
+from preflab.settings.schema import Settings
 from preflab.training.checkpointer import Checkpointer
 from preflab.training.learner import Learner
 from preflab.training.metrics import MetricLog
@@ -33,7 +34,7 @@ class OnlineParts:
 
 
 def build_parts(
-    settings,
+    settings: Settings,
     run_dir: Path,
     loss: BoundLoss,
     tokenizer,
@@ -70,7 +71,7 @@ def build_parts(
 
 
 def make_labeler(
-    trainer: type, settings, score: Score, run_dir: Path, world: World
+    trainer: type, settings: Settings, score: Score, run_dir: Path, world: World
 ) -> StaticLabels:
     """The labeler of a run with these settings. score: the scores of `reward`."""
     ledger = Ledger(run_dir / "labels.jsonl", settings.online.budget, world)

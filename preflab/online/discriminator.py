@@ -16,6 +16,7 @@ from preflab.distributed.process_group import World
 from preflab.modeling.loading import load_tokenizer
 from preflab.objective.registry import BoundLoss
 from preflab.online.checks import discriminator_loss
+from preflab.settings.schema import Settings
 from preflab.settings.values import changed
 from preflab.training.checkpoints import latest_checkpoint
 from preflab.training.compute_loss import compute_loss
@@ -26,7 +27,9 @@ from utils import ConfigError, model_folder, seed_everything
 logger = logging.getLogger(__name__)
 
 
-def build_discriminator(trainer: type, settings, run_dir: Path, world: World) -> "Discriminator":
+def build_discriminator(
+    trainer: type, settings: Settings, run_dir: Path, world: World
+) -> "Discriminator":
     """The discriminator of `online.discriminator`, placed as `trainer` places models."""
     loss = discriminator_loss(settings)
     own = _own_settings(settings, loss)
@@ -37,7 +40,7 @@ def build_discriminator(trainer: type, settings, run_dir: Path, world: World) ->
     return Discriminator(own, loss, folder, trainer, world)
 
 
-def _own_settings(settings, loss: BoundLoss):
+def _own_settings(settings: Settings, loss: BoundLoss):
     """The settings of the run, changed to those of its discriminator."""
     online = settings.online
     return changed(
@@ -53,7 +56,7 @@ def _own_settings(settings, loss: BoundLoss):
     )
 
 
-def _own_model(settings, loss: BoundLoss) -> dict:
+def _own_model(settings: Settings, loss: BoundLoss) -> dict:
     """The settings of `model` that differ from the policy's."""
     start, model = settings.online.discriminator_path, settings.model
     if "scalar_head" not in loss.reads:
@@ -93,7 +96,9 @@ class Discriminator:
     in the checkpoints of its run.
     """
 
-    def __init__(self, settings, loss: BoundLoss, folder: Path, trainer: type, world: World):
+    def __init__(
+        self, settings: Settings, loss: BoundLoss, folder: Path, trainer: type, world: World
+    ):
         seed_everything(settings.seed)
         self.settings, self.folder, self.world = settings, folder, world
         self.tokenizer = load_tokenizer(settings.model)

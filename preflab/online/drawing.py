@@ -11,6 +11,7 @@ from preflab.modeling.generation import sample
 from preflab.modeling.loading import build_policy
 from preflab.modeling.logprobs import Scorer
 from preflab.online.rollouts import Rollouts
+from preflab.settings.schema import Settings
 from preflab.settings.values import changed
 from preflab.training.learner import Learner
 
@@ -18,7 +19,7 @@ from preflab.training.learner import Learner
 class PromptLoader:
     """Batches of `prompts_per_round` prompts, in a new order in every epoch, without an end."""
 
-    def __init__(self, settings, data: PreferenceData):
+    def __init__(self, settings: Settings, data: PreferenceData):
         self.data, self.max_prompt_length = data, settings.max_prompt_length
         self.loader = Loader(
             np.arange(len(data)),
@@ -41,7 +42,7 @@ class PromptLoader:
         self.loader.load_state_dict(state)
 
 
-def build_sampler(settings, learner: Learner) -> Scorer:
+def build_sampler(settings: Settings, learner: Learner) -> Scorer:
     """The model of `online.sampler`: the learning policy, the reference, or a model of an archive.
 
     Only the policy changes during the run.
@@ -63,7 +64,7 @@ class Drawing:
     in the round.
     """
 
-    def __init__(self, settings, sampler: Scorer, tokenizer, world: World):
+    def __init__(self, settings: Settings, sampler: Scorer, tokenizer, world: World):
         self.settings, self.sampler = settings, sampler
         self.tokenizer, self.world = tokenizer, world
         self.k = settings.online.responses_per_prompt

@@ -13,6 +13,7 @@ from preflab.distributed.process_group import World
 from preflab.online.ledger import Ledger, ledger_row, on_rank_0, score_shared
 from preflab.online.rollouts import Labels, Rollouts, best_and_worst
 from preflab.rewards.registry import Score
+from preflab.settings.schema import OnlineSettings
 
 
 class Discriminating(Protocol):
@@ -141,7 +142,12 @@ class DiscriminatorLabels(StaticLabels):
     labels_by_reward = False
 
     def __init__(
-        self, gold: Score, ledger: Ledger, discriminator: Discriminating, settings, seed: int
+        self,
+        gold: Score,
+        ledger: Ledger,
+        discriminator: Discriminating,
+        settings: OnlineSettings,
+        seed: int,
     ):
         self.gold, self.ledger, self.discriminator = gold, ledger, discriminator
         self.settings, self.seed = settings, seed

@@ -10,6 +10,7 @@ from preflab.online.labelers import StaticLabels
 from preflab.online.ledger import score_shared
 from preflab.online.rollouts import Labels, Rollouts
 from preflab.rewards.registry import REWARDS, Score, all_rewards
+from preflab.settings.schema import Settings
 from preflab.training.learner import Learner
 from utils import mean_and_error
 
@@ -22,7 +23,7 @@ class RoundMeasures:
 
     def __init__(
         self,
-        settings,
+        settings: Settings,
         learner: Learner,
         rewards: dict[str, Score],
         labeler: StaticLabels,
@@ -121,12 +122,12 @@ class RoundMeasures:
                 f.write(json.dumps(row, ensure_ascii=False) + "\n")
 
 
-def _registered(settings) -> dict:
+def _registered(settings: Settings) -> dict:
     """The registered rewards of the run, by the name of their scores."""
     return {name: REWARDS[entry["name"]] for name, entry in all_rewards(settings).items()}
 
 
-def logged_rewards(settings) -> dict[str, bool]:
+def logged_rewards(settings: Settings) -> dict[str, bool]:
     """Whether each reward may be computed only for the log, by `online.measure_gold`.
 
     "auto" means the rewards that are not paid for.

@@ -20,6 +20,7 @@ from preflab.objective.registry import BoundLoss
 from preflab.online.build import build_parts
 from preflab.online.drawing import PromptLoader, rollouts_file
 from preflab.online.rollouts import Labels, Rollouts
+from preflab.settings.schema import Settings
 from preflab.training.learner import NonFiniteStepError
 from preflab.training.metrics import rewind
 from preflab.training.profiling import Stopwatch
@@ -46,7 +47,7 @@ class OnlineTrainer:
 
     def __init__(
         self,
-        settings,
+        settings: Settings,
         run_dir: Path,
         loss: BoundLoss,
         tokenizer,

@@ -5,9 +5,11 @@ import inspect
 import math
 from collections.abc import Callable, Mapping
 from pathlib import Path
+from typing import Any
 
 from omegaconf import OmegaConf
 
+from preflab.settings.schema import Settings
 from utils import ConfigError, PrefLabError, load_module, nearest
 
 Score = Callable[[list[str], list[str]], list[float]]
@@ -49,7 +51,7 @@ def reward_settings(name, overrides: dict | None = None) -> dict:
     raise ConfigError(f"{name!r} is not a reward; {nearest(str(name), known)}")
 
 
-def all_rewards(config) -> dict[str, dict]:
+def all_rewards(config: Settings) -> dict[str, dict]:
     """The settings of `reward` and of each entry of `more_rewards`, by the name that its scores are
     logged under: `as` if given, else the reward's own name."""
     if config.reward.get("module"):
@@ -85,7 +87,7 @@ def _entry_settings(entry) -> dict:
     return dict(entry)
 
 
-def check_reward(config) -> None:
+def check_reward(config: Mapping[str, Any]) -> None:
     """Raise ConfigError for an unknown reward, or for settings that do not fit it. Imports `module`
     and loads nothing else."""
     settings = dict(config)
@@ -111,12 +113,12 @@ def check_reward(config) -> None:
         raise ConfigError(f"reward={name} needs {', '.join(f'reward.{key}' for key in missing)}")
 
 
-def build_rewards(config) -> dict[str, Score]:
+def build_rewards(config: Settings) -> dict[str, Score]:
     """`reward` first, then `more_rewards`, by name."""
     return {name: build_reward(settings) for name, settings in all_rewards(config).items()}
 
 
-def build_reward(config) -> Score:
+def build_reward(config: Mapping[str, Any]) -> Score:
     """The reward with these settings. A wrong number of scores, or a score that is NaN or infinite,
     raises RewardError."""
     check_reward(config)

@@ -17,7 +17,7 @@ import torch
 
 from preflab.batching.collate import collate
 from preflab.batching.examples import PreferenceData
-from preflab.batching.microbatches import microbatch_tokens, split_step
+from preflab.batching.microbatches import default_microbatch_tokens, split_step
 from preflab.batching.packing import Batch
 from preflab.distributed.process_group import World
 from preflab.modeling.blocks import find_blocks
@@ -32,6 +32,7 @@ from preflab.modeling.placed_weights import (
     sum_over_ranks,
 )
 from preflab.objective.registry import BoundLoss
+from preflab.settings.schema import Settings
 from preflab.training.checkpoints import (
     Counters,
     load_optimizer,
@@ -81,7 +82,7 @@ class Learner:
 
     def __init__(
         self,
-        settings,
+        settings: Settings,
         loss: BoundLoss,
         tokenizer,
         trainer: type,
@@ -176,7 +177,8 @@ class Learner:
         ]
 
     def _microbatch_tokens(self) -> int:
-        return microbatch_tokens(self.settings, self.loss, self.policy.device.type)
+        given = self.settings.microbatch_tokens
+        return given or default_microbatch_tokens(self.loss.reads, self.policy.device.type)
 
     def step(
         self, data: PreferenceData, microbatches: list[tuple[Batch, int]], n_examples: int

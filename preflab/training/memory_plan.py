@@ -21,7 +21,7 @@ from transformers.masking_utils import AttentionMaskInterface
 from preflab.batching.collate import collate
 from preflab.batching.examples import PreferenceData
 from preflab.batching.loader import Loader
-from preflab.batching.microbatches import microbatch_tokens, split_step
+from preflab.batching.microbatches import default_microbatch_tokens, split_step
 from preflab.batching.packing import Batch, Layout
 from preflab.distributed.process_group import ALONE, World
 from preflab.modeling.fused_head import CHUNK_ELEMENTS, GPU_FACTOR
@@ -29,6 +29,7 @@ from preflab.modeling.layout_choice import known_layouts
 from preflab.modeling.loading import dtype_of, skeleton
 from preflab.modeling.logprobs import Scorer
 from preflab.modeling.parallelism import bind_place, data_ranks
+from preflab.settings.schema import Settings
 from preflab.training.reference import reference_plan
 from preflab.training.registry import find_trainer
 
@@ -62,7 +63,7 @@ class Plan:
         return sum(self.memory.values())
 
 
-def make_plan(config, loss, data: PreferenceData) -> Plan:
+def make_plan(config: Settings, loss, data: PreferenceData) -> Plan:
     """The plan of training with `config`, a checked config, on `data`."""
     scalar = "scalar_head" in loss.reads
     model = skeleton(config.model, scalar_head=scalar)
@@ -87,7 +88,7 @@ def make_plan(config, loss, data: PreferenceData) -> Plan:
     return plan
 
 
-def _reference_bytes(config) -> int:
+def _reference_bytes(config: Settings) -> int:
     """Bytes of the reference on a rank; 0 where it is the policy without its LoRA adapter."""
     if config.model.lora.r and not config.model.reference_archive:
         return 0
@@ -137,7 +138,7 @@ def _advice(plan: Plan) -> str:
     )
 
 
-def _count_data(plan: Plan, config, loss, data: PreferenceData) -> None:
+def _count_data(plan: Plan, config: Settings, loss, data: PreferenceData) -> None:
     loader = Loader(
         data.groups,
         batch_size=config.batch_size,
@@ -151,7 +152,9 @@ def _count_data(plan: Plan, config, loss, data: PreferenceData) -> None:
     plan.examples = loader.total
     plan.steps = n_epochs * steps_of_epoch + math.ceil(rest / config.batch_size)
     layout = Layout(_layout(config), last_tokens="scalar_head" in loss.reads)
-    budget = None if loss.couples_batch else microbatch_tokens(config, loss, _device(config))
+    budget = None
+    if not loss.couples_batch:
+        budget = config.microbatch_tokens or default_microbatch_tokens(loss.reads, _device(config))
     n_measured = tokens = 0
     for examples in itertools.islice(loader, STEPS_TO_MEASURE):
         parts = split_step(
@@ -172,12 +175,12 @@ def _count_data(plan: Plan, config, loss, data: PreferenceData) -> None:
     plan.tokens = round(tokens / n_measured * plan.examples)
 
 
-def _device(config) -> str:
+def _device(config: Settings) -> str:
     """The type of device that the plan is for."""
     return "cuda" if torch.cuda.is_available() or config.plan.gpu_gib is not None else "cpu"
 
 
-def _layout(config) -> str:
+def _layout(config: Settings) -> str:
     """The layout of the run; for layout=auto, what it is unless a trial of the model fails."""
     if config.layout != "auto":
         return config.layout
@@ -189,7 +192,7 @@ def _layout(config) -> str:
 
 
 def _bytes_on_a_rank(
-    config, scalar: bool, dtype: str, lora: bool = True
+    config: Settings, scalar: bool, dtype: str, lora: bool = True
 ) -> tuple[list[tuple[int, bool]], int]:
     """Bytes of each parameter on rank 0, with whether it is trained; and the most bytes that are
     gathered from other ranks at a time."""
@@ -228,7 +231,7 @@ def _gathered(sizes: dict[str, int]) -> int:
 
 
 @contextlib.contextmanager
-def _fake_process_group(config):
+def _fake_process_group(config: Settings):
     """Make this process rank 0 of as many ranks as the run has. The others do not exist, and
     nothing is sent."""
     from torch.testing._internal.distributed.fake_pg import FakeStore
@@ -243,16 +246,16 @@ def _fake_process_group(config):
         dist.destroy_process_group()
 
 
-def _peers(config) -> int:
+def _peers(config: Settings) -> int:
     return find_trainer(config.trainer).placement.peers(config)
 
 
-def _ranks(config) -> int:
+def _ranks(config: Settings) -> int:
     """All ranks of the run."""
     return data_ranks(find_trainer(config.trainer), config, ALONE) * _peers(config)
 
 
-def _optimizer_slots(config) -> float:
+def _optimizer_slots(config: Settings) -> float:
     """Numbers in the optimizer's state for each trained number, measured on a small weight."""
     weight = nn.Parameter(torch.zeros(64, 64))
     weight.grad = torch.ones_like(weight)
@@ -276,7 +279,7 @@ def _fused_attention(module, query, key, value, attention_mask, **options):
     return _FusedAttention.apply(query, key, value).transpose(1, 2).contiguous(), None
 
 
-def _activations(config, scalar: bool, shape: tuple[int, int]) -> int:
+def _activations(config: Settings, scalar: bool, shape: tuple[int, int]) -> int:
     """Bytes of activations of a microbatch, on one of the peers. shape: (rows, tokens in a row).
 
     They are the tensors that autograd saves in a forward pass, and one chunk of the head's logits.

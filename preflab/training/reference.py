@@ -16,11 +16,12 @@ from preflab.modeling.logprobs import Scorer
 from preflab.modeling.parallelism import Place
 from preflab.modeling.reference_cache import ReferencePlan, attach_reference, plan_reference
 from preflab.objective.registry import BoundLoss
+from preflab.settings.schema import Settings
 
 logger = logging.getLogger(__name__)
 
 
-def reference_plan(settings, loss: BoundLoss) -> ReferencePlan:
+def reference_plan(settings: Settings, loss: BoundLoss) -> ReferencePlan:
     """How a run with these settings and this loss uses the reference."""
     return plan_reference(
         loss.reads,
@@ -42,7 +43,7 @@ class ReferenceSource:
 
     def __init__(
         self,
-        settings,
+        settings: Settings,
         loss: BoundLoss,
         policy: Scorer,
         place: Place | None,

@@ -10,12 +10,13 @@ from preflab.modeling.loading import skeleton
 from preflab.modeling.logprobs import Scorer
 from preflab.modeling.placed_weights import full_weights
 from preflab.modeling.weights_io import archive_state
+from preflab.settings.schema import Settings
 
 SHARD = "2GB"  # the largest file of hf/; a whole file is in memory while it is written
 
 
 def save_weights(
-    settings,
+    settings: Settings,
     policy: Scorer,
     tokenizer,
     folder: Path,

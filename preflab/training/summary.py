@@ -4,6 +4,7 @@ import json
 from pathlib import Path
 
 from preflab.distributed.process_group import World
+from preflab.settings.schema import Settings
 from preflab.training.checkpoints import Counters
 from preflab.training.profiling import peak_memory
 from utils import atomic_write
@@ -22,7 +23,7 @@ MEASURED = ("policy_length", "reference_length", "policy_ended", "entropy", "rep
 
 def write_summary(
     run_dir: Path,
-    settings,
+    settings: Settings,
     loss_name: str,
     values: dict,
     counters: Counters,

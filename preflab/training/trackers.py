@@ -5,10 +5,12 @@ import netrc
 import os
 from pathlib import Path
 
+from preflab.settings.schema import WandbSettings
+
 logger = logging.getLogger(__name__)
 
 
-def start_wandb(settings, run_dir: Path, resolved: dict):
+def start_wandb(settings: WandbSettings, run_dir: Path, resolved: dict):
     """A wandb run, or None where it is off or does not start.
 
     settings: enabled, entity and project. resolved: the config to show there. Without a configured
