@@ -26,6 +26,7 @@ from preflab.checks import check_config
 from preflab.modeling.loading import check_model, load_tokenizer
 from preflab.settings.compose import compose
 from preflab.settings.overrides import fail, model_overrides
+from preflab.settings.run_folder import register_resolvers
 from preflab.training.registry import find_trainer
 from scripts.data_checks import CHECKS, COUNTED, SplitStatistics, findings_of
 from utils import ConfigError, PrefLabError, atomic_write
@@ -99,6 +100,7 @@ def inspect(arguments, overrides: list[str]) -> tuple[dict, list, object]:
         for key in ("max_length", "max_prompt_length")
         if (value := getattr(arguments, key)) is not None
     ]
+    register_resolvers()  # the models of config/model/ name their folders by them
     # loss=sft accepts all data, with pairs and without.
     config = compose(["loss=sft", *model_overrides(arguments.model), *lengths, *overrides])
     config.datasets = [arguments.data]

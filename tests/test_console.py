@@ -38,11 +38,17 @@ def test_other_ranks_show_warnings_only(capsys):
     assert output.out == "" and output.err == "wandb stopped\n"
 
 
-def test_a_second_call_adds_no_handler_and_the_root_logger_prints_nothing(capsys, caplog):
+def test_a_second_call_adds_no_handler_and_the_root_logger_receives_nothing(capsys, monkeypatch):
+    received = []
+    of_root = logging.Handler()
+    monkeypatch.setattr(of_root, "emit", received.append)
+    monkeypatch.setattr(logging.getLogger(), "handlers", [of_root])
+    logging.getLogger("another").warning("for the root logger")
     for rank in (1, 0, 0):
         configure_logging(rank)
     logger.info("once")
-    assert capsys.readouterr().out == "once\n" and not caplog.records
+    assert capsys.readouterr().out == "once\n"
+    assert [record.getMessage() for record in received] == ["for the root logger"]
     handlers = logging.getLogger("preflab").handlers
     assert sum(isinstance(handler, ConsoleHandler) for handler in handlers) == 1
 

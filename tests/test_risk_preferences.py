@@ -393,7 +393,7 @@ def test_the_exit_code_is_that_of_train(tmp_path):
     )
     assert (
         result.returncode == 2
-        and "none.json: no such file" in result.stderr
+        and "none.json]: no such file" in result.stderr
         and "Traceback" not in result.stderr
     )
     assert result.stdout.startswith("python train.py model=phi2")
