@@ -18,6 +18,7 @@ from preflab.batching.packed_attention import enable as enable_segments
 from preflab.modeling.fsdp import reshard
 from preflab.modeling.logprobs import Scorer
 from preflab.modeling.parallelism import Place
+from preflab.modeling.pretrained import load_complete
 from preflab.modeling.weights_io import load_archive, readable
 from utils import ConfigError
 
@@ -174,7 +175,8 @@ def load_model(config, dtype: str, *, scalar_head: bool = False, mapped: bool = 
     if there are several.
 
     mapped: on the CPU and in the dtype of its files instead, so that weights are read from the
-    files when they are used. Raises ConfigError when the model cannot be read.
+    files when they are used. Raises ConfigError when the model cannot be read, and when its files
+    lack weights other than a scalar head.
     """
     path, cls = config.name_or_path, _model_class(scalar_head)
     options = {"dtype": dtype_of(dtype), "trust_remote_code": config.trust_remote_code}
@@ -192,9 +194,11 @@ def load_model(config, dtype: str, *, scalar_head: bool = False, mapped: bool = 
             model = cls.from_config(architecture, **options)
             return model.to("cuda") if gpus else model
         if gpus > 1:
-            return cls.from_pretrained(path, device_map="balanced", **options)
-        model = cls.from_pretrained(path, **options | ({"dtype": "auto"} if mapped else {}))
-    return model.to("cuda") if gpus else model
+            options["device_map"] = "balanced"
+        if mapped:
+            options["dtype"] = "auto"
+        model = load_complete(cls, path, "model.name_or_path", new_head=scalar_head, **options)
+    return model.to("cuda") if gpus == 1 else model
 
 
 def disable_dropout(model: nn.Module) -> None:
