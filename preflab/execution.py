@@ -25,6 +25,7 @@ from preflab.distributed.signals import Stopped, StopSignals
 from preflab.evaluation.evaluator import Evaluator, evaluate_checkpoints
 from preflab.evaluation.worklist import covered, draws_samples, pending
 from preflab.modeling.loading import check_model, load_tokenizer
+from preflab.modeling.model_checks import check_ids
 from preflab.modeling.parallelism import data_ranks, local_workers
 from preflab.objective.registry import BoundLoss
 from preflab.online.rounds import OnlineTrainer
@@ -195,8 +196,8 @@ def load_inputs(settings: Settings, sources: dict[str, list[Source]], loss: Boun
     for a model, or data, that the run cannot use.
     """
     trainer = find_trainer(settings.trainer)
-    check_model(settings, trainer, scalar_head="scalar_head" in loss.reads)
-    tokenizer = load_tokenizer(settings.model)
+    rows = check_model(settings, trainer, scalar_head="scalar_head" in loss.reads)
+    tokenizer = load_tokenizer(settings.model, rows)
     stores = {
         split: [
             prepare(
@@ -212,6 +213,8 @@ def load_inputs(settings: Settings, sources: dict[str, list[Source]], loss: Boun
     }
     for store in (store for of_split in stores.values() for store in of_split):
         logger.info(counts_line(store.counts))
+        if rows is not None:
+            check_ids(store, tokenizer, rows, settings.model.name_or_path)
     only_prompts = settings.function == "online" or any(
         source.only_prompts for of_split in sources.values() for source in of_split
     )

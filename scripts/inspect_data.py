@@ -105,8 +105,8 @@ def inspect(arguments, overrides: list[str]) -> tuple[dict, list, object]:
     config = compose(["loss=sft", *model_overrides(arguments.model), *lengths, *overrides])
     config.datasets = [arguments.data]
     sources = {split: several[0] for split, several in check_config(config)[1].items()}
-    check_model(config, find_trainer(config.trainer))
-    tokenizer = load_tokenizer(config.model)
+    rows = check_model(config, find_trainer(config.trainer))
+    tokenizer = load_tokenizer(config.model, rows)
     lengths = (config.max_length, config.max_prompt_length)
     splits: dict[str, SplitStatistics] = {}
     for split, source in sources.items():

@@ -17,16 +17,24 @@ from preflab.batching.packed_attention import SHARING
 from preflab.batching.packed_attention import enable as enable_segments
 from preflab.modeling.fsdp import reshard
 from preflab.modeling.logprobs import Scorer
+from preflab.modeling.model_checks import (
+    check_class,
+    check_length,
+    fit_special_tokens,
+    vocabulary_rows,
+)
 from preflab.modeling.parallelism import Place
+from preflab.modeling.pretrained import load_complete
 from preflab.modeling.weights_io import load_archive, readable
 from utils import ConfigError
 
 
-def check_model(config, trainer: type, *, scalar_head: bool = False) -> None:
-    """Check what the model supports before its weights are read.
+def check_model(config, trainer: type, *, scalar_head: bool = False) -> int | None:
+    """Check what the model supports before its weights are read. Returns the rows of its embedding,
+    where its config states them.
 
-    trainer: the class that declares where models live. Raises ConfigError for a max_length beyond
-    the model's positions, and for a model that the trainer cannot place.
+    trainer: the class that declares where models live. Raises ConfigError for an encoder-decoder,
+    for a max_length beyond the model's positions, and for a model that the trainer cannot place.
     """
     # The bars of transformers would break ours, for example while it saves a shard.
     logging.disable_progress_bar()
@@ -34,20 +42,19 @@ def check_model(config, trainer: type, *, scalar_head: bool = False) -> None:
         model = AutoConfig.from_pretrained(
             config.model.name_or_path, trust_remote_code=config.model.trust_remote_code
         )
-    limit = getattr(model.get_text_config(), "max_position_embeddings", None)
-    if limit is not None and config.max_length > limit:
-        raise ConfigError(
-            f"max_length={config.max_length} exceeds the {limit} positions of"
-            f" {config.model.name_or_path}; lower it"
-        )
+    check_class(model, config.model.name_or_path)
+    check_length(model, config.model.name_or_path, config.max_length)
     trainer.check(config, scalar_head=scalar_head)
+    return vocabulary_rows(model)
 
 
-def load_tokenizer(config):
+def load_tokenizer(config, rows: int | None = None):
     """The tokenizer of `model.tokenizer_name_or_path`, by default that of the model.
 
-    A tokenizer without a pad token pads with EOS, which is harmless because masks come from
-    lengths. Raises ConfigError when there is no tokenizer, or it has no EOS token.
+    rows: of the model's embedding; None leaves ids unchecked. A tokenizer without a pad token, or
+    with one beyond the rows, pads with EOS, which is harmless because masks come from lengths.
+    Raises ConfigError when there is no tokenizer, when it has no EOS token, and for BOS or EOS
+    beyond the rows.
     """
     path = config.tokenizer_name_or_path or config.name_or_path
     with readable("model.tokenizer_name_or_path", path):
@@ -58,6 +65,8 @@ def load_tokenizer(config):
         )
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token
+    if rows is not None:
+        fit_special_tokens(tokenizer, rows, config.name_or_path)
     return tokenizer
 
 
@@ -174,7 +183,8 @@ def load_model(config, dtype: str, *, scalar_head: bool = False, mapped: bool = 
     if there are several.
 
     mapped: on the CPU and in the dtype of its files instead, so that weights are read from the
-    files when they are used. Raises ConfigError when the model cannot be read.
+    files when they are used. Raises ConfigError when the model cannot be read, and when its files
+    lack weights other than a scalar head.
     """
     path, cls = config.name_or_path, _model_class(scalar_head)
     options = {"dtype": dtype_of(dtype), "trust_remote_code": config.trust_remote_code}
@@ -192,9 +202,11 @@ def load_model(config, dtype: str, *, scalar_head: bool = False, mapped: bool = 
             model = cls.from_config(architecture, **options)
             return model.to("cuda") if gpus else model
         if gpus > 1:
-            return cls.from_pretrained(path, device_map="balanced", **options)
-        model = cls.from_pretrained(path, **options | ({"dtype": "auto"} if mapped else {}))
-    return model.to("cuda") if gpus else model
+            options["device_map"] = "balanced"
+        if mapped:
+            options["dtype"] = "auto"
+        model = load_complete(cls, path, "model.name_or_path", new_head=scalar_head, **options)
+    return model.to("cuda") if gpus == 1 else model
 
 
 def disable_dropout(model: nn.Module) -> None:

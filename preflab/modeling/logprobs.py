@@ -125,14 +125,15 @@ class Scorer:
 
     @torch.no_grad()
     def check(self) -> None:
-        """Compare head(body(x)) with the model's own logits. Raises ConfigError where they differ,
-        since the log-probs would be silently wrong."""
+        """Compare head(body(x)) with the model's own logits, and these before and after a change of
+        the last token. Raises ConfigError where head(body(x)) differs and where the model is not
+        causal, since the log-probs would be silently wrong."""
         vocabulary = self.causal_lm.config.get_text_config().vocab_size
         ids = torch.arange(1, 9, device=self.device).remainder(vocabulary)[None]
         batch = Batch(ids, *[None] * 8, attention_mask=torch.ones_like(ids))
         ours = self.run(lambda: self.logits(self.hidden(batch, torch.arange(8))))
-        with self.active():
-            theirs = self.causal_lm(input_ids=ids, use_cache=False).logits[0].to(ours)
+        theirs = self._own_logits(ids).to(ours)
+        self._check_causal(ids, theirs)
         error = (ours.log_softmax(-1) - theirs.log_softmax(-1)).abs().max().item()
         bound = 1e-3 if self.is_full_precision() else 0.1
         if not error < bound:
@@ -140,6 +141,25 @@ class Scorer:
                 f"{type(self.causal_lm).__name__} computes its logits with a step that is not known"
                 f" here: its log-probs differ by {error:.3g} from those of its last hidden states"
                 " and its head; add the step to Scorer.logits in preflab/modeling/logprobs.py"
+            )
+
+    def _own_logits(self, ids: Tensor) -> Tensor:
+        """The model's own logits (width, V) of one row of tokens (1, width)."""
+        with self.active():
+            return self.causal_lm(input_ids=ids, use_cache=False).logits[0]
+
+    def _check_causal(self, ids: Tensor, logits: Tensor) -> None:
+        """Raise ConfigError where another last token changes the log-probs before it."""
+        other = ids.clone()
+        other[0, -1] += 1 if ids[0, -1] == 0 else -1
+        moved = self._own_logits(other).to(logits)[:-1].log_softmax(-1)
+        moved = (moved - logits[:-1].log_softmax(-1)).abs().max().item()
+        # Equal in most models; a mixture of experts may sum in another order.
+        if moved > (1e-4 if self.is_full_precision() else 0.1):
+            raise ConfigError(
+                f"{type(self.causal_lm).__name__} is not causal: a later token changes the"
+                f" log-probs of earlier ones by {moved:.3g}; use a causal language model, or"
+                " correct its config.json (is_causal, is_decoder)"
             )
 
     def is_full_precision(self) -> bool:

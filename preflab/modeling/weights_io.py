@@ -2,6 +2,7 @@
 
 import contextlib
 import os
+import re
 import zipfile
 from pathlib import Path
 
@@ -20,6 +21,12 @@ OLD_BUFFERS = (
     ".attention.bias",
     ".attention.masked_bias",
     "rotary_emb.inv_freq",
+)
+
+# What torch.compile, data parallelism, FSDP and Lightning put before the names of weights.
+WRAPPERS = (
+    re.compile(r"^(?:(?:_orig_mod|module|_fsdp_wrapped_module)\.)+"),
+    re.compile(r"^model\."),
 )
 
 
@@ -115,17 +122,11 @@ def load_archive(model: nn.Module, path: str | Path, *, mapped: bool = False) ->
     Raises ConfigError with the first tensors that are missing, unknown or of another shape. A model
     with a scalar head keeps its own head where the archive is that of a language model.
     """
-    state = {key.removeprefix("module."): value for key, value in read_archive(path).items()}
-    # Through transformers, which knows the names that earlier versions gave to the same tensors.
-    with _only_errors_logged():
-        loaded, info = type(model).from_pretrained(
-            None,
-            config=model.config,
-            state_dict=state,
-            dtype="auto" if mapped else model.dtype,
-            output_loading_info=True,
-            ignore_mismatched_sizes=True,
-        )
+    state = {WRAPPERS[0].sub("", key): value for key, value in read_archive(path).items()}
+    loaded, info = _fitted(model, state, mapped)
+    if info["missing_keys"] and (wrapper := shared_wrapper(info["unexpected_keys"])):
+        state = {wrapper.sub("", key): value for key, value in state.items()}
+        loaded, info = _fitted(model, state, mapped)
     if differences := _differences(info, has_scalar_head=hasattr(model, "score")):
         raise ConfigError(
             f"archive {path} does not fit {type(model).__name__} ({differences}); set model= to the"
@@ -133,6 +134,30 @@ def load_archive(model: nn.Module, path: str | Path, *, mapped: bool = False) ->
         )
     model.load_state_dict(loaded.state_dict(), assign=mapped)
     model.tie_weights()  # assigning unties
+
+
+def _fitted(model: nn.Module, state: dict[str, torch.Tensor], mapped: bool) -> tuple:
+    """A model like `model` with the weights of `state`, and what transformers reports about them.
+
+    transformers knows the names that earlier versions gave to the same tensors.
+    """
+    with only_errors_logged():
+        return type(model).from_pretrained(
+            None,
+            config=model.config,
+            state_dict=state,
+            dtype="auto" if mapped else model.dtype,
+            output_loading_info=True,
+            ignore_mismatched_sizes=True,
+        )
+
+
+def shared_wrapper(names) -> re.Pattern | None:
+    """The pattern of the prefix that all names share with a wrapper, if there is one."""
+    for wrapper in WRAPPERS:
+        if names and all(wrapper.match(name) for name in names):
+            return wrapper
+    return None
 
 
 def _differences(info: dict, *, has_scalar_head: bool) -> str:
@@ -163,8 +188,9 @@ def _differences(info: dict, *, has_scalar_head: bool) -> str:
 
 
 @contextlib.contextmanager
-def _only_errors_logged():
-    """transformers logs a table of the tensors that do not fit; our own error has them."""
+def only_errors_logged():
+    """Inside, transformers logs no table of the tensors that do not fit; our own errors have
+    them."""
     level = logging.get_verbosity()
     logging.set_verbosity_error()
     try:

@@ -24,11 +24,15 @@ def classifier(
     import torch  # here, so that checking a config stays light
     from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
+    from preflab.modeling.pretrained import load_complete
+
     if output not in ("probability", "log_odds"):
         raise ConfigError(f"reward.output={output!r}; accepted: probability, log_odds")
     try:
         tokenizer = AutoTokenizer.from_pretrained(path)
-        model = AutoModelForSequenceClassification.from_pretrained(path).eval()
+        model = load_complete(AutoModelForSequenceClassification, path, "reward.path").eval()
+    except ConfigError:
+        raise
     except (OSError, ValueError) as error:
         raise ConfigError(
             f"reward.path={path} is not a text-classification model: {str(error).splitlines()[0]}"
@@ -192,6 +196,8 @@ def _device() -> str:
 def _model_with_one_output(path: str, head: str | None, trust_remote_code: bool):
     import transformers
 
+    from preflab.modeling.pretrained import load_complete
+
     config, _ = transformers.PreTrainedConfig.get_config_dict(path)
     architecture = (config.get("architectures") or [""])[0]
     own_classes = {
@@ -203,16 +209,13 @@ def _model_with_one_output(path: str, head: str | None, trust_remote_code: bool)
         auto_class = own_classes[architecture]
         return _model_with_own_code(path, architecture, auto_class, trust_remote_code)
     renamed = {"num_labels": 1, "key_mapping": {rf"^{re.escape(head)}\.": "score."}} if head else {}
-    model, loading = transformers.AutoModelForSequenceClassification.from_pretrained(
-        path, output_loading_info=True, **renamed
+    model = load_complete(
+        transformers.AutoModelForSequenceClassification,
+        path,
+        "reward.path",
+        fix="if the output layer has another name, set reward.head to it",
+        **renamed,
     )
-    if loading["missing_keys"]:  # transformers would initialise them at random
-        missing = ", ".join(sorted(loading["missing_keys"])[:5])
-        unused = ", ".join(sorted(loading["unexpected_keys"])[:5]) or "none"
-        raise ConfigError(
-            f"reward.path={path} has no weights for {missing}; if the output layer has another"
-            f" name, set reward.head to it (weights that are not used: {unused})"
-        )
     if model.config.num_labels != 1:
         raise ConfigError(
             f"reward.path={path} has {model.config.num_labels} outputs, and a reward model has one;"
@@ -224,6 +227,8 @@ def _model_with_one_output(path: str, head: str | None, trust_remote_code: bool)
 def _model_with_own_code(path: str, architecture: str, auto_class: str, trust_remote_code: bool):
     import transformers
 
+    from preflab.modeling.pretrained import load_complete
+
     if not trust_remote_code:
         raise ConfigError(
             f"reward.path={path} is a {architecture}, which transformers does not have: it comes"
@@ -232,7 +237,10 @@ def _model_with_own_code(path: str, architecture: str, auto_class: str, trust_re
             " below that layer"
         )
     try:
-        return getattr(transformers, auto_class).from_pretrained(path, trust_remote_code=True)
+        cls = getattr(transformers, auto_class)
+        return load_complete(cls, path, "reward.path", trust_remote_code=True)
+    except ConfigError:
+        raise
     except Exception as error:  # foreign code may raise anything
         raise ConfigError(
             f"reward.path={path}: the code that comes with it fails under transformers"
@@ -289,10 +297,13 @@ def _mean_logps(path: str, key: str, batch_size: int) -> Score:
 
     from preflab.batching.packing import Layout, lay_out
     from preflab.modeling.logprobs import Scorer, score_responses
+    from preflab.modeling.pretrained import load_complete
 
     try:
         tokenizer = AutoTokenizer.from_pretrained(path)
-        model = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32).eval()
+        model = load_complete(AutoModelForCausalLM, path, key, dtype=torch.float32).eval()
+    except ConfigError:
+        raise
     except (OSError, ValueError) as error:
         raise ConfigError(
             f"{key}={path} is not a causal language model: {str(error).splitlines()[0]}"

@@ -1,0 +1,91 @@
+"""What a model's config says about runs that it cannot serve, before its weights are read."""
+
+import numpy as np
+
+from preflab.batching.token_store import TokenStore
+from utils import ConfigError, DataError
+
+
+def check_class(model, path: str) -> None:
+    """Raise ConfigError for an encoder-decoder. model: the config of transformers."""
+    if getattr(model, "is_encoder_decoder", False):
+        raise ConfigError(
+            f"model.name_or_path={path} is an encoder-decoder (model_type={model.model_type}), and"
+            " the losses here score one causal sequence; give a decoder-only model"
+        )
+
+
+def check_length(model, path: str, max_length: int) -> None:
+    """Raise ConfigError where max_length passes the model's positions, or the length up to which
+    rotary embeddings are the same for all rows.
+
+    Those of rope_type "longrope" (arXiv:2402.13753) change beyond the original length. Those of
+    "dynamic" change beyond the model's positions, which no row passes.
+    """
+    text = model.get_text_config()
+    limit = getattr(text, "max_position_embeddings", None)
+    if limit is not None and max_length > limit:
+        raise ConfigError(
+            f"max_length={max_length} exceeds the {limit} positions of {path}; lower it"
+        )
+    original = _original_length(text)
+    if original is not None and max_length > original:
+        raise ConfigError(
+            f"max_length={max_length} exceeds original_max_position_embeddings={original} of"
+            f" {path}: beyond it, the rotary embeddings of all rows of a batch follow the longest"
+            " row (rope_type=longrope), so log-probs would depend on what else is in the batch; set"
+            f" max_length to at most {original}"
+        )
+
+
+def _original_length(text) -> int | None:
+    """The original length of longrope, the smallest if types of layers differ; None without it."""
+    parameters = getattr(text, "rope_parameters", None) or {}
+    by_layer = [value for value in parameters.values() if isinstance(value, dict)]
+    lengths = [
+        one.get("original_max_position_embeddings")
+        or getattr(text, "original_max_position_embeddings", None)
+        or text.max_position_embeddings
+        for one in [parameters, *by_layer]
+        if one.get("rope_type") == "longrope"
+    ]
+    return min(lengths, default=None)
+
+
+def vocabulary_rows(model) -> int | None:
+    """Rows of the embedding, from the config of transformers."""
+    return getattr(model.get_text_config(), "vocab_size", None)
+
+
+def fit_special_tokens(tokenizer, rows: int, path: str) -> None:
+    """Raise ConfigError for BOS or EOS beyond the rows of the embedding, since every example has
+    them. A pad token beyond them is replaced by EOS: masks come from lengths.
+
+    path: the model, for the message.
+    """
+    for name in ("bos", "eos"):
+        token, token_id = (getattr(tokenizer, f"{name}_token{part}") for part in ("", "_id"))
+        if token_id is not None and token_id >= rows:
+            raise ConfigError(f"the {name.upper()} {_beyond(token, token_id, rows, path)}")
+    if tokenizer.pad_token_id >= rows:
+        tokenizer.pad_token = tokenizer.eos_token
+
+
+def check_ids(store: TokenStore, tokenizer, rows: int, path: str) -> None:
+    """Raise DataError, with file and line, for a token beyond the rows of the embedding."""
+    if not len(store.tokens) or store.tokens.max() < rows:
+        return
+    position = int(np.argmax(store.tokens >= rows))
+    # A prompt's responses follow it in `tokens`.
+    number = int(np.searchsorted(store.prompts[:, 0], position, side="right")) - 1
+    token_id = int(store.tokens[position])
+    token = tokenizer.convert_ids_to_tokens(token_id)
+    raise DataError(f"{store.sources[number]}: the {_beyond(token, token_id, rows, path)}")
+
+
+def _beyond(token: str, token_id: int, rows: int, path: str) -> str:
+    return (
+        f"token {token!r} has id {token_id}, and the model {path} has {rows} rows"
+        f" (ids 0 to {rows - 1}); set model.tokenizer_name_or_path to the tokenizer that the model"
+        " was trained with, or resize the model's embeddings and save it"
+    )
