@@ -186,6 +186,8 @@ def _open_datasets(settings: Settings, loss: BoundLoss) -> dict[str, list[Source
         "min_gap": settings.min_gap,
         "seed": settings.seed,
         "test_fraction": settings.test_fraction,
+        "train_split": settings.train_split,
+        "test_split": settings.test_split,
         "columns": {
             ours: theirs for ours, theirs in vars(settings.dataset_columns).items() if theirs
         },

@@ -8,6 +8,7 @@ from preflab.readers.fields import items, number, present, text, type_and_value
 from preflab.readers.files import FILE_TYPES, Rows, file_rows, list_folder, parse_json
 from preflab.readers.hub import TEST_NAMES, folder_rows, hub_rows, is_local_path
 from preflab.readers.records import (
+    Options,
     Reader,
     Record,
     Skip,
@@ -15,7 +16,7 @@ from preflab.readers.records import (
     scored_record,
     targets_record,
 )
-from utils import DataError
+from utils import ConfigError, DataError
 
 # The columns of each form of data, in the order in which forms are tried.
 FORMS = {
@@ -51,29 +52,36 @@ class UserPairs(Reader):
     """A path or hub id whose first row decides the form of all rows."""
 
     truncation = "keep_end"
+    chooses_splits = True
 
     def __init__(self, name: str):
         self.name = name
 
     def rows(self, split, options):
         self.columns = options.columns
-        rows = self._open(split, options.data_dir)
+        rows = self._open(split, options)
         self.all_text = rows.all_text
         if rows.n:
             self._find_form(self._fields(rows.read(0), rows.where(0)), rows.where(0))
         return rows
 
-    def _open(self, split: str, data_dir: str) -> Rows:
-        path = Path(self.name)
+    def _open(self, split: str, options: Options) -> Rows:
+        path, named = Path(self.name), (options.train_split, options.test_split)
         if path.is_dir():
-            return folder_rows(path, split)
+            return folder_rows(path, split, named)
         if path.exists():
+            if any(named):
+                raise ConfigError(
+                    f"datasets=[{self.name}] is one file, and train_split and test_split choose"
+                    " among the splits of a folder or a hub dataset; set them to null, or give the"
+                    " folder"
+                )
             rows = file_rows(path)
             rows.whole = True
             return rows
         if is_local_path(self.name) or path.suffix.lower() in FILE_TYPES:
             raise _no_such_path(path)
-        return hub_rows(self.name, split, data_dir, test_names=TEST_NAMES)
+        return hub_rows(self.name, split, options.data_dir, test_names=TEST_NAMES, named=named)
 
     def _fields(self, row: dict, where: str) -> dict:
         """The row under our names, where dataset_columns gives the user's; CSV cells as the numbers

@@ -58,6 +58,8 @@ class Options:
     min_gap: float = 0.0
     seed: int = 0
     test_fraction: float = 0.05
+    train_split: str | None = None
+    test_split: str | None = None
     columns: dict = field(default_factory=dict)
 
 
@@ -75,10 +77,13 @@ class Reader:
     data.
     merges: rows of one prompt make one record; else each makes its own, as for SFT data, where
     every row is a target.
+    chooses_splits: `rows` obeys `options.train_split` and `options.test_split`; without it they are
+    refused.
     only_prompts: the data are for sampling, and the response of a record is empty.
     """
 
     merges = True
+    chooses_splits = False
     only_prompts = False
     truncation = "keep_start"
     provides = frozenset()
@@ -132,6 +137,8 @@ class Source:
             options.test_fraction,
             sorted(options.columns.items()),
         ]
+        if options.train_split or options.test_split:
+            shaping.append([options.train_split, options.test_split])
         return content_hash(json.dumps(shaping), self.rows.fingerprint)
 
     def records(self) -> Iterator[Record]:

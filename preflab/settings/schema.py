@@ -212,6 +212,8 @@ class DataSettings:
     pairing: str | None = setting(Choice(("first_two", "all", "best_worst", "random")), null=True)
     min_gap: float = setting(NOT_NEGATIVE)
     test_fraction: float = setting(Number(above=0, below=1))
+    train_split: str | None = setting(TEXT, null=True)
+    test_split: str | None = setting(TEXT, null=True)
     max_length: int = setting(Integer(2))
     max_prompt_length: int = setting(Integer(2))
 

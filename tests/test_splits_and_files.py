@@ -1,0 +1,105 @@
+"""Splits that the user names, scores beside pairs, and further forms of files."""
+
+import pytest
+from conftest import write_jsonl
+from dataset_files import PAIRS, as_file, both, hub_cache, read  # noqa: F401  a fixture
+
+from preflab.readers.registry import open_dataset
+from utils import ConfigError, DataError
+
+# ------------------------------------------------------------------------- splits by their names
+
+SPLITS = {
+    "train_prefs": PAIRS[:8],
+    "test_prefs": PAIRS[8:11],
+    "train_sft": PAIRS[11:20],
+    "test_sft": PAIRS[20:22],
+}
+NAMED = {"train_split": "train_prefs", "test_split": "test_prefs"}
+
+
+def saved(folder):
+    import datasets
+
+    splits = {name: datasets.Dataset.from_list(rows) for name, rows in SPLITS.items()}
+    datasets.DatasetDict(splits).save_to_disk(folder)
+
+
+def as_files(folder):
+    for name, rows in SPLITS.items():
+        folder.mkdir(exist_ok=True)
+        as_file(folder / f"{name}.jsonl", rows)
+
+
+def as_shards(folder):
+    (folder / "data").mkdir(parents=True)
+    for name, rows in SPLITS.items():
+        as_file(folder / "data" / f"{name}-00000-of-00001.parquet", rows)
+
+
+def listed(folder):
+    as_shards(folder)
+    files = "".join(f"  - split: {name}\n    path: data/{name}-*\n" for name in SPLITS)
+    head = f"---\nconfigs:\n- config_name: default\n  data_files:\n{files}---\n"
+    (folder / "README.md").write_text(head)
+
+
+def prompts(rows):
+    return {row["prompt"] for row in rows}
+
+
+def read_prompts(name, data_dir, split, **options):
+    return {record.prompt for record in read(name, data_dir, split, **options)[0]}
+
+
+@pytest.mark.parametrize("write", [saved, as_files, as_shards, listed])
+@pytest.mark.parametrize("from_hub", [False, True])
+def test_names_choose_the_splits(tmp_path, write, from_hub):
+    folder = tmp_path / "me" / "mine"
+    folder.parent.mkdir()
+    write(folder)
+    name = "me/mine" if from_hub else folder  # a copy of a hub set in data_dir, or a path
+    assert read_prompts(name, tmp_path, "train", **NAMED) == prompts(SPLITS["train_prefs"])
+    assert read_prompts(name, tmp_path, "test", **NAMED) == prompts(SPLITS["test_prefs"])
+    sft = {"train_split": "train_sft", "test_split": "test_sft"}
+    assert read_prompts(name, tmp_path, "train", **sft) == prompts(SPLITS["train_sft"])
+    with pytest.raises(DataError, match=r"mine has no train_pref split; it has: .*") as refused:
+        read(name, tmp_path, train_split="train_pref", test_split="test_prefs")
+    there = str(refused.value).split("it has: ")[1].split(";")[0]
+    assert sorted(there.split(", ")) == sorted(SPLITS)
+    with pytest.raises(DataError, match=r"no test or validation split.*test_split chooses one"):
+        read(name, tmp_path, "test", train_split="train_prefs")
+    with pytest.raises(DataError, match=r"no train split.*train_split chooses one"):
+        read(name, tmp_path, test_split="test_prefs")
+    one = {"train_split": "train_prefs", "test_split": "train_prefs", "test_fraction": 0.3}
+    train, test = (read_prompts(name, tmp_path, split, **one) for split in ("train", "test"))
+    assert test and not train & test and train | test == prompts(SPLITS["train_prefs"])
+
+
+def test_the_names_are_part_of_the_key_of_the_cache(tmp_path):
+    saved(tmp_path / "x")
+
+    def key(**names):
+        return open_dataset(str(tmp_path / "x"), "test", **names).fingerprint()
+
+    assert key(**NAMED) == key(**NAMED)
+    assert key(**NAMED) != key(train_split="train_prefs", test_split="test_sft")
+    assert key(**NAMED) != key(train_split="test_prefs", test_split="test_prefs")
+
+
+def test_names_of_splits_are_refused_where_there_is_no_choice(tmp_path):
+    path = as_file(tmp_path / "pairs.jsonl", PAIRS)
+    with pytest.raises(ConfigError, match=r"pairs\.jsonl\] is one file, and train_split and"):
+        read(path, tmp_path, train_split="train_prefs")
+    write_jsonl(tmp_path / "imdb-sft-train.jsonl", [{"prompt": "p", "text": "t", "reward": 1}])
+    with pytest.raises(ConfigError, match=r"\[imdb\] has its published splits.*set them to null"):
+        open_dataset("imdb", "train", data_dir=str(tmp_path), test_split="test_prefs")
+
+
+def test_a_folder_with_train_and_a_named_test_file(tmp_path):
+    as_file(tmp_path / "train.jsonl", PAIRS[:3])
+    as_file(tmp_path / "test.jsonl", PAIRS[3:5])
+    as_file(tmp_path / "dev.csv", PAIRS[5:9])
+    assert read_prompts(tmp_path, tmp_path, "test", test_split="dev") == prompts(PAIRS[5:9])
+    assert read_prompts(tmp_path, tmp_path, "train", test_split="dev") == prompts(PAIRS[:3])
+    assert read_prompts(tmp_path, tmp_path, "test") == prompts(PAIRS[3:5])
