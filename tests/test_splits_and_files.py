@@ -2,9 +2,11 @@
 
 import pytest
 from conftest import write_jsonl
-from dataset_files import PAIRS, as_file, both, hub_cache, read  # noqa: F401  a fixture
+from dataset_files import PAIRS, as_file, hub_cache, named_pairs, read  # noqa: F401  a fixture
 
+from preflab.checks import check_config
 from preflab.readers.registry import open_dataset
+from preflab.settings.compose import compose
 from utils import ConfigError, DataError
 
 # ------------------------------------------------------------------------- splits by their names
@@ -103,3 +105,89 @@ def test_a_folder_with_train_and_a_named_test_file(tmp_path):
     assert read_prompts(tmp_path, tmp_path, "test", test_split="dev") == prompts(PAIRS[5:9])
     assert read_prompts(tmp_path, tmp_path, "train", test_split="dev") == prompts(PAIRS[:3])
     assert read_prompts(tmp_path, tmp_path, "test") == prompts(PAIRS[3:5])
+
+
+# -------------------------------------------------------------------------- scores beside pairs
+
+
+def rated(i, high, low):
+    return PAIRS[i] | {"score_chosen": high, "score_rejected": low}
+
+
+RATED = [rated(0, 8.5, 3), rated(1, 7, 7), rated(2, 2.0, 4.0), rated(3, 6, 5.5)]
+
+
+@pytest.mark.parametrize("suffix", [".json", ".jsonl", ".csv", ".parquet"])
+def test_scores_beside_pairs(tmp_path, suffix):
+    rows = [{k: float(v) if "score" in k else v for k, v in row.items()} for row in RATED]
+    path = as_file(tmp_path / f"rated{suffix}", rows)
+    records, source = read(path, tmp_path)
+    assert source.provides == {"pairs", "scores"}
+    records = {record.prompt: record for record in records + read(path, tmp_path, "test")[0]}
+    assert {prompt: record.scores for prompt, record in records.items()} == {
+        "p0": [8.5, 3.0],
+        "p1": [7.0, 7.0],
+        "p2": [2.0, 4.0],
+        "p3": [6.0, 5.5],
+    }
+    for i in range(4):  # the pairs are those of the data, whatever the scores
+        assert named_pairs(records[f"p{i}"]) == [(f" good {i}", f" bad {i}")]
+
+
+def test_min_gap_drops_pairs_whose_scores_are_equal_or_contradict_them(tmp_path):
+    as_file(tmp_path / "train.jsonl", RATED)
+    as_file(tmp_path / "test.jsonl", RATED[:1])
+    records, source = read(tmp_path, tmp_path, min_gap=0.001)
+    assert [record.prompt for record in records] == ["p0", "p3"]
+    assert source.counts["skipped"]["pairs with a score gap below min_gap"] == 2
+    assert [record.prompt for record in read(tmp_path, tmp_path, min_gap=1.0)[0]] == ["p0"]
+
+
+def test_scores_under_other_names_and_of_several_pairs_of_a_prompt(tmp_path):
+    rows = [
+        {"prompt": "p", "chosen": "a", "rejected": "b", "chosen-rating": 5, "rejected-rating": 2},
+        {"prompt": "p", "chosen": "a", "rejected": "c", "chosen-rating": 5, "rejected-rating": 1},
+    ]
+    as_file(tmp_path / "train.jsonl", rows)
+    as_file(tmp_path / "test.jsonl", rows)
+    names = {"score_chosen": "chosen-rating", "score_rejected": "rejected-rating"}
+    [record], _ = read(tmp_path, tmp_path, columns=names)
+    assert record.responses == ["a", "b", "c"] and record.scores == [5, 2, 1]
+    assert record.pairs == [(0, 1), (0, 2)]
+    [plain], source = read(tmp_path, tmp_path)
+    assert plain.scores is None and source.provides == {"pairs"}
+
+
+@pytest.mark.parametrize(
+    ("rows", "message"),
+    [
+        ([RATED[0], PAIRS[1]], r"train\.jsonl:2: no 'score_chosen'"),
+        ([PAIRS[0], RATED[1]], r"train\.jsonl:2: score_chosen and score_rejected, which the first"),
+        (
+            [RATED[0], rated(1, "7", 3)],
+            r"train\.jsonl:2: 'score_chosen' is str '7', expected a num",
+        ),
+        ([RATED[0], rated(1, 7, float("inf"))], r"train\.jsonl:2"),
+    ],
+)
+def test_scores_of_some_rows_are_refused(tmp_path, rows, message):
+    as_file(tmp_path / "train.jsonl", rows)
+    as_file(tmp_path / "test.jsonl", RATED)
+    with pytest.raises(DataError, match=message):
+        read(tmp_path, tmp_path)
+
+
+def test_a_loss_without_scores_names_the_columns_that_would_do(tmp_path):
+    def check(rows):
+        as_file(tmp_path / "pairs.jsonl", rows)
+        check_config(compose(["loss=odpo", f"datasets=[{tmp_path / 'pairs.jsonl'}]"]))
+
+    with pytest.raises(ConfigError, match=r"needs scores.* has none; with scores: ") as refused:
+        check(PAIRS)
+    for columns in (
+        "prompt, chosen, rejected, score_chosen, score_rejected; prompt, text, reward;",
+        "prompt, responses, scores",
+        "dataset_columns",
+    ):
+        assert columns in str(refused.value)
+    check(RATED)

@@ -20,7 +20,7 @@ from preflab.readers.fields import text
 from preflab.readers.files import Rows
 from utils import DataError, content_hash
 
-READER_VERSION = "2"  # raise it when a reader would turn the same rows into other records
+READER_VERSION = "3"  # raise it when a reader would turn the same rows into other records
 PAIRINGS = ("first_two", "all", "best_worst", "random")
 # Which prompts are held out, and which random pair of a test prompt is evaluated, does not follow
 # the run's seed: runs with different seeds are compared on one test set.
@@ -293,9 +293,15 @@ class Responses:
             self.scores.append(score)
         return self._index[response, score]
 
-    def prefer(self, chosen: str, rejected: str) -> None:
-        """Add a pair of texts."""
-        self.pairs.append((self.add(chosen), self.add(rejected)))
+    def prefer(
+        self,
+        chosen: str,
+        rejected: str,
+        score_chosen: float | None = None,
+        score_rejected: float | None = None,
+    ) -> None:
+        """Add a pair of texts, with their scores where there are any."""
+        self.pairs.append((self.add(chosen, score_chosen), self.add(rejected, score_rejected)))
 
 
 def scored_record(
@@ -313,14 +319,26 @@ def scored_record(
 
 
 def pairs_record(
-    prompt, pairs: list[tuple[str, str]], source: str, columns: dict | None = None
+    prompt,
+    pairs: list[tuple[str, str]],
+    source: str,
+    columns: dict | None = None,
+    scores: list[tuple[float, float]] | None = None,
 ) -> Record:
-    """A record of (chosen, rejected) texts; the first chosen one is the SFT target."""
+    """A record of (chosen, rejected) texts; the first chosen one is the SFT target.
+
+    scores: those of (chosen, rejected) for each pair; they do not change the pairs.
+    """
     responses = Responses()
-    for chosen, rejected in pairs:
-        responses.prefer(chosen, rejected)
+    for (chosen, rejected), (high, low) in zip(
+        pairs, scores or [(None, None)] * len(pairs), strict=True
+    ):
+        responses.prefer(chosen, rejected, high, low)
     target = responses.pairs[0][0]
-    return Record(prompt, responses.texts, responses.pairs, target, None, columns or {}, source)
+    of_responses = responses.scores if scores else None
+    return Record(
+        prompt, responses.texts, responses.pairs, target, of_responses, columns or {}, source
+    )
 
 
 def targets_record(prompt, response: str, source: str) -> Record:

@@ -97,6 +97,8 @@ class ColumnSettings:
     prompt: str | None = setting(TEXT, null=True)
     chosen: str | None = setting(TEXT, null=True)
     rejected: str | None = setting(TEXT, null=True)
+    score_chosen: str | None = setting(TEXT, null=True)
+    score_rejected: str | None = setting(TEXT, null=True)
     text: str | None = setting(TEXT, null=True)
     reward: str | None = setting(TEXT, null=True)
     responses: str | None = setting(TEXT, null=True)
