@@ -1,10 +1,17 @@
 """Splits that the user names, scores beside pairs, and further forms of files."""
 
+import gzip
+import json
+import tracemalloc
+from dataclasses import replace
+
+import pyarrow
 import pytest
 from conftest import write_jsonl
 from dataset_files import PAIRS, as_file, hub_cache, named_pairs, read  # noqa: F401  a fixture
 
 from preflab.checks import check_config
+from preflab.readers.files import file_rows
 from preflab.readers.registry import open_dataset
 from preflab.settings.compose import compose
 from utils import ConfigError, DataError
@@ -191,3 +198,104 @@ def test_a_loss_without_scores_names_the_columns_that_would_do(tmp_path):
     ):
         assert columns in str(refused.value)
     check(RATED)
+
+
+# ------------------------------------------------------------------------------- forms of files
+
+
+def as_lines(rows):
+    return "".join(json.dumps(row) + "\n" for row in rows).encode()
+
+
+def zstd(content):
+    return pyarrow.compress(content, codec="zstd", asbytes=True)
+
+
+@pytest.mark.parametrize(
+    ("name", "pack"),
+    [
+        ("x.json", bytes),
+        ("x.jsonl.gz", gzip.compress),
+        ("x.JSONL.GZ", gzip.compress),
+        ("x.jsonl.zst", zstd),
+        # several frames, as appending or packing in parallel writes them
+        ("x.jsonl.gz", lambda content: gzip.compress(content[:70]) + gzip.compress(content[70:])),
+        ("x.jsonl.zst", lambda content: zstd(content[:70]) + zstd(content[70:])),
+    ],
+)
+def test_json_lines_under_another_name_or_packed(tmp_path, name, pack):
+    plain = as_file(tmp_path / "plain.jsonl", PAIRS)
+    other = tmp_path / name
+    other.write_bytes(pack(as_lines(PAIRS)))
+    for split in ("train", "test"):
+        expected = read(plain, tmp_path, split, test_fraction=0.3)[0]
+        records = read(other, tmp_path, split, test_fraction=0.3)[0]
+        assert len(expected) > 2
+        assert [replace(record, source="") for record in records] == [
+            replace(record, source="") for record in expected
+        ]
+    other.write_bytes(pack(as_lines(PAIRS[:3]) + b"\n[]\n"))
+    with pytest.raises(DataError, match=rf"{name}:5: list"):
+        read(other, tmp_path)
+
+
+def test_a_folder_with_packed_files(tmp_path):
+    (tmp_path / "train.jsonl.gz").write_bytes(gzip.compress(as_lines(PAIRS[:3])))
+    (tmp_path / "test.jsonl.zst").write_bytes(zstd(as_lines(PAIRS[3:5])))
+    assert read_prompts(tmp_path, tmp_path, "train") == prompts(PAIRS[:3])
+    assert read_prompts(tmp_path, tmp_path, "test") == prompts(PAIRS[3:5])
+
+
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [
+        ("x.jsonl.gz", as_lines(PAIRS)),
+        ("x.jsonl.zst", as_lines(PAIRS)),
+        ("x.jsonl.gz", gzip.compress(as_lines(PAIRS))[:-20]),
+        ("x.jsonl.zst", zstd(as_lines(PAIRS))[:-20]),
+    ],
+)
+def test_packed_files_that_are_damaged(tmp_path, name, content):
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(DataError, match=rf"{name}: cannot be unpacked"):
+        read(tmp_path / name, tmp_path)
+
+
+@pytest.mark.parametrize("name", ["x.json.gz", "x.csv.zst", "x.gz"])
+def test_other_packed_files_are_refused(tmp_path, name):
+    (tmp_path / name).write_bytes(gzip.compress(as_lines(PAIRS)))
+    with pytest.raises(DataError, match=r"unknown type of file; accepted: .*\.jsonl\.gz"):
+        read(tmp_path / name, tmp_path)
+
+
+def test_a_key_that_is_given_twice_is_refused_with_its_place(tmp_path):
+    good = json.dumps(PAIRS[0])
+    twice = '{"prompt": "p", "chosen": "a", "rejected": "b", "chosen": "c"}'
+    message = "an object has the key 'chosen' 2 times"
+    for name in ("x.jsonl", "x.json"):
+        (tmp_path / name).write_text(f"{good}\n\n{twice}\n")
+        with pytest.raises(DataError, match=rf"{name}:3: {message}"):
+            read(tmp_path / name, tmp_path)
+    (tmp_path / "list.json").write_text(f"[{good},\n{twice}]")
+    with pytest.raises(DataError, match=rf"list\.json: row 2: {message}"):
+        read(tmp_path / "list.json", tmp_path)
+    inside = '{"prompt": [{"role": "user", "role": "system", "content": "c"}], "chosen": "a"}'
+    (tmp_path / "inside.jsonl").write_text(f"{inside}\n")
+    with pytest.raises(DataError, match=r"inside\.jsonl:1: an object has the key 'role' 2 times"):
+        read(tmp_path / "inside.jsonl", tmp_path)
+
+
+@pytest.mark.parametrize("name", ["x.jsonl", "x.json", "x.jsonl.gz"])
+def test_a_line_that_is_too_long_is_refused_without_reading_it(tmp_path, name, monkeypatch):
+    monkeypatch.setattr("preflab.readers.files.LONGEST_LINE", 1000)
+    row = PAIRS[1] | {"chosen": "x" * 300_000}
+    content = as_lines([PAIRS[0], row])
+    (tmp_path / name).write_bytes(gzip.compress(content) if name.endswith("gz") else content)
+    tracemalloc.start()
+    with pytest.raises(DataError, match=rf"{name}:2: a line of more than 0\.001 MB"):
+        file_rows(tmp_path / name)
+    if not name.endswith("gz"):
+        assert tracemalloc.get_traced_memory()[1] < 200_000
+    tracemalloc.stop()
+    (tmp_path / "one.json").write_text(json.dumps([row]))  # a list has no lines
+    assert file_rows(tmp_path / "one.json").n == 1

@@ -93,7 +93,7 @@ class UserPairs(Reader):
             rows = file_rows(path)
             rows.whole = True
             return rows
-        if is_local_path(self.name) or path.suffix.lower() in FILE_TYPES:
+        if is_local_path(self.name) or path.name.lower().endswith(FILE_TYPES):
             raise _no_such_path(path)
         return hub_rows(self.name, split, options.data_dir, test_names=TEST_NAMES, named=named)
 
