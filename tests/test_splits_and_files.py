@@ -9,11 +9,15 @@ import pyarrow
 import pytest
 from conftest import write_jsonl
 from dataset_files import PAIRS, as_file, hub_cache, named_pairs, read  # noqa: F401  a fixture
+from omegaconf import OmegaConf
 
 from preflab.checks import check_config
 from preflab.readers.files import file_rows
 from preflab.readers.registry import open_dataset
 from preflab.settings.compose import compose
+from preflab.settings.load import validate
+from preflab.settings.run_folder import choose_run_dir
+from preflab.settings.schema import RULES
 from utils import ConfigError, DataError
 
 # ------------------------------------------------------------------------- splits by their names
@@ -299,3 +303,38 @@ def test_a_line_that_is_too_long_is_refused_without_reading_it(tmp_path, name, m
     tracemalloc.stop()
     (tmp_path / "one.json").write_text(json.dumps([row]))  # a list has no lines
     assert file_rows(tmp_path / "one.json").n == 1
+
+
+# ------------------------------------------------------------------------------- paths from home
+
+
+PATH_KEYS = [key for key, rule in RULES.items() if "PathText" in repr(rule.accepts)]
+
+
+def test_every_setting_that_takes_a_path_is_known():
+    assert set(PATH_KEYS) == {
+        *("local_run_dir", "local_dirs", "resume", "skip_finished", "data_dir", "cache_dir"),
+        *("datasets", "trainer", "online.sampler", "online.discriminator_path"),
+        *("model.name_or_path", "model.tokenizer_name_or_path"),
+        *("model.archive", "model.reference_archive"),
+    }
+
+
+@pytest.mark.parametrize("key", [*PATH_KEYS, "dataset_module", "loss.module", "reward.path"])
+def test_a_tilde_is_the_home_folder(tmp_path, monkeypatch, key):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    is_list = key in ("datasets", "local_dirs")
+    word = "'~/x.py'"
+    config = compose([f"{key}=[{word}]" if is_list else f"{key}={word}"])
+    expected = str(tmp_path / "x.py")
+    validate(config)
+    assert OmegaConf.select(config, key) == ([expected] if is_list else expected)
+
+
+def test_run_folders_and_further_rewards_below_the_home_folder(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    assert choose_run_dir("~/run", None, ["runs"], "x") == str(tmp_path / "run")
+    assert choose_run_dir(None, "~/run", ["runs"], "x") == str(tmp_path / "run")
+    assert choose_run_dir(None, None, ["~/runs"], "x").startswith(str(tmp_path / "runs"))
+    config = compose(["more_rewards=[{name: lexicon, path: '~/words.json'}]"])
+    assert validate(config).more_rewards[0]["path"] == str(tmp_path / "words.json")
