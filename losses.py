@@ -122,8 +122,8 @@ def _odpo_offset(chosen: Tensor, rejected: Tensor, name: str, names=()) -> Tenso
         i = int(bad.nonzero()[0])
         raise DataError(
             f"loss=odpo with offset={name} needs {needs}, but {names[i] if names else f'pair {i}'}"
-            f" has {chosen[i].item()} and {rejected[i].item()}; correct the data or use"
-            " loss.offset=none"
+            f" has {chosen[i].item()} and {rejected[i].item()}; correct the data, set"
+            " min_gap above 0, which drops such pairs, or use loss.offset=none"
         )
     return ODPO_OFFSETS[name](chosen, rejected)
 

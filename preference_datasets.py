@@ -209,6 +209,12 @@ class Tldr(Reader):
     def rows(self, split, options):
         rated = Path(options.data_dir) / f"tldr-sft-{split}-rel.json"
         pairs = Path(options.data_dir) / "tldr" / f"{split}.json"
+        if rated.is_file() and pairs.is_file():
+            raise DataError(
+                f"datasets=[tldr] reads {rated} (rated samples) or {pairs} (pairs, made by"
+                " scripts/preproc_pref.py), and both are there; move the one that you do not want"
+                " elsewhere"
+            )
         if rated.is_file():
             return _rated_posts(rated)
         if pairs.is_file():

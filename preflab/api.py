@@ -28,6 +28,8 @@ FROM_THE_RUN = (
     "pairing",
     "min_gap",
     "test_fraction",
+    "train_split",
+    "test_split",
     "max_length",
     "max_prompt_length",
     "max_new_tokens",

@@ -11,7 +11,7 @@ from preflab.modeling.parallelism import check_placement_settings, data_ranks
 from preflab.modeling.reference_cache import plan_reference
 from preflab.objective.registry import BoundLoss, bind_loss
 from preflab.online.checks import check_labels, check_online
-from preflab.readers.columns import accepted_columns
+from preflab.readers.columns import accepted_columns, columns_with_pairs, columns_with_scores
 from preflab.readers.records import Source
 from preflab.readers.registry import DATASETS, open_dataset
 from preflab.rewards.registry import all_rewards, check_reward
@@ -186,6 +186,8 @@ def _open_datasets(settings: Settings, loss: BoundLoss) -> dict[str, list[Source
         "min_gap": settings.min_gap,
         "seed": settings.seed,
         "test_fraction": settings.test_fraction,
+        "train_split": settings.train_split,
+        "test_split": settings.test_split,
         "columns": {
             ours: theirs for ours, theirs in vars(settings.dataset_columns).items() if theirs
         },
@@ -217,8 +219,10 @@ def _open_datasets(settings: Settings, loss: BoundLoss) -> dict[str, list[Source
         ):
             if needed and need not in source.provides:
                 able = sorted(name for name, entry in DATASETS.items() if need in entry.provides)
+                columns = columns_with_scores() if need == "scores" else columns_with_pairs()
                 raise ConfigError(
                     f"loss={loss.name} needs {need}, and datasets=[{source.name}] has none; with"
-                    f" {need}: {', '.join(able)}"
+                    f" {need}: {', '.join(able)}, and data with the columns {columns}"
+                    " (dataset_columns renames yours)"
                 )
     return sources

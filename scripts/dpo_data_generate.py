@@ -135,7 +135,7 @@ def read_situations(path: Path) -> dict[str, list[tuple[dict, str]]]:
     the file."""
     check_file(path)
     read = {".json": _json_rows, ".xlsx": _excel_rows}.get(path.suffix.lower(), _other_rows)
-    if read is _other_rows and path.suffix.lower() not in FILE_TYPES:
+    if read is _other_rows and not path.name.lower().endswith(FILE_TYPES):
         raise DataError(
             f"--input {path}: unknown type of file; accepted: {', '.join((*FILE_TYPES, '.xlsx'))}"
         )

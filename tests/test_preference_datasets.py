@@ -249,6 +249,9 @@ def test_tldr_pairs_and_neither(tmp_path):
     (tmp_path / "tldr-sft-train-rel.json").write_text(
         json.dumps({"post": {"responses": [" a", " b"], "rewards": [1, 2]}})
     )
+    with pytest.raises(DataError, match=r"rel\.json .*tldr/train\.json .*both are there; move"):
+        open_dataset("tldr", "train", data_dir=str(tmp_path))
+    (tmp_path / "tldr" / "train.json").unlink()
     assert open_dataset("tldr", "train", data_dir=str(tmp_path)).provides == {"pairs", "scores"}
 
 

@@ -8,6 +8,7 @@ from preflab.readers.fields import items, number, present, text, type_and_value
 from preflab.readers.files import FILE_TYPES, Rows, file_rows, list_folder, parse_json
 from preflab.readers.hub import TEST_NAMES, folder_rows, hub_rows, is_local_path
 from preflab.readers.records import (
+    Options,
     Reader,
     Record,
     Skip,
@@ -15,7 +16,7 @@ from preflab.readers.records import (
     scored_record,
     targets_record,
 )
-from utils import DataError
+from utils import ConfigError, DataError
 
 # The columns of each form of data, in the order in which forms are tried.
 FORMS = {
@@ -28,10 +29,11 @@ FORMS = {
     "prompts": ("prompt",),
 }
 PAIR_FORMS = ("pairs", "j_over_k")
+PAIR_SCORES = ("score_chosen", "score_rejected")  # beside prompt, chosen, rejected
 SCORED_FORMS = ("scored_rows", "scored_lists", "labelled")
 
 # A CSV file has text only. Cells of these columns are read as numbers, or as JSON where they match.
-CSV_NUMBERS = ("reward", "magnitude")
+CSV_NUMBERS = ("reward", "magnitude", *PAIR_SCORES)
 CSV_LISTS = ("responses", "scores")
 CSV_JSON = {
     **dict.fromkeys(CSV_LISTS, re.compile(r"\s*\[")),
@@ -47,33 +49,53 @@ def accepted_columns() -> str:
     return "; ".join(", ".join(columns) for columns in sets)
 
 
+def columns_with_pairs() -> str:
+    """The sets of columns that make pairs, for messages."""
+    sets = [("prompt", *FORMS["pairs"]), FORMS["j_over_k"]]
+    sets += [FORMS[form] for form in SCORED_FORMS]
+    return "; ".join(", ".join(columns) for columns in sets)
+
+
+def columns_with_scores() -> str:
+    """The sets of columns that hold scores, for messages."""
+    sets = [("prompt", *FORMS["pairs"], *PAIR_SCORES), *(FORMS[form] for form in SCORED_FORMS)]
+    return "; ".join(", ".join(columns) for columns in sets)
+
+
 class UserPairs(Reader):
     """A path or hub id whose first row decides the form of all rows."""
 
     truncation = "keep_end"
+    chooses_splits = True
 
     def __init__(self, name: str):
         self.name = name
 
     def rows(self, split, options):
         self.columns = options.columns
-        rows = self._open(split, options.data_dir)
+        rows = self._open(split, options)
         self.all_text = rows.all_text
         if rows.n:
             self._find_form(self._fields(rows.read(0), rows.where(0)), rows.where(0))
         return rows
 
-    def _open(self, split: str, data_dir: str) -> Rows:
-        path = Path(self.name)
+    def _open(self, split: str, options: Options) -> Rows:
+        path, named = Path(self.name), (options.train_split, options.test_split)
         if path.is_dir():
-            return folder_rows(path, split)
+            return folder_rows(path, split, named)
         if path.exists():
+            if any(named):
+                raise ConfigError(
+                    f"datasets=[{self.name}] is one file, and train_split and test_split choose"
+                    " among the splits of a folder or a hub dataset; set them to null, or give the"
+                    " folder"
+                )
             rows = file_rows(path)
             rows.whole = True
             return rows
-        if is_local_path(self.name) or path.suffix.lower() in FILE_TYPES:
+        if is_local_path(self.name) or path.name.lower().endswith(FILE_TYPES):
             raise _no_such_path(path)
-        return hub_rows(self.name, split, data_dir, test_names=TEST_NAMES)
+        return hub_rows(self.name, split, options.data_dir, test_names=TEST_NAMES, named=named)
 
     def _fields(self, row: dict, where: str) -> dict:
         """The row under our names, where dataset_columns gives the user's; CSV cells as the numbers
@@ -95,9 +117,10 @@ class UserPairs(Reader):
                 f"{where}: columns {', '.join(map(str, row))}; accepted sets: {accepted_columns()};"
                 " dataset_columns renames yours"
             )
-        if self.form in PAIR_FORMS:
+        self.scores_pairs = self.form == "pairs" and _has_scores(row)
+        if self.form in PAIR_FORMS and not self.scores_pairs:
             self.provides = frozenset({"pairs"})
-        elif self.form in SCORED_FORMS:
+        elif self.form in (*PAIR_FORMS, *SCORED_FORMS):
             self.provides = frozenset({"pairs", "scores"})
         else:
             self.provides = frozenset()
@@ -110,6 +133,7 @@ class UserPairs(Reader):
         if self.form in PAIR_FORMS and row.get("magnitude") is not None:
             number(row, "magnitude", where)
         if self.form == "pairs":
+            self._check_pair_scores(row, where)
             return check_pair(row, where)
         if self.form == "j_over_k":
             return _check_j_over_k(row, where)
@@ -125,6 +149,16 @@ class UserPairs(Reader):
             response_of(row, "chosen", where)
         return prompt_of(row, where)
 
+    def _check_pair_scores(self, row: dict, where: str) -> None:
+        if self.scores_pairs:
+            for key in PAIR_SCORES:
+                number(row, key, where)
+        elif _has_scores(row):
+            raise DataError(
+                f"{where}: {' and '.join(PAIR_SCORES)}, which the first row does not have; give"
+                " them for all rows or none"
+            )
+
     def record(self, prompt, rows, source, pair):
         rows = [self._fields(row, source) for row in rows]
         if self.form == "prompts":
@@ -133,7 +167,7 @@ class UserPairs(Reader):
             return targets_record(prompt, response_of(rows[0], "chosen", source), source)
         if self.form in SCORED_FORMS:
             return self._scored_record(prompt, rows, source, pair)
-        return self._pairs_record(prompt, rows, source)
+        return self._pairs_record(prompt, rows, source, pair)
 
     def _scored_record(self, prompt, rows: list[dict], source: str, pair) -> Record:
         responses, scores = [], []
@@ -149,17 +183,36 @@ class UserPairs(Reader):
                 scores.append(label_of(row, source))
         return scored_record(prompt, responses, scores, source, pair)
 
-    def _pairs_record(self, prompt, rows: list[dict], source: str) -> Record:
+    def _pairs_record(self, prompt, rows: list[dict], source: str, pair) -> Record:
         chosen, rejected = ("chosen", "rejected")
         if self.form == "j_over_k":
             chosen, rejected = ("response_j", "response_k")
+        scores = None
+        if self.scores_pairs:
+            # The pairs are those of the data: equal scores are dropped only where min_gap asks.
+            scored = [row for row in rows if pair.min_gap <= 0 or _gap(row) >= pair.min_gap]
+            pair.skipped["pairs with a score gap below min_gap"] += len(rows) - len(scored)
+            if not scored:
+                raise Skip("prompts whose pairs all have a score gap below min_gap")
+            rows = scored
+            scores = [tuple(float(row[key]) for key in PAIR_SCORES) for row in rows]
         pairs = [
             (response_of(row, chosen, source), response_of(row, rejected, source)) for row in rows
         ]
         columns = {}
         if any(row.get("magnitude") is not None for row in rows):
             columns["magnitude"] = [number(row, "magnitude", source) for row in rows]
-        return pairs_record(prompt, pairs, source, columns)
+        return pairs_record(prompt, pairs, source, columns, scores)
+
+
+def _has_scores(row: dict) -> bool:
+    return all(row.get(key) is not None for key in PAIR_SCORES)
+
+
+def _gap(row: dict) -> float:
+    """By how much the chosen response scores higher; negative where the scores contradict the
+    pair."""
+    return float(row["score_chosen"]) - float(row["score_rejected"])
 
 
 def _no_such_path(path: Path) -> DataError:

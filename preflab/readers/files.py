@@ -8,19 +8,25 @@ import codecs
 import contextlib
 import csv
 import functools
+import gzip
 import io
 import itertools
 import json
+import os
 import re
+import shutil
+import tempfile
+import zlib
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import BinaryIO
 
 from preflab.readers.fields import type_and_value
-from utils import DataError, content_hash
+from utils import DataError, content_hash, first_line
 
-FILE_TYPES = (".json", ".jsonl", ".csv", ".parquet")
+FILE_TYPES = (".json", ".jsonl", ".jsonl.gz", ".jsonl.zst", ".csv", ".parquet")
+LONGEST_LINE = 50_000_000  # bytes; a longer line is no row of text but a file without line breaks
 UTF8_BOM = codecs.BOM_UTF8
 
 
@@ -55,20 +61,22 @@ def readable(place: str) -> Iterator[None]:
 
 
 def file_rows(path: Path) -> Rows:
-    """The rows of a .json, .jsonl, .csv or .parquet file."""
+    """The rows of a file of one of FILE_TYPES."""
     readers = {
         ".json": _json_rows,
         ".jsonl": _jsonl_rows,
+        ".jsonl.gz": _compressed_rows,
+        ".jsonl.zst": _compressed_rows,
         ".csv": _csv_rows,
         ".parquet": _parquet_rows,
     }
     check_file(path)
-    suffix = path.suffix.lower()
-    if suffix not in readers:
+    file_type = next((end for end in readers if path.name.lower().endswith(end)), None)
+    if file_type is None:
         raise DataError(f"{path}: unknown type of file; accepted: {', '.join(FILE_TYPES)}")
     if path.stat().st_size == 0:
         raise DataError(f"{path}: the file is empty")
-    return readers[suffix](path)
+    return readers[file_type](path)
 
 
 def check_file(path: Path) -> None:
@@ -93,29 +101,90 @@ def list_folder(folder: Path) -> str:
 
 
 def _jsonl_rows(path: Path) -> Rows:
-    offsets, line_numbers, position = [], [], 0
     with open(path, "rb") as f:
-        for line_number, line in enumerate(f, 1):
-            bom = len(UTF8_BOM) if position == 0 and line.startswith(UTF8_BOM) else 0
-            if line[bom:].strip():
-                offsets.append(position + bom)
-                line_numbers.append(line_number)
-            position += len(line)
+        index = _index_lines(f, path)
 
+    def read_bytes(offset: int, size: int) -> bytes:
+        with open(path, "rb") as f:
+            f.seek(offset)
+            return f.read(size)
+
+    return _indexed_rows(path, index, read_bytes)
+
+
+def _compressed_rows(path: Path) -> Rows:
+    """JSON lines in gzip or zstd. Rows are read in any order, so that the content is unpacked once,
+    into a temporary file without a name."""
+    unpacked = tempfile.TemporaryFile()  # noqa: SIM115  closed with the last reference to the rows
+    try:
+        with _unpacking(path) as f:
+            shutil.copyfileobj(f, unpacked, CHUNK)
+    # What gzip, zlib and pyarrow raise for a file that is cut short or of another format.
+    except (OSError, EOFError, zlib.error) as error:
+        raise DataError(f"{path}: cannot be unpacked: {first_line(error)}") from error
+    unpacked.seek(0)
+    index = _index_lines(unpacked, path)
+
+    def read_bytes(offset: int, size: int) -> bytes:
+        return os.pread(unpacked.fileno(), size, offset)
+
+    return _indexed_rows(path, index, read_bytes)
+
+
+def _unpacking(path: Path) -> BinaryIO:
+    if path.name.lower().endswith(".gz"):
+        return gzip.open(path, "rb")
+    import pyarrow
+
+    return pyarrow.input_stream(str(path), compression="zstd")
+
+
+def _index_lines(f: BinaryIO, path: Path) -> list[tuple[int, int, int]]:
+    """(line number, offset, bytes) of the lines that are not blank."""
+    index, position = [], 0
+    for line_number, line in _lines(f, path):
+        bom = len(UTF8_BOM) if position == 0 and line.startswith(UTF8_BOM) else 0
+        if line[bom:].strip():
+            index.append((line_number, position + bom, len(line) - bom))
+        position += len(line)
+    return index
+
+
+def _lines(f: BinaryIO, path: Path) -> Iterator[tuple[int, bytes]]:
+    """(line number, line); at most LONGEST_LINE bytes are in memory."""
+    read = functools.partial(f.readline, LONGEST_LINE + 1)
+    for line_number, line in enumerate(iter(read, b""), 1):
+        if len(line) > LONGEST_LINE:
+            raise DataError(
+                f"{path}:{line_number}: a line of more than {LONGEST_LINE / 1e6:g} MB, expected one"
+                " row on each line; end each row with a line break, or save one list as .json"
+            )
+        yield line_number, line
+
+
+def _indexed_rows(
+    path: Path, index: list[tuple[int, int, int]], read_bytes: Callable[[int, int], bytes]
+) -> Rows:
     def where(i: int) -> str:
-        return f"{path}:{line_numbers[i]}" if line_numbers else str(path)
+        return f"{path}:{index[i][0]}" if index else str(path)
 
     def read(i: int) -> dict:
-        with readable(where(i)), open(path, "rb") as f:
-            f.seek(offsets[i])
-            line = f.readline()
+        with readable(where(i)):
+            line = read_bytes(*index[i][1:])
         return as_object(parse_json(decode(line, where(i)), where(i)), where(i))
 
-    return Rows(len(offsets), read, where, content_hash(path))
+    return Rows(len(index), read, where, content_hash(path))
 
 
 def _json_rows(path: Path) -> Rows:
-    content = read_json(path)
+    if _holds_json_lines(path):
+        return _jsonl_rows(path)
+    try:
+        content = read_json(path)
+    except DataError as error:
+        if isinstance(error.__cause__, RepeatedKeyError):
+            _name_the_row(path)
+        raise
     if not isinstance(content, list):
         raise DataError(f"{path}: {type_and_value(content)}, expected a list of objects")
 
@@ -123,6 +192,27 @@ def _json_rows(path: Path) -> Rows:
         return f"{path}: row {i + 1}"
 
     return Rows(len(content), lambda i: as_object(content[i], where(i)), where, content_hash(path))
+
+
+def _holds_json_lines(path: Path) -> bool:
+    """Whether the first line that is not blank is an object, and another line follows it."""
+    with open(path, "rb") as f:
+        lines = (f.readline(LONGEST_LINE) for _ in itertools.count())
+        filled = (line for line in itertools.takewhile(bool, lines) if line.strip())
+        first, second = next(filled, b""), next(filled, b"")
+    if not second or not first.removeprefix(UTF8_BOM).lstrip().startswith(b"{"):
+        return False
+    try:
+        return isinstance(json.loads(first.decode("utf-8-sig")), dict)
+    except (ValueError, RecursionError):
+        return False
+
+
+def _name_the_row(path: Path) -> None:
+    """Raise the error of a list with the row that has it; a parser of the whole knows no row."""
+    with open(path, "rb") as f:
+        for _ in streamed_rows(f, path):
+            pass
 
 
 def _csv_rows(path: Path) -> Rows:
@@ -210,11 +300,15 @@ def parse_json(content: str, where: str, *, whole_file: bool = False):
     """A JSON value. whole_file: `where` is a path; errors add the line, and NaN and Infinity pass,
     because only who reads the field can name its row."""
     try:
-        return json.loads(content, parse_constant=float if whole_file else _refuse_constant)
+        return json.loads(
+            content,
+            parse_constant=float if whole_file else _refuse_constant,
+            object_pairs_hook=_without_repeated_keys,
+        )
     except json.JSONDecodeError as error:
         place = f"{where}:{error.lineno}" if whole_file else where
         raise DataError(f"{place}: not JSON: {error}") from error
-    except InvalidConstantError as error:
+    except (InvalidConstantError, RepeatedKeyError) as error:
         raise DataError(f"{where}: {error}") from error
     except (ValueError, RecursionError) as error:  # too many digits, too deeply nested
         raise DataError(f"{where}: not JSON: {error}") from error
@@ -226,6 +320,22 @@ class InvalidConstantError(ValueError):
 
 def _refuse_constant(constant: str) -> None:
     raise InvalidConstantError(f"{constant} is not a JSON number, expected a finite number")
+
+
+class RepeatedKeyError(ValueError):
+    """A key that an object has twice, of which Python's JSON parser takes the last."""
+
+
+def _without_repeated_keys(pairs: list[tuple[str, object]]) -> dict:
+    row = dict(pairs)
+    if len(row) < len(pairs):
+        keys = [key for key, _ in pairs]
+        repeated = next(key for key in row if keys.count(key) > 1)
+        raise RepeatedKeyError(
+            f"an object has the key {repeated[:40]!r} {keys.count(repeated)} times, expected each"
+            " key once"
+        )
+    return row
 
 
 def as_object(row, where: str) -> dict:
@@ -255,7 +365,7 @@ def streamed_rows(f: BinaryIO, path: Path) -> Iterator[tuple[dict, str]]:
         yield from _streamed_list(f, path)
         return
     f.seek(0)
-    for line_number, line in enumerate(iter(f.readline, b""), 1):
+    for line_number, line in _lines(f, path):
         if line.strip():
             where = f"{path}:{line_number}"
             yield as_object(parse_json(decode(line, where), where), where), where
@@ -268,7 +378,9 @@ def _streamed_list(f: BinaryIO, path: Path) -> Iterator[tuple[dict, str]]:
     again, until the file ends.
     """
     utf8 = codecs.getincrementaldecoder("utf-8")()
-    parse = json.JSONDecoder(parse_constant=_refuse_constant).raw_decode
+    parse = json.JSONDecoder(
+        parse_constant=_refuse_constant, object_pairs_hook=_without_repeated_keys
+    ).raw_decode
     buffer, position = "", 0  # text up to `position` was yielded
     for row_number in itertools.count(1):
         where, size = f"{path}: row {row_number}", CHUNK
@@ -284,6 +396,8 @@ def _streamed_list(f: BinaryIO, path: Path) -> Iterator[tuple[dict, str]]:
                 more = _read_more(f, utf8, size, where, error)
                 buffer, position = buffer[position:] + more, 0
                 size *= 2  # doubling bounds how often a long row is parsed again
+            except RepeatedKeyError as error:
+                raise DataError(f"{where}: {error}") from error
             except (ValueError, RecursionError) as error:
                 raise DataError(f"{where}: not JSON: {error}") from error
         yield as_object(row, where), where

@@ -12,23 +12,32 @@ from preflab.readers.files import FILE_TYPES, Rows, file_rows, list_folder
 from utils import DataError, content_hash
 
 TEST_NAMES = ("test", "validation")
+NO_NAMES = (None, None)
+SHARD = re.compile(r"-\d{5}-of-\d{5}$")
 HUB_PREFIX = "the hub dataset "  # in front of a repository's name in messages
 
 
-def folder_rows(path: Path, split: str) -> Rows:
+def folder_rows(path: Path, split: str, named: tuple[str | None, str | None] = NO_NAMES) -> Rows:
     """A split of a folder.
 
     A folder is read as a hub dataset where its README.md lists configs, or where a file is named as
     one of the train split (data/train-00000-of-00001.parquet).
+
+    named: `train_split` and `test_split`, the names of the user's splits; see `_choose`.
     """
+    if _has_named_files(path, named):
+        name, whole = _choose(str(path), _data_files(path), split, TEST_NAMES, named)
+        rows = file_rows(_file_named(path, name))
+        rows.whole = whole
+        return rows
     if not _is_saved_dataset(path) and not _lists_configs(path):
         train = _file_named(path, "train")
         test = _file_named(path, "test") or _file_named(path, "validation")
-        if train:
+        if train and not any(named):
             rows = file_rows(test if test and split == "test" else train)
             rows.whole = test is None
             return rows
-        if not _names_a_train_split(path):
+        if not (any(named) or _names_a_train_split(path)):
             raise DataError(
                 f"{path}: no file named train of type {', '.join(FILE_TYPES)}, no"
                 " data/train-*.parquet or README.md with configs as on the hub, and nothing that"
@@ -37,20 +46,28 @@ def folder_rows(path: Path, split: str) -> Rows:
     advice = "; repair the folder, or give one file of it by its name"
     splits = _load(path, str(path), advice)
     fingerprint = content_hash(split, *_visible_files(path))
-    return _split_rows(str(path), splits, split, TEST_NAMES, fingerprint)
+    return _split_rows(str(path), splits, split, TEST_NAMES, fingerprint, named)
 
 
 def hub_rows(
-    repo: str, split: str, data_dir: str, *, test_names=("test",), only: str | None = None
+    repo: str,
+    split: str,
+    data_dir: str,
+    *,
+    test_names=("test",),
+    only: str | None = None,
+    named: tuple[str | None, str | None] = NO_NAMES,
 ) -> Rows:
     """A split of a hub dataset, or of its local copy in `data_dir/repo`; rows stay in memory-mapped
     Arrow files.
 
     test_names: names that the test split may have, the first that exists is taken. only: a split to
-    read as if there were no other, which makes it `whole`.
+    read as if there were no other, which makes it `whole`. named: as in `folder_rows`.
     """
     copy = Path(data_dir) / repo
     has_copy = copy.is_dir()
+    if has_copy and _has_named_files(copy, named):
+        return folder_rows(copy, split, named)
     advice = (
         "; without network, or for one config of several, put a copy with train and test files in"
         f" {copy}"
@@ -59,7 +76,7 @@ def hub_rows(
     if only in splits:
         splits = {only: splits[only]}
     fingerprint = content_hash(split, *_visible_files(copy)) if has_copy else None
-    return _split_rows(f"{HUB_PREFIX}{repo}", splits, split, test_names, fingerprint)
+    return _split_rows(f"{HUB_PREFIX}{repo}", splits, split, test_names, fingerprint, named)
 
 
 def is_local_path(name: str) -> bool:
@@ -80,6 +97,26 @@ def _file_named(folder: Path, name: str) -> Path | None:
             " others elsewhere"
         )
     return files[0] if files else None
+
+
+def _data_files(folder: Path) -> list[str]:
+    """The names, without the type, of the data files in a folder."""
+    found = [
+        file.name[: -len(suffix)]
+        for suffix in FILE_TYPES
+        for file in folder.glob(f"*{suffix}")
+        if file.is_file() and not file.name.startswith(".")
+    ]
+    return sorted(set(found))
+
+
+def _has_named_files(folder: Path, named: tuple[str | None, str | None]) -> bool:
+    """Whether the user's names of splits are those of files in the folder, and not of splits that
+    save_to_disk wrote, that README.md lists or that are in shards as on the hub."""
+    if not any(named) or _is_saved_dataset(folder) or _lists_configs(folder):
+        return False
+    files = _data_files(folder)
+    return bool(files) and not any(SHARD.search(file) for file in files)
 
 
 def _visible_files(folder: Path) -> list[Path]:
@@ -144,19 +181,44 @@ def _one_line(error: Exception) -> str:
     return " ".join(str(error).split())[:300] or type(error).__name__
 
 
-def _split_rows(
-    description: str, splits: dict, split: str, test_names: tuple[str, ...], fingerprint: str | None
-) -> Rows:
-    """The rows of a split by its name. A dataset with a single split is `whole`, unless that split
-    is named as a test split."""
-    test = next((name for name in test_names if name in splits), None)
-    whole = test is None and len(splits) == 1
-    name = "train" if split == "train" else test
+def _choose(
+    description: str,
+    names: list[str],
+    split: str,
+    test_names: tuple[str, ...],
+    named: tuple[str | None, str | None],
+) -> tuple[str, bool]:
+    """The name of the rows to read for a split, and whether they are `whole`: a single split that
+    is not named as a test split, or one split that the user named for both.
+
+    Raises DataError, with the names that there are, for a split that is not there.
+    """
+    there = f"{description} has no {{}} split; it has: {', '.join(names)}"
+    for key, name in zip(("train_split", "test_split"), named, strict=True):
+        if name is not None and name not in names:
+            raise DataError(f"{there.format(name)}; {key} chooses one of them")
+    train, test = named
+    test = test or next((name for name in test_names if name in names), None)
+    whole = (test is None and len(names) == 1) or (test is not None and test == train)
     if whole:
-        name = next(iter(splits))
-    if name not in splits:
+        return train or names[0], True
+    name = (train or "train") if split == "train" else test
+    if name not in names:
         expected = "train" if split == "train" else " or ".join(test_names)
-        raise DataError(f"{description} has no {expected} split; it has: {', '.join(splits)}")
+        raise DataError(f"{there.format(expected)}; {split}_split chooses one of them")
+    return name, False
+
+
+def _split_rows(
+    description: str,
+    splits: dict,
+    split: str,
+    test_names: tuple[str, ...],
+    fingerprint: str | None,
+    named: tuple[str | None, str | None],
+) -> Rows:
+    """The rows of a split that `_choose` selects."""
+    name, whole = _choose(description, list(splits), split, test_names, named)
     # Plain Python rows, whatever format (NumPy, torch, some columns) was set before saving.
     data = splits[name].with_format(None)
     place = f"{description.removeprefix(HUB_PREFIX)}[{name}]"

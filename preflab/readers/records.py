@@ -20,7 +20,7 @@ from preflab.readers.fields import text
 from preflab.readers.files import Rows
 from utils import DataError, content_hash
 
-READER_VERSION = "2"  # raise it when a reader would turn the same rows into other records
+READER_VERSION = "3"  # raise it when a reader would turn the same rows into other records
 PAIRINGS = ("first_two", "all", "best_worst", "random")
 # Which prompts are held out, and which random pair of a test prompt is evaluated, does not follow
 # the run's seed: runs with different seeds are compared on one test set.
@@ -58,6 +58,8 @@ class Options:
     min_gap: float = 0.0
     seed: int = 0
     test_fraction: float = 0.05
+    train_split: str | None = None
+    test_split: str | None = None
     columns: dict = field(default_factory=dict)
 
 
@@ -75,10 +77,13 @@ class Reader:
     data.
     merges: rows of one prompt make one record; else each makes its own, as for SFT data, where
     every row is a target.
+    chooses_splits: `rows` obeys `options.train_split` and `options.test_split`; without it they are
+    refused.
     only_prompts: the data are for sampling, and the response of a record is empty.
     """
 
     merges = True
+    chooses_splits = False
     only_prompts = False
     truncation = "keep_start"
     provides = frozenset()
@@ -132,6 +137,8 @@ class Source:
             options.test_fraction,
             sorted(options.columns.items()),
         ]
+        if options.train_split or options.test_split:
+            shaping.append([options.train_split, options.test_split])
         return content_hash(json.dumps(shaping), self.rows.fingerprint)
 
     def records(self) -> Iterator[Record]:
@@ -286,9 +293,15 @@ class Responses:
             self.scores.append(score)
         return self._index[response, score]
 
-    def prefer(self, chosen: str, rejected: str) -> None:
-        """Add a pair of texts."""
-        self.pairs.append((self.add(chosen), self.add(rejected)))
+    def prefer(
+        self,
+        chosen: str,
+        rejected: str,
+        score_chosen: float | None = None,
+        score_rejected: float | None = None,
+    ) -> None:
+        """Add a pair of texts, with their scores where there are any."""
+        self.pairs.append((self.add(chosen, score_chosen), self.add(rejected, score_rejected)))
 
 
 def scored_record(
@@ -306,14 +319,26 @@ def scored_record(
 
 
 def pairs_record(
-    prompt, pairs: list[tuple[str, str]], source: str, columns: dict | None = None
+    prompt,
+    pairs: list[tuple[str, str]],
+    source: str,
+    columns: dict | None = None,
+    scores: list[tuple[float, float]] | None = None,
 ) -> Record:
-    """A record of (chosen, rejected) texts; the first chosen one is the SFT target."""
+    """A record of (chosen, rejected) texts; the first chosen one is the SFT target.
+
+    scores: those of (chosen, rejected) for each pair; they do not change the pairs.
+    """
     responses = Responses()
-    for chosen, rejected in pairs:
-        responses.prefer(chosen, rejected)
+    for (chosen, rejected), (high, low) in zip(
+        pairs, scores or [(None, None)] * len(pairs), strict=True
+    ):
+        responses.prefer(chosen, rejected, high, low)
     target = responses.pairs[0][0]
-    return Record(prompt, responses.texts, responses.pairs, target, None, columns or {}, source)
+    of_responses = responses.scores if scores else None
+    return Record(
+        prompt, responses.texts, responses.pairs, target, of_responses, columns or {}, source
+    )
 
 
 def targets_record(prompt, response: str, source: str) -> Record:

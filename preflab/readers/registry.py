@@ -41,7 +41,13 @@ def open_dataset(name: str, split: str, **options) -> Source:
     if settings.pairing is not None and settings.pairing not in PAIRINGS:
         raise ConfigError(f"pairing={settings.pairing!r}; {nearest(settings.pairing, PAIRINGS)}")
     with readable(f"datasets=[{name}]"):
-        return Source(name, split, _reader_of(name), settings)
+        reader = _reader_of(name)
+        if (settings.train_split or settings.test_split) and not reader.chooses_splits:
+            raise ConfigError(
+                f"datasets=[{name}] has its published splits, and train_split and test_split choose"
+                " among those of a path or a hub id; set them to null"
+            )
+        return Source(name, split, reader, settings)
 
 
 def _reader_of(name: str) -> Reader:

@@ -44,8 +44,10 @@ def choose_run_dir(
 ) -> str:
     """`resume`, else `local_run_dir`, else a new folder `<first usable of
     local_dirs>/<user>/<exp_name>_<timestamp>`; the name of an evaluation's begins with `eval_`."""
-    if resume or local_run_dir:
-        return str(resume or local_run_dir)
+    if resume:
+        return parse_value("resume", resume)
+    if local_run_dir:
+        return parse_value("local_run_dir", local_run_dir)
     local_dirs = parse_value(
         "local_dirs",
         OmegaConf.to_container(local_dirs) if OmegaConf.is_config(local_dirs) else local_dirs,

@@ -19,6 +19,7 @@ from preflab.settings.value_types import (
     Mapping,
     Module,
     Number,
+    PathText,
     Refused,
     Text,
     ValueType,
@@ -27,7 +28,8 @@ from preflab.settings.value_types import (
 )
 from utils import ConfigError
 
-FLAG, TEXT, MAPPING, MODULE = Flag(), Text(), Mapping(), Module()
+FLAG, TEXT, PATH = Flag(), Text(), PathText()
+MAPPING, MODULE = Mapping(), Module()
 COUNT, POSITIVE, NOT_NEGATIVE = Integer(1), Number(above=0), Number(least=0)
 DTYPE = Choice(("float32", "bfloat16", "float16", "float64"))
 # Of torch.manual_seed, numpy and random, numpy's global generator accepts the fewest seeds.
@@ -97,6 +99,8 @@ class ColumnSettings:
     prompt: str | None = setting(TEXT, null=True)
     chosen: str | None = setting(TEXT, null=True)
     rejected: str | None = setting(TEXT, null=True)
+    score_chosen: str | None = setting(TEXT, null=True)
+    score_rejected: str | None = setting(TEXT, null=True)
     text: str | None = setting(TEXT, null=True)
     reward: str | None = setting(TEXT, null=True)
     responses: str | None = setting(TEXT, null=True)
@@ -125,10 +129,10 @@ class LoraSettings:
 
 @dataclass(frozen=True)
 class ModelSettings:
-    name_or_path: str | None = setting(TEXT, null=True)
-    tokenizer_name_or_path: str | None = setting(TEXT, null=True)
-    archive: str | list[str] | None = setting(Either((TEXT, ListOf(TEXT))), null=True)
-    reference_archive: str | None = setting(TEXT, null=True)
+    name_or_path: str | None = setting(PATH, null=True)
+    tokenizer_name_or_path: str | None = setting(PATH, null=True)
+    archive: str | list[str] | None = setting(Either((PATH, ListOf(PATH))), null=True)
+    reference_archive: str | None = setting(PATH, null=True)
     from_scratch: bool = setting(FLAG)
     reinit_head: bool = setting(FLAG)
     block_name: str | None = setting(TEXT, null=True)
@@ -157,13 +161,13 @@ class OnlineSettings:
     responses_per_prompt: int = setting(Integer(2))
     max_new_tokens: int | None = setting(COUNT, null=True)
     updates_per_round: int = setting(COUNT)
-    sampler: str | None = setting(TEXT, null=True)
+    sampler: str | None = setting(PATH, null=True)
     budget: int | None = setting(Integer(0), null=True, may_change=ALWAYS)
     measure_gold: str | bool = setting(AUTO, may_change=ALWAYS)
     eval_every: int = setting(COUNT, may_change=ALWAYS)
     save_every: int = setting(COUNT, may_change=ALWAYS)
     discriminator: str | dict | None = setting(Either((TEXT, MAPPING)), null=True)
-    discriminator_path: str | None = setting(TEXT, null=True)
+    discriminator_path: str | None = setting(PATH, null=True)
     discriminator_lr: float = setting(POSITIVE, may_change=ALWAYS)
     discriminator_batch_size: int = setting(COUNT)
     discriminator_epochs: int = setting(COUNT)
@@ -188,11 +192,11 @@ class RunSettings:
     exp_name: str = setting(TEXT, may_change=ALWAYS, part_of_run=False)
     debug: bool = setting(FLAG)
     local_dirs: list[str] = setting(
-        ListOf(TEXT, may_be_empty=False), may_change=ALWAYS, part_of_run=False
+        ListOf(PATH, may_be_empty=False), may_change=ALWAYS, part_of_run=False
     )
-    local_run_dir: str | None = setting(TEXT, null=True, may_change=ALWAYS, part_of_run=False)
-    skip_finished: str | None = setting(TEXT, null=True, may_change=ALWAYS, part_of_run=False)
-    resume: str | None = setting(TEXT, null=True, may_change=ALWAYS, part_of_run=False)
+    local_run_dir: str | None = setting(PATH, null=True, may_change=ALWAYS, part_of_run=False)
+    skip_finished: str | None = setting(PATH, null=True, may_change=ALWAYS, part_of_run=False)
+    resume: str | None = setting(PATH, null=True, may_change=ALWAYS, part_of_run=False)
     save_every: int | None = setting(COUNT, null=True, may_change=ALWAYS)
     keep_checkpoints: int | None = setting(COUNT, null=True, may_change=ALWAYS, part_of_run=False)
     minimum_log_interval_secs: float = setting(NOT_NEGATIVE, may_change=ALWAYS, part_of_run=False)
@@ -204,14 +208,16 @@ class DataSettings:
     """Data."""
 
     datasets: list[str] = setting(
-        ListOf(TEXT, may_be_empty=False), hint="such as datasets=[hh] or datasets=[hh,shp]"
+        ListOf(PATH, may_be_empty=False), hint="such as datasets=[hh] or datasets=[hh,shp]"
     )
     dataset_module: str | None = setting(MODULE, null=True)
-    data_dir: str = setting(TEXT, may_change=ALWAYS)
-    cache_dir: str = setting(TEXT, may_change=ALWAYS, part_of_run=False)
+    data_dir: str = setting(PATH, may_change=ALWAYS)
+    cache_dir: str = setting(PATH, may_change=ALWAYS, part_of_run=False)
     pairing: str | None = setting(Choice(("first_two", "all", "best_worst", "random")), null=True)
     min_gap: float = setting(NOT_NEGATIVE)
     test_fraction: float = setting(Number(above=0, below=1))
+    train_split: str | None = setting(TEXT, null=True)
+    test_split: str | None = setting(TEXT, null=True)
     max_length: int = setting(Integer(2))
     max_prompt_length: int = setting(Integer(2))
 
@@ -260,7 +266,7 @@ class EvaluationSettings:
 class PlacementSettings:
     """Where the model runs, and in what form."""
 
-    trainer: str = setting(TEXT, may_change=ALWAYS)
+    trainer: str = setting(PATH, may_change=ALWAYS)
     world_size: int | None = setting(COUNT, null=True, may_change=ALWAYS)
     fsdp_port: int | None = setting(PORT, null=True, may_change=ALWAYS, part_of_run=False)
     tensor_parallel_size: int = setting(COUNT, may_change=ALWAYS)

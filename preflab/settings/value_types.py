@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from typing import Any, Protocol
 
 TRUE = ("true", "yes", "on", "1")
+PATH_ENTRIES = ("module", "path")  # of the settings of a loss or a reward
 FALSE = ("false", "no", "off", "0")
 
 
@@ -115,6 +116,21 @@ class Text:
         return text
 
 
+def from_home(value: Any) -> Any:
+    """A text with a leading ~ or ~USER replaced by the home folder, as a shell does."""
+    if isinstance(value, str) and value.startswith("~"):
+        return os.path.expanduser(value)
+    return value
+
+
+@dataclass(frozen=True)
+class PathText(Text):
+    """A path, or a name where a setting accepts both."""
+
+    def parse(self, value: Any) -> str:
+        return from_home(super().parse(value))
+
+
 @dataclass(frozen=True)
 class Module:
     """A Python module, by its name or its file."""
@@ -125,7 +141,7 @@ class Module:
     def parse(self, value: Any) -> str:
         if not isinstance(value, str) or (value.startswith(".") and not value.endswith(".py")):
             raise Refused
-        return value
+        return from_home(value)
 
 
 @dataclass(frozen=True)
@@ -183,7 +199,9 @@ class Mapping:
     def parse(self, value: Any) -> dict[str, Any]:
         if not isinstance(value, dict) or not all(isinstance(key, str) for key in value):
             raise Refused
-        return value
+        return {
+            key: from_home(entry) if key in PATH_ENTRIES else entry for key, entry in value.items()
+        }
 
 
 @dataclass(frozen=True)
