@@ -3,17 +3,36 @@ batch it was drawn in."""
 
 import contextlib
 import functools
+import logging
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 from tqdm import tqdm
-from transformers import DynamicCache, LogitsProcessor
+from transformers import DynamicCache, GenerationConfig, LogitsProcessor
 from transformers.cache_utils import DynamicLayer
 from transformers.pytorch_utils import Conv1D
 
 from preflab.distributed.process_group import ALONE, World
 from preflab.modeling.logprobs import Scorer
+
+logger = logging.getLogger(__name__)
+
+# Values of a model's generation config that change no sample, beside None, False and zero.
+NO_EFFECT = {
+    "use_cache": True,
+    "temperature": 1.0,
+    "top_p": 1.0,
+    "typical_p": 1.0,
+    "repetition_penalty": 1.0,
+    "encoder_repetition_penalty": 1.0,
+    "length_penalty": 1.0,
+    "num_beams": 1,
+    "num_beam_groups": 1,
+    "num_return_sequences": 1,
+}
+# Keys of a model's generation config that do not choose tokens.
+DESCRIPTIVE = ("bos_token_id", "eos_token_id", "pad_token_id", "transformers_version")
 
 
 class InverseCDF(LogitsProcessor):
@@ -71,10 +90,14 @@ def sample(
 ) -> list[list[int]]:
     """One response to each prompt, as token ids, with its EOS if it ended within `max_new_tokens`.
 
+    The model's own generation config (repetition penalty, suppressed tokens, beams, stop strings
+    and so on) has no effect; its values are logged once.
+
     keys: one number or two for each prompt; equal (seed, key) draw equal random numbers. Prompts
     are batched by length and spread over the ranks; every rank gets all responses.
     """
     by_length = sorted(range(len(prompts)), key=lambda i: (len(prompts[i]), i))
+    _log_ignored(str(_ignored(policy.causal_lm)))
     bar = tqdm(
         total=len(prompts),
         desc=description,
@@ -126,17 +149,27 @@ def _generate(
     for row, prompt in enumerate(prompts):
         input_ids[row, width - len(prompt) :] = torch.tensor(prompt)
         mask[row, width - len(prompt) :] = 1
-    with policy.active(), _eval_mode(policy.causal_lm), torch.compiler.set_stance("force_eager"):
-        output = policy.causal_lm.generate(
+    model = policy.causal_lm
+    ours = GenerationConfig(
+        max_new_tokens=uniforms.shape[1],
+        do_sample=False,
+        use_cache=True,
+        eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.pad_token_id,
+    )
+    with (
+        policy.active(),
+        _eval_mode(model),
+        _generation_config(model, ours),
+        torch.compiler.set_stance("force_eager"),
+    ):
+        output = model.generate(
             input_ids=input_ids.to(device),
             attention_mask=mask.to(device),
-            max_new_tokens=uniforms.shape[1],
-            do_sample=False,
+            generation_config=ours,
             logits_processor=[InverseCDF(uniforms.to(device), temperature, top_p, width)],
-            eos_token_id=tokenizer.eos_token_id,
-            pad_token_id=tokenizer.pad_token_id,
             synced_gpus=synced,
-            **_cache_options(policy.causal_lm),
+            **_cache_options(model),
         )
     return [_until_eos(row, tokenizer.eos_token_id) for row in output[:, width:].tolist()]
 
@@ -151,6 +184,42 @@ def _eval_mode(model: nn.Module):
         yield
     finally:
         model.train(training)
+
+
+@contextlib.contextmanager
+def _generation_config(model: nn.Module, config: GenerationConfig):
+    """The model with this generation config.
+
+    `generate` fills every unset value of the config that it is given from the model's own, so that
+    passing a config is not enough.
+    """
+    own = model.generation_config
+    model.generation_config = config
+    try:
+        yield
+    finally:
+        model.generation_config = own
+
+
+def _ignored(model: nn.Module) -> dict:
+    """The values of the model's generation config that `generate` would sample by."""
+    values = model.generation_config.to_dict()
+    if getattr(model.config, "use_cache", None) is False:
+        values["use_cache"] = False
+    return {
+        name: value
+        for name, value in sorted(values.items())
+        if not name.startswith("_")
+        and name not in DESCRIPTIVE
+        and value != NO_EFFECT.get(name)
+        and (value or name == "use_cache")
+    }
+
+
+@functools.cache  # once for each set of values
+def _log_ignored(values: str) -> None:
+    if values != "{}":
+        logger.info(f"samples ignore these values of the model's generation config: {values}")
 
 
 class _GrowingLayer(DynamicLayer):
