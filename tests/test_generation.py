@@ -3,15 +3,20 @@
 import json
 import logging
 import shutil
+from types import SimpleNamespace
 
 import pytest
 import torch
 from conftest import make_tokenizer, save_model
 from transformers import AutoModelForCausalLM, DynamicCache, LogitsProcessorList
 
+from preflab.batching.examples import PromptToSample
+from preflab.distributed.process_group import ALONE
+from preflab.evaluation import samples
 from preflab.modeling import generation
-from preflab.modeling.generation import sample
+from preflab.modeling.generation import end_tokens, ended, sample
 from preflab.modeling.logprobs import Scorer
+from preflab.online.measures import RoundMeasures
 
 PROMPT, N = [256, *b"abab"], 12
 EVEN = list(range(0, 256, 2))
@@ -145,3 +150,63 @@ def test_ignored_values_are_logged_once(plain, tmp_path, caplog):
         draw(model)
     [message] = caplog.messages
     assert message.endswith("{'do_sample': True, 'repetition_penalty': 1.1, 'use_cache': False}")
+
+
+# ------------------------------------------------------------------------------------------- ends
+
+
+def ends_of(model, ids):
+    model.generation_config.eos_token_id = ids
+    return end_tokens(make_tokenizer(), model)
+
+
+def test_end_tokens_are_those_of_tokenizer_and_model(plain):
+    model = load(plain)
+    assert ends_of(model, None) == ends_of(model, 256) == ends_of(model, [256]) == (256,)
+    assert ends_of(model, 7) == ends_of(model, [7, 256, 7]) == (256, 7)
+
+
+def test_ended():
+    assert ended([1, 2], (256, 2)) and ended([256], (256,))
+    assert not ended([2, 1], (256, 2)) and not ended([], (256,))
+
+
+def test_a_response_ends_at_the_first_of_several_end_tokens(plain, tmp_path):
+    """It is the response of a model with one end token, cut."""
+    prompts, keys = [[256, a] for a in range(97, 117)], range(20)
+    options = {"keys": keys, "max_new_tokens": 40, "batch_size": 7}
+    free = sample(Scorer(load(plain)), make_tokenizer(), prompts, **options)
+    ends = (256, *range(40, 50))
+    folder = with_values(plain, tmp_path / "model", {"eos_token_id": [*range(40, 50)]})
+    cut = sample(Scorer(load(folder)), make_tokenizer(), prompts, **options)
+    for whole, response in zip(free, cut, strict=True):
+        assert whole[: len(response)] == response
+        assert not any(token in ends for token in response[:-1])
+        assert ended(response, ends) or len(response) == 40
+    last = {response[-1] for response in cut if ended(response, ends)}
+    assert len(last - {256}) > 1
+    assert any(len(response) < len(whole) for whole, response in zip(free, cut, strict=True))
+
+
+def test_the_flags_of_samples_and_of_rollouts_count_every_end_token(plain):
+    model = load(plain)
+    ends = ends_of(model, [*range(100)])
+    prompts = [PromptToSample(tokens=[256, a], chosen=[256], key=a) for a in range(97, 117)]
+    sampling = samples.Sampling(
+        n=20,
+        k=1,
+        max_prompt_length=8,
+        max_new_tokens=3,
+        temperature=1.0,
+        top_p=1.0,
+        seed=0,
+        batch_size=20,
+    )
+    args = (Scorer(model), make_tokenizer(), prompts, {}, sampling, ALONE)
+    drawn = samples._draw(*args, description="")
+    assert drawn.ended == [response[-1] in ends for response in drawn.tokens]
+    assert set(drawn.ended) == {False, True}
+    learner = SimpleNamespace(tokenizer=make_tokenizer(), policy=Scorer(model))
+    measures = SimpleNamespace(learner=learner)
+    rollouts = SimpleNamespace(tokens=[[response] for response in drawn.tokens])
+    assert RoundMeasures._lengths(measures, rollouts)["ended"] == drawn.ended

@@ -88,7 +88,8 @@ def sample(
     description: str = "sample",
     world: World = ALONE,
 ) -> list[list[int]]:
-    """One response to each prompt, as token ids, with its EOS if it ended within `max_new_tokens`.
+    """One response to each prompt, as token ids, with its end token if it ended within
+    `max_new_tokens`. Every token of `end_tokens` ends a response.
 
     The model's own generation config (repetition penalty, suppressed tokens, beams, stop strings
     and so on) has no effect; its values are logged once.
@@ -126,6 +127,22 @@ def sample(
     return [by_prompt[i] for i in range(len(prompts))]
 
 
+def end_tokens(tokenizer, model: nn.Module) -> tuple[int, ...]:
+    """The ids that end a response: the tokenizer's EOS, and those of the model's generation config.
+
+    A chat model often has several, for example one that ends a turn and one that ends a text.
+    model: the transformers model, without a wrapper.
+    """
+    own = model.generation_config.eos_token_id
+    ids = [tokenizer.eos_token_id, *(own if isinstance(own, (list, tuple)) else [own])]
+    return tuple(dict.fromkeys(token for token in ids if token is not None))
+
+
+def ended(tokens: list[int], ends: tuple[int, ...]) -> bool:
+    """Whether a response has its end token, instead of being cut at `max_new_tokens`."""
+    return bool(tokens) and tokens[-1] in ends
+
+
 def _uniforms(seed: int, key: int | tuple[int, int], n: int) -> np.ndarray:
     """(n,) in [0, 1), a function of (seed, key)."""
     return np.random.default_rng([seed, *np.atleast_1d(key)]).random(n)
@@ -150,11 +167,12 @@ def _generate(
         input_ids[row, width - len(prompt) :] = torch.tensor(prompt)
         mask[row, width - len(prompt) :] = 1
     model = policy.causal_lm
+    ends = end_tokens(tokenizer, model)
     ours = GenerationConfig(
         max_new_tokens=uniforms.shape[1],
         do_sample=False,
         use_cache=True,
-        eos_token_id=tokenizer.eos_token_id,
+        eos_token_id=list(ends),
         pad_token_id=tokenizer.pad_token_id,
     )
     with (
@@ -171,7 +189,7 @@ def _generate(
             synced_gpus=synced,
             **_cache_options(model),
         )
-    return [_until_eos(row, tokenizer.eos_token_id) for row in output[:, width:].tolist()]
+    return [_until_end(row, ends) for row in output[:, width:].tolist()]
 
 
 @contextlib.contextmanager
@@ -305,6 +323,7 @@ def _packed_linear(weight: Tensor, bias: Tensor | None, rows: Tensor) -> Tensor:
     return torch.ops.mkldnn._linear_pointwise(rows, weight, bias, "none", [], "")
 
 
-def _until_eos(tokens: list[int], eos: int) -> list[int]:
-    """The tokens up to the first EOS, which is included."""
-    return tokens[: tokens.index(eos) + 1] if eos in tokens else tokens
+def _until_end(tokens: list[int], ends: tuple[int, ...]) -> list[int]:
+    """The tokens up to the first end token, which is included."""
+    first = next((i for i, token in enumerate(tokens) if token in ends), len(tokens))
+    return tokens[: first + 1]
