@@ -8,13 +8,20 @@ from types import SimpleNamespace
 import pytest
 import torch
 from conftest import make_tokenizer, save_model
-from transformers import AutoModelForCausalLM, DynamicCache, LogitsProcessorList
+from transformers import (
+    AutoModelForCausalLM,
+    DynamicCache,
+    LogitsProcessorList,
+    MinPLogitsWarper,
+    TopKLogitsWarper,
+    TopPLogitsWarper,
+)
 
 from preflab.batching.examples import PromptToSample
 from preflab.distributed.process_group import ALONE
 from preflab.evaluation import samples
 from preflab.modeling import generation
-from preflab.modeling.generation import end_tokens, ended, sample
+from preflab.modeling.generation import InverseCDF, end_tokens, ended, sample
 from preflab.modeling.logprobs import Scorer
 from preflab.online.measures import RoundMeasures
 
@@ -199,6 +206,8 @@ def test_the_flags_of_samples_and_of_rollouts_count_every_end_token(plain):
         max_new_tokens=3,
         temperature=1.0,
         top_p=1.0,
+        top_k=None,
+        min_p=None,
         seed=0,
         batch_size=20,
     )
@@ -210,3 +219,48 @@ def test_the_flags_of_samples_and_of_rollouts_count_every_end_token(plain):
     measures = SimpleNamespace(learner=learner)
     rollouts = SimpleNamespace(tokens=[[response] for response in drawn.tokens])
     assert RoundMeasures._lengths(measures, rollouts)["ended"] == drawn.ended
+
+
+# ------------------------------------------------------------------------------- top_k and min_p
+
+
+def chosen_tokens(logits, **options):
+    """The tokens that an even grid of random numbers selects, for each row of logits."""
+    grid = (torch.arange(2000, dtype=torch.float64)[:, None] + 0.5) / 2000
+    draw_all = InverseCDF(grid, **{"temperature": 1.0, "top_p": 1.0, "prompt_width": 0} | options)
+    return draw_all(torch.zeros(2000, 0), logits.expand(2000, -1)).argmax(-1)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"top_k": 1},
+        {"top_k": 5},
+        {"top_k": 1000},
+        {"min_p": 0.2},
+        {"min_p": 1.0},
+        {"top_k": 6, "top_p": 0.7},
+        {"top_p": 0.9, "min_p": 0.3},
+        {"top_k": 8, "top_p": 0.8, "min_p": 0.1},
+    ],
+)
+def test_the_drawn_distribution_is_that_of_the_warpers_of_transformers(options):
+    logits = torch.randn(1, 20, generator=torch.Generator().manual_seed(3)) * 1.5
+    warped = logits
+    for name, warper in {
+        "top_k": TopKLogitsWarper,
+        "top_p": TopPLogitsWarper,
+        "min_p": MinPLogitsWarper,
+    }.items():
+        if name in options:
+            warped = warper(options[name])(None, warped)
+    counts = torch.bincount(chosen_tokens(logits, **options), minlength=20)
+    assert ((counts / 2000 - warped.softmax(-1)[0]).abs() <= 1.5 / 2000).all()
+    assert (counts[warped[0].isinf()] == 0).all()
+
+
+def test_top_k_and_min_p_are_off_by_default(plain):
+    model = load(plain)
+    assert draw(model) == draw(model, top_k=None, min_p=None)
+    assert draw(model, top_k=1) == draw(model, min_p=1.0) == draw(model, temperature=0)
+    assert draw(model, top_k=3) != draw(model)

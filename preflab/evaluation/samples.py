@@ -28,6 +28,8 @@ class Sampling:
     max_new_tokens: int
     temperature: float
     top_p: float
+    top_k: int | None
+    min_p: float | None
     seed: int
     batch_size: int
 
@@ -63,9 +65,9 @@ def sample_and_measure(
 
     Both models draw the same random numbers, so equal models give equal samples and differences
     are paired. KL is measured on the policy's samples; it is the KL of the sampled distribution
-    only at temperature 1 and top_p 1. Without a reference there are neither KL nor reference
-    samples. reference_samples: a cache of the reference's samples, for evaluating several policies
-    with the same reference.
+    only at temperature 1 and top_p 1, without top_k and min_p. Without a reference there are
+    neither KL nor reference samples. reference_samples: a cache of the reference's samples, for
+    evaluating several policies with the same reference.
     """
     prompts = prompts_to_sample(data, sampling.n, sampling.max_prompt_length)
     shared = (tokenizer, prompts, rewards, sampling, world)
@@ -116,6 +118,8 @@ def _draw(
         max_new_tokens=sampling.max_new_tokens,
         temperature=sampling.temperature,
         top_p=sampling.top_p,
+        top_k=sampling.top_k,
+        min_p=sampling.min_p,
         seed=sampling.seed,
         batch_size=sampling.batch_size,
         world=world,
@@ -164,6 +168,7 @@ def _rows(
         row |= {name: values[i] for name, values in measured.items()}
         row["repetition"] = repetition(samples["policy"].tokens[i])
         row |= {"temperature": sampling.temperature, "top_p": sampling.top_p}
+        row |= {k: v for k in ("top_k", "min_p") if (v := getattr(sampling, k)) is not None}
         rows.append(row)
     return rows
 

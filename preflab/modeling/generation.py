@@ -4,6 +4,7 @@ batch it was drawn in."""
 import contextlib
 import functools
 import logging
+from collections.abc import Callable
 
 import numpy as np
 import torch
@@ -42,24 +43,37 @@ class InverseCDF(LogitsProcessor):
     All logits but the chosen token's become -inf, so that greedy decoding takes it. uniforms:
     (rows, steps) in [0, 1). temperature: 0 is greedy. top_p: draw from the smallest set of most
     likely tokens that holds this much probability (Holtzman et al. 2020). prompt_width: columns of
-    `input_ids` that belong to the prompt and its padding.
+    `input_ids` that belong to the prompt and its padding. top_k: draw from this many most likely
+    tokens (Fan et al. 2018). min_p: draw from tokens with at least this share of the probability of
+    the most likely one (Nguyen et al. 2024). None turns either off.
+
+    A token is drawn only if all three allow it. top_p is a share of what top_k allows.
     """
 
-    def __init__(self, uniforms: Tensor, temperature: float, top_p: float, prompt_width: int):
+    def __init__(
+        self,
+        uniforms: Tensor,
+        temperature: float,
+        top_p: float,
+        prompt_width: int,
+        top_k: int | None = None,
+        min_p: float | None = None,
+    ):
         self.uniforms = uniforms
         self.temperature = temperature
         self.top_p = top_p
         self.prompt_width = prompt_width
+        self.top_k = top_k
+        self.min_p = min_p
 
     def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
         if self.temperature == 0:
             return scores
         probabilities = (scores.float() / self.temperature).softmax(-1)
         order = None
-        if self.top_p < 1:
+        if self.top_p < 1 or self.top_k or self.min_p:
             probabilities, order = probabilities.sort(descending=True, stable=True)
-            before = probabilities.cumsum(-1) - probabilities
-            probabilities = probabilities.masked_fill(before >= self.top_p, 0.0)
+            probabilities = self._truncate(probabilities)
         cumulative = probabilities.cumsum(-1, dtype=torch.float64)
         total = cumulative[:, -1:]
         step = input_ids.shape[1] - self.prompt_width
@@ -72,6 +86,19 @@ class InverseCDF(LogitsProcessor):
             chosen = order.gather(-1, chosen)
         return torch.full_like(scores, -torch.inf).scatter(-1, chosen, 0.0)
 
+    def _truncate(self, probabilities: Tensor) -> Tensor:
+        """Probabilities in descending order, with 0 for tokens that must not be drawn."""
+        highest = probabilities[:, :1]
+        if self.top_k:
+            probabilities = probabilities[:, : self.top_k]
+        if self.top_p < 1:
+            total = probabilities.sum(-1, keepdim=True) if self.top_k else 1.0
+            before = probabilities.cumsum(-1) - probabilities
+            probabilities = probabilities.masked_fill(before >= self.top_p * total, 0.0)
+        if self.min_p:
+            probabilities = probabilities.masked_fill(probabilities < self.min_p * highest, 0.0)
+        return probabilities
+
 
 @torch.no_grad()
 def sample(
@@ -83,6 +110,8 @@ def sample(
     max_new_tokens: int,
     temperature: float = 1.0,
     top_p: float = 1.0,
+    top_k: int | None = None,
+    min_p: float | None = None,
     seed: int = 0,
     batch_size: int = 16,
     description: str = "sample",
@@ -107,6 +136,9 @@ def sample(
         delay=1.0,
         disable=world.no_bar,
     )
+    choose = functools.partial(
+        InverseCDF, temperature=temperature, top_p=top_p, top_k=top_k, min_p=min_p
+    )
     drawn = []  # (index of the prompt, response) of this rank
     with _packed_weights(policy):
         for rows, n_real in world.batches(by_length, batch_size):
@@ -116,8 +148,7 @@ def sample(
                 tokenizer,
                 [prompts[i] for i in rows],
                 torch.from_numpy(uniforms),
-                temperature,
-                top_p,
+                choose,
                 synced=world.size > 1,
             )
             drawn += list(zip(rows, responses, strict=True))[:n_real]
@@ -153,8 +184,7 @@ def _generate(
     tokenizer,
     prompts: list[list[int]],
     uniforms: Tensor,
-    temperature: float,
-    top_p: float,
+    choose: Callable[..., InverseCDF],
     *,
     synced: bool,
 ) -> list[list[int]]:
@@ -185,7 +215,7 @@ def _generate(
             input_ids=input_ids.to(device),
             attention_mask=mask.to(device),
             generation_config=ours,
-            logits_processor=[InverseCDF(uniforms.to(device), temperature, top_p, width)],
+            logits_processor=[choose(uniforms.to(device), prompt_width=width)],
             synced_gpus=synced,
             **_cache_options(model),
         )
