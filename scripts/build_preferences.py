@@ -21,6 +21,7 @@ from preflab.modeling.loading import build_policy, load_tokenizer
 from preflab.rewards.registry import build_reward
 from preflab.settings.compose import compose
 from preflab.settings.overrides import fail
+from preflab.settings.values import truncation
 from utils import DataError, PrefLabError, atomic_write
 
 
@@ -89,7 +90,7 @@ def build_rows(config, prompts: list[str], k: int, n_test: int) -> tuple[list[di
         keys=list(range(k * len(prompts))),
         max_new_tokens=config.max_new_tokens or config.max_length - config.max_prompt_length,
         temperature=config.temperature,
-        top_p=config.topp,
+        **truncation(config),
         seed=config.seed,
         batch_size=config.eval_batch_size,
     )

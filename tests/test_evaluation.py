@@ -415,6 +415,19 @@ def test_temperature_is_said_in_the_row(llama_folder, imdb_dir, tmp_path):
     } == {(0.25, 0.9)}
 
 
+def test_top_k_and_min_p_are_said_in_the_rows_if_they_are_set(llama_folder, imdb_dir, tmp_path):
+    runs = {"plain": (), "cut": ("top_k=1", "min_p=0.5"), "greedy": ("temperature=0",)}
+    rows, policy = {}, {}
+    for name, options in runs.items():
+        folder = tmp_path / name
+        run_here(*small_run(llama_folder, imdb_dir, folder, "function=eval", *options))
+        samples, [row] = (read_rows(folder / f"{file}.jsonl") for file in ("samples", "eval"))
+        policy[name] = [sample["policy"] for sample in samples]
+        rows[name] = {(r.get("top_k"), r.get("min_p")) for r in (*samples, row)}
+    assert rows == {"plain": {(None, None)}, "cut": {(1, 0.5)}, "greedy": {(None, None)}}
+    assert policy["cut"] == policy["greedy"] != policy["plain"]
+
+
 @pytest.fixture(scope="module")
 def two_runs(tmp_path_factory, llama_folder):
     """A folder with two trained runs, and the data they were trained on."""

@@ -23,7 +23,7 @@ from preflab.modeling.parallelism import bind_place
 from preflab.objective.registry import BoundLoss
 from preflab.rewards.registry import Score
 from preflab.settings.schema import Settings
-from preflab.settings.values import changed
+from preflab.settings.values import changed, truncation, truncation_columns
 from preflab.training.checkpoints import Counters
 from preflab.training.metrics import MetricLog
 from preflab.training.summary import write_summary
@@ -110,7 +110,7 @@ class Evaluator:
             max_prompt_length=settings.max_prompt_length,
             max_new_tokens=settings.max_new_tokens or default_length,
             temperature=temperature,
-            top_p=settings.topp,
+            **truncation(settings),
             seed=settings.seed,
             batch_size=settings.eval_batch_size,
         )
@@ -232,7 +232,7 @@ def _evaluate_at(
     if evaluator.world.rank == 0:
         sampling = {
             "temperature": temperature,
-            "top_p": settings.topp,
+            **truncation_columns(settings),
             "samples_per_prompt": settings.samples_per_prompt,
             "eval_seed": settings.seed,
         }

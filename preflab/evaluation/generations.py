@@ -7,6 +7,7 @@ from preflab.batching.examples import PreferenceData, prompts_to_sample
 from preflab.modeling.generation import sample
 from preflab.modeling.loading import build_policy
 from preflab.settings.schema import Settings
+from preflab.settings.values import truncation, truncation_columns
 from utils import atomic_write
 
 
@@ -26,7 +27,7 @@ def write_generations(path: Path, settings: Settings, tokenizer, data: Preferenc
         keys=[(prompt.key, i) if i else prompt.key for prompt, i in drawn],
         max_new_tokens=settings.max_new_tokens or room,
         temperature=settings.temperature,
-        top_p=settings.topp,
+        **truncation(settings),
         seed=settings.seed,
         batch_size=settings.eval_batch_size,
     )
@@ -40,7 +41,7 @@ def write_generations(path: Path, settings: Settings, tokenizer, data: Preferenc
             row |= {
                 "sample": i,
                 "temperature": settings.temperature,
-                "top_p": settings.topp,
+                **truncation_columns(settings),
                 "seed": settings.seed,
             }
             f.write(json.dumps(row, ensure_ascii=False) + "\n")

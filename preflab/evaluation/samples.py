@@ -9,7 +9,7 @@ import torch
 from preflab.batching.examples import PreferenceData, PromptToSample, prompts_to_sample
 from preflab.batching.packing import Layout, lay_out
 from preflab.distributed.process_group import ALONE, World
-from preflab.modeling.generation import sample
+from preflab.modeling.generation import end_tokens, ended, sample
 from preflab.modeling.logprobs import Scorer, score_responses, sum_by_owner
 from preflab.rewards.registry import Score
 from utils import mean_and_error
@@ -28,6 +28,8 @@ class Sampling:
     max_new_tokens: int
     temperature: float
     top_p: float
+    top_k: int | None
+    min_p: float | None
     seed: int
     batch_size: int
 
@@ -36,10 +38,11 @@ class Sampling:
 class Samples:
     """The responses of one model, (prompts * k,) each, prompt by prompt.
 
-    tokens: with EOS, where a response ended. rewards: scores by the name of the reward.
+    tokens: with the end token, where a response ended. rewards: scores by the name of the reward.
     """
 
     tokens: list[list[int]]
+    ended: list[bool]
     texts: list[str]
     rewards: dict[str, list[float]]
 
@@ -62,9 +65,9 @@ def sample_and_measure(
 
     Both models draw the same random numbers, so equal models give equal samples and differences
     are paired. KL is measured on the policy's samples; it is the KL of the sampled distribution
-    only at temperature 1 and top_p 1. Without a reference there are neither KL nor reference
-    samples. reference_samples: a cache of the reference's samples, for evaluating several policies
-    with the same reference.
+    only at temperature 1 and top_p 1, without top_k and min_p. Without a reference there are
+    neither KL nor reference samples. reference_samples: a cache of the reference's samples, for
+    evaluating several policies with the same reference.
     """
     prompts = prompts_to_sample(data, sampling.n, sampling.max_prompt_length)
     shared = (tokenizer, prompts, rewards, sampling, world)
@@ -115,6 +118,8 @@ def _draw(
         max_new_tokens=sampling.max_new_tokens,
         temperature=sampling.temperature,
         top_p=sampling.top_p,
+        top_k=sampling.top_k,
+        min_p=sampling.min_p,
         seed=sampling.seed,
         batch_size=sampling.batch_size,
         world=world,
@@ -123,7 +128,8 @@ def _draw(
     texts = _texts(tokenizer, tokens)
     mine = world.share(_texts(tokenizer, prompt_tokens)), world.share(texts)
     scores = {name: world.gather(score(*mine)) for name, score in rewards.items()}
-    return Samples(tokens, texts, scores)
+    ends = end_tokens(tokenizer, scorer.causal_lm)
+    return Samples(tokens, [ended(response, ends) for response in tokens], texts, scores)
 
 
 def _texts(tokenizer, responses: Iterable[list[int]]) -> list[str]:
@@ -155,14 +161,14 @@ def _rows(
             "reference_tokens": None,
         }
         for model, drawn in samples.items():
-            tokens = drawn.tokens[i]
             row[model] = drawn.texts[i]
             row[f"{model}_reward"] = {name: values[i] for name, values in drawn.rewards.items()}
-            row[f"{model}_tokens"] = len(tokens)
-            row[f"{model}_ended"] = tokens[-1:] == [tokenizer.eos_token_id]
+            row[f"{model}_tokens"] = len(drawn.tokens[i])
+            row[f"{model}_ended"] = drawn.ended[i]
         row |= {name: values[i] for name, values in measured.items()}
         row["repetition"] = repetition(samples["policy"].tokens[i])
         row |= {"temperature": sampling.temperature, "top_p": sampling.top_p}
+        row |= {k: v for k in ("top_k", "min_p") if (v := getattr(sampling, k)) is not None}
         rows.append(row)
     return rows
 

@@ -3,17 +3,37 @@ batch it was drawn in."""
 
 import contextlib
 import functools
+import logging
+from collections.abc import Callable
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 from tqdm import tqdm
-from transformers import DynamicCache, LogitsProcessor
+from transformers import DynamicCache, GenerationConfig, LogitsProcessor
 from transformers.cache_utils import DynamicLayer
 from transformers.pytorch_utils import Conv1D
 
 from preflab.distributed.process_group import ALONE, World
 from preflab.modeling.logprobs import Scorer
+
+logger = logging.getLogger(__name__)
+
+# Values of a model's generation config that change no sample, beside None, False and zero.
+NO_EFFECT = {
+    "use_cache": True,
+    "temperature": 1.0,
+    "top_p": 1.0,
+    "typical_p": 1.0,
+    "repetition_penalty": 1.0,
+    "encoder_repetition_penalty": 1.0,
+    "length_penalty": 1.0,
+    "num_beams": 1,
+    "num_beam_groups": 1,
+    "num_return_sequences": 1,
+}
+# Keys of a model's generation config that do not choose tokens.
+DESCRIPTIVE = ("bos_token_id", "eos_token_id", "pad_token_id", "transformers_version")
 
 
 class InverseCDF(LogitsProcessor):
@@ -23,24 +43,37 @@ class InverseCDF(LogitsProcessor):
     All logits but the chosen token's become -inf, so that greedy decoding takes it. uniforms:
     (rows, steps) in [0, 1). temperature: 0 is greedy. top_p: draw from the smallest set of most
     likely tokens that holds this much probability (Holtzman et al. 2020). prompt_width: columns of
-    `input_ids` that belong to the prompt and its padding.
+    `input_ids` that belong to the prompt and its padding. top_k: draw from this many most likely
+    tokens (Fan et al. 2018). min_p: draw from tokens with at least this share of the probability of
+    the most likely one (Nguyen et al. 2024). None turns either off.
+
+    A token is drawn only if all three allow it. top_p is a share of what top_k allows.
     """
 
-    def __init__(self, uniforms: Tensor, temperature: float, top_p: float, prompt_width: int):
+    def __init__(
+        self,
+        uniforms: Tensor,
+        temperature: float,
+        top_p: float,
+        prompt_width: int,
+        top_k: int | None = None,
+        min_p: float | None = None,
+    ):
         self.uniforms = uniforms
         self.temperature = temperature
         self.top_p = top_p
         self.prompt_width = prompt_width
+        self.top_k = top_k
+        self.min_p = min_p
 
     def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
         if self.temperature == 0:
             return scores
         probabilities = (scores.float() / self.temperature).softmax(-1)
         order = None
-        if self.top_p < 1:
+        if self.top_p < 1 or self.top_k or self.min_p:
             probabilities, order = probabilities.sort(descending=True, stable=True)
-            before = probabilities.cumsum(-1) - probabilities
-            probabilities = probabilities.masked_fill(before >= self.top_p, 0.0)
+            probabilities = self._truncate(probabilities)
         cumulative = probabilities.cumsum(-1, dtype=torch.float64)
         total = cumulative[:, -1:]
         step = input_ids.shape[1] - self.prompt_width
@@ -53,6 +86,19 @@ class InverseCDF(LogitsProcessor):
             chosen = order.gather(-1, chosen)
         return torch.full_like(scores, -torch.inf).scatter(-1, chosen, 0.0)
 
+    def _truncate(self, probabilities: Tensor) -> Tensor:
+        """Probabilities in descending order, with 0 for tokens that must not be drawn."""
+        highest = probabilities[:, :1]
+        if self.top_k:
+            probabilities = probabilities[:, : self.top_k]
+        if self.top_p < 1:
+            total = probabilities.sum(-1, keepdim=True) if self.top_k else 1.0
+            before = probabilities.cumsum(-1) - probabilities
+            probabilities = probabilities.masked_fill(before >= self.top_p * total, 0.0)
+        if self.min_p:
+            probabilities = probabilities.masked_fill(probabilities < self.min_p * highest, 0.0)
+        return probabilities
+
 
 @torch.no_grad()
 def sample(
@@ -64,17 +110,24 @@ def sample(
     max_new_tokens: int,
     temperature: float = 1.0,
     top_p: float = 1.0,
+    top_k: int | None = None,
+    min_p: float | None = None,
     seed: int = 0,
     batch_size: int = 16,
     description: str = "sample",
     world: World = ALONE,
 ) -> list[list[int]]:
-    """One response to each prompt, as token ids, with its EOS if it ended within `max_new_tokens`.
+    """One response to each prompt, as token ids, with its end token if it ended within
+    `max_new_tokens`. Every token of `end_tokens` ends a response.
+
+    The model's own generation config (repetition penalty, suppressed tokens, beams, stop strings
+    and so on) has no effect; its values are logged once.
 
     keys: one number or two for each prompt; equal (seed, key) draw equal random numbers. Prompts
     are batched by length and spread over the ranks; every rank gets all responses.
     """
     by_length = sorted(range(len(prompts)), key=lambda i: (len(prompts[i]), i))
+    _log_ignored(str(_ignored(policy.causal_lm)))
     bar = tqdm(
         total=len(prompts),
         desc=description,
@@ -82,6 +135,9 @@ def sample(
         leave=False,
         delay=1.0,
         disable=world.no_bar,
+    )
+    choose = functools.partial(
+        InverseCDF, temperature=temperature, top_p=top_p, top_k=top_k, min_p=min_p
     )
     drawn = []  # (index of the prompt, response) of this rank
     with _packed_weights(policy):
@@ -92,8 +148,7 @@ def sample(
                 tokenizer,
                 [prompts[i] for i in rows],
                 torch.from_numpy(uniforms),
-                temperature,
-                top_p,
+                choose,
                 synced=world.size > 1,
             )
             drawn += list(zip(rows, responses, strict=True))[:n_real]
@@ -101,6 +156,22 @@ def sample(
     bar.close()
     by_prompt = dict(world.gather(drawn))
     return [by_prompt[i] for i in range(len(prompts))]
+
+
+def end_tokens(tokenizer, model: nn.Module) -> tuple[int, ...]:
+    """The ids that end a response: the tokenizer's EOS, and those of the model's generation config.
+
+    A chat model often has several, for example one that ends a turn and one that ends a text.
+    model: the transformers model, without a wrapper.
+    """
+    own = model.generation_config.eos_token_id
+    ids = [tokenizer.eos_token_id, *(own if isinstance(own, (list, tuple)) else [own])]
+    return tuple(dict.fromkeys(token for token in ids if token is not None))
+
+
+def ended(tokens: list[int], ends: tuple[int, ...]) -> bool:
+    """Whether a response has its end token, instead of being cut at `max_new_tokens`."""
+    return bool(tokens) and tokens[-1] in ends
 
 
 def _uniforms(seed: int, key: int | tuple[int, int], n: int) -> np.ndarray:
@@ -113,8 +184,7 @@ def _generate(
     tokenizer,
     prompts: list[list[int]],
     uniforms: Tensor,
-    temperature: float,
-    top_p: float,
+    choose: Callable[..., InverseCDF],
     *,
     synced: bool,
 ) -> list[list[int]]:
@@ -126,19 +196,30 @@ def _generate(
     for row, prompt in enumerate(prompts):
         input_ids[row, width - len(prompt) :] = torch.tensor(prompt)
         mask[row, width - len(prompt) :] = 1
-    with policy.active(), _eval_mode(policy.causal_lm), torch.compiler.set_stance("force_eager"):
-        output = policy.causal_lm.generate(
+    model = policy.causal_lm
+    ends = end_tokens(tokenizer, model)
+    ours = GenerationConfig(
+        max_new_tokens=uniforms.shape[1],
+        do_sample=False,
+        use_cache=True,
+        eos_token_id=list(ends),
+        pad_token_id=tokenizer.pad_token_id,
+    )
+    with (
+        policy.active(),
+        _eval_mode(model),
+        _generation_config(model, ours),
+        torch.compiler.set_stance("force_eager"),
+    ):
+        output = model.generate(
             input_ids=input_ids.to(device),
             attention_mask=mask.to(device),
-            max_new_tokens=uniforms.shape[1],
-            do_sample=False,
-            logits_processor=[InverseCDF(uniforms.to(device), temperature, top_p, width)],
-            eos_token_id=tokenizer.eos_token_id,
-            pad_token_id=tokenizer.pad_token_id,
+            generation_config=ours,
+            logits_processor=[choose(uniforms.to(device), prompt_width=width)],
             synced_gpus=synced,
-            **_cache_options(policy.causal_lm),
+            **_cache_options(model),
         )
-    return [_until_eos(row, tokenizer.eos_token_id) for row in output[:, width:].tolist()]
+    return [_until_end(row, ends) for row in output[:, width:].tolist()]
 
 
 @contextlib.contextmanager
@@ -151,6 +232,42 @@ def _eval_mode(model: nn.Module):
         yield
     finally:
         model.train(training)
+
+
+@contextlib.contextmanager
+def _generation_config(model: nn.Module, config: GenerationConfig):
+    """The model with this generation config.
+
+    `generate` fills every unset value of the config that it is given from the model's own, so that
+    passing a config is not enough.
+    """
+    own = model.generation_config
+    model.generation_config = config
+    try:
+        yield
+    finally:
+        model.generation_config = own
+
+
+def _ignored(model: nn.Module) -> dict:
+    """The values of the model's generation config that `generate` would sample by."""
+    values = model.generation_config.to_dict()
+    if getattr(model.config, "use_cache", None) is False:
+        values["use_cache"] = False
+    return {
+        name: value
+        for name, value in sorted(values.items())
+        if not name.startswith("_")
+        and name not in DESCRIPTIVE
+        and value != NO_EFFECT.get(name)
+        and (value or name == "use_cache")
+    }
+
+
+@functools.cache  # once for each set of values
+def _log_ignored(values: str) -> None:
+    if values != "{}":
+        logger.info(f"samples ignore these values of the model's generation config: {values}")
 
 
 class _GrowingLayer(DynamicLayer):
@@ -236,6 +353,7 @@ def _packed_linear(weight: Tensor, bias: Tensor | None, rows: Tensor) -> Tensor:
     return torch.ops.mkldnn._linear_pointwise(rows, weight, bias, "none", [], "")
 
 
-def _until_eos(tokens: list[int], eos: int) -> list[int]:
-    """The tokens up to the first EOS, which is included."""
-    return tokens[: tokens.index(eos) + 1] if eos in tokens else tokens
+def _until_end(tokens: list[int], ends: tuple[int, ...]) -> list[int]:
+    """The tokens up to the first end token, which is included."""
+    first = next((i for i, token in enumerate(tokens) if token in ends), len(tokens))
+    return tokens[: first + 1]

@@ -12,7 +12,7 @@ from preflab.modeling.loading import build_policy
 from preflab.modeling.logprobs import Scorer
 from preflab.online.rollouts import Rollouts
 from preflab.settings.schema import Settings
-from preflab.settings.values import changed
+from preflab.settings.values import changed, truncation
 from preflab.training.learner import Learner
 
 
@@ -113,7 +113,7 @@ class Drawing:
             keys=[(prompt.key, number, j) for prompt, j in items],
             max_new_tokens=self.max_new_tokens,
             temperature=settings.temperature,
-            top_p=settings.topp,
+            **truncation(settings),
             seed=settings.seed,
             batch_size=settings.eval_batch_size,
             world=self.world,

@@ -5,6 +5,7 @@ from pathlib import Path
 
 from preflab.distributed.process_group import World
 from preflab.evaluation.samples import measure_samples
+from preflab.modeling.generation import end_tokens, ended
 from preflab.online.drawing import rollouts_file
 from preflab.online.labelers import StaticLabels
 from preflab.online.ledger import score_shared
@@ -73,11 +74,11 @@ class RoundMeasures:
         return values
 
     def _lengths(self, rollouts: Rollouts) -> dict[str, list[float]]:
-        eos = self.learner.tokenizer.eos_token_id
+        ends = end_tokens(self.learner.tokenizer, self.learner.policy.causal_lm)
         responses = [ids for of_prompt in rollouts.tokens for ids in of_prompt]
         return {
             "length": [len(ids) for ids in responses],
-            "ended": [float(ids[-1:] == [eos]) for ids in responses],
+            "ended": [float(ended(ids, ends)) for ids in responses],
         }
 
     def _kl(self, rollouts: Rollouts) -> dict[str, list[float]]:

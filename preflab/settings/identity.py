@@ -33,7 +33,7 @@ def same_settings(saved: DictConfig, config: DictConfig) -> bool:
         {
             key: value
             for key, value in OmegaConf.to_container(c, resolve=True).items()
-            if part_of_run(key)
+            if part_of_run(key) and value is not None  # a key that the older config lacks is off
         }
         for c in (saved, config)
     )

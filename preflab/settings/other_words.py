@@ -118,7 +118,6 @@ NOT_SETTINGS = {
     "load_in_8bit": "there are no quantised weights; model.policy_dtype=bfloat16 halves them",
     "lora_dropout": "an adapter has no dropout",
     "push_to_hub": "a run uploads nothing; RUN/LATEST/hf is a folder for push_to_hub",
-    "top_k": "samples are drawn by temperature and topp",
     "config": "a recipe is experiment=NAME; a folder of your own is --config-dir DIR",
 }
 

@@ -256,6 +256,8 @@ class EvaluationSettings:
     topp: float = setting(
         Number(above=0, most=1), may_change=TRAINING, hint="1 draws from the whole vocabulary"
     )
+    top_k: int | None = setting(COUNT, null=True, may_change=TRAINING)
+    min_p: float | None = setting(Number(above=0, most=1), null=True, may_change=TRAINING)
     max_new_tokens: int | None = setting(COUNT, null=True, may_change=TRAINING)
     more_rewards: list[str | dict] | None = setting(
         ListOf(Either((TEXT, MAPPING))), null=True, may_change=TRAINING

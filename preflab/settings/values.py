@@ -22,6 +22,16 @@ def changed(settings: Any, **values: Any) -> Any:
     return dataclasses.replace(settings, **values)
 
 
+def truncation(settings) -> dict[str, float | int | None]:
+    """What limits the tokens that are drawn, as `sample` takes it."""
+    return {"top_p": settings.topp, "top_k": settings.top_k, "min_p": settings.min_p}
+
+
+def truncation_columns(settings) -> dict[str, float | int]:
+    """What limits the tokens that are drawn, as rows show it: top_p, and the others if set."""
+    return {name: value for name, value in truncation(settings).items() if value is not None}
+
+
 def temperatures(settings) -> list[float]:
     """`temperature` as a list."""
     if isinstance(settings.temperature, (int, float)):

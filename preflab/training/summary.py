@@ -5,6 +5,7 @@ from pathlib import Path
 
 from preflab.distributed.process_group import World
 from preflab.settings.schema import Settings
+from preflab.settings.values import truncation_columns
 from preflab.training.checkpoints import Counters
 from preflab.training.profiling import peak_memory
 from utils import atomic_write
@@ -60,7 +61,7 @@ def write_summary(
         "seconds": counters.seconds,
         "seed": settings.seed,
         "temperature": temperature,
-        "top_p": settings.topp,
+        **truncation_columns(settings),
         "peak_memory_bytes": int(world.max([float(peak_memory())])[0]),
         "trainer": settings.trainer,
         "ranks": world.size,

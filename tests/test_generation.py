@@ -1,0 +1,266 @@
+"""Samples are the policy's, whatever its folder says beside its weights, and where they end."""
+
+import json
+import logging
+import shutil
+from types import SimpleNamespace
+
+import pytest
+import torch
+from conftest import make_tokenizer, save_model
+from transformers import (
+    AutoModelForCausalLM,
+    DynamicCache,
+    LogitsProcessorList,
+    MinPLogitsWarper,
+    TopKLogitsWarper,
+    TopPLogitsWarper,
+)
+
+from preflab.batching.examples import PromptToSample
+from preflab.distributed.process_group import ALONE
+from preflab.evaluation import samples
+from preflab.modeling import generation
+from preflab.modeling.generation import InverseCDF, end_tokens, ended, sample
+from preflab.modeling.logprobs import Scorer
+from preflab.online.measures import RoundMeasures
+
+PROMPT, N = [256, *b"abab"], 12
+EVEN = list(range(0, 256, 2))
+
+IGNORED = {
+    "repetition_penalty": {"repetition_penalty": 5.0},
+    "no_repeat_ngram_size": {"no_repeat_ngram_size": 1},
+    "suppress_tokens": {"suppress_tokens": EVEN},
+    "begin_suppress_tokens": {"begin_suppress_tokens": EVEN},
+    "bad_words": {"bad_words_ids": [[token] for token in EVEN]},
+    "sequence_bias": {"sequence_bias": [[[98], 100.0]]},
+    "forced_eos": {"forced_eos_token_id": 256},
+    "decay": {"exponential_decay_length_penalty": [0, 100.0]},
+    "beams": {"num_beams": 3},
+    "beam_groups": {"num_beams": 4, "num_beam_groups": 2, "diversity_penalty": 1.0},
+    "sequences": {"num_beams": 3, "num_return_sequences": 2},
+    "contrastive": {"penalty_alpha": 0.6, "top_k": 4},
+    "dola": {"dola_layers": "high"},
+    "guidance": {"guidance_scale": 3.0},
+    "stop_strings": {"stop_strings": ["a"]},
+    "max_time": {"max_time": 1e-9},
+    "dict": {"return_dict_in_generate": True, "output_scores": True},
+    "use_cache": {"use_cache": False},
+}
+
+
+def load(folder):
+    return AutoModelForCausalLM.from_pretrained(folder).eval()
+
+
+def with_values(source, folder, values, file="generation_config.json"):
+    """A copy of a model folder with further values in one of its JSON files."""
+    shutil.copytree(source, folder)
+    path = folder / file
+    path.write_text(json.dumps(json.loads(path.read_text()) | values))
+    return folder
+
+
+def draw(model, **options):
+    prompts = [PROMPT, [256], [256, *b"another prompt"]]
+    return sample(
+        Scorer(model), make_tokenizer(), prompts, keys=range(3), max_new_tokens=N, **options
+    )
+
+
+def drawn_by_transformers(model):
+    """A greedy response by `generate` with the model's own generation config."""
+    ids = torch.tensor([PROMPT])
+    return model.generate(
+        ids,
+        attention_mask=torch.ones_like(ids),
+        max_new_tokens=N,
+        do_sample=False,
+        past_key_values=DynamicCache(config=model.config),
+        pad_token_id=257,
+    )[0].tolist()
+
+
+@pytest.fixture(scope="module")
+def plain(tmp_path_factory):
+    return save_model(tmp_path_factory.mktemp("plain") / "model", "llama")
+
+
+@pytest.fixture(scope="module")
+def plain_samples(plain):
+    model = load(plain)
+    return draw(model), draw(model, temperature=0), drawn_by_transformers(model)
+
+
+@pytest.mark.parametrize("name", IGNORED)
+def test_a_generation_config_changes_no_sample(plain, plain_samples, tmp_path, name):
+    model = load(with_values(plain, tmp_path / "model", IGNORED[name]))
+    own = model.generation_config
+    assert (draw(model), draw(model, temperature=0)) == plain_samples[:2]
+    assert model.generation_config is own  # exported folders keep it
+    try:
+        theirs = drawn_by_transformers(model)
+    except ValueError:
+        assert name in ("beam_groups", "contrastive", "dola", "stop_strings")  # refused
+        return
+    assert theirs != plain_samples[2]
+
+
+@pytest.mark.parametrize("values", [{"min_new_tokens": N}, {"min_length": N + len(PROMPT)}])
+def test_a_response_may_end_before_the_minimum_of_the_model(plain, tmp_path, values):
+    free, held = load(plain), load(with_values(plain, tmp_path / "model", values))
+    for model in (free, held):
+        with torch.no_grad():
+            model.lm_head.weight[256] = model.lm_head.weight[:256].mean(0)
+            model.lm_head.weight.mul_(0.05)  # every token, and the end, about equally likely
+    prompts = [PROMPT] * 200
+    options = {"keys": range(200), "max_new_tokens": N, "batch_size": 200}
+    ours, theirs = (sample(Scorer(m), make_tokenizer(), prompts, **options) for m in (free, held))
+    assert ours == theirs and any(len(response) < N for response in ours)
+    [generated] = {
+        held.generate(
+            torch.tensor([PROMPT]),
+            attention_mask=torch.ones(1, len(PROMPT)),
+            max_new_tokens=N,
+            do_sample=False,
+            pad_token_id=257,
+            logits_processor=LogitsProcessorList([_EndNow()]),
+        ).shape[1]
+    }
+    assert generated == N + len(PROMPT)
+
+
+class _EndNow:
+    """Makes the end by far the likeliest token."""
+
+    def __call__(self, input_ids, scores):
+        return scores.index_fill(1, torch.tensor([256]), 1e4).where(scores > -torch.inf, scores)
+
+
+def test_use_cache_false_in_the_model_config_changes_no_sample(plain, plain_samples, tmp_path):
+    folder = with_values(plain, tmp_path / "model", {"use_cache": False}, "config.json")
+    for keeps_generation_config in (True, False):
+        if not keeps_generation_config:
+            (folder / "generation_config.json").unlink()
+        assert draw(load(folder)) == plain_samples[0]
+
+
+def test_ignored_values_are_logged_once(plain, tmp_path, caplog):
+    caplog.set_level(logging.INFO, "preflab")
+    generation._log_ignored.cache_clear()
+    draw(load(plain))
+    assert not caplog.messages
+    values = {"repetition_penalty": 1.1, "do_sample": True, "use_cache": False, "num_beams": 1}
+    model = load(with_values(plain, tmp_path / "model", values))
+    for _ in range(2):
+        draw(model)
+    [message] = caplog.messages
+    assert message.endswith("{'do_sample': True, 'repetition_penalty': 1.1, 'use_cache': False}")
+
+
+# ------------------------------------------------------------------------------------------- ends
+
+
+def ends_of(model, ids):
+    model.generation_config.eos_token_id = ids
+    return end_tokens(make_tokenizer(), model)
+
+
+def test_end_tokens_are_those_of_tokenizer_and_model(plain):
+    model = load(plain)
+    assert ends_of(model, None) == ends_of(model, 256) == ends_of(model, [256]) == (256,)
+    assert ends_of(model, 7) == ends_of(model, [7, 256, 7]) == (256, 7)
+
+
+def test_ended():
+    assert ended([1, 2], (256, 2)) and ended([256], (256,))
+    assert not ended([2, 1], (256, 2)) and not ended([], (256,))
+
+
+def test_a_response_ends_at_the_first_of_several_end_tokens(plain, tmp_path):
+    """It is the response of a model with one end token, cut."""
+    prompts, keys = [[256, a] for a in range(97, 117)], range(20)
+    options = {"keys": keys, "max_new_tokens": 40, "batch_size": 7}
+    free = sample(Scorer(load(plain)), make_tokenizer(), prompts, **options)
+    ends = (256, *range(40, 50))
+    folder = with_values(plain, tmp_path / "model", {"eos_token_id": [*range(40, 50)]})
+    cut = sample(Scorer(load(folder)), make_tokenizer(), prompts, **options)
+    for whole, response in zip(free, cut, strict=True):
+        assert whole[: len(response)] == response
+        assert not any(token in ends for token in response[:-1])
+        assert ended(response, ends) or len(response) == 40
+    last = {response[-1] for response in cut if ended(response, ends)}
+    assert len(last - {256}) > 1
+    assert any(len(response) < len(whole) for whole, response in zip(free, cut, strict=True))
+
+
+def test_the_flags_of_samples_and_of_rollouts_count_every_end_token(plain):
+    model = load(plain)
+    ends = ends_of(model, [*range(100)])
+    prompts = [PromptToSample(tokens=[256, a], chosen=[256], key=a) for a in range(97, 117)]
+    sampling = samples.Sampling(
+        n=20,
+        k=1,
+        max_prompt_length=8,
+        max_new_tokens=3,
+        temperature=1.0,
+        top_p=1.0,
+        top_k=None,
+        min_p=None,
+        seed=0,
+        batch_size=20,
+    )
+    args = (Scorer(model), make_tokenizer(), prompts, {}, sampling, ALONE)
+    drawn = samples._draw(*args, description="")
+    assert drawn.ended == [response[-1] in ends for response in drawn.tokens]
+    assert set(drawn.ended) == {False, True}
+    learner = SimpleNamespace(tokenizer=make_tokenizer(), policy=Scorer(model))
+    measures = SimpleNamespace(learner=learner)
+    rollouts = SimpleNamespace(tokens=[[response] for response in drawn.tokens])
+    assert RoundMeasures._lengths(measures, rollouts)["ended"] == drawn.ended
+
+
+# ------------------------------------------------------------------------------- top_k and min_p
+
+
+def chosen_tokens(logits, **options):
+    """The tokens that an even grid of random numbers selects, for each row of logits."""
+    grid = (torch.arange(2000, dtype=torch.float64)[:, None] + 0.5) / 2000
+    draw_all = InverseCDF(grid, **{"temperature": 1.0, "top_p": 1.0, "prompt_width": 0} | options)
+    return draw_all(torch.zeros(2000, 0), logits.expand(2000, -1)).argmax(-1)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"top_k": 1},
+        {"top_k": 5},
+        {"top_k": 1000},
+        {"min_p": 0.2},
+        {"min_p": 1.0},
+        {"top_k": 6, "top_p": 0.7},
+        {"top_p": 0.9, "min_p": 0.3},
+        {"top_k": 8, "top_p": 0.8, "min_p": 0.1},
+    ],
+)
+def test_the_drawn_distribution_is_that_of_the_warpers_of_transformers(options):
+    logits = torch.randn(1, 20, generator=torch.Generator().manual_seed(3)) * 1.5
+    warped = logits
+    for name, warper in {
+        "top_k": TopKLogitsWarper,
+        "top_p": TopPLogitsWarper,
+        "min_p": MinPLogitsWarper,
+    }.items():
+        if name in options:
+            warped = warper(options[name])(None, warped)
+    counts = torch.bincount(chosen_tokens(logits, **options), minlength=20)
+    assert ((counts / 2000 - warped.softmax(-1)[0]).abs() <= 1.5 / 2000).all()
+    assert (counts[warped[0].isinf()] == 0).all()
+
+
+def test_top_k_and_min_p_are_off_by_default(plain):
+    model = load(plain)
+    assert draw(model) == draw(model, top_k=None, min_p=None)
+    assert draw(model, top_k=1) == draw(model, min_p=1.0) == draw(model, temperature=0)
+    assert draw(model, top_k=3) != draw(model)
