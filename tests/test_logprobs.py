@@ -11,7 +11,7 @@ from preflab.batching.packing import Layout, lay_out
 from preflab.modeling import fused_head
 from preflab.modeling.fused_head import LinearLogProbs
 from preflab.modeling.loading import disable_dropout
-from preflab.modeling.logprobs import Scorer, pad_by_owner, score_responses, sum_by_owner
+from preflab.modeling.logprobs import Scorer, score_responses, sum_by_owner
 from utils import ConfigError
 
 PADDED = Layout("padded", 257)
@@ -328,11 +328,6 @@ def test_dropout_is_off_in_training_mode_too(architecture):
     assert torch.equal(first, second)
 
 
-def test_sums_and_padding_by_owner():
+def test_sums_by_owner():
     values, owners = torch.tensor([1.0, 2.0, 4.0, 8.0]), torch.tensor([0, 0, 1, 2])
     assert sum_by_owner(values, owners, 3).tolist() == [3.0, 4.0, 8.0]
-    assert pad_by_owner(values, owners, torch.tensor([2, 1, 1])).tolist() == [
-        [1.0, 2.0],
-        [4.0, 0.0],
-        [8.0, 0.0],
-    ]

@@ -383,17 +383,3 @@ def sum_by_owner(values: Tensor, owners: Tensor, n: int) -> Tensor:
     """
     zeros = torch.zeros(n, dtype=torch.float64, device=values.device)
     return zeros.index_add(0, owners, values.double())
-
-
-def pad_by_owner(values: Tensor, owners: Tensor, lengths: Tensor) -> Tensor:
-    """Token values (T,) as (R, longest response) float64, zero after the end of each response.
-
-    owners (T,): the response of each token. lengths (R,): scored tokens of each response.
-    """
-    lengths = lengths.to(values.device)
-    begins = lengths.cumsum(0) - lengths
-    within = torch.arange(len(values), device=values.device) - begins[owners]
-    padded = torch.zeros(
-        len(lengths), int(lengths.max()), dtype=torch.float64, device=values.device
-    )
-    return padded.index_put((owners, within), values.double())
