@@ -7,11 +7,13 @@ import pytest
 import torch
 from conftest import ARCHITECTURES, make_model
 
-from preflab.batching.packing import Layout, lay_out
+from preflab.batching.packed_attention import enable
+from preflab.batching.packing import LAYOUTS, Layout, lay_out
 from preflab.modeling import fused_head
 from preflab.modeling.fused_head import LinearLogProbs
 from preflab.modeling.loading import disable_dropout
 from preflab.modeling.logprobs import Scorer, score_responses, sum_by_owner
+from preflab.objective.types import NEEDS
 from utils import ConfigError
 
 PADDED = Layout("padded", 257)
@@ -326,6 +328,23 @@ def test_dropout_is_off_in_training_mode_too(architecture):
     with torch.no_grad():
         first, second = (score_responses(Scorer(model), batch).token_logps for _ in range(2))
     assert torch.equal(first, second)
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_what_a_loss_reads_per_token_is_padded_by_response(layout):
+    """Against each response scored alone, in layouts that order tokens differently."""
+    trees = [(prompt, [response, response[:1]]) for prompt, response in sequences()]
+    scorer = Scorer(make_model("llama").double())
+    enable(scorer.causal_lm)  # packed rows, which are no option of the library
+    batch = lay_out(trees, Layout(layout, 257))
+    padded = NEEDS["token_logps"].take(score_responses(scorer, batch), batch)
+    responses = [(prompt, r) for prompt, of_prompt in trees for r in of_prompt]
+    assert padded.shape == (len(responses), max(len(r) for _, r in responses))
+    for row, (prompt, response) in zip(padded, responses, strict=True):
+        alone = score_responses(scorer, lay_out([(prompt, [response])], PADDED)).token_logps
+        n = len(response)
+        torch.testing.assert_close(row[:n], alone.double(), rtol=1e-9, atol=1e-9)
+        assert not row[n:].any()
 
 
 def test_sums_by_owner():
