@@ -33,19 +33,14 @@ from preflab.modeling.placed_weights import (
 )
 from preflab.objective.registry import BoundLoss
 from preflab.settings.schema import Settings
-from preflab.training.checkpoints import (
-    Counters,
-    load_optimizer,
-    random_state,
-    save_optimizer,
-    set_random_state,
-)
+from preflab.training.checkpoints import Counters, random_state, set_random_state
 from preflab.training.compute_loss import compute_loss
 from preflab.training.metrics import Sums
+from preflab.training.optimizer_state import load_optimizer, save_optimizer
 from preflab.training.optimizers import make_optimizer
 from preflab.training.reference import ReferenceSource
 from preflab.training.saved_weights import save_weights
-from utils import PrefLabError
+from utils import ConfigError, PrefLabError, first_line
 
 logger = logging.getLogger(__name__)
 
@@ -296,7 +291,7 @@ class Learner:
         The weights were read when the policy was built. Raises ConfigError for a checkpoint whose
         optimizer has other parameters.
         """
-        state = torch.load(folder / STATE, map_location="cpu", weights_only=True)
+        state = _read_state(folder / STATE)
         load_optimizer(
             self.optimizer,
             self.parameter_names,
@@ -315,3 +310,15 @@ class Learner:
         if self.placement.shards_state and self._group is None:
             self._group = torch.distributed.new_group(backend="gloo")
         return self._group
+
+
+def _read_state(path: Path) -> dict:
+    """What `Learner.save` wrote beside weights and optimizer. Only plain containers, numbers and
+    tensors are unpickled. Raises ConfigError for anything else."""
+    try:
+        return torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:  # of many classes, with the same meaning for the user
+        raise ConfigError(
+            f"{path} cannot be read ({first_line(error)}); delete {path.parent} to continue from"
+            " the checkpoint before it"
+        ) from error
