@@ -55,7 +55,7 @@ def run(config: DictConfig) -> None:
         check_service(settings)
         if (before := folder / "config.yaml").is_file():
             _same_service(OmegaConf.load(before), config, folder)
-        with in_use(folder / "labels.lock"):
+        with in_use(folder / "labels.lock", ", which buys labels for it"):
             service = Service(settings, folder, BasicTrainer)
             with atomic_write(folder / "config.yaml") as f:
                 f.write(OmegaConf.to_yaml(config, resolve=True))

@@ -10,6 +10,7 @@ import math
 import os
 import random
 import shutil
+import socket
 import sys
 import tempfile
 import traceback
@@ -120,6 +121,35 @@ def finish_directory(temporary: Path, path: Path) -> None:
             raise
 
 
+CHECKSUMS = "checksums.json"
+
+
+def write_checksums(folder: Path) -> None:
+    """Write the size and the SHA-256 of each file in a folder, for `damaged_file`."""
+    contents = {
+        path.name: [path.stat().st_size, content_hash(path)] for path in sorted(folder.iterdir())
+    }
+    (folder / CHECKSUMS).write_text(json.dumps(contents, indent=1), encoding="utf-8")
+
+
+def damaged_file(folder: Path) -> str:
+    """The first file of a folder that differs from what `write_checksums` saw, and in what; empty
+    if all are the same."""
+    try:
+        contents = json.loads((folder / CHECKSUMS).read_bytes())
+        for name, (size, digest) in contents.items():
+            path = folder / name
+            if not path.is_file():
+                return f"{name} is missing"
+            if (found := path.stat().st_size) != size:
+                return f"{name} has {found:,} bytes, and {size:,} were written"
+            if content_hash(path) != digest:
+                return f"{name} has another content than was written"
+    except (OSError, ValueError, AttributeError, TypeError) as error:
+        return f"{CHECKSUMS} cannot be read ({first_line(error)})"
+    return ""
+
+
 def _umask() -> int:
     # The only portable way to read the umask is to set it and set it back.
     current = os.umask(0)
@@ -128,21 +158,31 @@ def _umask() -> int:
 
 
 @contextlib.contextmanager
-def in_use(path: Path) -> Iterator[None]:
-    """Inside, this process holds the lock file. Raises ConfigError where another one holds it."""
+def in_use(path: Path, purpose: str = "") -> Iterator[None]:
+    """Inside, this process holds the lock file. Raises ConfigError where another one holds it.
+
+    purpose: what for, as a clause of the message. A holder that dies, in any way, lets go of it.
+    """
     path.parent.mkdir(parents=True, exist_ok=True)
     lock = FileLock(path)
     try:
         lock.acquire(timeout=0)
     except Timeout as error:
         raise ConfigError(
-            f"{path.parent} is in use by another process, which buys labels for it; wait until it"
-            " ends, or set another local_run_dir"
+            f"{path.parent} is in use by {_holder(path)}{purpose}; wait until it ends, or set"
+            " another local_run_dir"
         ) from error
     try:
+        path.write_text(f"process {os.getpid()} on {socket.gethostname()}", encoding="utf-8")
         yield
     finally:
         lock.release()
+
+
+def _holder(path: Path) -> str:
+    with contextlib.suppress(OSError):
+        return path.read_text(encoding="utf-8", errors="replace")[:100] or "another process"
+    return "another process"
 
 
 def model_folder(path: str | Path) -> Path | str:

@@ -34,13 +34,19 @@ from preflab.reports.run import write_report
 from preflab.rewards.registry import build_rewards
 from preflab.settings.identity import same_settings
 from preflab.settings.load import validate
-from preflab.settings.run_folder import finished_summary, remove_if_empty, run_dir_for
+from preflab.settings.run_folder import (
+    WORKERS_LOCK,
+    finished_summary,
+    owned,
+    remove_if_empty,
+    run_dir_for,
+)
 from preflab.settings.schema import Settings
 from preflab.training.memory_plan import describe, make_plan
 from preflab.training.metrics import MetricLog
 from preflab.training.registry import find_trainer
 from preflab.training.trackers import start_wandb
-from utils import DataError, atomic_write, seed_everything
+from utils import DataError, atomic_write, in_use, seed_everything
 
 logger = logging.getLogger(__name__)
 
@@ -90,17 +96,20 @@ def execute(config: DictConfig, run_dir: Path, stop: StopSignals | None = None) 
     if summary := ranks.agree(lambda: finished_summary(config, run_dir)):
         logger.info(f"{run_dir} is already finished")
         return _report(run_dir, summary)
-    inputs = ranks.first(lambda: load_inputs(settings, sources, loss))
     if settings.function == "plan":
+        inputs = ranks.first(lambda: load_inputs(settings, sources, loss))
         plan = make_plan(settings, loss, inputs.data["train"])
         logger.info(describe(plan, settings.plan.gpu_gib))
         remove_if_empty(run_dir)
         return {}
-    if ranks.rank == 0:
-        _begin_folder(config, run_dir, inputs)
-    with _status(run_dir, ranks.rank):
-        summary = _run_here_or_on_workers(settings, run_dir, inputs, stop)
-        return _report(run_dir, summary)
+    with contextlib.ExitStack() as stack:
+        ranks.agree(lambda: stack.enter_context(owned(run_dir)))
+        inputs = ranks.first(lambda: load_inputs(settings, sources, loss))
+        if ranks.rank == 0:
+            _begin_folder(config, run_dir, inputs)
+        with _status(run_dir, ranks.rank):
+            summary = _run_here_or_on_workers(settings, run_dir, inputs, stop)
+            return _report(run_dir, summary)
 
 
 def _begin_folder(config: DictConfig, run_dir: Path, inputs: Inputs) -> None:
@@ -149,7 +158,9 @@ def work(settings: Settings, run_dir: Path) -> None:
     with contextlib.redirect_stdout(None):  # the starting process has printed it
         loss, sources = check_settings(settings)
         inputs = load_inputs(settings, sources, loss)
-    with contextlib.suppress(Stopped):  # the starting process got the signal too, and says so
+    with contextlib.ExitStack() as stack:
+        world().agree(lambda: stack.enter_context(in_use(run_dir / WORKERS_LOCK)))
+        stack.enter_context(contextlib.suppress(Stopped))  # the starting process says so
         _run(settings, run_dir, inputs, stop)
     leave()
 

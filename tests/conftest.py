@@ -227,12 +227,17 @@ def write_jsonl(path: Path, rows: list[dict]) -> Path:
     return path
 
 
+def write_imdb(folder: Path) -> Path:
+    """Write the files of datasets=[imdb]; returns `folder`, for data_dir."""
+    for split, n in (("train", 24), ("test", 8)):
+        write_jsonl(folder / f"imdb-sft-{split}.jsonl", scored_rows(n))
+    return folder
+
+
 @pytest.fixture
 def imdb_dir(tmp_path) -> Path:
     """A data folder with the files of datasets=[imdb]."""
-    for split, n in (("train", 24), ("test", 8)):
-        write_jsonl(tmp_path / "data" / f"imdb-sft-{split}.jsonl", scored_rows(n))
-    return tmp_path / "data"
+    return write_imdb(tmp_path / "data")
 
 
 def small_run(folder: Path, data_dir: Path, run_dir: Path, *more: str) -> list[str]:

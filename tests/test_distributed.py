@@ -1,6 +1,7 @@
 """The same numbers on any number of ranks and devices; ranks that meet, stop and fail together. All
 on the CPU, with gloo."""
 
+import contextlib
 import json
 import os
 import signal
@@ -8,6 +9,7 @@ import socket
 import subprocess
 import sys
 import time
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -35,6 +37,7 @@ from preflab.modeling.blocks import find_blocks
 from preflab.modeling.fsdp import layer_plan, shard
 from preflab.modeling.logprobs import Scorer
 from preflab.modeling.parallelism import data_ranks
+from preflab.settings.run_folder import owned
 from utils import ConfigError, DataError, PrefLabError
 
 # 17 pairs in batches of 8: the last batch of an epoch holds one, which two ranks cannot share. 4
@@ -417,6 +420,35 @@ def test_one_command_starts_its_workers_and_they_stop_and_continue_together(sett
     )
 
 
+def children_of(pid: int) -> list[int]:
+    parents = {}
+    for status in Path("/proc").glob("[0-9]*/status"):
+        with contextlib.suppress(OSError):
+            fields = dict(line.split(":\t", 1) for line in status.read_text().splitlines())
+            parents[int(status.parent.name)] = int(fields["PPid"])
+    return [child for child, parent in parents.items() if parent == pid]
+
+
+def test_workers_die_with_the_process_that_started_them(setting):
+    process = start(setting, "orphans", *TWO, "n_epochs=400", "loss=dpo")
+    while not list((setting / "orphans").glob("step-*")) and process.poll() is None:
+        time.sleep(0.05)
+    command = overrides(setting, "orphans", *TWO, "n_epochs=400", "loss=dpo")
+    second = run_command("train.py", *command, check=False)
+    assert second.returncode == 2
+    assert f"orphans is in use by process {process.pid} on" in second.stderr
+    workers = children_of(process.pid)
+    assert len(workers) >= 2
+    process.kill()
+    process.communicate()
+    give_up = time.monotonic() + 60
+    while any(Path(f"/proc/{pid}").exists() for pid in workers) and time.monotonic() < give_up:
+        time.sleep(0.1)
+    assert not [pid for pid in workers if Path(f"/proc/{pid}").exists()]
+    with owned(setting / "orphans"):  # nobody has it any more
+        pass
+
+
 DIES = """
 import os, signal
 from losses import LossOutput, register_loss
@@ -711,7 +743,7 @@ def test_there_is_a_gpu_for_each_worker(monkeypatch):
 
 
 def test_kernels_of_an_optimizer_are_those_of_the_machine_it_goes_on_with(tmp_path):
-    from preflab.training.checkpoints import load_optimizer, save_optimizer
+    from preflab.training.optimizer_state import load_optimizer, save_optimizer
 
     weights = [torch.nn.Parameter(torch.ones(3))]
     fused, plain = (

@@ -3,6 +3,7 @@ as if it had not been."""
 
 import json
 import math
+import os
 import signal
 
 import numpy as np
@@ -25,8 +26,9 @@ from preflab.online.rollouts import Rollouts, best_and_worst
 from preflab.online.rounds import OnlineTrainer
 from preflab.rewards.registry import RewardError
 from preflab.settings.identity import must_match
+from preflab.settings.run_folder import owned
 from preflab.training.session import Session
-from utils import ConfigError, DataError, in_use
+from utils import ConfigError, DataError
 
 # A gold of the user's own: letters a to m in a response; it notes what it was asked, and fails when
 # asked to.
@@ -601,8 +603,8 @@ def test_a_ledger_that_lacks_what_was_paid_for_is_not_gone_on_with(go, tmp_path)
 
 def test_two_runs_do_not_buy_into_one_ledger(go, tmp_path):
     with (
-        in_use(tmp_path / "run" / "labels.lock"),
-        pytest.raises(ConfigError, match="in use by another process"),
+        owned(tmp_path / "run"),
+        pytest.raises(ConfigError, match=f"in use by process {os.getpid()} on"),
     ):
         go("run")
     assert not (tmp_path / "run" / "labels.jsonl").exists()

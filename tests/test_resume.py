@@ -1,9 +1,14 @@
 """Stopped at any step, by any means, and continued: the same bits as never having stopped."""
 
+import fcntl
+import json
 import os
+import pty
+import select
 import signal
 import subprocess
 import sys
+import termios
 import time
 
 import pytest
@@ -88,7 +93,7 @@ def test_the_optimizer_state_is_what_makes_it_exact(command, tmp_path, monkeypat
     assert not same_weights(final_weights(tmp_path / "whole"), final_weights(tmp_path / "broken"))
 
 
-@pytest.mark.parametrize("signum", [signal.SIGTERM, signal.SIGKILL, signal.SIGINT])
+@pytest.mark.parametrize("signum", [signal.SIGTERM, signal.SIGKILL, signal.SIGHUP])
 def test_a_signal_to_a_running_process(command, tmp_path, signum):
     """A child process is signalled at some moment after its first checkpoint, then the same command
     is run again."""
@@ -114,6 +119,29 @@ def test_a_signal_to_a_running_process(command, tmp_path, signum):
     result = run_command("train.py", *command("broken", "n_epochs=20"))
     assert "continuing" in result.stdout
     assert_same_run(tmp_path / "whole", broken)
+
+
+def test_a_run_whose_terminal_is_closed_saves(command, tmp_path):
+    """The terminal's end is a SIGHUP, and from then on writing to it fails."""
+    ours, theirs = pty.openpty()
+    child = subprocess.Popen(
+        [sys.executable, str(ROOT / "train.py"), *map(str, command("run", "n_epochs=400"))],
+        cwd=ROOT,
+        stdin=theirs,
+        stdout=theirs,
+        stderr=theirs,
+        start_new_session=True,
+        preexec_fn=lambda: fcntl.ioctl(0, termios.TIOCSCTTY, 0),
+    )
+    os.close(theirs)
+    while not list((tmp_path / "run").glob("step-*")) and child.poll() is None:
+        if select.select([ours], [], [], 0.05)[0]:
+            os.read(ours, 4096)  # a full terminal would stop the run
+    os.close(ours)
+    assert child.wait(timeout=120) == 128 + signal.SIGHUP
+    last = read_rows(tmp_path / "run" / "metrics.jsonl")[-1]["step"]
+    assert (tmp_path / "run" / "LATEST").resolve().name == f"step-{last}"
+    assert json.loads((tmp_path / "run" / "status.json").read_text())["state"] == "stopped"
 
 
 def test_a_run_saved_before_its_first_step_does_not_evaluate_twice(command, tmp_path, monkeypatch):

@@ -1,6 +1,8 @@
 """Tokenised datasets: flat arrays, memory-mapped from a cache that is keyed by content."""
 
 import json
+import logging
+import shutil
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,7 +12,9 @@ import numpy as np
 from tqdm import tqdm
 
 from preflab.readers.records import Record, Source
-from utils import DataError, atomic_directory, content_hash
+from utils import DataError, atomic_directory, content_hash, damaged_file, write_checksums
+
+logger = logging.getLogger(__name__)
 
 STORE_VERSION = 1  # raise it when what is stored, or the truncation of text, changes
 CHUNK = 512  # records tokenised at a time; fast tokenizers spread a chunk over all cores
@@ -76,9 +80,13 @@ def prepare(
         f"{max_length} {max_prompt_length}",
     )
     folder = Path(cache_dir) / "tokens" / key
+    if folder.is_dir() and (damage := damaged_file(folder)):
+        logger.warning(f"{folder}: {damage}; the data are tokenised again")
+        shutil.rmtree(folder)
     if not folder.is_dir():
         with atomic_directory(folder) as temporary:
             _write_store(source, tokenizer, max_length, max_prompt_length, temporary)
+            write_checksums(temporary)
     return _load_store(folder)
 
 

@@ -1,6 +1,7 @@
 """Starts the workers of a run on this machine, and reports the error of one that failed."""
 
 import contextlib
+import ctypes
 import json
 import logging
 import os
@@ -8,6 +9,7 @@ import signal
 import socket
 import sys
 import tempfile
+import threading
 import time
 import traceback
 from collections.abc import Callable
@@ -29,6 +31,10 @@ def sheltered():
         yield
     finally:
         signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
+# Linux: the signal that a process receives when its parent dies, see prctl(2).
+PR_SET_PDEATHSIG = 1
 
 
 class WorkerError(RuntimeError):
@@ -67,10 +73,10 @@ def launch(worker: Callable, n: int, port: int | None, arguments: tuple, stop: S
             run_id=str(os.getpid()),
             rdzv_backend="c10d",
             rdzv_endpoint=f"localhost:{_free_port(port)}",
-            signals_to_handle="SIGHUP",  # StopSignals handles the others
+            signals_to_handle="SIGQUIT",  # StopSignals handles the others
         )
         try:
-            elastic_launch(settings, _run_worker)(worker, arguments, folder)
+            elastic_launch(settings, _run_worker)(worker, arguments, folder, os.getpid())
         except ChildFailedError as failed:
             _raise_first_error(failed, Path(folder), stop)
 
@@ -89,8 +95,12 @@ def _free_port(port: int | None) -> int:
         return probe.getsockname()[1]
 
 
-def _run_worker(worker: Callable, arguments: tuple, folder: str) -> None:
-    """Run the worker; write an error to `folder`, where the launching process reads it."""
+def _run_worker(worker: Callable, arguments: tuple, folder: str, launcher: int) -> None:
+    """Run the worker; write an error to `folder`, where the launching process reads it.
+
+    launcher: its process id. The worker ends with it, however it dies.
+    """
+    threading.Thread(target=_end_with, args=(launcher,), daemon=True).start()
     try:
         worker(*arguments)
     except SystemExit:  # another rank reports the error
@@ -107,6 +117,19 @@ def _run_worker(worker: Callable, arguments: tuple, folder: str) -> None:
         # The launching process prints the error; this one stays silent until it has ended.
         sys.stderr = open(os.devnull, "w")  # noqa: SIM115
         raise SystemExit(1) from None
+
+
+def _end_with(launcher: int) -> None:
+    """Kill this process within a second after its parent has died.
+
+    Nobody would read the worker's errors, and the next start of the run would find it at work.
+    A kill is safe at any moment: checkpoints are complete or absent.
+    """
+    if sys.platform == "linux":  # at once, also while this thread cannot run
+        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
+    while os.getppid() == launcher:
+        time.sleep(0.5)
+    os.kill(os.getpid(), signal.SIGKILL)
 
 
 def _raise_first_error(failed, folder: Path, stop: StopSignals) -> None:

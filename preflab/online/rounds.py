@@ -25,7 +25,7 @@ from preflab.training.learner import NonFiniteStepError
 from preflab.training.metrics import rewind
 from preflab.training.profiling import Stopwatch
 from preflab.training.session import Session
-from utils import PrefLabError, in_use, seed_everything
+from utils import PrefLabError, seed_everything
 
 logger = logging.getLogger(__name__)
 
@@ -98,12 +98,6 @@ class OnlineTrainer:
         Raises NothingToLearnError, NonFiniteLossError or RewardError after saving, and Stopped
         after a signal.
         """
-        with contextlib.ExitStack() as stack:
-            # Two runs that buy labels into one ledger would exceed the budget.
-            self.world.agree(lambda: stack.enter_context(in_use(self.run_dir / "labels.lock")))
-            return self._train()
-
-    def _train(self) -> dict:
         settings, session = self.settings.online, self.session
         self._prepare_and_resume()
         if self.round == 0 and session.last_eval is None and self.settings.do_first_eval:

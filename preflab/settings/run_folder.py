@@ -1,5 +1,6 @@
 """The folder of a run."""
 
+import contextlib
 import getpass
 import hashlib
 import itertools
@@ -7,7 +8,7 @@ import json
 import os
 import re
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from hydra.core.hydra_config import HydraConfig
@@ -16,7 +17,10 @@ from omegaconf import DictConfig, OmegaConf
 from preflab.settings.identity import must_match, same_settings
 from preflab.settings.keys import GROUPS, ROOT
 from preflab.settings.schema import parse_value
-from utils import ConfigError, PrefLabError
+from utils import ConfigError, PrefLabError, in_use
+
+# Who has a run folder: the process of the command, and the first of the workers that it starts.
+LOCK, WORKERS_LOCK = ".lock", ".lock-workers"
 
 
 def register_resolvers(purpose: str | None = None) -> None:
@@ -139,7 +143,25 @@ def finished_summary(config: DictConfig, run_dir: Path) -> dict | None:
     return json.loads(summary.read_text(encoding="utf-8"))
 
 
+@contextlib.contextmanager
+def owned(run_dir: Path) -> Iterator[None]:
+    """Inside, no other process on any machine that shares the disk writes to the run folder.
+
+    Raises ConfigError, with who has it, where another one does.
+    """
+    with in_use(run_dir / LOCK):
+        if (run_dir / WORKERS_LOCK).exists():
+            # Workers may outlive the process that started them, for some seconds.
+            with in_use(run_dir / WORKERS_LOCK):
+                pass
+        yield
+
+
 def remove_if_empty(folder: Path) -> None:
     """A refused command leaves no empty run folder behind."""
-    if folder.is_dir() and not os.listdir(folder):
+    if not folder.is_dir() or set(os.listdir(folder)) - {LOCK, WORKERS_LOCK}:
+        return
+    with contextlib.suppress(ConfigError), owned(folder):  # another run may just begin in it
+        for lock in (LOCK, WORKERS_LOCK):
+            (folder / lock).unlink(missing_ok=True)
         folder.rmdir()

@@ -1,13 +1,13 @@
-"""Checkpoint folders, each complete or absent, and the state of optimizer and random generators."""
+"""Checkpoint folders, each complete or absent, and the state of random generators."""
 
-import contextlib
+import json
+import logging
 import os
 import random
 import re
 import shutil
 import tempfile
 import threading
-import warnings
 from collections.abc import Callable
 from concurrent.futures import Future
 from dataclasses import dataclass
@@ -15,11 +15,15 @@ from pathlib import Path
 
 import numpy as np
 import torch
-import torch.distributed.checkpoint as dcp
-from torch import Tensor
 
 from preflab.distributed.process_group import ALONE, World
 from utils import ConfigError, finish_directory
+
+logger = logging.getLogger(__name__)
+
+SIZES = "sizes.json"
+# Folders that others read, and a run does not continue from; they may be moved or deleted.
+EXPORTS = {"hf", "adapter"}
 
 
 @dataclass
@@ -109,6 +113,7 @@ class Saving:
                 future.result()
             if commits:
                 if temporary is not None:
+                    _write_sizes(temporary)
                     finish_directory(temporary, folder)
                 for name in ("LATEST", "BEST") if best else ("LATEST",):
                     _point(folder.parent / name, folder)
@@ -136,11 +141,71 @@ def _drop_old(folder: Path, keep: int | None) -> None:
 
 
 def latest_checkpoint(run_dir: Path) -> Path | None:
-    """The newest complete checkpoint, None without one. Deletes what a killed save has written."""
+    """The newest complete checkpoint, None without one. Deletes what a killed save has written.
+
+    Checkpoints with missing or cut files get a name that is no checkpoint's, with a warning, and
+    the one before them is taken. Raises ConfigError if all are damaged.
+    """
     for leftover in run_dir.glob(".step-*"):
         shutil.rmtree(leftover, ignore_errors=True)
     steps = _steps(run_dir)
-    return steps[-1] if steps else None
+    damages = {}
+    while steps and (damage := damage_of(steps[-1])):
+        damages[steps.pop()] = damage
+    if not damages:
+        return steps[-1] if steps else None
+    reasons = "; ".join(f"{folder}: {damage}" for folder, damage in damages.items())
+    if not steps:
+        raise ConfigError(
+            f"no checkpoint is complete ({reasons}); restore the files, or delete these folders to"
+            " start from the beginning"
+        )
+    for folder in damages:
+        _set_aside(folder)
+    _point(run_dir / "LATEST", steps[-1])
+    logger.warning(
+        f"continuing from {steps[-1].name}, damaged checkpoints are set aside: {reasons}"
+    )
+    return steps[-1]
+
+
+def _set_aside(folder: Path) -> None:
+    aside = folder.with_name(f"damaged-{folder.name}")
+    if aside.exists():
+        shutil.rmtree(aside)
+    folder.rename(aside)
+    best = folder.parent / "BEST"
+    if best.is_symlink() and not best.exists():
+        best.unlink()
+
+
+def _write_sizes(folder: Path) -> None:
+    """Write the sizes of the files that a run continues from, which are all but the exports."""
+    sizes = {
+        str(path.relative_to(folder)): path.stat().st_size
+        for path in sorted(folder.rglob("*"))
+        if path.is_file() and not EXPORTS.intersection(path.relative_to(folder).parts)
+    }
+    (folder / SIZES).write_text(json.dumps(sizes, indent=1), encoding="utf-8")
+
+
+def damage_of(folder: Path) -> str:
+    """The first file of a checkpoint that is missing or has another size than when it was saved;
+    empty if there is none, and for a checkpoint of a version that wrote no sizes."""
+    path = folder / SIZES
+    if not path.is_file():
+        return "" if (folder / "policy.pt").is_file() else "it has no policy.pt"
+    try:
+        sizes = {str(name): int(size) for name, size in json.loads(path.read_bytes()).items()}
+    except (ValueError, AttributeError, TypeError):
+        return f"{SIZES} is not what was saved"
+    for name, size in sizes.items():
+        file = folder / name
+        if not file.is_file():
+            return f"{name} is missing"
+        if (found := file.stat().st_size) != size:
+            return f"{name} has {found:,} bytes, and {size:,} were saved"
+    return ""
 
 
 def _steps(run_dir: Path) -> list[Path]:
@@ -172,98 +237,3 @@ def set_random_state(state: dict) -> None:
         here = torch.cuda.device_count()  # there may have been more GPUs
         for i, of_gpu in enumerate(state["cuda"][:here]):
             torch.cuda.set_rng_state(of_gpu, i)
-
-
-def save_optimizer(
-    optimizer, names: list[str], folder: Path, group=None
-) -> tuple[dict, Future | None]:
-    """Write the optimizer's tensors to `folder`, each rank its shards.
-
-    names: of the parameters, in the optimizer's order. group: a process group for writing in the
-    background; without one, this process writes alone and at once. Returns the rest of the state,
-    for `load_optimizer`, and a future if tensors are still being written. The files can be read on
-    any number of ranks.
-    """
-    tensors, small = {}, {}
-    for name, parameter in zip(names, _parameters(optimizer), strict=True):
-        for key, value in optimizer.state.get(parameter, {}).items():
-            if isinstance(value, Tensor) and value.shape == parameter.shape:
-                tensors[f"{name}/{key}"] = value
-            else:
-                small.setdefault(name, {})[key] = value
-    groups = [
-        {key: value for key, value in group.items() if key != "params"}
-        for group in optimizer.param_groups
-    ]
-    state = {
-        "small": small,
-        "dtypes": {key: str(value.dtype) for key, value in tensors.items()},
-        "settings": groups[0],
-    }
-    if not tensors:
-        return state, None
-    # Nothing is copied ahead. torch would wait for the copies of one GPU only, and the tensors may
-    # be on several; in the background its thread would open the first GPU instead of the rank's.
-    writer = dcp.FileSystemWriter(str(folder), per_thread_copy_ahead=0)
-    if group is None:
-        with _without_warnings():
-            dcp.save(tensors, storage_writer=writer, no_dist=True)
-        return state, None
-    return state, dcp.async_save(tensors, storage_writer=writer, process_group=group)
-
-
-def load_optimizer(optimizer, names: list[str], folder: Path, state: dict, *, alone: bool) -> None:
-    """Read what `save_optimizer` wrote, into an optimizer over the same parameters.
-
-    They may be sharded differently now. state: what `save_optimizer` returned. alone: whether this
-    process reads by itself. Raises ConfigError when the parameters have other names.
-    """
-    parameters = dict(zip(names, _parameters(optimizer), strict=True))
-    saved = {key.rpartition("/")[0] for key in state["dtypes"]} | set(state["small"])
-    if saved and saved != set(names):
-        raise ConfigError(
-            f"{folder.parent} holds the optimizer of parameters such as {min(saved ^ set(names))},"
-            " which this run does not train the same way; continue it with the trainer and the"
-            " model it was started with"
-        )
-    tensors = {}
-    for key, dtype in state["dtypes"].items():
-        tensors[key] = torch.zeros_like(
-            parameters[key.rpartition("/")[0]],
-            dtype=getattr(torch, dtype.removeprefix("torch.")),
-            requires_grad=False,
-        )
-    if tensors:
-        with _without_warnings():
-            dcp.load(tensors, checkpoint_id=str(folder), no_dist=alone)
-    loaded = {name: dict(values) for name, values in state["small"].items()}
-    for key, tensor in tensors.items():
-        name, _, slot = key.rpartition("/")
-        loaded.setdefault(name, {})[slot] = tensor
-    by_index = {names.index(name): values for name, values in loaded.items()}
-    groups = _param_groups(optimizer, state["settings"])
-    optimizer.load_state_dict({"state": by_index, "param_groups": groups})
-
-
-def _param_groups(optimizer, settings: dict) -> list[dict]:
-    """The optimizer's groups as in its state dict, with saved settings such as betas."""
-    index = {id(parameter): i for i, parameter in enumerate(_parameters(optimizer))}
-    groups = []
-    for group in optimizer.param_groups:
-        # Which kernels there are depends on this machine, not on the one that saved.
-        kernels = {key: group[key] for key in ("fused", "foreach") if key in group}
-        parameters = [index[id(parameter)] for parameter in group["params"]]
-        groups.append({**group, **settings, **kernels, "params": parameters})
-    return groups
-
-
-def _parameters(optimizer) -> list:
-    return [parameter for group in optimizer.param_groups for parameter in group["params"]]
-
-
-@contextlib.contextmanager
-def _without_warnings():
-    """torch warns when one process writes or reads a checkpoint alone, which is intended here."""
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        yield

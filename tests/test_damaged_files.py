@@ -1,0 +1,133 @@
+"""Files that were cut, emptied, deleted or changed: built again, passed over, or one error."""
+
+import json
+import logging
+import shutil
+
+import numpy as np
+import pytest
+from conftest import final_weights, run_here, same_weights, small_run, write_imdb
+
+from preflab.batching.token_store import prepare
+from preflab.readers.registry import open_dataset
+from preflab.training.checkpoints import damage_of, latest_checkpoint
+from utils import ConfigError
+
+
+def cut(path):
+    path.write_bytes(path.read_bytes()[:-4])
+
+
+def empty(path):
+    path.write_bytes(b"")
+
+
+def delete(path):
+    path.unlink()
+
+
+def change(path):
+    content = bytearray(path.read_bytes())
+    content[-3] ^= 1
+    path.write_bytes(bytes(content))
+
+
+# ------------------------------------------------------------------------------------- token cache
+
+
+@pytest.fixture
+def tokens(tmp_path, tokenizer):
+    data = write_imdb(tmp_path / "data")
+
+    def tokens():
+        source = open_dataset("imdb", "train", data_dir=str(data))
+        cache = tmp_path / "cache"
+        return prepare(
+            source, tokenizer, max_length=64, max_prompt_length=32, cache_dir=cache
+        ), cache
+
+    return tokens
+
+
+@pytest.mark.parametrize("damage", [cut, empty, delete, change])
+def test_a_damaged_cache_is_built_again(tokens, damage, caplog):
+    store, cache = tokens()
+    before = {name: np.array(getattr(store, name)) for name in ("tokens", "responses", "pairs")}
+    [folder] = (cache / "tokens").iterdir()
+    names = [path.name for path in folder.iterdir()]
+    assert {"tokens.bin", "pairs.npy", "meta.json", "checksums.json"} <= set(names)
+    for name in names:
+        damage(folder / name)
+        with caplog.at_level(logging.WARNING):
+            again, _ = tokens()
+        assert name in caplog.text and "tokenised again" in caplog.text
+        for field, values in before.items():
+            assert np.array_equal(getattr(again, field), values)
+        caplog.clear()
+    tokens()
+    assert not caplog.text  # a whole cache is read in silence
+
+
+# ------------------------------------------------------------------------------------- checkpoints
+
+
+@pytest.fixture(scope="module")
+def two_steps(llama_folder, tmp_path_factory):
+    """The folder of a run with checkpoints of steps 1 and 2, and of one with a third; what copies
+    the first, and what continues a copy."""
+    folder = tmp_path_factory.mktemp("damaged")
+    data = write_imdb(folder / "data")
+
+    def go(name, *more):
+        overrides = small_run(
+            llama_folder, data, folder / name, "keep_checkpoints=null", "eval_every=8",
+            "sample_during_eval=false", *more,
+        )  # fmt: skip
+        return run_here(*overrides)
+
+    go("run", "n_examples=16")
+    go("whole", "n_examples=24")
+
+    def copy(name):
+        shutil.copytree(folder / "run", folder / name, symlinks=True)
+        return folder / name
+
+    return folder, copy, go
+
+
+@pytest.mark.parametrize("damage", [cut, empty, delete])
+@pytest.mark.parametrize(
+    "file", ["policy.pt", "training_state.pt", "optimizer/.metadata", "optimizer/__0_0.distcp"]
+)
+def test_a_run_continues_from_the_checkpoint_before_a_damaged_one(two_steps, file, damage, caplog):
+    folder, copy, go = two_steps
+    name = f"{damage.__name__}-{file.replace('/', '-')}"
+    run = copy(name)
+    damage(run / "step-2" / file)
+    with caplog.at_level(logging.WARNING):
+        go(name, "n_examples=24")
+    assert "continuing from step-1" in caplog.text and file in caplog.text
+    assert (run / "damaged-step-2").is_dir() and (run / "step-2" / "policy.pt").is_file()
+    assert (run / "LATEST").resolve().name == "step-3"
+    assert same_weights(final_weights(run), final_weights(folder / "whole"))
+
+
+def test_a_run_whose_checkpoints_are_all_damaged_names_them(two_steps):
+    _, copy, go = two_steps
+    run = copy("all")
+    for step in (1, 2):
+        cut(run / f"step-{step}" / "policy.pt")
+    with pytest.raises(ConfigError, match=r"no checkpoint is complete .*step-2: policy\.pt has"):
+        go("all", "n_examples=24")
+    assert sorted(path.name for path in run.glob("step-*")) == ["step-1", "step-2"]
+
+
+def test_exports_may_be_deleted_and_old_checkpoints_have_no_sizes(two_steps):
+    _, copy, _ = two_steps
+    run = copy("exports")
+    shutil.rmtree(run / "step-2" / "hf")
+    assert latest_checkpoint(run).name == "step-2"
+    (run / "step-2" / "sizes.json").unlink()
+    assert damage_of(run / "step-2") == ""
+    (run / "step-2" / "sizes.json").write_text(json.dumps(["policy.pt"]))
+    assert damage_of(run / "step-2") == "sizes.json is not what was saved"
