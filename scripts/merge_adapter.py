@@ -23,6 +23,7 @@ from transformers import (
 )
 from transformers.utils import logging
 
+from preflab.modeling.adapters import add_adapter, read_adapter
 from preflab.settings.overrides import fail
 from utils import (
     ConfigError,
@@ -73,41 +74,15 @@ def merge(adapter: Path, base: str, output: Path) -> None:
     """
     if output.exists():
         raise ConfigError(f"--output_name {output} exists; take another name")
-    settings, weights = _read_adapter(adapter)
+    name, base_name = f"--adapter_model_name {adapter}", f"--base_model_name {base}"
+    settings, weights = read_adapter(adapter, name)
     model = _read_base(base, settings, weights)
-    model = _adapted(model, settings, weights, adapter, base).merge_and_unload()
+    model = add_adapter(model, settings, weights, name, base_name).merge_and_unload()
     own = adapter if (adapter / "tokenizer_config.json").is_file() else model_folder(base)
     tokenizer = AutoTokenizer.from_pretrained(own)
     with atomic_directory(output) as folder:
         model.save_pretrained(folder)
         tokenizer.save_pretrained(folder)
-
-
-def _read_adapter(adapter: Path) -> tuple:
-    """The settings of an adapter, and its tensors by name."""
-    from peft import PeftConfig
-    from safetensors.torch import load_file
-
-    for name in ("adapter_config.json", "adapter_model.safetensors"):
-        if not (adapter / name).is_file():
-            what = "holds no" if adapter.is_dir() else "is no folder with an"
-            raise ConfigError(
-                f"--adapter_model_name {adapter} {what} {name}; give the folder of an adapter, such"
-                " as RUN/LATEST/adapter"
-            )
-    try:
-        settings = PeftConfig.from_pretrained(adapter)
-        weights = load_file(adapter / "adapter_model.safetensors")
-    except Exception as error:  # JSON, peft and safetensors raise different errors
-        raise ConfigError(
-            f"--adapter_model_name {adapter} cannot be read: {str(error).splitlines()[0]}"
-        ) from error
-    if settings.peft_type != "LORA" or settings.task_type not in MODEL_CLASSES:
-        raise ConfigError(
-            f"--adapter_model_name {adapter}: an adapter of type {settings.peft_type} for"
-            f" {settings.task_type}; accepted: LORA for {' or '.join(MODEL_CLASSES)}"
-        )
-    return settings, weights
 
 
 def _read_base(base: str, settings, weights: dict):
@@ -129,39 +104,6 @@ def _read_base(base: str, settings, weights: dict):
             f"--base_model_name {base} has no {', '.join(sorted(missing)[:3])}, and neither has the"
             " adapter; give the model it was trained on"
         )
-    return model
-
-
-def _adapted(model, settings, weights: dict, adapter: Path, base: str):
-    """The base with the adapter on it. Every tensor of the adapter must fit, because peft itself
-    ignores those that do not."""
-    from peft import (
-        get_peft_model,
-        get_peft_model_state_dict,
-        set_peft_model_state_dict,
-    )
-
-    try:
-        model = get_peft_model(model, settings)
-    except ValueError as error:
-        raise ConfigError(
-            f"--base_model_name {base} does not fit {adapter}: {str(error).splitlines()[0]}"
-        ) from error
-    places = {name: tensor.shape for name, tensor in get_peft_model_state_dict(model).items()}
-    shapes = {name: tensor.shape for name, tensor in weights.items()}
-    if places != shapes:
-        [name, *more] = sorted(
-            name for name in places.keys() | shapes if places.get(name) != shapes.get(name)
-        )
-        given, accepted = (
-            f"{tuple(of[name])}" if name in of else "none" for of in (shapes, places)
-        )
-        others = f", and so on for {len(more)} more" if more else ""
-        raise ConfigError(
-            f"--base_model_name {base} does not fit {adapter}: of {name} the adapter has {given}"
-            f" and the base takes {accepted}{others}; give the model it was trained on"
-        )
-    set_peft_model_state_dict(model, weights)
     return model
 
 

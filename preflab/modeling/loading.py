@@ -5,7 +5,6 @@ from pathlib import Path
 import torch
 from torch import nn
 from transformers import (
-    AutoConfig,
     AutoModelForCausalLM,
     AutoModelForSequenceClassification,
     AutoTokenizer,
@@ -15,6 +14,7 @@ from transformers.utils import logging
 
 from preflab.batching.packed_attention import SHARING
 from preflab.batching.packed_attention import enable as enable_segments
+from preflab.modeling.adapters import check_tied, is_adapter, merge_adapter
 from preflab.modeling.fsdp import reshard
 from preflab.modeling.logprobs import Scorer
 from preflab.modeling.model_checks import (
@@ -22,7 +22,9 @@ from preflab.modeling.model_checks import (
     check_length,
     fit_special_tokens,
     vocabulary_rows,
+    warn_about_bfloat16,
 )
+from preflab.modeling.model_source import model_config, model_source
 from preflab.modeling.parallelism import Place
 from preflab.modeling.pretrained import load_complete
 from preflab.modeling.weights_io import load_archive, readable
@@ -38,12 +40,12 @@ def check_model(config, trainer: type, *, scalar_head: bool = False) -> int | No
     """
     # The bars of transformers would break ours, for example while it saves a shard.
     logging.disable_progress_bar()
-    with readable("model.name_or_path", config.model.name_or_path):
-        model = AutoConfig.from_pretrained(
-            config.model.name_or_path, trust_remote_code=config.model.trust_remote_code
-        )
+    warn_about_bfloat16(config.model)
+    model = model_config(config.model)
     check_class(model, config.model.name_or_path)
     check_length(model, config.model.name_or_path, config.max_length)
+    if config.model.lora.r:
+        skeleton(config.model, scalar_head=scalar_head)  # refuses target modules that cannot work
     trainer.check(config, scalar_head=scalar_head)
     return vocabulary_rows(model)
 
@@ -56,9 +58,11 @@ def load_tokenizer(config, rows: int | None = None):
     Raises ConfigError when there is no tokenizer, when it has no EOS token, and for BOS or EOS
     beyond the rows.
     """
-    path = config.tokenizer_name_or_path or config.name_or_path
+    path, options = _tokenizer_source(config)
     with readable("model.tokenizer_name_or_path", path):
-        tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=config.trust_remote_code)
+        tokenizer = AutoTokenizer.from_pretrained(
+            path, trust_remote_code=config.trust_remote_code, **options
+        )
     if tokenizer.eos_token_id is None:
         raise ConfigError(
             f"the tokenizer of {path} has no EOS token, so no response could end; set its eos_token"
@@ -68,6 +72,16 @@ def load_tokenizer(config, rows: int | None = None):
     if rows is not None:
         fit_special_tokens(tokenizer, rows, config.name_or_path)
     return tokenizer
+
+
+def _tokenizer_source(config) -> tuple[str, dict]:
+    """Path and options of the tokenizer; an adapter folder may have one of its own."""
+    if config.tokenizer_name_or_path:
+        return config.tokenizer_name_or_path, {}
+    source = model_source(config.name_or_path)
+    if source.adapter is not None and (source.adapter / "tokenizer_config.json").is_file():
+        return str(source.adapter), {}
+    return source.path, source.options
 
 
 def build_policy(
@@ -91,7 +105,7 @@ def build_policy(
     has_adapter = trainable and config.lora.r
     archive = config.archive if checkpoint is None or has_adapter else checkpoint
     if archive:
-        load_archive(model, archive, mapped=mapped)
+        model = _with_archive(model, archive, "model.archive", mapped)
     if scalar_head and config.reinit_head and checkpoint is None:
         torch.nn.init.normal_(model.score.weight, std=0.02)
     if has_adapter:
@@ -122,10 +136,19 @@ def build_reference(
     mapped = place is not None
     model = load_model(config, config.reference_dtype, mapped=mapped)
     if archive:
-        load_archive(model, archive, mapped=mapped)
+        key = "model.reference_archive" if config.reference_archive else "model.archive"
+        model = _with_archive(model, archive, key, mapped)
     model.requires_grad_(False)
     scorer = Scorer(model, autocast=_autocast(config))
     return _ready(scorer, False, place, dtype_of(config.reference_dtype), config)
+
+
+def _with_archive(model: nn.Module, archive: str | Path, key: str, mapped: bool) -> nn.Module:
+    """The model with an archive's weights, or with an adapter merged into its own."""
+    if is_adapter(archive):
+        return merge_adapter(model, Path(archive), f"{key}={archive}", "model.name_or_path")
+    load_archive(model, archive, mapped=mapped)
+    return model
 
 
 def _ready(
@@ -147,16 +170,12 @@ def _ready(
 
 def skeleton(config, *, scalar_head: bool = False, trainable: bool = True) -> nn.Module:
     """The policy on torch's meta device: names, shapes and classes without weights."""
+    settings = model_config(config, **({"num_labels": 1} if scalar_head else {}))
     with (
         readable("model.name_or_path", config.name_or_path),
         torch.device("meta"),
         torch.random.fork_rng(),
     ):
-        settings = AutoConfig.from_pretrained(
-            config.name_or_path, trust_remote_code=config.trust_remote_code
-        )
-        if scalar_head:
-            settings.num_labels = 1
         model = _model_class(scalar_head).from_config(
             settings,
             dtype=dtype_of(config.policy_dtype),
@@ -186,26 +205,31 @@ def load_model(config, dtype: str, *, scalar_head: bool = False, mapped: bool = 
     files when they are used. Raises ConfigError when the model cannot be read, and when its files
     lack weights other than a scalar head.
     """
-    path, cls = config.name_or_path, _model_class(scalar_head)
+    source, cls = model_source(config.name_or_path), _model_class(scalar_head)
     options = {"dtype": dtype_of(dtype), "trust_remote_code": config.trust_remote_code}
     if config.attn_implementation:
         options["attn_implementation"] = config.attn_implementation
     if scalar_head:
         options["num_labels"] = 1
     gpus = 0 if mapped else torch.cuda.device_count()
-    with readable("model.name_or_path", path):
+    with readable("model.name_or_path", config.name_or_path):
         if config.from_scratch:
             labels = {"num_labels": options.pop("num_labels")} if scalar_head else {}
-            architecture = AutoConfig.from_pretrained(
-                path, trust_remote_code=config.trust_remote_code, **labels
-            )
-            model = cls.from_config(architecture, **options)
+            model = cls.from_config(model_config(config, **labels), **options)
             return model.to("cuda") if gpus else model
         if gpus > 1:
             options["device_map"] = "balanced"
         if mapped:
             options["dtype"] = "auto"
-        model = load_complete(cls, path, "model.name_or_path", new_head=scalar_head, **options)
+        options |= source.options
+        model = load_complete(
+            cls, source.path, "model.name_or_path", new_head=scalar_head, **options
+        )
+    if hasattr(model.config, "quantization_config") and source.options:
+        del model.config.quantization_config  # the weights are dequantised
+    if source.adapter is not None:
+        name = f"model.name_or_path={source.adapter}"
+        model = merge_adapter(model, source.adapter, name, f"its base {source.path}")
     return model.to("cuda") if gpus == 1 else model
 
 
@@ -245,8 +269,10 @@ def _add_lora(model: nn.Module, lora, scalar_head: bool) -> nn.Module:
         task_type=TaskType.SEQ_CLS if scalar_head else TaskType.CAUSAL_LM,
     )
     try:
-        return get_peft_model(model, settings)
+        adapted = get_peft_model(model, settings)
     except ValueError as error:
         raise ConfigError(
             f"model.lora.target_modules={targets} does not fit {type(model).__name__}: {error}"
         ) from error
+    check_tied(adapted, f"model.lora.target_modules={targets}")
+    return adapted

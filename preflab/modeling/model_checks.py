@@ -1,9 +1,14 @@
 """What a model's config says about runs that it cannot serve, before its weights are read."""
 
+import logging
+
 import numpy as np
+import torch
 
 from preflab.batching.token_store import TokenStore
 from utils import ConfigError, DataError
+
+logger = logging.getLogger(__name__)
 
 
 def check_class(model, path: str) -> None:
@@ -50,6 +55,25 @@ def _original_length(text) -> int | None:
         if one.get("rope_type") == "longrope"
     ]
     return min(lengths, default=None)
+
+
+def warn_about_bfloat16(model) -> None:
+    """Log a warning where the settings of a model ask a CPU without bfloat16 units for bfloat16,
+    which it has to emulate."""
+    asked = [
+        f"model.{key}=bfloat16"
+        for key in ("policy_dtype", "reference_dtype", "fsdp_policy_mp")
+        if getattr(model, key) == "bfloat16"
+    ]
+    if asked and not torch.cuda.is_available() and not _has_bfloat16_units():
+        logger.warning(
+            f"{', '.join(asked)}: this CPU has no units for bfloat16, and float32 is several times"
+            " as fast"
+        )
+
+
+def _has_bfloat16_units() -> bool:
+    return any(has for name, has in torch.cpu.get_capabilities().items() if "bf16" in name)
 
 
 def vocabulary_rows(model) -> int | None:

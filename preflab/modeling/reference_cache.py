@@ -27,7 +27,7 @@ from preflab.batching.packing import Layout, lay_out
 from preflab.batching.token_store import TokenStore
 from preflab.distributed.process_group import World
 from preflab.modeling.logprobs import Scorer, score_responses
-from preflab.modeling.weights_io import archive_files, model_files
+from preflab.modeling.model_source import weight_files
 from utils import ConfigError, DataError, content_hash
 
 logger = logging.getLogger(__name__)
@@ -139,10 +139,7 @@ def reference_key(model, *, own_mixed_precision: bool) -> str:
     model: the settings of the model. own_mixed_precision: whether FSDP casts the weights, where
     other placements use autocast, which runs some operations in float32.
     """
-    archive = model.reference_archive or model.archive
-    files = model_files(model.name_or_path)
-    if archive:
-        files = [path for path in files if path.name == "config.json"] + archive_files(archive)
+    files = weight_files(model, model.reference_archive or model.archive)
     hashes = [_file_hash(path) for path in files]
     mixed = f"{model.fsdp_policy_mp} {own_mixed_precision}" if model.fsdp_policy_mp else ""
     return content_hash(

@@ -1,6 +1,7 @@
 """Reading weights from archives and saved folders, and the state dict that a checkpoint holds."""
 
 import contextlib
+import json
 import os
 import re
 import zipfile
@@ -12,7 +13,8 @@ from torch import nn
 from transformers.core_model_loading import revert_weight_conversion
 from transformers.utils import cached_file, logging
 
-from utils import ConfigError
+from preflab.modeling.adapters import adapter_files, is_adapter
+from utils import ConfigError, first_line
 
 # Masks and rotary tables that old transformers versions saved in checkpoints; they are no weights.
 OLD_BUFFERS = (
@@ -21,6 +23,14 @@ OLD_BUFFERS = (
     ".attention.bias",
     ".attention.masked_bias",
     "rotary_emb.inv_freq",
+)
+
+# In the order of transformers: the first that is there is read, and nothing beside it.
+WEIGHT_FILES = (
+    "model.safetensors",
+    "model.safetensors.index.json",
+    "pytorch_model.bin",
+    "pytorch_model.bin.index.json",
 )
 
 # What torch.compile, data parallelism, FSDP and Lightning put before the names of weights.
@@ -71,25 +81,56 @@ def archive_files(path: str | Path) -> list[Path]:
     for file in (path / "policy.pt", path / "LATEST" / "policy.pt"):
         if file.is_file():
             return [file]
-    files = _weight_files(path) if path.is_dir() else [path]
-    if not files:
+    if not path.is_dir():
+        return [path]
+    if is_adapter(path):
+        return adapter_files(path)
+    names = [name for name in WEIGHT_FILES if (path / name).is_file()]
+    if not names:
         raise ConfigError(
-            f"archive {path}: a folder without policy.pt, LATEST/policy.pt or *.safetensors; give a"
-            " policy.pt, a run folder or a save_pretrained folder"
+            f"archive {path}: a folder without policy.pt, LATEST/policy.pt,"
+            f" {', '.join(WEIGHT_FILES)}; give a policy.pt, a run folder or a save_pretrained"
+            " folder"
         )
-    return files
+    return _with_shards(path / names[0])
 
 
 def model_files(name_or_path: str) -> list[Path]:
-    """The files of a model's config and weights, in its folder or in the local hub cache."""
+    """The files of a model's config and weights, in its folder or in the local hub cache, where
+    they are downloaded to if need be."""
     with readable("model.name_or_path", name_or_path):
         config = Path(cached_file(name_or_path, "config.json"))
-    return [config, *_weight_files(config.parent)]
+        for name in WEIGHT_FILES:
+            found = cached_file(name_or_path, name, _raise_exceptions_for_missing_entries=False)
+            if found is not None:
+                break
+        else:
+            return [config]
+        if found.endswith(".json"):
+            for shard in _shards(Path(found)):
+                cached_file(name_or_path, shard)
+        return [config, *_with_shards(Path(found))]
 
 
-def _weight_files(folder: Path) -> list[Path]:
-    """The safetensors files of a folder; those of torch where it has none."""
-    return sorted(folder.glob("*.safetensors")) or sorted(folder.glob("pytorch_model*.bin"))
+def _with_shards(path: Path) -> list[Path]:
+    """A file of weights, or the shards that an index names. Raises ConfigError for a shard that is
+    not there."""
+    if path.suffix != ".json":
+        return [path]
+    files = [path.parent / name for name in _shards(path)]
+    if missing := [file for file in files if not file.is_file()]:
+        raise ConfigError(f"{path} names {missing[0].name}, which is not there; copy it again")
+    return files
+
+
+def _shards(index: Path) -> list[str]:
+    try:
+        names = sorted(set(json.loads(index.read_bytes())["weight_map"].values()))
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise ConfigError(f"{index} is not an index of weights: {first_line(error)}") from error
+    if outside := [name for name in names if Path(name).name != name]:
+        raise ConfigError(f"{index} names {outside[0]}, which is not a file beside it")
+    return names
 
 
 def _read_tensors(path: Path) -> dict[str, torch.Tensor]:

@@ -147,21 +147,24 @@ def finished_summary(config: DictConfig, run_dir: Path) -> dict | None:
 def owned(run_dir: Path) -> Iterator[None]:
     """Inside, no other process on any machine that shares the disk writes to the run folder.
 
-    Raises ConfigError, with who has it, where another one does.
+    Raises ConfigError, with who has it, where another one does. A folder in which nothing was
+    written is deleted at the end: a refused command leaves none behind.
     """
     with in_use(run_dir / LOCK):
         if (run_dir / WORKERS_LOCK).exists():
             # Workers may outlive the process that started them, for some seconds.
             with in_use(run_dir / WORKERS_LOCK):
                 pass
-        yield
+        try:
+            yield
+        finally:
+            if not set(os.listdir(run_dir)) - {LOCK, WORKERS_LOCK}:
+                for lock in (LOCK, WORKERS_LOCK):
+                    (run_dir / lock).unlink(missing_ok=True)
+                run_dir.rmdir()
 
 
 def remove_if_empty(folder: Path) -> None:
     """A refused command leaves no empty run folder behind."""
-    if not folder.is_dir() or set(os.listdir(folder)) - {LOCK, WORKERS_LOCK}:
-        return
-    with contextlib.suppress(ConfigError), owned(folder):  # another run may just begin in it
-        for lock in (LOCK, WORKERS_LOCK):
-            (folder / lock).unlink(missing_ok=True)
+    if folder.is_dir() and not os.listdir(folder):
         folder.rmdir()

@@ -15,7 +15,7 @@ import torch
 import torch.distributed as dist
 from torch import nn
 from torch.distributed.tensor import DTensor
-from transformers import AttentionInterface, AutoConfig
+from transformers import AttentionInterface
 from transformers.masking_utils import AttentionMaskInterface
 
 from preflab.batching.collate import collate
@@ -28,6 +28,7 @@ from preflab.modeling.fused_head import CHUNK_ELEMENTS, GPU_FACTOR
 from preflab.modeling.layout_choice import known_layouts
 from preflab.modeling.loading import dtype_of, skeleton
 from preflab.modeling.logprobs import Scorer
+from preflab.modeling.model_source import model_config
 from preflab.modeling.parallelism import bind_place, data_ranks
 from preflab.settings.schema import Settings
 from preflab.training.reference import reference_plan
@@ -184,9 +185,7 @@ def _layout(config: Settings) -> str:
     """The layout of the run; for layout=auto, what it is unless a trial of the model fails."""
     if config.layout != "auto":
         return config.layout
-    model = AutoConfig.from_pretrained(
-        config.model.name_or_path, trust_remote_code=config.model.trust_remote_code
-    )
+    model = model_config(config.model)
     names, _ = known_layouts(config, model)
     return names[0]
 
