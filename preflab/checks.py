@@ -188,6 +188,7 @@ def _open_datasets(settings: Settings, loss: BoundLoss) -> dict[str, list[Source
         "test_fraction": settings.test_fraction,
         "train_split": settings.train_split,
         "test_split": settings.test_split,
+        "prompt_template": settings.prompt_template,
         "columns": {
             ours: theirs for ours, theirs in vars(settings.dataset_columns).items() if theirs
         },

@@ -14,6 +14,7 @@ from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
 
+from preflab.batching.chat import chat_of, set_chat
 from preflab.batching.examples import PreferenceData
 from preflab.batching.summary import counts_line, describe_data
 from preflab.batching.token_store import TokenStore, prepare
@@ -209,6 +210,7 @@ def load_inputs(settings: Settings, sources: dict[str, list[Source]], loss: Boun
     trainer = find_trainer(settings.trainer)
     rows = check_model(settings, trainer, scalar_head="scalar_head" in loss.reads)
     tokenizer = load_tokenizer(settings.model, rows)
+    set_chat(tokenizer, chat_of(settings))
     stores = {
         split: [
             prepare(

@@ -16,6 +16,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
+from preflab.batching.chat import chat_of, set_chat
 from preflab.modeling.generation import sample
 from preflab.modeling.loading import build_policy, load_tokenizer
 from preflab.rewards.registry import build_reward
@@ -80,6 +81,7 @@ def build_rows(config, prompts: list[str], k: int, n_test: int) -> tuple[list[di
             " one less than the number of prompts"
         )
     tokenizer = load_tokenizer(config.model)
+    set_chat(tokenizer, chat_of(config))
     policy = build_policy(config.model, trainable=False)
     bos = [tokenizer.bos_token_id] if tokenizer.bos_token_id is not None else []
     ids = [bos + tokens for tokens in tokenizer(prompts, add_special_tokens=False)["input_ids"]]

@@ -10,6 +10,7 @@ from typing import NamedTuple
 import numpy as np
 from tqdm import tqdm
 
+from preflab.batching.chat import end_of_turn
 from preflab.batching.summary import histogram
 from preflab.batching.token_store import CHUNK, render_prompt, tokenise, truncate
 from preflab.evaluation.win_rates import wilson
@@ -51,7 +52,7 @@ CHECKS = {
         "responses", HALF, "they begin with their prompt, which they follow anyway"
     ),
     "truncated_responses": Check(
-        "responses", HALF, "cut to max_length, so without an EOS to learn"
+        "responses", HALF, "cut to max_length, so without an end to learn"
     ),
     "truncated_prompts": Check("prompts", None, "cut to max_prompt_length"),
     "identical_pairs": Check("pairs", None, "the same text on both sides, with different scores"),
@@ -66,7 +67,7 @@ CHECKS = {
     "messages_as_text": Check(
         "prompts",
         None,
-        "they look like chat messages written as text; save the data as JSON or parquet",
+        "they look like chat messages, but not in JSON; write them with json.dumps",
     ),
 }
 COUNTED = ("rows", "prompts", "responses", "pairs")
@@ -89,7 +90,7 @@ class SplitStatistics:
         self.prompt_tokens, self.response_tokens, self.gaps = array("i"), array("i"), array("d")
         # Pairs whose chosen response has more (1), as many (0) or fewer (-1) tokens.
         self.longer: Counter = Counter()
-        self.prompts_with_pairs = 0
+        self.prompts_with_pairs = self.chats = 0
         self.examples, self.n_examples, self.rng = [], n_examples, random.Random(seed)
 
     def read(self, source: Source) -> None:
@@ -115,10 +116,20 @@ class SplitStatistics:
         )
         tokens = tokenise(chunk, self.tokenizer)
         for record, prompt, prompt_tokens, responses in zip(chunk, prompts, *tokens, strict=True):
+            is_chat = not isinstance(record.prompt, str)
+            self.chats += is_chat
             self._prompt(record, prompt, prompt_tokens)
             for text, response in zip(record.responses, responses, strict=True):
-                self._response(record, prompt, text, prompt_tokens, response, next(together))
-            cut = truncate(prompt_tokens, responses, self.tokenizer, self.truncation, *self.lengths)
+                whole = next(together)
+                self._response(record, prompt, text, prompt_tokens, response, whole)
+            cut = truncate(
+                prompt_tokens,
+                responses,
+                self.tokenizer,
+                self.truncation,
+                *self.lengths,
+                chat=is_chat,
+            )
             self._pairs(record, responses, cut)
             self._sample_example(record, cut)
 
@@ -130,7 +141,9 @@ class SplitStatistics:
     def _prompt(self, record, prompt: str, tokens: list[int]) -> None:
         self.prompts.add(hashlib.blake2b(prompt.encode(), digest_size=16).digest())
         self.prompt_tokens.append(len(tokens))
-        if tokens[:1] == [self.tokenizer.bos_token_id]:
+        bos = self.tokenizer.bos_token_id
+        begins = 0 if isinstance(record.prompt, str) else 1  # a chat template writes its own
+        if bos is not None and tokens[: begins + 1] == [bos] * (begins + 1):
             self._count("bos_doubled", record)
         elif self._names_special(record.prompt, tokens):
             self._count("eos_in_prompts", record)
@@ -142,7 +155,8 @@ class SplitStatistics:
         if isinstance(prompt, str):
             return not self.special.isdisjoint(tokens)
         names = [name for name in (self.tokenizer.bos_token, self.tokenizer.eos_token) if name]
-        return any(name in message["content"] for message in prompt for name in names)
+        texts = [message["content"] or "" for message in prompt.messages]
+        return any(name in text for text in texts for name in names)
 
     def _response(
         self,
@@ -154,11 +168,15 @@ class SplitStatistics:
         together: list[int],
     ) -> None:
         self.response_tokens.append(len(tokens))
+        self._count("prompt_repeated", record, text.startswith(prompt))
+        if not isinstance(record.prompt, str):
+            ends = {*self.special, end_of_turn(self.tokenizer)}
+            self._count("eos_in_responses", record, not ends.isdisjoint(tokens[:-1]))
+            return
         if tokens[-1:] == [self.tokenizer.eos_token_id]:
             self._count("eos_doubled", record)
         elif not self.special.isdisjoint(tokens):
             self._count("eos_in_responses", record)
-        self._count("prompt_repeated", record, text.startswith(prompt))
         if together != prompt_tokens + tokens:
             self._count("merged_boundaries", record)
             self.boundary = self.boundary or f"{prompt[-12:]!r} and {text[:12]!r}"

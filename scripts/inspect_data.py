@@ -22,6 +22,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import losses  # noqa: F401  registers the losses
 import preference_datasets  # noqa: F401  registers the datasets
 import trainers  # noqa: F401  registers the trainers
+from preflab.batching.chat import chat_of, describe_chat, set_chat
 from preflab.checks import check_config
 from preflab.modeling.loading import check_model, load_tokenizer
 from preflab.settings.compose import compose
@@ -107,6 +108,7 @@ def inspect(arguments, overrides: list[str]) -> tuple[dict, list, object]:
     sources = {split: several[0] for split, several in check_config(config)[1].items()}
     rows = check_model(config, find_trainer(config.trainer))
     tokenizer = load_tokenizer(config.model, rows)
+    set_chat(tokenizer, chat_of(config))
     lengths = (config.max_length, config.max_prompt_length)
     splits: dict[str, SplitStatistics] = {}
     for split, source in sources.items():
@@ -119,6 +121,7 @@ def inspect(arguments, overrides: list[str]) -> tuple[dict, list, object]:
         "model": config.model.name_or_path,
         "max_length": config.max_length,
         "max_prompt_length": config.max_prompt_length,
+        "chat": describe_chat(tokenizer) if any(of.chats for of in splits.values()) else "",
         "splits": {split: of_split.numbers() for split, of_split in splits.items()},
     }
     return statistics, splits["train"].examples, tokenizer
@@ -157,6 +160,8 @@ def table(statistics: dict) -> str:
         padded = [cell.rjust(w + 3) for cell, w in zip(cells, widths, strict=True)]
         lines.append(title.ljust(width) + "".join(padded))
     lines.append("none: " + ", ".join(_title(check) for check in CHECKS if check not in present))
+    if statistics["chat"]:
+        lines.append(f"conversations: {statistics['chat']}")
     notes = [n["note"] for n in splits if n["note"]]
     return "\n".join(lines + notes[:1])
 
@@ -189,7 +194,7 @@ def show(examples: list, tokenizer, colours: bool) -> None:
         roles = ("chosen", "rejected") if len(members) == 2 else ("target",)
         for role, member in zip(roles, members, strict=True):
             score = f", score {record.scores[member]:.4g}" if record.scores else ""
-            ending = " (cut, so without EOS)" if cuts[member] else ""
+            ending = " (cut, so without its end)" if cuts[member] else ""
             text = painted(responses[member], tokenizer, role, colours)
             print(f"  {role}{score}: {text}{ending}")
 

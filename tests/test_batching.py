@@ -15,7 +15,8 @@ from preflab.batching.loader import Loader, epoch_order
 from preflab.batching.microbatches import split_step
 from preflab.batching.packing import LAYOUTS, Layout
 from preflab.batching.summary import describe_data
-from preflab.batching.token_store import prepare, render_prompt, truncate
+from preflab.batching.token_store import prepare, render_prompt, tokenise, truncate
+from preflab.readers.messages import Chat
 from preflab.readers.records import Record
 from utils import DataError
 
@@ -163,14 +164,18 @@ def test_counts_of_what_was_cut(tmp_path):
 
 def test_chat_messages_go_through_the_template_with_one_bos():
     tokenizer = make_tokenizer()
-    chat = record([{"role": "user", "content": "hi"}])
+    chat = record(Chat([{"role": "user", "content": "hi"}]))
     with pytest.raises(DataError, match="no chat template"):
         render_prompt(chat, tokenizer)
     tokenizer.chat_template = (
         "{{ bos_token }}{% for m in messages %}[{{ m.role }}]{{ m.content }}{% endfor %}"
         "{% if add_generation_prompt %}[assistant]{% endif %}"
     )
-    assert render_prompt(chat, tokenizer) == "[user]hi[assistant]"
+    bos = tokenizer.bos_token
+    assert render_prompt(chat, tokenizer) == f"{bos}[user]hi[assistant]"
+    (prompt,), _ = tokenise([chat], tokenizer)
+    prompt, *_ = truncate(prompt, [[1]], tokenizer, "keep_end", 99, 99, chat=True)
+    assert prompt.count(tokenizer.bos_token_id) == 1
 
 
 def test_prompts_to_sample_are_distinct_cut_and_the_same_for_every_seed(tmp_path):

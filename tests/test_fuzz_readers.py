@@ -26,7 +26,8 @@ from utils import PrefLabError
 
 TOKENIZER = make_tokenizer()
 TOKENIZER.chat_template = (
-    "{% for m in messages %}{{ m['role'] }}: {{ m['content'] }}\n{% endfor %}assistant: "
+    "{% for m in messages %}{{ m['role'] }}:\n{{ m['content'] }}\n{% endfor %}"
+    "{% if add_generation_prompt %}assistant:\n{% endif %}"
 )
 MAX_LENGTH, MAX_PROMPT_LENGTH = 24, 12
 # Examples of each test; the same ones every time, unless FUZZ_EXAMPLES is set.
@@ -159,14 +160,17 @@ def check_record(record, truncation: str) -> None:
         for values in record.columns.values()
     )
     (prompt,), (whole,) = tokenise([record], TOKENIZER)
+    is_chat = not isinstance(record.prompt, str)
     prompt, responses, (prompt_cut, cuts) = truncate(
-        prompt, whole, TOKENIZER, truncation, MAX_LENGTH, MAX_PROMPT_LENGTH
+        prompt, whole, TOKENIZER, truncation, MAX_LENGTH, MAX_PROMPT_LENGTH, chat=is_chat
     )
-    assert prompt[0] == TOKENIZER.bos_token_id
+    assert is_chat or prompt[0] == TOKENIZER.bos_token_id
     assert not prompt_cut or len(prompt) == MAX_PROMPT_LENGTH
+    if not is_chat:
+        whole = [[*uncut, TOKENIZER.eos_token_id] for uncut in whole]
     for tokens, uncut, cut in zip(responses, whole, cuts, strict=True):
         assert len(prompt) + len(tokens) <= MAX_LENGTH
-        assert tokens == (uncut[: len(tokens)] if cut else [*uncut, TOKENIZER.eos_token_id])
+        assert tokens == (uncut[: len(tokens)] if cut else uncut)
 
 
 def as_jsonl(rows, newline, bom) -> bytes:
@@ -415,7 +419,7 @@ ODD = {
         ":1, a message of 'chosen': 'role' holds half a surrogate pair",
     ),
     "later messages.jsonl": (
-        b'{"prompt": "p"}\n{"chosen": [null, null]}',
+        ROW.encode() + b'\n{"prompt": "p", "chosen": [null, null], "rejected": "b"}',
         ":2: a message of 'chosen' is NoneType",
     ),
     "utf-16.jsonl": (ROW.encode("utf-16"), ":1: byte 0xff is not UTF-8"),
@@ -461,7 +465,7 @@ def test_chat_messages_in_the_files_of_tldr(folder):
     (folder / "tldr").mkdir()
     write(folder / "tldr" / "train.json", [row])
     (record,) = open_dataset("tldr", "train", data_dir=str(folder)).records()
-    assert record.prompt == chat("post", "good")[:1]
+    assert record.prompt.messages == chat("post", "good")[:1]
     assert record.responses == ["good", "bad"] and record.pairs == [(0, 1)]
 
 

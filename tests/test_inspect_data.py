@@ -32,7 +32,7 @@ BAD = [
     ("again", "again and", " no"),
     ("L" * 50, " c", " d"),
     ("R", " " + "e" * 60, " " + "e" * 61),
-    ('[{"role": "user"}]', " u", " vv"),
+    ("[{'role': 'user'}]", " u", " vv"),
 ]
 # Counted by hand, with max_length=40 and max_prompt_length=20. The pairs of p1: each has its
 # opposite, one is repeated.
@@ -155,7 +155,7 @@ def test_examples_show_what_the_loss_counts(look, tmp_path, monkeypatch):
         and "\x1b" not in message
     )
     assert (
-        f"  prompt: {END}R\n  chosen: [ ]{'[e]' * 37} (cut, so without EOS)\n  rejected: ["
+        f"  prompt: {END}R\n  chosen: [ ]{'[e]' * 37} (cut, so without its end)\n  rejected: ["
         f" ][c][{END}]" in message
     )
     tokenizer = make_tokenizer()
@@ -246,6 +246,7 @@ def test_chat_messages_are_rendered_and_their_own_special_tokens_are_no_fault(lo
     tokenizer = make_tokenizer()
     tokenizer.chat_template = (
         "{% for m in messages %}{{ m['role'] }}:{{ m['content'] }}" + END + "{% endfor %}"
+        "{% if add_generation_prompt %}assistant:{% endif %}"
     )
     tokenizer.save_pretrained(model)
     chats = [
@@ -265,7 +266,8 @@ def test_chat_messages_are_rendered_and_their_own_special_tokens_are_no_fault(lo
         and train["bos_doubled"] == 0
         and report["splits"]["test"]["leaked_prompts"] == 1
     )
-    assert f"prompt: {END}user:hi{END}\n" in message and f"chosen: [y][e][s][{END}]" in message
+    assert f"prompt: user:hi{END}assistant:\n" in message and f"chosen: [y][e][s][{END}]" in message
+    assert f"the assistant's turn ends with '{END}', which the loss counts" in message
 
 
 def test_boundaries_where_the_tokenizer_would_join(look, tmp_path):
@@ -335,7 +337,7 @@ def test_models_that_do_not_load_are_refused(look, tmp_path, imdb_dir, monkeypat
     )
     for error, message in ((OSError(), "OSError"), (ValueError("\n\nwhy\nmore"), "why")):
         monkeypatch.setattr(
-            "preflab.modeling.loading.AutoConfig.from_pretrained",
+            "preflab.modeling.model_source.AutoConfig.from_pretrained",
             mock.Mock(side_effect=error),
         )
         code, _, printed = look("imdb", f"data_dir={imdb_dir}")

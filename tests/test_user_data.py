@@ -129,7 +129,7 @@ def test_chat_messages(tmp_path):
     ]
     path = as_file(tmp_path / "chat.jsonl", data)
     records = both(path, tmp_path)
-    assert [chat("explicit")] == [r.prompt for r in records if r.responses == ["x", "y"]]
+    assert [chat("explicit")] == [r.prompt.messages for r in records if r.responses == ["x", "y"]]
     assert sum(r.responses == ["good", "bad"] for r in records) == 3 and len(records) == 4
     assert "chosen and rejected have different prompts" in read(path, tmp_path)[1].counts["skipped"]
 
@@ -340,7 +340,7 @@ def test_csv_messages_as_prompt_and_under_other_names(tmp_path):
     path = write_csv(tmp_path / "x.csv", ["question", "better", "worse"], rows)
     columns = {"prompt": "question", "chosen": "better", "rejected": "worse"}
     records = both(path, tmp_path, columns=columns)
-    assert sorted((r.prompt for r in records), key=str) == prompts
+    assert sorted((r.prompt.messages for r in records), key=str) == prompts
     assert records[0].responses == ["yes", no_list]
     texts = ["[x] y", "{1}", "[]", '["a"]', "[ ] {"]  # none of them begins as messages do
     rows = [[f"p{i}", text, f"not {text}"] for i, text in enumerate(texts)]

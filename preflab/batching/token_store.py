@@ -11,6 +11,7 @@ from typing import Any, BinaryIO
 import numpy as np
 from tqdm import tqdm
 
+from preflab.batching.chat import chat_settings, conversations_ids, render
 from preflab.readers.records import Record, Source
 from utils import DataError, atomic_directory, content_hash, damaged_file, write_checksums
 
@@ -92,7 +93,10 @@ def prepare(
 
 def tokenizer_hash(tokenizer) -> str:
     """Changes when the tokenizer would produce other ids."""
-    special = json.dumps([tokenizer.bos_token_id, tokenizer.eos_token_id, tokenizer.chat_template])
+    special = [tokenizer.bos_token_id, tokenizer.eos_token_id, tokenizer.chat_template]
+    if tokenizer.chat_template:
+        special += chat_settings(tokenizer).key()
+    special = json.dumps(special)
     backend = getattr(tokenizer, "backend_tokenizer", None)
     if backend is not None:
         body = backend.to_str()
@@ -113,7 +117,13 @@ def _write_store(
             prompts, responses = tokenise(records, tokenizer)
             for record, prompt, of_prompt in zip(records, prompts, responses, strict=True):
                 prompt, of_prompt, (prompt_cut, cuts) = truncate(
-                    prompt, of_prompt, tokenizer, source.truncation, max_length, max_prompt_length
+                    prompt,
+                    of_prompt,
+                    tokenizer,
+                    source.truncation,
+                    max_length,
+                    max_prompt_length,
+                    chat=not isinstance(record.prompt, str),
                 )
                 writer.add(record, prompt, of_prompt, prompt_cut, cuts)
             progress.update(len(records))
@@ -275,29 +285,40 @@ def _chunks(items: Iterator, size: int) -> Iterator[list]:
 
 
 def tokenise(records: list[Record], tokenizer) -> tuple[list, list]:
-    """Token ids of each record's prompt, and of each of its responses, without special tokens and
-    without truncation."""
-    texts = [render_prompt(record, tokenizer) for record in records]
-    for record in records:
-        texts.extend(record.responses)
-    ids = iter(tokenizer(texts, add_special_tokens=False, verbose=False)["input_ids"])
-    prompts = [next(ids) for _ in records]
-    return prompts, [[next(ids) for _ in record.responses] for record in records]
+    """Token ids of each record's prompt, and of each of its responses, without truncation.
+
+    Those of text have no special tokens, which `truncate` adds; those of conversations have all
+    that the chat template writes.
+    """
+    texts = [record for record in records if isinstance(record.prompt, str)]
+    strings = [record.prompt for record in texts]
+    for record in texts:
+        strings.extend(record.responses)
+    ids = iter(
+        tokenizer(strings, add_special_tokens=False, verbose=False)["input_ids"] if strings else []
+    )
+    prompts = [next(ids) for _ in texts]
+    responses = [[next(ids) for _ in record.responses] for record in texts]
+    if len(texts) == len(records):
+        return prompts, responses
+    chats = [record for record in records if not isinstance(record.prompt, str)]
+    of_chats = conversations_ids(
+        tokenizer, [(record.prompt, record.responses, record.source) for record in chats]
+    )
+    by_record = {
+        id(record): both
+        for group, both_lists in ((texts, (prompts, responses)), (chats, of_chats))
+        for record, *both in zip(group, *both_lists, strict=True)
+    }
+    prompts, responses = zip(*(by_record[id(record)] for record in records), strict=True)
+    return list(prompts), list(responses)
 
 
 def render_prompt(record: Record, tokenizer) -> str:
-    """The prompt as text; chat messages go through the tokenizer's template, with the generation
-    prompt and without BOS, which `truncate` adds."""
+    """The prompt as text; a conversation as its chat template writes it."""
     if isinstance(record.prompt, str):
         return record.prompt
-    if tokenizer.chat_template is None:
-        raise DataError(
-            f"{record.source}: the prompt is a list of chat messages, but the tokenizer"
-            f" {tokenizer.name_or_path} has no chat template; use a chat model's tokenizer"
-            " (model.tokenizer_name_or_path) or give prompts as text"
-        )
-    text = tokenizer.apply_chat_template(record.prompt, add_generation_prompt=True, tokenize=False)
-    return text.removeprefix(tokenizer.bos_token or "")
+    return render(tokenizer, record.prompt, generation_prompt=True, where=record.source)
 
 
 def truncate(
@@ -307,27 +328,34 @@ def truncate(
     truncation: str,
     max_length: int,
     max_prompt_length: int,
+    *,
+    chat: bool = False,
 ) -> tuple[list[int], list[list[int]], tuple[bool, list[bool]]]:
     """Add BOS and EOS and cut to length. All responses of a prompt share one truncation of it.
 
+    chat: the ids are those of a conversation, which has what begins and ends it; its prompt keeps
+    BOS and its end, with what the template writes before an answer.
+
     The prompt is cut to max_prompt_length only when it and the longest response do not fit into
     max_length; then each response is cut to the remaining length. A response that was cut has no
-    EOS. Returns prompt, responses, (prompt was cut, [response was cut]).
+    end. Returns prompt, responses, (prompt was cut, [response was cut]).
     """
     bos = [tokenizer.bos_token_id] if tokenizer.bos_token_id is not None else []
-    longest = max(len(response) for response in responses) + 1
+    if chat:
+        truncation = "keep_end"
+        bos = bos if prompt[:1] == bos else []
+        prompt = prompt[len(bos) :]
+    else:
+        responses = [[*response, tokenizer.eos_token_id] for response in responses]
+    longest = max(map(len, responses))
     prompt_cut = False
     if len(bos) + len(prompt) + longest > max_length:
         whole, prompt = prompt, cut_prompt(prompt, max_prompt_length - len(bos), truncation)
         prompt_cut = len(prompt) < len(whole)
     prompt = [*bos, *prompt]
     room = max_length - len(prompt)
-    cuts = [len(response) + 1 > room for response in responses]
-    responses = [
-        list(response[:room]) if cut else [*response, tokenizer.eos_token_id]
-        for response, cut in zip(responses, cuts, strict=True)
-    ]
-    return prompt, responses, (prompt_cut, cuts)
+    cuts = [len(response) > room for response in responses]
+    return prompt, [response[:room] for response in responses], (prompt_cut, cuts)
 
 
 def cut_prompt(prompt, limit: int, truncation: str):

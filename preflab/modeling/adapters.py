@@ -1,6 +1,7 @@
 """LoRA adapters in the format of peft: a folder with adapter_config.json and
 adapter_model.safetensors, read and merged into the model that it was trained on."""
 
+import os
 from pathlib import Path
 
 from safetensors.torch import load_file
@@ -14,8 +15,9 @@ TASKS = ("CAUSAL_LM", "SEQ_CLS")
 
 def is_adapter(path: str | Path) -> bool:
     """Whether a path is the folder of an adapter, and not of a whole model."""
-    path = Path(path)
-    return (path / CONFIG).is_file() and not (path / "config.json").is_file()
+    # Not by pathlib, which raises for a name that no file can have.
+    holds = [os.path.isfile(os.path.join(path, name)) for name in (CONFIG, "config.json")]
+    return holds == [True, False]
 
 
 def adapter_files(folder: Path) -> list[Path]:

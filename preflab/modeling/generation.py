@@ -14,6 +14,7 @@ from transformers import DynamicCache, GenerationConfig, LogitsProcessor
 from transformers.cache_utils import DynamicLayer
 from transformers.pytorch_utils import Conv1D
 
+from preflab.batching.chat import end_of_turn
 from preflab.distributed.process_group import ALONE, World
 from preflab.modeling.logprobs import Scorer
 
@@ -159,13 +160,15 @@ def sample(
 
 
 def end_tokens(tokenizer, model: nn.Module) -> tuple[int, ...]:
-    """The ids that end a response: the tokenizer's EOS, and those of the model's generation config.
+    """The ids that end a response: the tokenizer's EOS, those of the model's generation config, and
+    the end of a turn in the chat template.
 
     A chat model often has several, for example one that ends a turn and one that ends a text.
     model: the transformers model, without a wrapper.
     """
     own = model.generation_config.eos_token_id
-    ids = [tokenizer.eos_token_id, *(own if isinstance(own, (list, tuple)) else [own])]
+    own = own if isinstance(own, (list, tuple)) else [own]
+    ids = [tokenizer.eos_token_id, *own, end_of_turn(tokenizer)]
     return tuple(dict.fromkeys(token for token in ids if token is not None))
 
 

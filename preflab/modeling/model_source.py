@@ -1,5 +1,6 @@
 """What `model.name_or_path` names: a folder or a hub name, a GGUF file, or a LoRA adapter."""
 
+import os
 from dataclasses import dataclass, field
 from importlib.util import find_spec
 from pathlib import Path
@@ -37,12 +38,12 @@ def model_source(name_or_path: str, key: str = "model.name_or_path") -> ModelSou
     if is_adapter(path):
         base = model_source(base_of(path, f"{key}={path}"), key)
         return ModelSource(base.path, base.options, path)
-    if path.is_file():
+    if os.path.isfile(path):
         raise ConfigError(
             f"{key}={path} is a file; {_instead(path.parent) or 'give the folder of a model'}, or"
             f" set model.archive={path} beside the model that it was trained from"
         )
-    if path.is_dir() and not (path / "config.json").is_file() and (hint := _instead(path)):
+    if os.path.isdir(path) and not (path / "config.json").is_file() and (hint := _instead(path)):
         raise ConfigError(f"{key}={path} is a run or a checkpoint of one; {hint}")
     return ModelSource(name_or_path)
 

@@ -9,6 +9,7 @@ import numpy as np
 import torch
 from transformers import AutoConfig
 
+from preflab.batching.chat import chat_of, set_chat
 from preflab.batching.examples import PreferenceData
 from preflab.batching.packing import lay_out
 from preflab.batching.token_store import store_of, truncate
@@ -102,6 +103,7 @@ class Discriminator:
         seed_everything(settings.seed)
         self.settings, self.folder, self.world = settings, folder, world
         self.tokenizer = load_tokenizer(settings.model)
+        set_chat(self.tokenizer, chat_of(settings))
         self.learner = Learner(
             settings,
             loss,

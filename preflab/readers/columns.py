@@ -7,6 +7,7 @@ from pathlib import Path
 from preflab.readers.fields import items, number, present, text, type_and_value
 from preflab.readers.files import FILE_TYPES, Rows, file_rows, list_folder, parse_json
 from preflab.readers.hub import TEST_NAMES, folder_rows, hub_rows, is_local_path
+from preflab.readers.messages import Chat, chat, messages_of, split_answer, whole_conversation
 from preflab.readers.records import (
     Options,
     Reader,
@@ -27,7 +28,10 @@ FORMS = {
     "labelled": ("prompt", "completion", "label"),
     "targets": ("prompt", "chosen"),
     "prompts": ("prompt",),
+    "questions": ("question",),
 }
+# Forms that hold prompts to sample for.
+PROMPT_FORMS = ("prompts", "questions")
 PAIR_FORMS = ("pairs", "j_over_k")
 PAIR_SCORES = ("score_chosen", "score_rejected")  # beside prompt, chosen, rejected
 SCORED_FORMS = ("scored_rows", "scored_lists", "labelled")
@@ -39,6 +43,8 @@ CSV_JSON = {
     **dict.fromkeys(CSV_LISTS, re.compile(r"\s*\[")),
     **dict.fromkeys(("prompt", "chosen", "rejected", "completion"), re.compile(r"\s*\[\s*\{")),
 }
+
+PLACE = re.compile(r"\{(?:prompt|question)\}")
 
 LABELS = {"true": 1.0, "1": 1.0, "1.0": 1.0, "false": 0.0, "0": 0.0, "0.0": 0.0}
 
@@ -72,7 +78,12 @@ class UserPairs(Reader):
         self.name = name
 
     def rows(self, split, options):
-        self.columns = options.columns
+        self.columns, self.template = options.columns, options.prompt_template
+        if self.template is not None and len(PLACE.findall(self.template)) != 1:
+            raise ConfigError(
+                f"prompt_template={self.template!r} must have one {{prompt}} or {{question}}, where"
+                " the text of the data goes, as in 'Question: {question}\\n\\nAnswer: '"
+            )
         rows = self._open(split, options)
         self.all_text = rows.all_text
         if rows.n:
@@ -109,7 +120,9 @@ class UserPairs(Reader):
 
     def _find_form(self, row: dict, where: str) -> None:
         for form, columns in FORMS.items():
-            if all(row.get(key) is not None for key in columns):
+            if all(row.get(key) is not None for key in columns) and (
+                form != "questions" or _is_alone(row, "question")
+            ):
                 self.form = form
                 break
         else:
@@ -126,7 +139,7 @@ class UserPairs(Reader):
             self.provides = frozenset()
         self.pairing = "all" if self.form in SCORED_FORMS else None
         self.merges = self.form != "targets"
-        self.only_prompts = self.form == "prompts"
+        self.only_prompts = self.form in PROMPT_FORMS
 
     def prompt(self, row, where):
         row = self._fields(row, where)
@@ -134,20 +147,33 @@ class UserPairs(Reader):
             number(row, "magnitude", where)
         if self.form == "pairs":
             self._check_pair_scores(row, where)
-            return check_pair(row, where)
+            return self._framed(check_pair(row, where), where)
         if self.form == "j_over_k":
-            return _check_j_over_k(row, where)
+            return self._framed(_check_j_over_k(row, where), where)
+        if self.form == "questions":
+            return self._framed(text(row, "question", where), where)
+        if self.form in ("labelled", "targets"):
+            key = "completion" if self.form == "labelled" else "chosen"
+            if self.form == "labelled":
+                label_of(row, where)
+            return self._framed(conversation_of(row, key, where)[0], where)
         if self.form == "scored_rows":
             text(row, "text", where, may_be_empty=True)
             number(row, "reward", where)
         elif self.form == "scored_lists":
             _check_scored_lists(row, where)
-        elif self.form == "labelled":
-            response_of(row, "completion", where)
-            label_of(row, where)
-        elif self.form == "targets":
-            response_of(row, "chosen", where)
-        return prompt_of(row, where)
+        return self._framed(prompt_of(row, where), where)
+
+    def _framed(self, prompt: str | Chat, where: str) -> str | Chat:
+        """A prompt of text inside `prompt_template`."""
+        if self.template is None:
+            return prompt
+        if isinstance(prompt, Chat):
+            raise ConfigError(
+                f"{where}: prompt_template is for prompts of text, and this one is a conversation,"
+                " which the model's chat template formats; set prompt_template=null"
+            )
+        return PLACE.sub(lambda _: prompt, self.template)
 
     def _check_pair_scores(self, row: dict, where: str) -> None:
         if self.scores_pairs:
@@ -161,7 +187,7 @@ class UserPairs(Reader):
 
     def record(self, prompt, rows, source, pair):
         rows = [self._fields(row, source) for row in rows]
-        if self.form == "prompts":
+        if self.form in PROMPT_FORMS:
             return targets_record(prompt, "", source)
         if self.form == "targets":
             return targets_record(prompt, response_of(rows[0], "chosen", source), source)
@@ -196,9 +222,8 @@ class UserPairs(Reader):
                 raise Skip("prompts whose pairs all have a score gap below min_gap")
             rows = scored
             scores = [tuple(float(row[key]) for key in PAIR_SCORES) for row in rows]
-        pairs = [
-            (response_of(row, chosen, source), response_of(row, rejected, source)) for row in rows
-        ]
+        response = _text_response if self.form == "j_over_k" else response_of
+        pairs = [(response(row, chosen, source), response(row, rejected, source)) for row in rows]
         columns = {}
         if any(row.get("magnitude") is not None for row in rows):
             columns["magnitude"] = [number(row, "magnitude", source) for row in rows]
@@ -249,11 +274,18 @@ def parse_cell(value: str, key: str, where: str):
 # --------------------------------------------------------------------------- what a row must hold
 
 
-def check_pair(row: dict, where: str):
-    """The prompt of a pair; strings, or chat messages whose last is the response."""
-    chosen, rejected = response_of(row, "chosen", where), response_of(row, "rejected", where)
-    prompt = prompt_of(row, where)
-    if _messages_before(row["chosen"]) != _messages_before(row["rejected"]):
+def check_pair(row: dict, where: str) -> str | Chat:
+    """The prompt of a pair: text, or the messages that both conversations share."""
+    prompt, chosen = conversation_of(row, "chosen", where)
+    if row.get("prompt") is None and len(messages_of(row, "rejected", where) or "ab") == 1:
+        raise Skip("chosen and rejected have different prompts")
+    other, rejected = conversation_of(row, "rejected", where)
+    if type(prompt) is not type(other):
+        raise DataError(
+            f"{where}: one of 'chosen' and 'rejected' is text and the other one messages; write"
+            " both the same way"
+        )
+    if prompt != other:
         raise Skip("chosen and rejected have different prompts")
     if chosen == rejected:
         raise Skip("chosen and rejected identical")
@@ -280,32 +312,34 @@ def _check_scored_lists(row: dict, where: str) -> None:
         number({"scores": score}, "scores", where)
 
 
-def prompt_of(row: dict, where: str):
-    """The prompt column, or the messages of `chosen` before its last."""
-    prompt, chosen = row.get("prompt"), row.get("chosen")
-    if prompt is None and isinstance(chosen, list):
-        if len(chosen) < 2:
-            raise DataError(
-                f"{where}: no 'prompt', and 'chosen' is a single message, expected the messages"
-                " before the answer too"
-            )
-        return [_message(message, "chosen", where) for message in chosen[:-1]]
-    if isinstance(prompt, list):
-        if not prompt:
-            raise DataError(f"{where}: 'prompt' is an empty list, expected chat messages")
-        return [_message(message, "prompt", where) for message in prompt]
+def prompt_of(row: dict, where: str) -> str | Chat:
+    """The prompt column: text, or messages."""
+    if (messages := messages_of(row, "prompt", where)) is not None:
+        return chat(row, messages, where)
+    if row.get("tools"):
+        raise DataError(
+            f"{where}: 'tools' are for a chat template, and 'prompt' is text; give it as messages"
+        )
     return text(row, "prompt", where)
 
 
+def conversation_of(row: dict, key: str, where: str) -> tuple[str | Chat, str]:
+    """The prompt of a row and the response in a column: texts, or messages whose last is the
+    response."""
+    messages = whole_conversation(row, key, where)
+    if messages is None:
+        return prompt_of(row, where), text(row, key, where)
+    before, answer = split_answer(messages, key, where)
+    return chat(row, before, where), answer
+
+
 def response_of(row: dict, key: str, where: str) -> str:
-    """A response: text, or the content of the last chat message."""
-    value = present(row, key, where)
-    if not isinstance(value, list):
-        return text(row, key, where)
-    if not value:
-        raise DataError(f"{where}: {key!r} is an empty list, expected chat messages")
-    messages = [_message(message, key, where) for message in value]
-    return messages[-1]["content"]
+    """A response: text, or the content of the last message."""
+    return conversation_of(row, key, where)[1]
+
+
+def _text_response(row: dict, key: str, where: str) -> str:
+    return text(row, key, where)
 
 
 def label_of(row: dict, where: str) -> float:
@@ -320,19 +354,6 @@ def label_of(row: dict, where: str) -> float:
     return LABELS[label]
 
 
-def _messages_before(response) -> list:
-    """(role, content) of the messages before the last; none for plain text."""
-    if not isinstance(response, list):
-        return []
-    return [(message["role"], message["content"]) for message in response[:-1]]
-
-
-def _message(message, key: str, where: str) -> dict:
-    """A chat message, checked."""
-    if not isinstance(message, dict) or not isinstance(message.get("role"), str):
-        received = type_and_value(message)
-        raise DataError(f"{where}: a message of {key!r} is {received}, expected {{role, content}}")
-    place = f"{where}, a message of {key!r}"
-    text(message, "role", place)
-    text(message, "content", place)
-    return message
+def _is_alone(row: dict, key: str) -> bool:
+    """Whether no other column of a row holds text."""
+    return not any(isinstance(value, str) and name != key for name, value in row.items())

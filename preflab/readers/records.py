@@ -18,9 +18,10 @@ from pathlib import Path
 
 from preflab.readers.fields import text
 from preflab.readers.files import Rows
+from preflab.readers.messages import Chat
 from utils import DataError, content_hash
 
-READER_VERSION = "3"  # raise it when a reader would turn the same rows into other records
+READER_VERSION = "4"  # raise it when a reader would turn the same rows into other records
 PAIRINGS = ("first_two", "all", "best_worst", "random")
 # Which prompts are held out, and which random pair of a test prompt is evaluated, does not follow
 # the run's seed: runs with different seeds are compared on one test set.
@@ -31,13 +32,13 @@ HELD_OUT_SEED = 0
 class Record:
     """One prompt with its responses.
 
-    prompt: text, or chat messages for the tokenizer's template. pairs: (chosen, rejected) indices
-    into `responses`; empty for data without preferences. sft_target: index of the response to
-    imitate. scores: one for each response, or None. columns: further numbers, one for each pair.
+    prompt: text, or a conversation for the tokenizer's chat template. pairs: (chosen, rejected)
+    indices into `responses`; empty for data without preferences. sft_target: index of the response
+    to imitate. scores: one for each response, or None. columns: further numbers, one for each pair.
     source: the file and line of the first row, for messages.
     """
 
-    prompt: str | list[dict]
+    prompt: str | Chat
     responses: list[str]
     pairs: list[tuple[int, int]]
     sft_target: int
@@ -61,6 +62,7 @@ class Options:
     train_split: str | None = None
     test_split: str | None = None
     columns: dict = field(default_factory=dict)
+    prompt_template: str | None = None
 
 
 class Skip(Exception):  # noqa: N818  control flow of readers, not an error
@@ -137,6 +139,8 @@ class Source:
             options.test_fraction,
             sorted(options.columns.items()),
         ]
+        if options.prompt_template:
+            shaping.append(options.prompt_template)
         if options.train_split or options.test_split:
             shaping.append([options.train_split, options.test_split])
         return content_hash(json.dumps(shaping), self.rows.fingerprint)
@@ -165,7 +169,8 @@ class Source:
                 skipped["prompts without a pair"] += 1
             counts["prompts"] += 1
             counts["responses"] += len(record.responses)
-            counts["empty_responses"] += sum(not response.strip() for response in record.responses)
+            if not self.only_prompts:
+                counts["empty_responses"] += sum(not text.strip() for text in record.responses)
             counts["pairs"] += len(record.pairs)
             yield record
         counts["skipped"] = {reason: n for reason, n in skipped.items() if n}
@@ -226,7 +231,7 @@ def _own_code(reader: Reader) -> list[str]:
 
 
 def _digest(prompt) -> bytes:
-    content = prompt if isinstance(prompt, str) else json.dumps(prompt, sort_keys=True)
+    content = prompt if isinstance(prompt, str) else prompt.key()
     return hashlib.blake2b(content.encode("utf-8", "surrogatepass"), digest_size=16).digest()
 
 

@@ -12,6 +12,7 @@ from typing import Any
 
 from preflab.settings.value_types import (
     Choice,
+    Day,
     Either,
     Flag,
     Integer,
@@ -218,6 +219,9 @@ class DataSettings:
     test_fraction: float = setting(Number(above=0, below=1))
     train_split: str | None = setting(TEXT, null=True)
     test_split: str | None = setting(TEXT, null=True)
+    prompt_template: str | None = setting(TEXT, null=True)
+    chat_template_kwargs: dict[str, Any] = open_group()
+    chat_date: str = setting(Day())
     max_length: int = setting(Integer(2))
     max_prompt_length: int = setting(Integer(2))
 

@@ -5,6 +5,7 @@ setting's type. It raises `Refused` for any other. `str(type)` is the phrase tha
 must be ...".
 """
 
+import datetime
 import difflib
 import math
 import os
@@ -202,6 +203,20 @@ class Mapping:
         return {
             key: from_home(entry) if key in PATH_ENTRIES else entry for key, entry in value.items()
         }
+
+
+@dataclass(frozen=True)
+class Day:
+    """A date as YYYY-MM-DD."""
+
+    def __str__(self) -> str:
+        return "a date YYYY-MM-DD"
+
+    def parse(self, value: Any) -> str:
+        try:
+            return datetime.date.fromisoformat(str(value)).isoformat()
+        except ValueError:
+            raise Refused from None
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,313 @@
+"""Token ids of conversations, by the tokenizer's chat template.
+
+One rule: the ids of prompt and response together are those of the template applied to the whole
+conversation, up to the end of the assistant's turn, which is scored too. What a template writes
+after that (a newline, an EOS) no model generates, because sampling stops at the end of the turn.
+"""
+
+import datetime
+import functools
+import json
+import logging
+import re
+from dataclasses import dataclass, field
+
+from preflab.readers.messages import Chat
+from utils import DataError, first_line
+
+logger = logging.getLogger(__name__)
+
+# Stands for an answer where the end of a turn is looked up; templates that trim leave it as it is.
+ANSWER = "qzxvanswervxzq"
+NOW = re.compile(r"""strftime_now\s*\(\s*(["'])(.*?)\1\s*\)""")
+
+
+@dataclass(frozen=True)
+class ChatSettings:
+    """What a chat template gets in every conversation of a run.
+
+    options: its further variables, such as enable_thinking. date: YYYY-MM-DD, what `strftime_now`
+    formats, so that a template which writes the date writes the same on every day.
+    """
+
+    options: dict = field(default_factory=dict)
+    date: str = "2024-07-26"
+
+    def key(self) -> list:
+        return [sorted(self.options.items()), self.date]
+
+
+def chat_of(settings) -> ChatSettings:
+    """Those of a run."""
+    return ChatSettings(dict(settings.chat_template_kwargs), settings.chat_date)
+
+
+def set_chat(tokenizer, settings: ChatSettings) -> None:
+    """Let all conversations that go through this tokenizer follow the settings."""
+    tokenizer.preflab_chat = settings
+    if _writes_date(tokenizer):
+        logger.info(f"the chat template writes a date: chat_date={settings.date}")
+
+
+def _writes_date(tokenizer) -> bool:
+    return "strftime_now" in str(tokenizer.chat_template)
+
+
+def chat_settings(tokenizer) -> ChatSettings:
+    """What `set_chat` has set, or the defaults."""
+    return getattr(tokenizer, "preflab_chat", ChatSettings())
+
+
+def render(tokenizer, chat: Chat, *, generation_prompt: bool, where: str = "") -> str:
+    """A conversation as text. generation_prompt: also write what begins the assistant's answer.
+
+    Raises DataError, at `where`, for what the template refuses, and for a tokenizer without one.
+    """
+    if tokenizer.chat_template is None:
+        raise DataError(
+            f"{where}: the prompt is a list of chat messages, but the tokenizer"
+            f" {tokenizer.name_or_path} has no chat template; use a chat model's tokenizer"
+            " (model.tokenizer_name_or_path) or give prompts as text"
+        )
+    settings = chat_settings(tokenizer)
+    try:
+        return tokenizer.apply_chat_template(
+            chat.messages,
+            tools=chat.tools,
+            chat_template=_dated(tokenizer.get_chat_template(tools=chat.tools), settings.date),
+            add_generation_prompt=generation_prompt,
+            tokenize=False,
+            **{**settings.options, **chat.options},
+        )
+    except Exception as error:  # a template is code, and may fail in any way
+        raise DataError(
+            f"{where}: the chat template of {tokenizer.name_or_path} refuses the conversation:"
+            f" {_reason(error)}"
+        ) from error
+
+
+@functools.cache
+def _dated(template: str, date: str) -> str:
+    """The template with a fixed date in place of each `strftime_now("...")`."""
+    day = datetime.date.fromisoformat(date)
+    dated = NOW.sub(lambda found: json.dumps(day.strftime(found[2])), template)
+    if re.search(r"strftime_now\s*\(", dated):
+        raise ValueError(
+            "it calls strftime_now with something else than a string, so that no date can be set"
+        )
+    return dated
+
+
+def _reason(error: Exception) -> str:
+    """What a template says: its own words, or the class of the error too."""
+    own = type(error).__name__ == "TemplateError"
+    return str(error).strip() if own else first_line(error)
+
+
+def conversation_ids(
+    tokenizer,
+    messages: list[dict],
+    response: str,
+    *,
+    tools: list | None = None,
+    options: dict | None = None,
+    where: str = "",
+) -> tuple[list[int], list[int]]:
+    """Token ids of a prompt and of the assistant's response, its end included."""
+    chat = Chat(messages, tools, options or {})
+    [prompt], [[ids]] = conversations_ids(tokenizer, [(chat, [response], where)])
+    return prompt, ids
+
+
+def conversations_ids(
+    tokenizer, conversations: list[tuple[Chat, list[str], str]]
+) -> tuple[list[list[int]], list[list[list[int]]]]:
+    """Token ids of prompts, and of the responses to each, their ends included.
+
+    conversations: (prompt, responses, place for messages). Raises DataError where the ids of a
+    prompt do not begin those of the conversation.
+    """
+    encode = functools.partial(tokenizer, add_special_tokens=False, verbose=False)
+    texts, begins = [], []
+    # What the template itself refuses comes first: its words say more than ours.
+    rendered = [
+        render(tokenizer, chat, generation_prompt=True, where=where)
+        for chat, _, where in conversations
+    ]
+    for prompt, (chat, responses, where) in zip(rendered, conversations, strict=True):
+        begins.append(len(texts))
+        texts.append(prompt)
+        # The answer of a prompt that is for sampling is empty, and nothing to format.
+        texts += [
+            _with_answer(tokenizer, chat, prompt, answer, where) if answer else prompt
+            for answer in responses
+        ]
+    ids = encode(texts)["input_ids"] if texts else []
+    prompts, of_prompts = [], []
+    for begin, (_, responses, where) in zip(begins, conversations, strict=True):
+        prompt, *wholes = ids[begin : begin + 1 + len(responses)]
+        for whole in wholes:
+            if whole[: len(prompt)] != prompt:
+                raise DataError(f"{where}: {_no_prefix('ids')}")
+        prompts.append(prompt)
+        of_prompts.append([whole[len(prompt) :] for whole in wholes])
+    if conversations and turn_end(tokenizer).token is None:
+        of_prompts = [[[*ids, tokenizer.eos_token_id] for ids in of_one] for of_one in of_prompts]
+    return prompts, of_prompts
+
+
+def _with_answer(tokenizer, chat: Chat, prompt: str, answer: str, where: str) -> str:
+    """The conversation with an answer, up to the end of its turn."""
+    messages = [*chat.messages, {"role": "assistant", "content": answer}]
+    whole = render(
+        tokenizer, Chat(messages, chat.tools, chat.options), generation_prompt=False, where=where
+    )
+    if not whole.startswith(prompt):
+        raise DataError(f"{where}: {_no_prefix('text')}")
+    turn = turn_end(tokenizer)
+    if not whole.endswith(turn.suffix):
+        raise DataError(
+            f"{where}: the chat template writes {whole[-40:]!r} at the end of this conversation,"
+            f" where it writes {turn.suffix!r} after other answers, so the end of the answer is"
+            " not known; check the template, or leave the row out"
+        )
+    return whole[: len(whole) - len(turn.suffix)] + turn.text
+
+
+def _no_prefix(what: str) -> str:
+    return (
+        f"the chat template cannot be split: the {what} of the prompt, with its generation prompt,"
+        " does not begin that of the conversation with the answer, so it is unclear which tokens"
+        " the assistant would generate; change the template (it may drop or rewrite earlier turns,"
+        " or end the generation prompt in a space)"
+    )
+
+
+# ------------------------------------------------------------------------------- the end of a turn
+
+
+@dataclass(frozen=True)
+class TurnEnd:
+    """How a template ends an assistant's turn.
+
+    suffix: all that it writes after the last answer. text: the part up to the first special token,
+    which is scored; all but trailing white space where there is no special token. token: the id of
+    that special token; None where there is none, and the tokenizer's EOS ends the response.
+    """
+
+    suffix: str
+    text: str
+    token: int | None
+
+
+def turn_end(tokenizer) -> TurnEnd:
+    """The end of an assistant's turn in the tokenizer's chat template."""
+    key = str((tokenizer.chat_template, chat_settings(tokenizer)))
+    known = getattr(tokenizer, "preflab_turn_end", None)
+    if known is None or known[0] != key:
+        known = tokenizer.preflab_turn_end = (key, _find_turn_end(tokenizer))
+    return known[1]
+
+
+def _find_turn_end(tokenizer) -> TurnEnd:
+    question, answer = (
+        {"role": role, "content": content}
+        for role, content in (("user", "question"), ("assistant", ANSWER))
+    )
+    where = "model.tokenizer_name_or_path"
+    whole = render(tokenizer, Chat([question, answer]), generation_prompt=False, where=where)
+    _, found, suffix = whole.rpartition(ANSWER)
+    if not found:
+        raise DataError(
+            f"{where}={tokenizer.name_or_path}: its chat template does not write the assistant's"
+            " answer; give a template that does"
+        )
+    special = {
+        token.content: number for number, token in tokenizer.added_tokens_decoder.items()
+    } | {tokenizer.eos_token: tokenizer.eos_token_id}
+    places = [
+        (suffix.find(content), -len(content), content)
+        for content in special
+        if content.strip() and content in suffix
+    ]
+    if not places:
+        return TurnEnd(suffix, suffix.rstrip(), None)
+    place, _, content = min(places)
+    return TurnEnd(suffix, suffix[: place + len(content)], special[content])
+
+
+def describe_chat(tokenizer) -> str:
+    """How conversations become tokens here, in a line."""
+    turn, settings = turn_end(tokenizer), chat_settings(tokenizer)
+    end = repr(turn.text) if turn.token is not None else f"{turn.text!r} and EOS"
+    parts = [f"the assistant's turn ends with {end}, which the loss counts"]
+    if after := turn.suffix[len(turn.text) :]:
+        parts.append(f"{after!r} after it is left out")
+    begins = render(
+        tokenizer,
+        Chat([{"role": "user", "content": "question"}]),
+        generation_prompt=True,
+        where="model.tokenizer_name_or_path",
+    )
+    bos = tokenizer.bos_token
+    parts.append(f"BOS {begins.count(bos) if bos else 0} times in a prompt of one message")
+    if _writes_date(tokenizer):
+        parts.append(f"the template writes a date, chat_date={settings.date}")
+    return "; ".join(parts)
+
+
+def end_of_turn(tokenizer) -> int | None:
+    """The id of the special token that ends a turn; None without a template, or without one."""
+    if not tokenizer.chat_template:
+        return None
+    try:
+        return turn_end(tokenizer).token
+    except DataError:  # a template for other conversations than of a question and an answer
+        return None
+
+
+# ------------------------------------------------------------------------------------- as text
+
+
+class PromptText(str):
+    """A conversation as text for people and for rewards that read text, with its messages.
+
+    One message is its content; several are `role: content`, separated by blank lines.
+    """
+
+    __slots__ = ("messages",)
+
+    def __new__(cls, messages: list[dict]) -> "PromptText":
+        blocks = [f"{message['role']}: {_content(message)}" for message in messages]
+        text = _content(messages[0]) if len(messages) == 1 else "\n\n".join(blocks)
+        self = super().__new__(cls, text)
+        self.messages = messages
+        return self
+
+    def __reduce__(self):
+        return PromptText, (self.messages,)
+
+
+def _content(message: dict) -> str:
+    """The text of a message; of one that calls a tool, the calls as JSON."""
+    return message["content"] or json.dumps(message.get("tool_calls"))
+
+
+def prompt_text(tokenizer, tokens: list[int], chat: Chat | None) -> str:
+    """A prompt for people and rewards: a conversation by its messages, and not by its tokens, whose
+    decoded text lacks the markers between them."""
+    if chat is not None:
+        return PromptText(chat.messages)
+    return tokenizer.decode(tokens, skip_special_tokens=True)
+
+
+def messages_of_prompt(prompt: str) -> list[dict]:
+    """The messages of a prompt; text is what a user says."""
+    return getattr(prompt, "messages", None) or [{"role": "user", "content": str(prompt)}]
+
+
+def response_text(tokenizer, tokens: list[int]) -> str:
+    """A response without special tokens, and without the end of a turn, which need not be one."""
+    if tokens and tokens[-1] == end_of_turn(tokenizer):
+        tokens = tokens[:-1]
+    return tokenizer.decode(tokens, skip_special_tokens=True)

@@ -1,0 +1,184 @@
+"""Conversations in rows: messages as they are written in data files, checked, and the prompt that
+several of them share."""
+
+import json
+import re
+from dataclasses import dataclass, field
+
+from preflab.readers.fields import text, type_and_value
+from preflab.readers.files import parse_json
+from utils import DataError
+
+JSON_MESSAGES = re.compile(r"\s*\[\s*\{")
+# Columns beside the messages that the chat template gets.
+CONTEXT = ("system", "tools", "chat_template_kwargs")
+
+
+@dataclass(frozen=True)
+class Chat:
+    """A prompt that is a conversation.
+
+    messages: {role, content, ...} in order, with any further JSON values of the data. tools: JSON
+    schemas of functions that the assistant may call, None without. options: further variables of
+    the chat template for this row.
+    """
+
+    messages: list[dict]
+    tools: list | None = None
+    options: dict = field(default_factory=dict)
+
+    def key(self) -> str:
+        """Equal for equal conversations."""
+        return json.dumps([self.messages, self.tools, self.options], sort_keys=True)
+
+
+def messages_of(row: dict, key: str, where: str) -> list[dict] | None:
+    """The messages of a column, checked; None where it holds text, or is absent.
+
+    A cell may hold them as JSON. Fields that no JSON file could hold (dates, bytes) are dropped,
+    and so are empty ones, which columnar files add to every message.
+    """
+    value = row.get(key)
+    if isinstance(value, str) and JSON_MESSAGES.match(value):
+        value = _parsed(value)
+    if not isinstance(value, list) or (value and all(isinstance(one, str) for one in value)):
+        return None
+    if not value:
+        raise DataError(f"{where}: {key!r} is an empty list, expected chat messages")
+    return [_message(message, key, where) for message in value]
+
+
+def _parsed(value: str):
+    """JSON that holds messages; else the text itself."""
+    try:
+        parsed = json.loads(value)
+    except ValueError:
+        return value
+    return parsed if all("role" in one for one in parsed if isinstance(one, dict)) else value
+
+
+def _message(message, key: str, where: str) -> dict:
+    if not isinstance(message, dict) or not isinstance(message.get("role"), str):
+        received = type_and_value(message)
+        raise DataError(f"{where}: a message of {key!r} is {received}, expected {{role, content}}")
+    place = f"{where}, a message of {key!r}"
+    text(message, "role", place)
+    further = {
+        name: value
+        for name, value in message.items()
+        if name not in ("role", "content") and value not in (None, [], {})
+    }
+    if message.get("content") is None and further.get("tool_calls"):
+        content = None
+    elif isinstance(message.get("content"), list):
+        content = _joined(message["content"], place)
+    else:
+        content = text(message, "content", place, may_be_empty=bool(further.get("tool_calls")))
+    return {"role": message["role"], "content": content} | _plain(further)
+
+
+def _joined(parts: list, place: str) -> str:
+    """The text of content that is written as a list of parts."""
+    for part in parts:
+        if not isinstance(part, dict) or part.get("type", "text") != "text":
+            raise DataError(f"{place}: its content has {type_and_value(part)}, expected text only")
+    return "".join(text(part, "text", place) for part in parts)
+
+
+def _plain(value):
+    """A value without what JSON cannot hold, and without empty fields."""
+    if isinstance(value, dict):
+        plain = {str(name): _plain(one) for name, one in value.items() if one is not None}
+        return {name: one for name, one in plain.items() if one is not _NOT_JSON}
+    if isinstance(value, (list, tuple)):
+        return [one for one in map(_plain, value) if one is not _NOT_JSON]
+    return value if isinstance(value, (str, bool, int, float)) else _NOT_JSON
+
+
+_NOT_JSON = object()
+
+
+def chat(row: dict, messages: list[dict], where: str) -> Chat:
+    """Messages as a prompt, with the columns of the row that the template gets.
+
+    Raises DataError for a `system` column beside another system message.
+    """
+    if system := row.get("system"):
+        first = {"role": "system", "content": text(row, "system", where)}
+        if messages and messages[0]["role"] == "system" and messages[0]["content"] != system:
+            raise DataError(
+                f"{where}: a 'system' column, and the messages begin with another system message;"
+                " remove one of them"
+            )
+        messages = [first, *[one for one in messages if one["role"] != "system"]]
+    tools = _json_field(row, "tools", list, where)
+    options = _json_field(row, "chat_template_kwargs", dict, where) or {}
+    return Chat(messages, tools or None, options)
+
+
+def _json_field(row: dict, key: str, expected: type, where: str):
+    value = row.get(key)
+    if value is None or value == "":
+        return None
+    if isinstance(value, str):
+        value = parse_json(value, f"{where}, {key!r}")
+    if not isinstance(value, expected):
+        wanted = "a list of functions" if expected is list else "an object"
+        raise DataError(f"{where}: {key!r} is {type_and_value(value)}, expected {wanted}")
+    return _plain(value)
+
+
+def whole_conversation(row: dict, key: str, where: str) -> list[dict] | None:
+    """All messages up to and with those of a response column; None where it holds text.
+
+    The column may hold the whole conversation or the answer alone; then those of `prompt` stand
+    before it. What `prompt` says must be in the conversation, since it would be lost otherwise.
+    """
+    messages = messages_of(row, key, where)
+    if messages is None:
+        return None
+    if row.get("prompt") is None:
+        return messages
+    before = messages_of(row, "prompt", where)
+    if before is not None:
+        if messages[: len(before)] == before:
+            return messages
+        if messages[0]["role"] in ("assistant", "model"):
+            return before + messages
+    else:
+        prompt = text(row, "prompt", where)
+        if any(_same(message, prompt) for message in messages):
+            return messages
+        if messages[0]["role"] in ("assistant", "model"):
+            return [{"role": "user", "content": prompt}, *messages]
+    raise DataError(
+        f"{where}: 'prompt' is not part of the messages of {key!r}, so that one of them would be"
+        " lost; give the whole conversation there, or the answer alone, or remove 'prompt'"
+    )
+
+
+def _same(message: dict, prompt: str) -> bool:
+    return (message["content"] or "").strip() == prompt.strip()
+
+
+def split_answer(messages: list[dict], key: str, where: str) -> tuple[list[dict], str]:
+    """The messages before the last, and the content of the last, an assistant's.
+
+    Raises DataError for a conversation that ends otherwise, or that has nothing before it.
+    """
+    *before, last = messages
+    if not before:
+        raise DataError(
+            f"{where}: no 'prompt', and {key!r} is a single message, expected the messages before"
+            " the answer too"
+        )
+    if last["role"] in ("user", "system", "tool"):
+        raise DataError(
+            f"{where}: the last message of {key!r} is from role {last['role']!r}, expected the"
+            " assistant's answer"
+        )
+    if last["content"] is None or "tool_calls" in last:
+        raise DataError(
+            f"{where}: the last message of {key!r} calls a tool; the answer must be text"
+        )
+    return before, last["content"]

@@ -1,0 +1,452 @@
+"""Conversations: the ids are those of the model's chat template, and the loss counts what the
+assistant would have to generate, the end of its turn included.
+
+The templates are miniatures with the features of the families that they are named after.
+"""
+
+import datetime
+import json
+import time
+
+import pyarrow
+import pyarrow.parquet
+import pytest
+from conftest import make_tokenizer, run_command, run_here, save_model, small_run, write_jsonl
+
+from preflab.batching.chat import (
+    ChatSettings,
+    conversation_ids,
+    conversations_ids,
+    end_of_turn,
+    set_chat,
+    turn_end,
+)
+from preflab.batching.token_store import prepare, tokenizer_hash
+from preflab.modeling.generation import end_tokens
+from preflab.readers.messages import Chat
+from preflab.readers.registry import open_dataset
+from utils import ConfigError, DataError, PrefLabError
+
+CHATML = (
+    "{% for m in messages %}<|im_start|>{{ m['role'] }}\n{{ m['content'] }}<|im_end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+LLAMA3 = (
+    "{{ bos_token }}{% for m in messages %}<|start_header_id|>{{ m['role'] }}<|end_header_id|>\n\n"
+    "{{ m['content'] | trim }}<|eot_id|>{% endfor %}"
+    "{% if add_generation_prompt %}<|start_header_id|>assistant<|end_header_id|>\n\n{% endif %}"
+)
+GEMMA = (
+    "{{ bos_token }}{% if messages[0]['role'] == 'system' %}"
+    "{{ raise_exception('System role not supported') }}{% endif %}{% for m in messages %}"
+    "{% set role = 'model' if m['role'] == 'assistant' else m['role'] %}"
+    "<start_of_turn>{{ role }}\n{{ m['content'] | trim }}<end_of_turn>\n{% endfor %}"
+    "{% if add_generation_prompt %}<start_of_turn>model\n{% endif %}"
+)
+PHI3 = (
+    "{% for m in messages %}<|{{ m['role'] }}|>\n{{ m['content'] }}<|end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|assistant|>\n{% else %}{{ eos_token }}{% endif %}"
+)
+MISTRAL = (
+    "{{ bos_token }}{% for m in messages %}{% if m['role'] == 'user' %}"
+    "[INST] {{ m['content'] }} [/INST]{% else %} {{ m['content'] }}{{ eos_token }}{% endif %}"
+    "{% endfor %}"
+)
+ZEPHYR = (
+    "{% for m in messages %}<|{{ m['role'] }}|>\n{{ m['content'] }}{{ eos_token }}\n{% endfor %}"
+    "{% if add_generation_prompt %}<|assistant|>\n{% endif %}"
+)
+SPACE = (
+    "{% for m in messages %}{% if m['role'] == 'user' %}USER: {{ m['content'] }} ASSISTANT:"
+    "{% else %} {{ m['content'] }}{{ eos_token }}{% endif %}{% endfor %}"
+)
+DATED = "{{ strftime_now('%d %b %Y') }}\n" + CHATML
+REASONING = (
+    "{% for m in messages %}<|im_start|>{{ m['role'] }}\n"
+    "{% set c = m['content'] %}{% if m['role'] == 'assistant' and not loop.last and '</think>' in c"
+    " %}{% set c = c.split('</think>')[-1] %}{% endif %}{{ c }}<|im_end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+PLAIN = (
+    "{% for m in messages %}{{ m['role'] }}: {{ m['content'] }}\n{% endfor %}"
+    "{% if add_generation_prompt %}assistant:{% endif %}"
+)
+TOOLS = (
+    "{% if tools %}<|im_start|>tools\n{{ tools | tojson }}<|im_end|>\n{% endif %}"
+    "{% for m in messages %}<|im_start|>{{ m['role'] }}\n{% if m['tool_calls'] %}"
+    "{{ m['tool_calls'] | tojson }}{% else %}{{ m['content'] }}{% endif %}<|im_end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n{% if enable_thinking is false %}"
+    "<think></think>{% endif %}{% endif %}"
+)
+MARKERS = [
+    "<|im_start|>",
+    "<|im_end|>",
+    "<|start_header_id|>",
+    "<|end_header_id|>",
+    "<|eot_id|>",
+    "<start_of_turn>",
+    "<end_of_turn>",
+    "<|end|>",
+    "[INST]",
+    "[/INST]",
+]
+EOS = make_tokenizer().eos_token
+# Template, and what ends a response.
+FAMILIES = {
+    "chatml": (CHATML, "<|im_end|>"),
+    "llama3": (LLAMA3, "<|eot_id|>"),
+    "gemma": (GEMMA, "<end_of_turn>"),
+    "phi3": (PHI3, "<|end|>"),
+    "mistral": (MISTRAL, EOS),
+    "zephyr": (ZEPHYR, EOS),
+    "space": (SPACE, EOS),
+    "dated": (DATED, "<|im_end|>"),
+    "reasoning": (REASONING, "<|im_end|>"),
+}
+
+
+def tokenizer_with(template: str):
+    tokenizer = make_tokenizer()
+    tokenizer.add_special_tokens({"additional_special_tokens": MARKERS})
+    tokenizer.chat_template = template
+    return tokenizer
+
+
+def chat(*texts):
+    return [{"role": ("user", "assistant")[i % 2], "content": text} for i, text in enumerate(texts)]
+
+
+def records_of(rows, tmp_path, **options):
+    """Of both splits, in the order of the file."""
+    path = str(write_jsonl(tmp_path / "rows.jsonl", rows))
+    both = [
+        record
+        for split in ("train", "test")
+        for record in open_dataset(path, split, **options).records()
+    ]
+    return sorted(both, key=lambda record: int(record.source.rpartition(":")[2]))
+
+
+# --------------------------------------------------------------------------------------------- ids
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("history", [("hi",), ("hi", "<think>hm</think>ho", "and?")])
+def test_ids_are_those_of_the_template_up_to_the_end_of_the_turn(family, history):
+    template, end = FAMILIES[family]
+    tokenizer = tokenizer_with(template)
+    prompt, response = conversation_ids(tokenizer, chat(*history), "fine, thanks")
+    tokenizer.chat_template = template.replace("strftime_now('%d %b %Y')", "'26 Jul 2024'")
+    whole = tokenizer.apply_chat_template(chat(*history, "fine, thanks"), tokenize=False)
+    assert tokenizer.decode(prompt) == tokenizer.apply_chat_template(
+        chat(*history), tokenize=False, add_generation_prompt=True
+    )
+    ids = tokenizer(whole, add_special_tokens=False)["input_ids"]
+    assert (prompt + response) == ids[: len(prompt) + len(response)]
+    assert tokenizer.decode(response).strip() == "fine, thanks" + end
+    after = tokenizer.decode(ids[len(prompt) + len(response) :])
+    assert after.replace(EOS, "").strip() == ""
+    assert prompt.count(tokenizer.bos_token_id) == whole.split("fine, thanks")[0].count(EOS)
+
+
+def test_an_end_that_is_no_token_is_scored_and_eos_follows():
+    tokenizer = tokenizer_with(PLAIN.replace("}}\n", "}}</turn>\n"))
+    _, response = conversation_ids(tokenizer, chat("hi"), "ho")
+    assert tokenizer.decode(response) == f" ho</turn>{EOS}"
+    assert end_of_turn(tokenizer) is None and turn_end(tokenizer).suffix == "</turn>\n"
+
+
+@pytest.mark.parametrize(
+    "template",
+    [
+        # the generation prompt ends in other text than the conversation has
+        CHATML.replace("assistant\n{% endif %}", "assistant\nSure: {% endif %}"),
+        # the last question is written in another way once it has an answer
+        "{% for m in messages %}{% if loop.last and m['role'] == 'user' %}?{% endif %}"
+        "{{ m['content'] }}<|im_end|>{% endfor %}",
+    ],
+)
+def test_a_template_that_cannot_be_split_is_refused_with_the_row(template):
+    tokenizer = tokenizer_with(template)
+    with pytest.raises(DataError, match=r"rows\.jsonl:3: the chat template cannot be split"):
+        conversations_ids(tokenizer, [(Chat(chat("hi")), ["ho"], "rows.jsonl:3")])
+
+
+def test_tokens_that_would_join_over_the_border_are_refused(tmp_path):
+    """The shipped tokenizer has a token " the": after a generation prompt that ends in a space, the
+    prompt alone has other ids than in front of the answer."""
+    from transformers import AutoTokenizer
+
+    from preflab.settings.keys import ROOT
+
+    tokenizer = AutoTokenizer.from_pretrained(ROOT / "data" / "tiny")
+    tokenizer.chat_template = PLAIN.replace("assistant:", "assistant: ")
+    with pytest.raises(DataError, match="the ids of the prompt"):
+        conversations_ids(tokenizer, [(Chat(chat("hi")), ["the end"], "rows.jsonl:3")])
+
+
+def test_a_response_ends_at_the_end_of_the_turn_in_sampling_too():
+    from conftest import make_model
+
+    tokenizer, model = tokenizer_with(CHATML), make_model("llama")
+    end = tokenizer.convert_tokens_to_ids("<|im_end|>")
+    assert end_tokens(tokenizer, model) == (tokenizer.eos_token_id, end)
+    assert end_tokens(make_tokenizer(), model) == (tokenizer.eos_token_id,)
+
+
+def test_truncation_keeps_bos_and_what_stands_before_the_answer(tmp_path):
+    tokenizer = tokenizer_with(LLAMA3)
+    rows = [
+        {"chosen": chat("x" * 50, "yes " * 3), "rejected": chat("x" * 50, "no " * 20)},
+        {"chosen": chat("other", "yes"), "rejected": chat("other", "no")},
+    ]
+    for split, part in (("train", rows), ("test", rows[1:])):
+        write_jsonl(tmp_path / "data" / f"{split}.jsonl", part)
+    source = open_dataset(str(tmp_path / "data"), "train")
+    store = prepare(
+        source, tokenizer, max_length=60, max_prompt_length=30, cache_dir=tmp_path / "cache"
+    )
+    long = next(i for i, (begin, end) in enumerate(store.prompts) if end - begin == 30)
+    prompt = store.tokens[slice(*store.prompts[long])].tolist()
+    text = tokenizer.decode(prompt)
+    assert text.startswith(EOS) and text.endswith(
+        "<|start_header_id|>assistant<|end_header_id|>\n\n"
+    )
+    chosen, rejected = (
+        store.tokens[slice(*store.responses[i])].tolist()
+        for i in range(len(store.responses))
+        if store.response_prompt[i] == long
+    )
+    end = tokenizer.convert_tokens_to_ids("<|eot_id|>")
+    assert chosen[-1] == end and end not in rejected and len(rejected) == 30
+
+
+# -------------------------------------------------------------------------------- date and options
+
+
+def test_the_date_is_a_setting_and_part_of_the_key(monkeypatch):
+    def ids(zone, **settings):
+        monkeypatch.setenv("TZ", zone)
+        time.tzset()
+        tokenizer = tokenizer_with(DATED)
+        set_chat(tokenizer, ChatSettings(**settings))
+        return conversation_ids(tokenizer, chat("hi"), "ho")[0], tokenizer_hash(tokenizer)
+
+    try:
+        assert ids("UTC") == ids("Etc/GMT-14")
+        dated = ids("UTC", date="2031-12-05")
+    finally:
+        monkeypatch.delenv("TZ")
+        time.tzset()
+    assert "05 Dec 2031" in make_tokenizer().decode(dated[0])
+    assert dated[1] != ids("UTC")[1]
+
+
+def test_options_of_the_config_and_of_a_row_reach_the_template():
+    tokenizer = tokenizer_with(TOOLS)
+    plain = tokenizer.decode(conversation_ids(tokenizer, chat("hi"), "<think></think>ho")[0])
+    row = conversation_ids(
+        tokenizer, chat("hi"), "<think></think>ho", options={"enable_thinking": False}
+    )
+    before = tokenizer_hash(tokenizer)
+    set_chat(tokenizer, ChatSettings({"enable_thinking": False}))
+    of_config = conversation_ids(tokenizer, chat("hi"), "<think></think>ho")
+    assert row == of_config and "<think></think>" not in plain
+    assert tokenizer.decode(row[0]).endswith("<think></think>")
+    assert tokenizer.decode(row[1]) == "ho<|im_end|>"
+    assert tokenizer_hash(tokenizer) != before
+
+
+# -------------------------------------------------------------------------------------------- rows
+
+
+def test_the_prompt_is_what_chosen_and_rejected_share_whatever_the_column_says(tmp_path):
+    """The layout of UltraFeedback: the first question as text beside whole conversations."""
+    history = ("first", "answer", "second")
+    rows = [
+        {"prompt": "first", "chosen": chat(*history, "a"), "rejected": chat(*history, "b")},
+        {"prompt": chat("q"), "chosen": chat("q", "a"), "rejected": chat("q", "b")},
+        # the answers alone, after a text and after messages
+        {"prompt": "text", "chosen": chat("", "a")[1:], "rejected": chat("", "b")[1:]},
+        {"prompt": chat(*history), "chosen": chat("", "c")[1:], "rejected": chat("", "d")[1:]},
+        # messages and answers as text
+        {"prompt": chat("plain"), "chosen": "a", "rejected": "b"},
+        # JSON in cells
+        {"chosen": json.dumps(chat("json", "a")), "rejected": json.dumps(chat("json", "b"))},
+    ]
+    records = records_of(rows, tmp_path)
+    assert [record.prompt.messages for record in records] == [
+        chat(*history),
+        chat("q"),
+        chat("text"),
+        chat("plain"),
+        chat("json"),
+    ]
+    assert records[0].responses == ["a", "b", "c", "d"]  # both rows are of one conversation
+
+
+@pytest.mark.parametrize(
+    "row, message",
+    [
+        ({"prompt": "x", "chosen": chat("q", "a"), "rejected": chat("q", "b")}, "not part of the"),
+        (
+            {"prompt": chat("x"), "chosen": chat("q", "a"), "rejected": chat("q", "b")},
+            "not part of the messages of 'chosen'",
+        ),
+        ({"chosen": chat("q"), "rejected": chat("q")}, "is a single message"),
+        ({"chosen": chat("q", "a", "r"), "rejected": chat("q", "a", "s")}, "from role 'user'"),
+        ({"prompt": "q", "chosen": chat("q", "a"), "rejected": "b"}, "the other one messages"),
+        (
+            {"system": "Be.", "chosen": [{"role": "system", "content": "Do."}, *chat("q", "a")],
+             "rejected": [{"role": "system", "content": "Do."}, *chat("q", "b")]},
+            "another system message",
+        ),
+        (
+            {"prompt": "q", "chosen": "a", "rejected": "b", "tools": [{"name": "f"}]},
+            "'tools' are for a chat template",
+        ),
+        (
+            {"prompt": chat("q"), "chosen": "a", "rejected": "b", "tools": "[{"},
+            "'tools'",
+        ),
+        (
+            {"chosen": [*chat("q"), {"role": "assistant", "content": [{"type": "image"}]}],
+             "rejected": chat("q", "b")},
+            "expected text only",
+        ),
+    ],
+)  # fmt: skip
+def test_rows_that_contradict_themselves_are_refused_with_their_place(tmp_path, row, message):
+    with pytest.raises(DataError, match=message) as caught:
+        records_of([row, row], tmp_path)
+    assert "rows.jsonl:1" in str(caught.value)
+
+
+def test_system_tools_and_calls_reach_the_template(tmp_path):
+    tools = [{"type": "function", "function": {"name": "clock", "parameters": {}}}]
+    call = {"id": "1", "type": "function", "function": {"name": "clock", "arguments": {}}}
+    history = [
+        {"role": "user", "content": "what time is it?"},
+        {"role": "assistant", "content": None, "tool_calls": [call]},
+        {"role": "tool", "content": "noon"},
+    ]
+    row = {
+        "system": "Be brief.",
+        "tools": json.dumps(tools),
+        "chat_template_kwargs": {"enable_thinking": True},
+        "chosen": [*history, {"role": "assistant", "content": "Noon."}],
+        "rejected": [*history, {"role": "assistant", "content": "No idea."}],
+    }
+    other = {**row, "tools": None}
+    record, without = records_of([row, other], tmp_path)
+    tokenizer = tokenizer_with(TOOLS)
+    for one, given in ((record, tools), (without, None)):
+        [prompt], [[chosen, _]] = conversations_ids(
+            tokenizer, [(one.prompt, one.responses, one.source)]
+        )
+        assert tokenizer.decode(prompt + chosen) + "\n" == tokenizer.apply_chat_template(
+            [{"role": "system", "content": "Be brief."}, *row["chosen"]],
+            tools=given,
+            tokenize=False,
+        )
+
+
+def test_further_fields_of_messages_are_read_or_dropped(tmp_path):
+    message = {
+        "role": "user",
+        "content": "hi",
+        "at": datetime.datetime(2026, 1, 1),
+        "raw": b"\xff",
+        "name": "Ann",
+        "cost": None,
+    }
+    rows = [
+        {
+            "chosen": [message, {"role": "assistant", "content": text}],
+            "rejected": [message, {"role": "assistant", "content": "no"}],
+        }
+        for text in ("yes", "yes!")
+    ]
+    pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), tmp_path / "rows.parquet")
+    path = tmp_path / "rows.parquet"
+    with pytest.raises(PrefLabError, match="one prompt only"):
+        list(open_dataset(str(path), "train").records())  # both rows have one prompt
+    rows.append({"chosen": chat("x", "y"), "rejected": chat("x", "z")})
+    pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), path)
+    prompts = [
+        record.prompt.messages
+        for split in ("train", "test")
+        for record in open_dataset(str(path), split).records()
+    ]
+    assert [{"role": "user", "content": "hi", "name": "Ann"}] in prompts
+
+
+@pytest.mark.parametrize(
+    "template, rows",
+    [
+        (GEMMA, [{"chosen": [{"role": "system", "content": "Be."}, *chat("q", "a")],
+                  "rejected": [{"role": "system", "content": "Be."}, *chat("q", "b")]}]),
+        ("{{ messages[0].content + 1 }}", [{"chosen": chat("q", "a"), "rejected": chat("q", "b")}]),
+        ("{{ nothing.at.all }}", [{"chosen": chat("q", "a"), "rejected": chat("q", "b")}]),
+    ],
+)  # fmt: skip
+def test_the_refusal_of_a_template_is_an_error_with_file_and_line(tmp_path, template, rows):
+    model = save_model(tmp_path / "model")
+    tokenizer = make_tokenizer()
+    tokenizer.chat_template = template
+    tokenizer.save_pretrained(model)
+    fine = [{"prompt": f"p{i}", "chosen": "a", "rejected": "b"} for i in range(3)]
+    path = write_jsonl(tmp_path / "rows.jsonl", fine + rows)
+    command = small_run(model, tmp_path, tmp_path / "run", f"datasets=[{path}]", "debug=true")
+    with pytest.raises(DataError, match=r"rows\.jsonl:4: the chat template of .* refuses"):
+        run_here(*command)
+
+
+def test_a_chat_run_by_the_command(tmp_path):
+    """The whole command on conversations, and inspect_data.py on the same file."""
+    from conftest import make_model
+
+    tokenizer = tokenizer_with(CHATML)
+    model = make_model("llama")
+    model.resize_token_embeddings(len(tokenizer))
+    model.save_pretrained(tmp_path / "model")
+    tokenizer.save_pretrained(tmp_path / "model")
+    rows = [
+        {"chosen": chat(f"question {i}", "yes"), "rejected": chat(f"question {i}", "no")}
+        for i in range(40)
+    ]
+    path = write_jsonl(tmp_path / "rows.jsonl", rows)
+    summary = run_here(
+        *small_run(
+            tmp_path / "model", tmp_path, tmp_path / "run", f"datasets=[{path}]", "n_examples=16",
+            "test_fraction=0.3",
+        )
+    )  # fmt: skip
+    assert summary
+    shown = run_command(
+        "scripts/inspect_data.py",
+        path,
+        "--model",
+        tmp_path / "model",
+        "--max_length",
+        64,
+        "--max_prompt_length",
+        32,
+        "test_fraction=0.3",
+    )
+    assert "the assistant's turn ends with '<|im_end|>', which the loss counts" in shown.stdout
+    assert "BOS 0 times in a prompt of one message" in shown.stdout
+
+
+# --------------------------------------------------------------------------------- prompts of text
+
+
+def test_questions_alone_are_prompts_and_a_template_frames_them(tmp_path):
+    rows = [{"question": f"q{i}", "id": i} for i in range(4)]
+    framed = records_of(rows, tmp_path, prompt_template="Question: {question}\n\nAnswer: ")
+    assert {record.prompt for record in framed} <= {f"Question: q{i}\n\nAnswer: " for i in range(4)}
+    pairs = [{"question": f"q{i}", "response_j": "a", "response_k": "b"} for i in range(4)]
+    [first, *_] = records_of(pairs, tmp_path, prompt_template="Question: {question}\n\nAnswer: ")
+    assert first.prompt.endswith("\n\nAnswer: ") and first.responses == ["a", "b"]
+    with pytest.raises(ConfigError, match="must have one"):
+        records_of(pairs, tmp_path, prompt_template="Question:")
