@@ -23,7 +23,12 @@ from preflab.distributed.launch import launch, sheltered
 from preflab.distributed.process_group import leave, world
 from preflab.distributed.signals import Stopped, StopSignals
 from preflab.evaluation.evaluator import Evaluator, evaluate_checkpoints
-from preflab.evaluation.worklist import covered, draws_samples, pending
+from preflab.evaluation.worklist import (
+    covered,
+    draws_samples,
+    pending,
+    says_compared_with_itself,
+)
 from preflab.modeling.loading import check_model, load_tokenizer
 from preflab.modeling.model_checks import check_ids
 from preflab.modeling.parallelism import data_ranks, local_workers
@@ -176,6 +181,9 @@ def _evaluate(
 ) -> dict:
     ranks = world()
     seed_everything(settings.seed)
+    remark = says_compared_with_itself(settings.model)
+    if remark and "scalar_head" not in inputs.loss.reads:
+        logger.warning(remark)
     worklist = ranks.agree(lambda: pending(settings, run_dir))
     rewards = build_rewards(settings) if draws_samples(settings, inputs.loss) else {}
     evaluator = Evaluator(
