@@ -15,7 +15,7 @@ from typing import Any
 from omegaconf import DictConfig, OmegaConf
 
 from preflab.batching.examples import PreferenceData
-from preflab.batching.summary import counts_line, describe_data
+from preflab.batching.summary import check_same_data, counts_line, describe_data
 from preflab.batching.token_store import TokenStore, prepare
 from preflab.checks import check_settings
 from preflab.distributed.console import configure_logging
@@ -101,11 +101,18 @@ def execute(config: DictConfig, run_dir: Path, stop: StopSignals | None = None) 
         logger.info(describe(plan, settings.plan.gpu_gib))
         remove_if_empty(run_dir)
         return {}
+    ranks.agree(lambda: _check_continued_data(run_dir, inputs))
     if ranks.rank == 0:
         _begin_folder(config, run_dir, inputs)
     with _status(run_dir, ranks.rank):
         summary = _run_here_or_on_workers(settings, run_dir, inputs, stop)
         return _report(run_dir, summary)
+
+
+def _check_continued_data(run_dir: Path, inputs: Inputs) -> None:
+    path = run_dir / "data.json"
+    if path.is_file():
+        check_same_data(json.loads(path.read_text(encoding="utf-8")), inputs.stores, run_dir)
 
 
 def _begin_folder(config: DictConfig, run_dir: Path, inputs: Inputs) -> None:
