@@ -16,7 +16,7 @@ from omegaconf import DictConfig, OmegaConf
 
 from preflab.batching.chat import chat_of, set_chat
 from preflab.batching.examples import PreferenceData
-from preflab.batching.summary import counts_line, describe_data
+from preflab.batching.summary import check_same_data, counts_line, describe_data
 from preflab.batching.token_store import TokenStore, prepare
 from preflab.checks import check_settings
 from preflab.distributed.console import configure_logging
@@ -24,7 +24,12 @@ from preflab.distributed.launch import launch, sheltered
 from preflab.distributed.process_group import leave, world
 from preflab.distributed.signals import Stopped, StopSignals
 from preflab.evaluation.evaluator import Evaluator, evaluate_checkpoints
-from preflab.evaluation.worklist import covered, draws_samples, pending
+from preflab.evaluation.worklist import (
+    covered,
+    draws_samples,
+    pending,
+    says_compared_with_itself,
+)
 from preflab.modeling.loading import check_model, load_tokenizer
 from preflab.modeling.model_checks import check_ids
 from preflab.modeling.parallelism import data_ranks, local_workers
@@ -106,11 +111,18 @@ def execute(config: DictConfig, run_dir: Path, stop: StopSignals | None = None) 
     with contextlib.ExitStack() as stack:
         ranks.agree(lambda: stack.enter_context(owned(run_dir)))
         inputs = ranks.first(lambda: load_inputs(settings, sources, loss))
+        ranks.agree(lambda: _check_continued_data(run_dir, inputs))
         if ranks.rank == 0:
             _begin_folder(config, run_dir, inputs)
         with _status(run_dir, ranks.rank):
             summary = _run_here_or_on_workers(settings, run_dir, inputs, stop)
             return _report(run_dir, summary)
+
+
+def _check_continued_data(run_dir: Path, inputs: Inputs) -> None:
+    path = run_dir / "data.json"
+    if path.is_file():
+        check_same_data(json.loads(path.read_text(encoding="utf-8")), inputs.stores, run_dir)
 
 
 def _begin_folder(config: DictConfig, run_dir: Path, inputs: Inputs) -> None:
@@ -188,6 +200,9 @@ def _evaluate(
 ) -> dict:
     ranks = world()
     seed_everything(settings.seed)
+    remark = says_compared_with_itself(settings.model)
+    if remark and "scalar_head" not in inputs.loss.reads:
+        logger.warning(remark)
     worklist = ranks.agree(lambda: pending(settings, run_dir))
     rewards = build_rewards(settings) if draws_samples(settings, inputs.loss) else {}
     evaluator = Evaluator(

@@ -55,9 +55,12 @@ EXPORTED = {
     },
     "eval": {
         "BASEMODEL": "tiny",
+        "BOTTOM": "0",
+        "TOP": "200",
         "MLEN": "50",
         "BSIZE": "1",
-        "GBSIZE": "32",
+        "DSET": str(ROOT / "data" / "ten_pairs"),
+        "GBATCH": "32",
         "GREWARD": "bagofwords",
     },
 }
@@ -146,6 +149,9 @@ MAPPED = [
     ("eval", "BSIZE", "3", {"samples_per_prompt": 3}),
     ("eval", "MLEN", "20", {"max_new_tokens": 20}),
     ("eval", "GBSIZE", "5", {"eval_batch_size": 5}),
+    ("eval", "GBATCH", "6", {"eval_batch_size": 6}),
+    ("eval", "TOP", "30", {"n_eval_examples": 30}),
+    ("eval", "DSET", "some/held out", {"datasets": ["some/held out"]}),
     ("eval", "GREWARD", "math", {"reward.name": "math", "function": "eval"}),
 ]
 
@@ -164,7 +170,7 @@ def test_a_variable_becomes_its_key(script, variable, value, expected):
 
 
 def test_every_variable_that_is_not_refused_outright_is_tried_above():
-    outright = {"CFG", "EXTRAEVAL", "DPOBASEAPI"} | set(HARMLESS)
+    outright = {"BOTTOM", "CFG", "EXTRAEVAL", "DPOBASEAPI"} | set(HARMLESS)
     assert {variable for _, variable, _, _ in MAPPED} | outright == set(KNOWN)
 
 
@@ -214,6 +220,9 @@ def test_what_asks_for_nothing_is_accepted_everywhere(script):
         ("train_dpo", {"EXTRAEVAL": "x"}, "run function=eval on that set afterwards"),
         ("train_dpo", {"STEPS": "5"}, "STEPS=5 is about online learning (opo.sh, d2po.sh)"),
         ("eval", {"LR": "1"}, "nothing is trained here"),
+        ("eval", {"BOTTOM": "200", "TOP": "400"}, "BOTTOM=200 skips prompts to sample for"),
+        ("train_rm", {"TOP": "200"}, "TOP=200 is about the samples of eval.sh"),
+        ("opo", {"DSET": "x"}, "DSET=x is about the samples of eval.sh"),
     ],
 )
 def test_a_variable_without_a_counterpart_is_refused(script, variables, message):
@@ -293,6 +302,7 @@ def test_the_table_of_the_documentation_has_every_variable():
             scripts
         ) or set(filter(None, scripts.split(", ")))
     values = {variable: value for _, variable, value, _ in MAPPED} | {
+        "BOTTOM": "0",
         "LTYPE": "mag",
         "REINIT": "True",
     }

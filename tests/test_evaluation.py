@@ -1,9 +1,11 @@
 """Sampling, KL estimators, rewards and function=eval."""
 
 import json
+import logging
 import math
 import re
 import shutil
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -25,7 +27,7 @@ from preflab.distributed import signals
 from preflab.distributed.signals import StopSignals
 from preflab.evaluation import samples as samples_module
 from preflab.evaluation.samples import distinct, measure_samples, repetition
-from preflab.evaluation.worklist import expand_archives
+from preflab.evaluation.worklist import expand_archives, says_compared_with_itself
 from preflab.modeling import generation
 from preflab.modeling.generation import InverseCDF, sample
 from preflab.modeling.logprobs import Scorer
@@ -461,6 +463,25 @@ def evaluate(home, llama_folder, name, *overrides):
         )
     )
     return read_rows(home / name / "eval.jsonl"), read_rows(home / name / "samples.jsonl")
+
+
+def test_a_model_that_is_compared_with_itself_is_said_to_be(two_runs, llama_folder, caplog):
+    caplog.set_level(logging.WARNING, "preflab")
+    a, b = (str(two_runs / "sweep" / name) for name in "ab")
+    evaluate(two_runs, llama_folder, "itself", "n_eval_examples=2", "max_new_tokens=2")
+    [message] = [m for m in caplog.messages if "compared with itself" in m]
+    assert message.startswith(f"no model.archive, so model.name_or_path={llama_folder} is")
+    for archive, reference, same in (
+        (None, a, None),
+        (a, None, None),
+        ([a, f"{b}/LATEST"], a, a),
+        ([a, f"{a}/step-1"], f"{a}/LATEST/policy.pt", a),
+        ([f"{a}/step-1", b], a, None),
+    ):
+        model = SimpleNamespace(archive=archive, reference_archive=reference, name_or_path="m")
+        remark = says_compared_with_itself(model)
+        assert (remark is None) == (same is None)
+        assert same is None or remark.startswith(f"model.archive={same}, which is model.reference")
 
 
 def test_archives_are_lists_patterns_and_folders_of_runs(two_runs):

@@ -7,8 +7,9 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from conftest import make_tokenizer, save_model
+from conftest import make_model, make_tokenizer, save_model
 from transformers import (
+    AutoConfig,
     AutoModelForCausalLM,
     DynamicCache,
     LogitsProcessorList,
@@ -18,7 +19,7 @@ from transformers import (
 )
 
 from preflab.batching.examples import PromptToSample
-from preflab.distributed.process_group import ALONE
+from preflab.distributed.process_group import ALONE, World
 from preflab.evaluation import samples
 from preflab.modeling import generation
 from preflab.modeling.generation import InverseCDF, end_tokens, ended, sample
@@ -264,3 +265,123 @@ def test_top_k_and_min_p_are_off_by_default(plain):
     assert draw(model) == draw(model, top_k=None, min_p=None)
     assert draw(model, top_k=1) == draw(model, min_p=1.0) == draw(model, temperature=0)
     assert draw(model, top_k=3) != draw(model)
+
+
+# ------------------------------------------------------------------------- K samples of a prompt
+
+
+def make_recurrent():
+    """A model whose cache also holds states, which cannot be copied row by row."""
+    torch.manual_seed(0)
+    config = AutoConfig.for_model(
+        "lfm2",
+        vocab_size=258,
+        hidden_size=32,
+        intermediate_size=64,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        num_key_value_heads=2,
+        layer_types=["conv", "full_attention"],
+        pad_token_id=257,
+    )
+    return AutoModelForCausalLM.from_config(config).eval()
+
+
+def draw_and_count(model, prompts, keys, **options):
+    """The samples, and how many positions the model read in passes over prompts."""
+    shapes = []
+    hook = model.register_forward_pre_hook(
+        lambda module, args, inputs: shapes.append(tuple(inputs["input_ids"].shape)),
+        with_kwargs=True,
+    )
+    drawn = sample(Scorer(model), make_tokenizer(), prompts, keys=keys, max_new_tokens=N, **options)
+    hook.remove()
+    return drawn, sum(rows * columns for rows, columns in shapes if columns > 1)
+
+
+LENGTHS = (1, 3, 30, 31)  # beyond the window of mistral and qwen2, which is 16
+SEVERAL = [[256, *[97 + i] * (n - 1)] for i, n in enumerate(LENGTHS)]
+
+
+@pytest.mark.parametrize("architecture", ["gpt2", "llama", "mistral", "qwen2", "bloom"])
+@pytest.mark.parametrize("options", [{}, {"temperature": 0.7, "top_p": 0.9}])
+def test_k_samples_read_the_prompt_once_and_are_those_drawn_alone(architecture, options):
+    model = make_bloom() if architecture == "bloom" else make_model(architecture)
+    prompts, keys = zip(
+        *[(p, (i, j)) for i, p in enumerate(SEVERAL) for j in range(4)], strict=True
+    )
+    drawn, n_read = draw_and_count(model, prompts, keys, batch_size=8, **options)
+    assert n_read == 2 * 2 + 2 * 30  # two batches of two prompts, without their last column
+    alone = [
+        draw_and_count(model, [prompt], [key], **options)[0][0]
+        for prompt, key in zip(prompts, keys, strict=True)
+    ]
+    assert drawn == alone
+    assert len(set(map(tuple, drawn))) > 12
+    shuffled = [*range(0, 16, 3), *range(1, 16, 3), *range(2, 16, 3)]
+    again, n_again = draw_and_count(
+        model, [prompts[i] for i in shuffled], [keys[i] for i in shuffled], batch_size=8, **options
+    )
+    assert again == [drawn[i] for i in shuffled] and n_again == n_read
+
+
+def make_bloom():
+    """Its positions come from the attention mask."""
+    torch.manual_seed(0)
+    config = AutoConfig.for_model(
+        "bloom", vocab_size=258, hidden_size=32, n_layer=2, n_head=2, pad_token_id=257
+    )
+    model = AutoModelForCausalLM.from_config(config).eval()
+    with torch.no_grad():
+        for weight in model.parameters():
+            if weight.ndim > 1:
+                weight.mul_(8)
+    return model
+
+
+def test_a_prompt_with_one_sample_takes_the_plain_path():
+    model = make_model("llama")
+    drawn, n_read = draw_and_count(model, SEVERAL, range(4), batch_size=2)
+    assert n_read == 2 * 3 + 2 * 31
+    again, _ = draw_and_count(model, SEVERAL * 2, [*range(4), *range(10, 14)], batch_size=2)
+    assert again[:4] == drawn and again[4:] != drawn
+
+
+def test_models_with_another_cache_read_every_row():
+    model = make_recurrent()
+    assert generation._make_cache(model) is None
+    prompts = [[256, *b"abc"]] * 3
+    drawn, n_read = draw_and_count(model, prompts, range(3))
+    assert n_read == 3 * 4
+    assert drawn == [draw_and_count(model, prompts[:1], [key])[0][0] for key in range(3)]
+
+
+@pytest.mark.parametrize("k", [1, 2, 3, 7])
+@pytest.mark.parametrize("size, peers", [(1, 1), (2, 1), (3, 1), (4, 2)])
+def test_batches_hold_whole_prompts_and_ranks_run_equally_often(k, size, peers):
+    """With one sample of a prompt, batches are those of World.batches; four rows fit into one."""
+    prompts = [[256] * (1 + i % 3) + [i] for i in range(5) for _ in range(k)]
+    by_length = sorted(range(len(prompts)), key=lambda i: (len(prompts[i]), i))
+    seen, counts, flags = [], [], []
+    for rank in range(size):
+        world = World(rank, size, peers=peers)
+        batches = list(generation._batches(prompts, 4, world))
+        counts.append(len(batches))
+        flags.append([repeated for *_, repeated in batches])
+        assert all(1 <= len(rows) <= 4 and n in (0, len(rows)) for rows, n, _ in batches)
+        if k == 1:
+            assert [(rows, n) for rows, n, _ in batches] == list(world.batches(by_length, 4))
+        if rank % peers == 0:
+            seen += [rows for rows, n, _ in batches if n]
+    assert sorted(i for rows in seen for i in rows) == list(range(5 * k))
+    assert len(set(counts)) == 1 and flags == [[k > 1] * counts[0]] * size
+    for number in range(5):
+        of_prompt = set(range(number * k, (number + 1) * k))
+        assert sum(not of_prompt.isdisjoint(rows) for rows in seen) == (2 if k == 7 else 1)
+
+
+def test_ranks_agree_on_whether_prompts_repeat():
+    prompts = [[1], [2, 2], [3, 3, 3], [3, 3, 3]]
+    batches = [list(generation._batches(prompts, 2, World(rank, 2))) for rank in range(2)]
+    assert batches[0] == [([0], 1, False), ([2, 3], 2, True)]
+    assert batches[1] == [([1], 1, False), ([0], 0, True)]

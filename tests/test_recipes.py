@@ -28,17 +28,24 @@ HH = (
     "gradient_accumulation_steps=2 batch_size=64 eval_batch_size=32 trainer=FSDPTrainer"
     " sample_during_eval=false model.fsdp_policy_mp=bfloat16"
 )
-# The command lines of the papers' repositories.
+OF_ODPO = (
+    " n_examples=5000 max_length=1024 max_prompt_length=256 max_new_tokens=100"
+    " reward=classifier reward.include_prompt=true"
+)
+# The command lines of the papers' repositories, with what their configs and code set besides.
 PUBLISHED = {
     "odpo_imdb": (
         "model=gpt2-large datasets=[imdb] loss=odpo seed=1 loss.beta=0.7 loss.alpha=0.5"
         " exp_name=imdb gradient_accumulation_steps=2 batch_size=32 eval_batch_size=32"
         " trainer=FSDPTrainer sample_during_eval=false"
+        f"{OF_ODPO} reward.path=lvwerra/distilbert-imdb reward.label=POSITIVE"
     ),
     "odpo_toxicity": (
         "model=gpt-neo datasets=[toxicity] loss=odpo seed=1 loss.beta=0.05 loss.alpha=1."
         " exp_name=toxicity gradient_accumulation_steps=2 batch_size=32 eval_batch_size=32"
         " trainer=FSDPTrainer sample_during_eval=false"
+        f"{OF_ODPO} reward.path=facebook/roberta-hate-speech-dynabench-r4-target"
+        " reward.label=nothate"
     ),
     "odpo_tldr": (
         "model=gptj datasets=[tldr] loss=odpo seed=0 loss.beta=0.5 exp_name=tldr"

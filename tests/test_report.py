@@ -14,13 +14,21 @@ from conftest import ROOT, read_rows, write_jsonl
 from matplotlib.image import imread
 from omegaconf import OmegaConf
 
-from preflab.reports import plots
-from preflab.reports.plot_style import smooth
+from preflab.reports import plots, sweep_plots
+from preflab.reports.page import sample_columns
+from preflab.reports.plot_style import KL_LABEL, smooth
 from preflab.reports.run import write_report
-from preflab.reports.runs import MAX_POINTS, Run, find_runs, group_runs
+from preflab.reports.runs import (
+    MAX_POINTS,
+    Run,
+    differing_settings,
+    find_runs,
+    group_runs,
+    training_names,
+)
 from preflab.reports.statistics import bootstrap, envelope, paired_difference
 from preflab.reports.sweep import write_comparison
-from preflab.reports.tables import latex, summary_table, verdict
+from preflab.reports.tables import evaluation_table, latex, summary_table, verdict
 from utils import ConfigError, DataError, mean_and_error
 
 SUMMARY = {
@@ -480,6 +488,119 @@ def test_an_evaluation_of_checkpoints_has_a_table_and_figures(tmp_path):
     assert "a at 1.0" in page
     for name in ("checkpoints", "temperature"):
         assert is_drawn(folder / f"{name}.png")
+
+
+def test_the_kl_of_samples_that_are_not_the_policys_is_named_so(tmp_path):
+    folder = make_evaluation(tmp_path / "eval", {("a", 1.0): 1.5, ("b", 1): 1.0, ("a", 0.5): 1.75})
+    rows = read_rows(folder / "eval.jsonl")
+    table = evaluation_table(rows)
+    place = table.head.index("KL")
+    assert table.head[place + 1] == "KL along samples"
+    shown = [row[place : place + 2] for row in table.rows]
+    assert shown == [["1.000", "-"], ["2.000", "-"], ["-", "3.000"]]
+    for values, expected in (
+        ({"temperature": 1.0, "top_p": 1.0}, (True, False)),
+        ({"temperature": 1.0, "top_p": 0.9}, (False, True)),
+        ({"temperature": 1.0, "top_p": 1.0, "top_k": 50}, (False, True)),
+        ({"temperature": 1.0, "top_p": 1.0, "min_p": 0.1}, (False, True)),
+    ):
+        head = evaluation_table([row | values for row in rows]).head
+        assert ("KL" in head, "KL along samples" in head) == expected
+        assert ("top-p" in head) == (values["top_p"] < 1)
+    figure = plots.checkpoints_figure(rows)
+    left, right = figure.axes
+    assert [len(ax.lines) for ax in (left, right)] == [2, 1]  # temperatures 0.5 and 1, and 1
+    assert "1 evaluation at another temperature" in right.get_title(loc="left")
+    assert not plots.checkpoints_figure([rows[2]]).axes[1].get_visible()
+    sample = {"prompt": "p", "policy": "a", "kl": 2.0, "temperature": 0.5, "top_p": 0.9}
+    [(_, _, scores)] = sample_columns(sample)["columns"]
+    assert scores.endswith("KL 2.00 along a sample at temperature 0.5, top-p 0.9")
+
+
+def test_a_run_says_which_kl_it_shows(tmp_path):
+    folder = make_run(tmp_path / "run")
+    assert "KL to the reference (nats)" in summary_table(Run(folder).latest())
+    for more in ({}, {"summary": None}):
+        folder = make_run(tmp_path / f"cold{len(more)}", **more)
+        change_config(folder, temperature=0.5, topp=0.9)
+        if not more:
+            (folder / "summary.json").write_text(json.dumps(SUMMARY | {"temperature": 0.5}))
+        assert "KL to the reference along samples at temperature 0.5" in write_report(folder)
+        page = (folder / "report.html").read_text()
+        assert "5 evaluations at another temperature, top-p, top-k or min-p left out" in page
+    assert "nats along samples at temperature 0.5" in verdict(SUMMARY | {"temperature": 0.5})
+    labels = {
+        name: {ax.get_xlabel() for ax in plots.online_figure({"a": [run]}).axes}
+        for name, run in {
+            "own": _online(tmp_path / "b"),
+            "other": _online(tmp_path / "c", online={"sampler": "reference"}, top_k=5),
+        }.items()
+    }
+    assert KL_LABEL in labels["own"]
+    along = "KL(policy || reference) along samples at sampler reference, top-k 5 (nats)"
+    assert along in labels["other"] and KL_LABEL not in labels["other"]
+
+
+def _online(folder, **values):
+    make_run(folder)
+    change_config(folder, **values)
+    rows = [
+        {"split": "online", "round": i, "online/kl": i, "online/gold_reward": i} for i in (1, 2)
+    ]
+    write_jsonl(folder / "metrics.jsonl", rows)
+    return Run(folder)
+
+
+def test_a_sweep_leaves_other_samplers_out_of_its_frontier_and_says_so(tmp_path):
+    for seed in range(2):
+        make_run(tmp_path / f"a{seed}", seed=seed)
+        make_run(tmp_path / f"b{seed}", seed=seed, beta=0.5)
+        change_config(tmp_path / f"b{seed}", temperature=0.5)
+    text = write_comparison(tmp_path, find_runs(tmp_path)[0])
+    note = "10 evaluations at another temperature, top-p, top-k or min-p left out"
+    assert f"Reward-KL frontier: {note}." in text
+    assert "kl along samples at temperature 0.5" in (tmp_path / "comparison.md").read_text()
+    samplers = {row["loss.beta"]: row["sampler"] for row in read_csv(tmp_path / "comparison.csv")}
+    assert samplers == {"0.1": "policy", "0.5": "temperature 0.5"}
+    groups = group_runs(find_runs(tmp_path)[0], ["loss.beta"])
+    [ax] = sweep_plots.frontier_figure(groups).axes
+    assert ax.get_title(loc="left").endswith(note)
+    labels = {ax.get_ylabel() for ax in sweep_plots.bands_figure(groups).axes}
+    assert "KL(policy || reference) along samples at temperature 0.5 (nats)" in labels
+    assert {ax.get_ylabel() for ax in sweep_plots.bands_figure(groups[:1]).axes} >= {KL_LABEL}
+    for seed in range(2):
+        change_config(tmp_path / f"a{seed}", temperature=0.5)
+    assert note.replace("10", "20") in write_comparison(tmp_path, find_runs(tmp_path)[0])
+
+
+def test_labels_tell_the_variants_of_a_loss(tmp_path):
+    losses = [
+        {"name": "tdpo", "beta": 0.1, "alpha": 0.5, "if_tdpo2": False},
+        {"name": "tdpo", "beta": 0.1, "alpha": 0.5, "if_tdpo2": True},
+        {"name": "dpo", "beta": 0.1, "label_smoothing": 0.0},
+        {"name": "dpo", "beta": 0.1, "label_smoothing": 0.1},
+        {"name": "tdpo1", "beta": 0.1},
+    ]
+    rows = [{"name": "x", "training": {"loss": loss}} for loss in losses]
+    assert training_names([*rows, {"name": "x"}]) == [
+        "tdpo beta=0.1 if_tdpo2=False",
+        "tdpo beta=0.1 if_tdpo2=True",
+        "dpo beta=0.1 label_smoothing=0.0",
+        "dpo beta=0.1 label_smoothing=0.1",
+        "tdpo1 beta=0.1",
+        "x",
+    ]
+    assert training_names(rows[:1]) == ["tdpo beta=0.1 if_tdpo2=False"]
+    assert training_names(rows[2:3]) == ["dpo beta=0.1"]
+    for i in (0, 2):
+        make_run(tmp_path / str(i))
+        change_config(tmp_path / str(i), loss=losses[i])
+    runs = find_runs(tmp_path)[0]
+    assert {group.name for group in group_runs(runs, differing_settings(runs))} == {
+        "tdpo if_tdpo2=False",
+        "dpo",
+    }
+    assert differing_settings(runs[:1]) == ["loss.name", "loss.if_tdpo2"]
 
 
 def test_watch_ends_when_no_run_is_running(tmp_path):

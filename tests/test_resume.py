@@ -22,6 +22,7 @@ from conftest import (
     same_weights,
     small_run,
     untimed,
+    write_jsonl,
 )
 
 import trainers
@@ -218,6 +219,45 @@ def test_what_a_killed_save_left_is_cleared_and_never_taken_for_a_checkpoint(tmp
     (tmp_path / ".step-2.abc").mkdir()
     assert latest_checkpoint(tmp_path).name == "step-1"
     assert not (tmp_path / ".step-2.abc").exists()
+
+
+def pairs(n: int, answer: str = "yes") -> list[dict]:
+    return [{"prompt": f"q{i}", "chosen": f" {answer}", "rejected": " no"} for i in range(n)]
+
+
+@pytest.mark.parametrize("function", ["train", "eval"])
+def test_a_run_does_not_continue_on_other_data(tmp_path, llama_folder, monkeypatch, function):
+    data, run = tmp_path / "pairs", tmp_path / "run"
+    original = {"train": pairs(16), "test": pairs(4)}
+    for split, rows in original.items():
+        write_jsonl(data / f"{split}.jsonl", rows)
+    first, more = {
+        "train": (["n_examples=8"], ["n_examples=16"]),
+        "eval": ([], []),
+    }[function]
+    common = small_run(llama_folder, tmp_path, run, f"datasets=[{data}]", f"function={function}")
+    common += ["n_eval_examples=2", "max_new_tokens=4"]
+    run_here(*common, *first)
+    before = {file: file.read_bytes() for file in run.rglob("*") if file.is_file()}
+    if function == "eval":  # of a finished one, the same command makes another
+        (run / "summary.json").unlink()
+        del before[run / "summary.json"]
+    for split, rows in (("train", pairs(16, "yea")), ("test", pairs(4)[::-1])):
+        if function == "eval" and split == "train":
+            continue
+        write_jsonl(data / f"{split}.jsonl", rows)
+        with pytest.raises(ConfigError, match=rf"datasets=\[{data}\] \({split}\) is not what"):
+            run_here(*common, *first, *more)
+        write_jsonl(data / f"{split}.jsonl", original[split])
+    assert {file: file.read_bytes() for file in before} == before
+    # What is read, and not where or by which version, is compared.
+    (data / "README.md").write_text("changed")
+    write_jsonl(data / "train.jsonl", [row | {"comment": 1} for row in original["train"]])
+    saved = json.loads((run / "data.json").read_text())
+    del saved["test"]["datasets"][0]["content"]  # as of an earlier version
+    (run / "data.json").write_text(json.dumps(saved))
+    assert run_here(*common, *first, *more)["finished"]
+    assert "content" in json.loads((run / "data.json").read_text())["test"]["datasets"][0]
 
 
 @pytest.mark.parametrize(

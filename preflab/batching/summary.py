@@ -1,8 +1,11 @@
 """Counts and histograms of a tokenised dataset, for the console and the report."""
 
+from pathlib import Path
+
 import numpy as np
 
 from preflab.batching.token_store import TokenStore
+from utils import ConfigError
 
 
 def describe_data(stores: list[TokenStore]) -> dict:
@@ -17,6 +20,29 @@ def describe_data(stores: list[TokenStore]) -> dict:
     if len(gaps):
         histograms["score_gap"] = histogram(gaps, whole=False)
     return {"datasets": [store.counts for store in stores], "histograms": histograms}
+
+
+def check_same_data(saved: dict, stores: dict[str, list[TokenStore]], run_dir: Path) -> None:
+    """Refuse to continue a run on other data. saved: the content of its data.json.
+
+    Data sets without a "content", which are of an earlier version, are accepted.
+    """
+    for split, of_split in stores.items():
+        earlier = saved.get(split, {}).get("datasets", [])
+        for before, store in zip(earlier, of_split, strict=False):
+            now = store.counts
+            if before.get("content", now["content"]) == now["content"]:
+                continue
+            raise ConfigError(
+                f"datasets=[{store.name}] ({split}) is not what {run_dir} began with:"
+                f" {_size(before)} then, {_size(now)} now, with other tokens, scores or pairs;"
+                " restore the data, or take another local_run_dir"
+            )
+
+
+def _size(counts: dict) -> str:
+    keys = ("prompts", "responses", "pairs")
+    return ", ".join(f"{counts[key]:,} {key}" for key in keys if key in counts)
 
 
 def _lengths(spans: list[np.ndarray]) -> np.ndarray:

@@ -3,7 +3,7 @@
 import json
 import logging
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -47,7 +47,8 @@ class TokenStore:
     pairs (pairs, 2): chosen and rejected response.
     targets (prompts,): the response to imitate.
     columns: further numbers, (pairs,) by name.
-    sources (prompts,): file and line. counts: what was read, truncated and skipped.
+    sources (prompts,): file and line. counts: what was read, truncated and skipped, and under
+    "content" a hash of the arrays but `sources`.
     key: changes with the content.
     reference: log-probs of the frozen reference, where they are cached; see reference_cache.py.
     """
@@ -130,6 +131,7 @@ def _write_store(
     counts = {"name": source.name, "split": source.split, **source.counts, **writer.truncated}
     writer.check(source, counts)
     writer.save_arrays(folder)
+    counts["content"] = _content(folder, writer.columns)
     meta = {
         "name": source.name,
         "truncation": source.truncation,
@@ -207,6 +209,14 @@ class _StoreWriter:
             np.save(_column_file(folder, name), array)
 
 
+def _content(folder: Path, columns: Iterable[str]) -> str:
+    """Changes with what a run learns from, but not with where, or by which version, it was read."""
+    arrays = (f"{key}.npy" for key in ARRAYS if key not in ("tokens", "sources"))
+    files = [folder / name for name in ("tokens.bin", *arrays)]
+    files += [_column_file(folder, name) for name in sorted(columns)]
+    return content_hash(*(part for file in files for part in (file.name, file)))
+
+
 def _column_file(folder: Path, name: str) -> Path:
     """Hashed, because the name of a column need not be one that a file can have."""
     return folder / f"column-{content_hash(name)}.npy"
@@ -219,6 +229,8 @@ def _load_store(folder: Path) -> TokenStore:
     }
     arrays["tokens"] = np.memmap(folder / "tokens.bin", dtype=np.int32, mode="r")
     columns = {name: np.load(_column_file(folder, name)) for name in meta["columns"]}
+    if "content" not in meta["counts"]:  # of a version that did not store it
+        meta["counts"]["content"] = _content(folder, columns)
     return TokenStore(
         meta["name"],
         meta["truncation"],

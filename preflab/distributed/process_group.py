@@ -56,9 +56,14 @@ class World:
         """Number of ranks, or groups of peers, that see different examples."""
         return self.size // self.peers
 
+    @property
+    def data_rank(self) -> int:
+        """Number of this rank, or of its group of peers, among `data_ranks`."""
+        return self.rank // self.peers
+
     def share(self, items):
         """This rank's part of `items`, which are equal on all ranks. Sizes differ by at most 1."""
-        return items[self.rank // self.peers :: self.data_ranks]
+        return items[self.data_rank :: self.data_ranks]
 
     def largest_share(self, n: int) -> int:
         """Number of items of the rank with the largest share of `n` items."""

@@ -9,7 +9,7 @@ from pathlib import Path
 from omegaconf import OmegaConf
 
 from preflab.modeling.weights_io import archive_files
-from preflab.settings.schema import Settings
+from preflab.settings.schema import ModelSettings, Settings
 from preflab.settings.values import temperatures
 from utils import ConfigError, append_rows, atomic_write, content_hash, json_lines
 
@@ -58,9 +58,28 @@ def expand_archives(archive) -> list[str | None]:
     paths: dict[tuple, str] = {}
     for item in given:
         for path in _expand(str(item)):
-            files = tuple(file.resolve() for file in archive_files(path))
-            paths.setdefault(files, path)
+            paths.setdefault(_files(path), path)
     return list(paths.values())
+
+
+def says_compared_with_itself(model: ModelSettings) -> str | None:
+    """What to say where the policy of an evaluation is its reference; None where none is."""
+    reference = _files(model.reference_archive)
+    same = next((p for p in expand_archives(model.archive) if _files(p) == reference), "")
+    if same == "":
+        return None
+    if same is None:
+        what = f"no model.archive, so model.name_or_path={model.name_or_path}"
+    else:
+        what = f"model.archive={same}, which is model.reference_archive too,"
+    return (
+        f"{what} is compared with itself, and its KL and reward gain are 0; give model.archive=RUN"
+        " for a trained policy"
+    )
+
+
+def _files(path: str | None) -> tuple | None:
+    return tuple(file.resolve() for file in archive_files(path)) if path else None
 
 
 def _expand(item: str) -> list[str]:

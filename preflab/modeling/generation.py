@@ -3,15 +3,16 @@ batch it was drawn in."""
 
 import contextlib
 import functools
+import itertools
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 from transformers import DynamicCache, GenerationConfig, LogitsProcessor
-from transformers.cache_utils import DynamicLayer
+from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 from transformers.pytorch_utils import Conv1D
 
 from preflab.batching.chat import end_of_turn
@@ -125,9 +126,9 @@ def sample(
     and so on) has no effect; its values are logged once.
 
     keys: one number or two for each prompt; equal (seed, key) draw equal random numbers. Prompts
-    are batched by length and spread over the ranks; every rank gets all responses.
+    are batched by length and spread over the ranks; every rank gets all responses. Equal prompts
+    stand in one batch, up to `batch_size`, and the model reads the prompt once for all of them.
     """
-    by_length = sorted(range(len(prompts)), key=lambda i: (len(prompts[i]), i))
     _log_ignored(str(_ignored(policy.causal_lm)))
     bar = tqdm(
         total=len(prompts),
@@ -142,7 +143,7 @@ def sample(
     )
     drawn = []  # (index of the prompt, response) of this rank
     with _packed_weights(policy):
-        for rows, n_real in world.batches(by_length, batch_size):
+        for rows, n_real, repeated in _batches(prompts, batch_size, world):
             uniforms = np.stack([_uniforms(seed, keys[i], max_new_tokens) for i in rows])
             responses = _generate(
                 policy,
@@ -151,12 +152,56 @@ def sample(
                 torch.from_numpy(uniforms),
                 choose,
                 synced=world.size > 1,
+                repeated=repeated,
             )
             drawn += list(zip(rows, responses, strict=True))[:n_real]
             bar.update(n_real * world.data_ranks)
     bar.close()
     by_prompt = dict(world.gather(drawn))
     return [by_prompt[i] for i in range(len(prompts))]
+
+
+def _batches(
+    prompts: list[list[int]], size: int, world: World
+) -> Iterator[tuple[list[int], int, bool]]:
+    """This rank's batches: numbers of prompts, how many of them count, and whether any prompt of
+    this step occurs more than once.
+
+    All ranks get the same number of batches and the same answer, because a sharded model runs on
+    all of them together. A rank with fewer batches gets stand-ins, of which 0 prompts count.
+    """
+    equal: dict[tuple[int, ...], list[int]] = {}
+    for i, prompt in enumerate(prompts):
+        equal.setdefault(tuple(prompt), []).append(i)
+    by_length = sorted(equal.values(), key=lambda group: (len(prompts[group[0]]), group[0]))
+    groups = [part for group in by_length for part in _evenly_split(group, size)]
+    shares = [
+        _packed_groups(groups[rank :: world.data_ranks], size) for rank in range(world.data_ranks)
+    ]
+    for step in itertools.zip_longest(*shares):
+        repeated = any(len(group) > 1 for batch in step for group in batch or groups[:1])
+        mine = step[world.data_rank]
+        rows = list(itertools.chain(*(mine or groups[:1])))
+        yield rows, len(rows) if mine else 0, repeated
+
+
+def _evenly_split(group: list[int], size: int) -> list[list[int]]:
+    """As few parts of at most `size` as there can be."""
+    n_parts = -(-len(group) // size)
+    return [part.tolist() for part in np.array_split(group, n_parts)]
+
+
+def _packed_groups(groups: list[list[int]], size: int) -> list[list[list[int]]]:
+    """Batches of whole groups, in their order, of at most `size` prompts each."""
+    batches: list[list[list[int]]] = []
+    n = size
+    for group in groups:
+        if n + len(group) > size:
+            batches.append([])
+            n = 0
+        batches[-1].append(group)
+        n += len(group)
+    return batches
 
 
 def end_tokens(tokenizer, model: nn.Module) -> tuple[int, ...]:
@@ -190,17 +235,20 @@ def _generate(
     choose: Callable[..., InverseCDF],
     *,
     synced: bool,
+    repeated: bool,
 ) -> list[list[int]]:
     """Responses of one batch. uniforms: (prompts, max_new_tokens). synced: ranks whose rows have
-    all ended run on until those of every rank have, as a sharded model needs."""
-    width, device = max(map(len, prompts)), policy.device
-    input_ids = torch.full((len(prompts), width), tokenizer.pad_token_id)
-    mask = torch.zeros_like(input_ids)
-    for row, prompt in enumerate(prompts):
-        input_ids[row, width - len(prompt) :] = torch.tensor(prompt)
-        mask[row, width - len(prompt) :] = 1
-    model = policy.causal_lm
+    all ended run on until those of every rank have, as a sharded model needs. repeated: the model
+    reads each distinct prompt once, in a forward pass before the others."""
+    model, device = policy.causal_lm, policy.device
     ends = end_tokens(tokenizer, model)
+    cache = _make_cache(model)
+    repeated = repeated and cache is not None
+    # With two columns at least, one is left for the pass over the distinct prompts.
+    width = max(*map(len, prompts), 2 if repeated else 1)
+    input_ids, mask = (
+        rows.to(device) for rows in _left_padded(prompts, width, tokenizer.pad_token_id)
+    )
     ours = GenerationConfig(
         max_new_tokens=uniforms.shape[1],
         do_sample=False,
@@ -211,18 +259,60 @@ def _generate(
     with (
         policy.active(),
         _eval_mode(model),
-        _generation_config(model, ours),
         torch.compiler.set_stance("force_eager"),
     ):
-        output = model.generate(
-            input_ids=input_ids.to(device),
-            attention_mask=mask.to(device),
-            generation_config=ours,
-            logits_processor=[choose(uniforms.to(device), prompt_width=width)],
-            synced_gpus=synced,
-            **_cache_options(model),
-        )
+        if repeated:
+            _read_prompts(model, prompts, input_ids, mask, cache, synced=synced)
+        with _generation_config(model, ours):
+            output = model.generate(
+                input_ids=input_ids,
+                attention_mask=mask,
+                generation_config=ours,
+                logits_processor=[choose(uniforms.to(device), prompt_width=width)],
+                synced_gpus=synced,
+                **({} if cache is None else {"past_key_values": cache}),
+            )
     return [_until_end(row, ends) for row in output[:, width:].tolist()]
+
+
+def _left_padded(prompts: list[list[int]], width: int, pad: int) -> tuple[Tensor, Tensor]:
+    """Token ids and attention mask, (prompts, width) each."""
+    input_ids = torch.full((len(prompts), width), pad)
+    mask = torch.zeros_like(input_ids)
+    for row, prompt in enumerate(prompts):
+        input_ids[row, width - len(prompt) :] = torch.tensor(prompt)
+        mask[row, width - len(prompt) :] = 1
+    return input_ids, mask
+
+
+def _read_prompts(
+    model: nn.Module,
+    prompts: list[list[int]],
+    input_ids: Tensor,
+    mask: Tensor,
+    cache: DynamicCache,
+    *,
+    synced: bool,
+) -> None:
+    """Fill the cache with all tokens of the prompts but the last, which `generate` reads next. Each
+    distinct prompt is computed once, and its keys and values are copied to its rows."""
+    distinct: dict[tuple[int, ...], int] = {}
+    for prompt in map(tuple, prompts):
+        distinct.setdefault(prompt, len(distinct))
+    rows = [distinct[tuple(prompt)] for prompt in prompts]
+    first = [rows.index(number) for number in range(len(distinct))]
+    # One token, which is dropped: `generate` knows what the model's forward pass takes. Without a
+    # pad token, it does not take the last column for padding.
+    one = GenerationConfig(max_new_tokens=1, do_sample=False, use_cache=True)
+    with _generation_config(model, one):
+        model.generate(
+            input_ids=input_ids[first, :-1],
+            attention_mask=mask[first, :-1],
+            generation_config=one,
+            past_key_values=cache,
+            synced_gpus=synced,
+        )
+    cache.batch_select_indices(torch.tensor(rows))
 
 
 @contextlib.contextmanager
@@ -292,6 +382,11 @@ class _GrowingLayer(DynamicLayer):
         self.length = end
         return self.keys, self.values
 
+    def batch_select_indices(self, indices: Tensor) -> None:
+        """Copy or drop rows; the next update makes buffers for them."""
+        super().batch_select_indices(indices)
+        self.buffers = None
+
     def _grow(self, key_states: Tensor, value_states: Tensor, size: int) -> None:
         """New buffers for `size` positions, with the keys and values so far."""
         buffers = [
@@ -304,14 +399,16 @@ class _GrowingLayer(DynamicLayer):
         self.buffers = buffers
 
 
-def _cache_options(model: nn.Module) -> dict:
-    """A cache of growing layers, for models whose layers all attend to every position; other models
-    create their own cache."""
+def _make_cache(model: nn.Module) -> DynamicCache | None:
+    """An empty cache whose rows can be copied; its layers grow in buffers if all of them attend to
+    every position. None for other models, for example recurrent ones, which make their own."""
     cache = DynamicCache(config=model.config)
-    if any(type(layer) is not DynamicLayer for layer in cache.layers):
-        return {}
-    cache.layers = [_GrowingLayer() for _ in cache.layers]
-    return {"past_key_values": cache}
+    types = {type(layer) for layer in cache.layers}
+    if types == {DynamicLayer}:
+        cache.layers = [_GrowingLayer() for _ in cache.layers]
+    elif not types <= {DynamicLayer, DynamicSlidingWindowLayer}:
+        return None
+    return cache
 
 
 @contextlib.contextmanager

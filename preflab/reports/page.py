@@ -7,6 +7,7 @@ import jinja2
 from matplotlib.figure import Figure
 
 from preflab.reports.plot_style import png, svg
+from preflab.reports.runs import other_sampler
 from preflab.reports.tables import Table
 from utils import atomic_write
 
@@ -74,7 +75,8 @@ def sample_columns(sample: dict) -> dict:
 
     policy_scores = scores(sample.get("policy_reward"))
     if sample.get("kl") is not None:
-        policy_scores += f", KL {sample['kl']:.2f}"
+        along = f" along a sample at {sampler}" if (sampler := other_sampler(sample)) else ""
+        policy_scores += f", KL {sample['kl']:.2f}{along}"
     columns = [
         ("reference", sample.get("reference"), scores(sample.get("reference_reward"))),
         ("policy", sample.get("policy"), policy_scores),

@@ -2,6 +2,7 @@
 
 import io
 import math
+from collections.abc import Iterable
 
 from matplotlib import rc_context
 from matplotlib.axes import Axes
@@ -34,6 +35,15 @@ COLOR_CYCLE = [
 LINE_STYLES = ["-", "--", ":", "-."]
 
 KL_LABEL = "KL(policy || reference) of samples (nats)"
+
+
+def kl_label(samplers: Iterable[str]) -> str:
+    """The label of a KL axis. samplers: `other_sampler` of what is drawn. Along samples of another
+    sampler it is the KL neither of the policy nor of that sampler."""
+    others = sorted({sampler for sampler in samplers if sampler})
+    if not others:
+        return KL_LABEL
+    return f"KL(policy || reference) along samples at {' or '.join(others)} (nats)"
 
 
 def style(i: int) -> dict[str, str]:

@@ -12,6 +12,7 @@ from matplotlib.figure import Figure
 from preflab.reports.plot_style import (
     COLORS,
     KL_LABEL,
+    kl_label,
     label_axes,
     legend_below,
     new_axes,
@@ -20,7 +21,7 @@ from preflab.reports.plot_style import (
     smooth,
     style,
 )
-from preflab.reports.runs import Run, is_number, training_name
+from preflab.reports.runs import Run, is_number, left_out, other_sampler, training_names
 from utils import mean_and_error
 
 
@@ -117,10 +118,16 @@ def reward_figure(run: Run) -> Figure | None:
     points = run.frontier()
     if points:
         _draw_frontier(right, points)
-        label_axes(right, "reward against KL, labelled by examples", KL_LABEL, reward_name)
+        title = "reward against KL, labelled by examples"
+        label_axes(right, _with_note(title, run.n_beside_frontier()), KL_LABEL, reward_name)
     else:
         right.set_visible(False)
     return figure
+
+
+def _with_note(title: str, n_left_out: int) -> str:
+    """A title, and below it the number of evaluations that a frontier leaves out."""
+    return "\n".join(filter(None, [title, left_out(n_left_out)]))
 
 
 def _draw_rewards(ax: Axes, run: Run, model: str) -> None:
@@ -255,7 +262,10 @@ def online_figure(runs_by_name: dict[str, list[Run]]) -> Figure | None:
                 linewidth=1.4,
                 marker="o" if len(points) == 1 else None,
             )
-        label_axes(ax, panel.title, panel.x_label, panel.y_label)
+        x_label = panel.x_label
+        if panel.x == "online/kl":
+            x_label = kl_label(run.rollout_sampler() for of in runs_by_name.values() for run in of)
+        label_axes(ax, panel.title, x_label, panel.y_label)
     if len(means) > 1:
         legend_below(figure, list(means))
     return figure
@@ -307,7 +317,8 @@ def temperature_figure(evaluations: list[dict], winrates: list[dict]) -> Figure 
 
 def _winrate_panels(evaluations: list[dict], winrates: list[dict]) -> list[TemperaturePanel]:
     """One panel for each opponent and judge, the last of winrates.json first."""
-    losses = {row["checkpoint"]: training_name(row) for row in evaluations}
+    checkpoints = [row["checkpoint"] for row in evaluations]
+    losses = dict(zip(checkpoints, training_names(evaluations), strict=True))
     points = defaultdict(list)
     for rate in winrates:
         of_comparison = points[rate["against"], rate["by"]]
@@ -331,8 +342,8 @@ def _sample_panels(evaluations: list[dict]) -> list[TemperaturePanel]:
         ("length of samples", "tokens", "samples_eval/policy_length"),
     ):
         points = [
-            (training_name(row), row["temperature"], row[metric])
-            for row in evaluations
+            (name, row["temperature"], row[metric])
+            for name, row in zip(training_names(evaluations), evaluations, strict=True)
             if is_number(row.get(metric))
         ]
         panels.append(TemperaturePanel(title, y_label, points))
@@ -362,16 +373,16 @@ def _draw_over_temperature(
 
 
 def checkpoints_figure(evaluations: list[dict]) -> Figure | None:
-    """Reward of evaluated checkpoints over training steps and against KL, one line for each
-    temperature. evaluations: rows of eval.jsonl."""
+    """Reward of evaluated checkpoints over training steps, one line for each temperature, and
+    against the KL of the policy's samples. evaluations: rows of eval.jsonl."""
     rows = [row for row in evaluations if is_number(row.get("samples_eval/policy_reward"))]
     if not rows:
         return None
     figure = Figure(figsize=(10, 3.6), layout="constrained")
     left, right = new_axes(figure, 1, 2)
     lines = defaultdict(list)
-    for row in rows:
-        lines[training_name(row), row.get("run"), row["temperature"]].append(row)
+    for row, trained in zip(rows, training_names(rows), strict=True):
+        lines[trained, row.get("run"), row["temperature"]].append(row)
     several_temperatures = len({temperature for _, _, temperature in lines}) > 1
     names = [
         f"{loss}, T={temperature:g}" if several_temperatures else loss
@@ -384,8 +395,12 @@ def checkpoints_figure(evaluations: list[dict]) -> Figure | None:
         rewards = [row["samples_eval/policy_reward"] for row in checkpoints]
         if all("step" in row for row in checkpoints):
             left.plot([row["step"] for row in checkpoints], rewards, **line_style)
-        right.plot([row.get("samples_eval/kl") for row in checkpoints], rewards, **line_style)
+        if not any(other_sampler(row) for row in checkpoints):
+            right.plot([row.get("samples_eval/kl") for row in checkpoints], rewards, **line_style)
     label_axes(left, "reward over training", "steps", "reward of samples")
-    label_axes(right, "reward against KL", KL_LABEL, "reward of samples")
+    n_left_out = sum(bool(other_sampler(row)) for row in rows)
+    title = _with_note("reward against KL", n_left_out)
+    label_axes(right, title, KL_LABEL, "reward of samples")
+    right.set_visible(n_left_out < len(rows))
     legend_below(figure, legend)
     return figure

@@ -8,7 +8,7 @@ from omegaconf import OmegaConf
 
 from preflab.reports import plots
 from preflab.reports.page import sample_columns, save_figures, write_page
-from preflab.reports.runs import Run
+from preflab.reports.runs import Run, left_out
 from preflab.reports.tables import (
     Table,
     data_table,
@@ -66,13 +66,15 @@ def _figures(run: Run) -> dict[str, tuple[str, Figure | None]]:
 
 
 def _problems(run: Run) -> list[str]:
-    n_missing = run.count_missing()
-    if not n_missing:
-        return []
-    return [
-        f"{n_missing:,} values of metrics.jsonl are null, NaN or infinite; the curves leave them"
-        " out."
-    ]
+    problems = []
+    if n_missing := run.count_missing():
+        problems.append(
+            f"{n_missing:,} values of metrics.jsonl are null, NaN or infinite; the curves leave"
+            " them out."
+        )
+    if not run.is_evaluation and (note := left_out(run.n_beside_frontier())):
+        problems.append(f"Reward against KL: {note}.")
+    return problems
 
 
 def _grouped_by_prompt(samples: list[dict]) -> list[dict]:

@@ -21,6 +21,15 @@ from utils import DataError, json_lines, mean_and_error
 # Longer curves are thinned to between one and two times as many points; the picture is the same.
 MAX_POINTS = 2000
 
+# The metrics of a point of the reward-KL frontier.
+FRONTIER = ("samples_eval/kl", "samples_eval/policy_reward", "examples")
+
+# How samples are drawn, as rows name it, with the value that leaves the policy as it is.
+SAMPLER = {"temperature": 1, "top_p": 1, "top_k": None, "min_p": None}
+
+# Settings of a loss that choose between its variants, such as if_tdpo2; a label always has them.
+VARIANT = "if_"
+
 # Top-level config keys that do not separate runs of a sweep into groups.
 NOT_SETTINGS = (
     "local_run_dir",
@@ -72,6 +81,22 @@ def is_number(value: Any) -> bool:
 def is_missing(value: Any) -> bool:
     """Whether a value of a row is null, NaN or infinite; a string or a list is not."""
     return value is None or (isinstance(value, float) and not math.isfinite(value))
+
+
+def other_sampler(row: dict) -> str:
+    """How the samples of a row were drawn, such as `temperature 0.7, top-p 0.9`, and "" where they
+    are the policy's: temperature 1, top-p 1, no top-k and no min-p."""
+    return ", ".join(
+        f"{name.replace('_', '-')} {row[name]}"
+        for name, plain in SAMPLER.items()
+        if row.get(name) is not None and row[name] != plain
+    )
+
+
+def left_out(n: int) -> str:
+    """What a frontier says of the `n` evaluations that are not on it; "" for none."""
+    evaluations = "evaluation" if n == 1 else "evaluations"
+    return f"{n:,} {evaluations} at another temperature, top-p, top-k or min-p left out" * bool(n)
 
 
 class Run:
@@ -143,17 +168,37 @@ class Run:
             if not name.endswith("_se") and "distinct" not in name and name != "checkpoint"
         )
 
+    def _sampling(self, row: dict) -> dict:
+        """How the samples of a row of metrics.jsonl, which leaves out what the config says, were
+        drawn."""
+        config = {name: self.config.get("topp" if name == "top_p" else name) for name in SAMPLER}
+        return config | {name: row[name] for name in SAMPLER if name in row}
+
+    def sampler(self, row: dict | None = None) -> str:
+        """`other_sampler` of a row of metrics.jsonl, or of all rows of a training run."""
+        return other_sampler(self._sampling(row or {}))
+
+    def rollout_sampler(self) -> str:
+        """`other_sampler` of the rollouts of an online run, which another model may have drawn."""
+        model = (self.config.get("online") or {}).get("sampler")
+        return ", ".join(filter(None, [f"sampler {model}" if model else "", self.sampler()]))
+
     def frontier(self) -> list[tuple[float, float, float]]:
-        """(KL, reward, examples) of every evaluation that sampled at temperature 1; at others the
-        logged KL is not that of the distribution that was sampled."""
-        names = ("samples_eval/kl", "samples_eval/policy_reward", "examples")
-        default = self.config.get("temperature", 1.0)
+        """(KL, reward, examples) of every evaluation that sampled the policy as it is; of another
+        sampler the logged KL is not that of the distribution that was sampled."""
         return [
-            tuple(row[name] for name in names)
+            tuple(row[name] for name in FRONTIER) for row in self._points() if not self.sampler(row)
+        ]
+
+    def n_beside_frontier(self) -> int:
+        """Number of evaluations with a KL and a reward that `frontier` leaves out."""
+        return sum(bool(self.sampler(row)) for row in self._points())
+
+    def _points(self) -> list[dict]:
+        return [
+            row
             for row in self.rows
-            if row.get("split") == "eval"
-            and row.get("temperature", default) == 1.0
-            and all(is_number(row.get(name)) for name in names)
+            if row.get("split") == "eval" and all(is_number(row.get(name)) for name in FRONTIER)
         ]
 
     def latest(self) -> dict:
@@ -169,12 +214,16 @@ class Run:
             for key, value in last.items()
             if key.startswith("samples_eval/")
         }
-        return of_samples | {
-            "pairs_per_second": training[-1].get("examples_per_second") if training else None,
-            "eval_accuracy": last.get("rewards_eval/accuracies"),
-            "eval_loss": last.get("loss/eval"),
-            "examples": last.get("examples"),
-        }
+        return (
+            of_samples
+            | self._sampling(last)
+            | {
+                "pairs_per_second": training[-1].get("examples_per_second") if training else None,
+                "eval_accuracy": last.get("rewards_eval/accuracies"),
+                "eval_loss": last.get("loss/eval"),
+                "examples": last.get("examples"),
+            }
+        )
 
     def samples(self) -> list[dict]:
         """Samples of the last evaluation in training, or of all evaluated checkpoints."""
@@ -230,8 +279,8 @@ def flatten(tree: dict, prefix: str = "") -> dict:
 
 
 def differing_settings(runs: list[Run]) -> list[str]:
-    """Dotted keys whose values differ among the runs that have them, `loss.name` first, and
-    `loss.name` alone if nothing differs. NOT_SETTINGS are ignored."""
+    """Dotted keys whose values differ among the runs that have them, and those of variants:
+    `loss.name` first, and alone if there are no others. NOT_SETTINGS are ignored."""
     configs = [flatten(run.config) for run in runs]
     keys = sorted({key for config in configs for key in config})
     keys.sort(key=lambda key: key != "loss.name")
@@ -240,7 +289,8 @@ def differing_settings(runs: list[Run]) -> list[str]:
         values = {str(config[key]) for config in configs if key in config}
         if key.split(".")[0] not in NOT_SETTINGS and len(values) > 1:
             differing.append(key)
-    return differing or ["loss.name"]
+    variants = (key for key in keys if key.startswith(f"loss.{VARIANT}"))
+    return list(dict.fromkeys([*(differing or ["loss.name"]), *variants]))
 
 
 class Group:
@@ -268,6 +318,11 @@ class Group:
         others = sorted({run.state.split(":")[0] for run in self.runs if not run.finished})
         return f"{n_finished} of {len(self.runs)} finished, {' and '.join(others)}"
 
+    @property
+    def sampler(self) -> str:
+        """`other_sampler` of the evaluations of its runs."""
+        return " or ".join(sorted({run.sampler() for run in self.runs} - {""}))
+
     def by_seed(self, name: str) -> dict[str, float]:
         """The final value of a metric for each seed that has one.
 
@@ -292,16 +347,29 @@ def settings_label(settings: dict[str, str]) -> str:
     return " ".join(parts)
 
 
-def training_name(row: dict) -> str:
-    """The loss, and its beta, that the checkpoint of an eval.jsonl row was trained with; the name
-    of the checkpoint if the row does not record a loss."""
-    loss = (row.get("training") or {}).get("loss") or {}
-    if not loss.get("name"):
-        return str(row.get("name"))
-    settings = {"loss.name": loss["name"]}
-    if loss.get("beta") is not None:
-        settings["loss.beta"] = str(loss["beta"])
-    return settings_label(settings)
+def training_names(rows: list[dict]) -> list[str]:
+    """What the checkpoint of each eval.jsonl row was trained with: the loss, its beta, its variant,
+    and every other setting in which checkpoints of that loss differ. The name of the checkpoint if
+    a row does not record a loss."""
+    losses = [(row.get("training") or {}).get("loss") or {} for row in rows]
+    values: dict[tuple, set[str]] = defaultdict(set)
+    for loss in losses:
+        for key, value in loss.items():
+            values[loss.get("name"), key].add(str(value))
+    names = []
+    for row, loss in zip(rows, losses, strict=True):
+        shown = {
+            f"loss.{key}": str(value)
+            for key, value in loss.items()
+            if value is not None
+            and (
+                key in ("name", "beta")
+                or key.startswith(VARIANT)
+                or len(values[loss.get("name"), key]) > 1
+            )
+        }
+        names.append(settings_label(shown) if loss.get("name") else str(row.get("name")))
+    return names
 
 
 def group_runs(runs: list[Run], keys: list[str]) -> list[Group]:

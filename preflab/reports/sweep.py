@@ -10,7 +10,15 @@ from matplotlib.figure import Figure
 from preflab.reports import plots, sweep_plots
 from preflab.reports.page import sample_columns, save_figures, write_page
 from preflab.reports.run import write_report
-from preflab.reports.runs import Group, Run, differing_settings, find_runs, group_runs, is_number
+from preflab.reports.runs import (
+    Group,
+    Run,
+    differing_settings,
+    find_runs,
+    group_runs,
+    is_number,
+    left_out,
+)
 from preflab.reports.statistics import bootstrap, envelopes, paired_difference
 from preflab.reports.tables import (
     Table,
@@ -117,6 +125,8 @@ def _warnings(runs: list[Run]) -> list[str]:
                 f"These runs were evaluated {difference} ({', '.join(values)}); their numbers are"
                 " not comparable."
             )
+    if note := left_out(sum(run.n_beside_frontier() for run in runs)):
+        warnings.append(f"Reward-KL frontier: {note}.")
     if runs and not any(is_number(run.latest().get("policy_reward")) for run in runs):
         warnings.append(
             "There is no reward to compare: no run has sampled yet, or sampling is off"
@@ -178,21 +188,29 @@ def _comparison_table(groups: list[Group]) -> Table:
         rows.append([*group.settings.values(), seeds, *means, group.state])
     return Table(
         title="Final evaluations: mean ± standard error over seeds",
-        head=[*groups[0].settings, "seeds", *COMPARED, "state"],
+        head=[*groups[0].settings, "seeds", *_heads(groups, COMPARED), "state"],
         rows=rows,
     )
+
+
+def _heads(groups: list[Group], metrics: Sequence[str]) -> list[str]:
+    """Heads of columns. That of the KL says so where some samples are not the policy's."""
+    samplers = sorted({group.sampler for group in groups if group.sampler})
+    along = f"kl along samples at {' or '.join(samplers)}" if samplers else "kl"
+    return [along if name == "kl" else name for name in metrics]
 
 
 def _write_comparison_csv(folder: Path, groups: list[Group]) -> None:
     """The comparison in full precision, with bootstrap intervals."""
     columns = [f"{name}{suffix}" for name in COMPARED for suffix in ("", "_se", "_low", "_high")]
-    rows = [[*groups[0].settings, "seeds", *columns, "state"]]
+    rows = [[*groups[0].settings, "seeds", *columns, "state", "sampler"]]
     for group in groups:
         numbers = []
         for name in COMPARED:
             values = group.by_seed(name).values()
             numbers += [*mean_and_error(values), *bootstrap(values)]
-        rows.append([*group.settings.values(), len(group.runs), *numbers, group.state])
+        sampler = group.sampler or "policy"
+        rows.append([*group.settings.values(), len(group.runs), *numbers, group.state, sampler])
     _write_csv(folder / "comparison.csv", rows)
 
 
@@ -238,7 +256,7 @@ def _write_differences(folder: Path, groups: list[Group], baseline: Group) -> Ta
             f"Differences from {baseline.name}, paired by seed: mean ± standard error"
             " [bootstrap 95%]"
         ),
-        head=["", *PAIRED],
+        head=["", *_heads(groups, PAIRED)],
         rows=rows,
     )
 
@@ -286,7 +304,7 @@ def _write_frontier(folder: Path, groups: list[Group]) -> Table | None:
         return "-" if None in rewards else plus_minus(*mean_and_error(rewards))
 
     return Table(
-        title="Best reward within a KL to the reference: mean ± standard error over seeds",
+        title="Best reward within a KL of the policy's samples: mean ± standard error over seeds",
         head=["", *(f"KL {KL_BUDGETS[i]:g}" for i in reached)],
         rows=[[name, *(cell(rewards[i]) for i in reached)] for name, rewards in rewards_at.items()],
         notes=["A cell is empty (-) unless every seed reaches that KL."],

@@ -12,13 +12,14 @@ from matplotlib.figure import Figure
 
 from preflab.reports.plot_style import (
     KL_LABEL,
+    kl_label,
     label_axes,
     legend_below,
     new_axes,
     panel_grid,
     style,
 )
-from preflab.reports.runs import Group, Run, is_number
+from preflab.reports.runs import Group, Run, is_number, left_out
 from preflab.reports.statistics import envelopes
 from utils import mean_and_error
 
@@ -42,12 +43,9 @@ def frontier_figure(groups: list[Group]) -> Figure | None:
     grid = [max_kl * i / N_GRID for i in range(N_GRID + 1)]
     for i, (name, runs) in enumerate(families.items()):
         _draw_envelope(ax, name, runs, grid, style(i))
-    label_axes(
-        ax,
-        "reward against KL; lines: best reward within a KL, mean over seeds",
-        KL_LABEL,
-        "reward of samples",
-    )
+    title = "reward against KL; lines: best reward within a KL, mean over seeds"
+    note = left_out(sum(run.n_beside_frontier() for group in groups for run in group.runs))
+    label_axes(ax, "\n".join(filter(None, [title, note])), KL_LABEL, "reward of samples")
     return figure
 
 
@@ -92,7 +90,7 @@ class Panel(NamedTuple):
 
 EVALUATION_PANELS = [
     Panel("reward of samples", "reward", "samples_eval/policy_reward"),
-    Panel("KL of samples", "nats", "samples_eval/kl"),
+    Panel("KL along samples", "", "samples_eval/kl"),
     Panel("held-out accuracy", "share of pairs", "rewards_eval/accuracies"),
     Panel("length of samples", "tokens", "samples_eval/policy_length"),
     Panel("log-ratio of chosen", "log pi - log ref (nats)", "logratios_eval/chosen"),
@@ -114,7 +112,8 @@ def bands_figure(groups: list[Group]) -> Figure | None:
     for ax, panel in zip(axes, panels, strict=True):
         for i, group in enumerate(groups):
             _draw_band(ax, group, panel.metric, style(i))
-        label_axes(ax, panel.title, "examples", panel.y_label)
+        samplers = (run.sampler() for group in groups for run in group.runs)
+        label_axes(ax, panel.title, "examples", panel.y_label or kl_label(samplers))
     legend_below(figure, [group.name for group in groups])
     return figure
 

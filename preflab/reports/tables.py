@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from preflab.reports.runs import is_number, training_name
+from preflab.reports.runs import SAMPLER, is_number, other_sampler, training_names
 
 
 @dataclass(frozen=True)
@@ -39,13 +39,19 @@ def summary_rows(summary: dict) -> list[tuple[str, str]]:
         (f"reward of the reference's samples{reward}", with_error("reference_reward")),
         (f"reward of the policy's samples{reward}", with_error("policy_reward")),
         ("gain, paired by prompt", with_error("reward_gain")),
-        ("KL to the reference (nats)", with_error("kl", digits=2)),
+        (f"KL to the reference{_along(summary)} (nats)", with_error("kl", digits=2)),
         ("eval accuracy", plus_minus(summary.get("eval_accuracy"))),
         ("eval loss", plus_minus(summary.get("eval_loss"), digits=4)),
         ("pairs/s in training", f"{rate:.1f}" if rate else "-"),
         ("examples seen", f"{examples:,}" if examples is not None else "-"),
         *_online_rows(summary),
     ]
+
+
+def _along(row: dict) -> str:
+    """What follows the word KL where the samples are not the policy's."""
+    sampler = other_sampler(row)
+    return f" along samples at {sampler}" if sampler else ""
 
 
 def _online_rows(summary: dict) -> list[tuple[str, str]]:
@@ -81,7 +87,8 @@ def verdict(summary: dict) -> str:
     policy = plus_minus(summary["policy_reward"])
     reference = plus_minus(summary["reference_reward"])
     kl = plus_minus(summary.get("kl"), summary.get("kl_se"), 2)
-    scores = f"{policy} against the reference's {reference}, at KL {kl} nats"
+    along = _along(summary)
+    scores = f"{policy} against the reference's {reference}, at KL {kl} nats{along}"
     if error is None or abs(gain) <= 2 * error:
         return f"The policy's samples score {scores}; the difference is within two standard errors."
     direction = "higher" if gain > 0 else "lower"
@@ -158,6 +165,7 @@ EVALUATION_COLUMNS = {  # head of the column -> metric of eval.jsonl
     "reward": "samples_eval/policy_reward",
     "reference's": "samples_eval/reference_reward",
     "KL": "samples_eval/kl",
+    "KL along samples": "samples_eval/kl along samples",
     "tokens": "samples_eval/policy_length",
     "ended": "samples_eval/policy_ended",
     "entropy": "samples_eval/entropy",
@@ -168,9 +176,12 @@ EVALUATION_COLUMNS = {  # head of the column -> metric of eval.jsonl
 
 
 def evaluation_table(evaluations: list[dict]) -> Table | None:
-    """A row for each evaluated checkpoint and temperature of eval.jsonl."""
+    """A row for each evaluated checkpoint and temperature of eval.jsonl. The KL of the policy's
+    samples and that along samples of another sampler are in columns of their own."""
     if not evaluations:
         return None
+    names = training_names(evaluations)
+    evaluations = [_with_kl_named(row) for row in evaluations]
     metrics = list(dict.fromkeys(key for row in evaluations for key in row))
     further_rewards = {
         metric.removeprefix("samples_eval/policy_reward"): metric
@@ -183,24 +194,45 @@ def evaluation_table(evaluations: list[dict]) -> Table | None:
         if metric.startswith("rewards_eval/accuracies@")
     }
     columns = EVALUATION_COLUMNS | further_rewards | accuracies
+    if columns["KL along samples"] not in metrics:
+        del columns["KL along samples"]
+    elif columns["KL"] not in metrics:
+        del columns["KL"]
+    limits = [
+        name
+        for name, plain in SAMPLER.items()
+        if name != "temperature" and any(row.get(name, plain) != plain for row in evaluations)
+    ]
     rows = [
         [
             row["name"],
-            training_name(row),
+            name,
             row["temperature"],
+            *(row.get(limit, "-") for limit in limits),
             *(plus_minus(row.get(key), row.get(f"{key}_se")) for key in columns.values()),
         ]
-        for row in evaluations
+        for name, row in zip(names, evaluations, strict=True)
     ]
+    settings = ["temperature", *(limit.replace("_", "-") for limit in limits)]
     return Table(
         title="Checkpoints",
-        head=["checkpoint", "trained with", "temperature", *columns],
+        head=["checkpoint", "trained with", *settings, *columns],
         rows=rows,
         notes=[
-            "Values are means over prompts ± standard errors. The KL is that of the sampled"
-            " distribution only at temperature 1 and top-p 1."
+            "Values are means over prompts ± standard errors. KL is KL(policy || reference) of the"
+            " policy's samples. KL along samples is the same sum along samples at another"
+            " temperature, top-p, top-k or min-p: the KL neither of the policy nor of that sampler."
         ],
     )
+
+
+def _with_kl_named(row: dict) -> dict:
+    """A row whose KL is that along samples, under this name, unless they are the policy's."""
+    if not other_sampler(row):
+        return row
+    kl, along = (EVALUATION_COLUMNS[name] for name in ("KL", "KL along samples"))
+    renamed = {kl: along, f"{kl}_se": f"{along}_se"}
+    return {renamed.get(key, key): value for key, value in row.items()}
 
 
 LATEX_ESCAPES = str.maketrans(

@@ -8,8 +8,8 @@
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/../.."
 
-known="APBSIZE ATYPE BASEMODEL BETA BSIZE CFG CRATIO DPOBASEAPI DPOBATCHSIZE EVFIRST EXTRAEVAL GBSIZE GREWARD KEEPLONG LR LTYPE MBSIZE
-    MLEN NOLORA ONLYOLDUPDATES PPOUPDATES REINIT RELABELS SAMPN SEED SFREQ STEPS SUPDATES UEPOCHS ULR USEDPO"
+known="APBSIZE ATYPE BASEMODEL BETA BOTTOM BSIZE CFG CRATIO DPOBASEAPI DPOBATCHSIZE DSET EVFIRST EXTRAEVAL GBATCH GBSIZE GREWARD KEEPLONG
+    LR LTYPE MBSIZE MLEN NOLORA ONLYOLDUPDATES PPOUPDATES REINIT RELABELS SAMPN SEED SFREQ STEPS SUPDATES TOP UEPOCHS ULR USEDPO"
 overrides=() # of train.py
 problems=()
 arguments=("$@")
@@ -43,6 +43,11 @@ takes() {
     value=$(quoted "${!1}")
     for key in "${@:2}"; do settled+=("$key=$value"); done
     settles "$1" "${settled[@]}"
+}
+
+# takes_list VARIABLE KEY: the key is a list, of this value alone.
+takes_list() {
+    if is_set "$1"; then settles "$1" "$2=[$(quoted "${!1}")]"; fi
 }
 
 # takes_times VARIABLE N KEY: the key gets N times its value.
@@ -148,10 +153,12 @@ refusal() {
     case $1 in
         APBSIZE | ATYPE | RELABELS | SAMPN | UEPOCHS | ULR | USEDPO) echo "is about the discriminator, which only d2po.sh has; unset $1" ;;
         BETA) echo "is about a policy's loss, and no policy is trained here; unset BETA" ;;
+        BOTTOM) echo "skips prompts to sample for; eval.sh takes the first TOP of the held-out ones, so set BOTTOM to 0 there, and unset it elsewhere" ;;
         BSIZE) echo "is the batch of train_rm.sh and train_dpo.sh, and in eval.sh the responses to a prompt; DPOBATCHSIZE and MBSIZE are the batches of online learning" ;;
         CFG) echo "is a configuration file of accelerate, which is not used here; unset it, and for two GPUs give trainer=FSDPTrainer world_size=2" ;;
         CRATIO) echo "asks the discriminator to learn at some calls only; here it learns whenever labels were bought, so unset it, or set SAMPN" ;;
         DPOBASEAPI) echo "is a separate reference for the discriminator; here it has the policy's, so unset it, or give model.reference_archive=" ;;
+        DSET | GBATCH | TOP) echo "is about the samples of eval.sh; unset $1" ;;
         EXTRAEVAL) echo "is a second set to evaluate on; unset it, and run function=eval on that set afterwards" ;;
         GREWARD) echo "scores samples, and nothing is sampled here: the labels are those of datasets=; unset GREWARD" ;;
         KEEPLONG) echo "takes 20 from the reward of responses that have fewer words; no reward here does so: set it to 0, or write one (reward.module)" ;;

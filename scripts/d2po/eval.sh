@@ -9,4 +9,8 @@ takes SEED seed
 takes MLEN max_new_tokens
 takes BSIZE samples_per_prompt
 takes GBSIZE eval_batch_size
+takes GBATCH eval_batch_size
+takes TOP n_eval_examples
+accepts BOTTOM 0
+takes_list DSET datasets
 runs
