@@ -7,7 +7,7 @@ import pytest
 import torch
 from conftest import ARCHITECTURES, make_model
 
-from preflab.batching.packed_attention import enable
+from preflab.batching.packed_models import enable
 from preflab.batching.packing import LAYOUTS, Layout, lay_out
 from preflab.modeling import fused_head
 from preflab.modeling.fused_head import LinearLogProbs
