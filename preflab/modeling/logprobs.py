@@ -30,6 +30,9 @@ class Scorer:
     adapter_off: a LoRA model read as its base model (the reference of a LoRA run). autocast: dtype
     of the forward pass, or None for the dtype of the weights.
 
+    keep_router_logits: leave the logits of a mixture of experts in `router_logits`, those of the
+    last forward pass, a tuple with (rows*width, experts) for each layer with a router.
+
     A placement changes three attributes. enter: calls a function while a sharded model's weights
     are gathered. placed_on: the device of inputs, where it is not that of the weights. mixed: dtype
     of the forward pass where it is not that of the weights, whether by autocast or by FSDP.
@@ -44,6 +47,8 @@ class Scorer:
         self.mixed = autocast
         self.enter: Callable = lambda function: function()
         self.placed_on: torch.device | None = None
+        self.keep_router_logits = False
+        self.router_logits: tuple[Tensor, ...] | None = None
 
     @property
     def causal_lm(self) -> nn.Module:
@@ -76,12 +81,16 @@ class Scorer:
         """Last hidden states (T, H) at `positions` (T,), indices into rows*width."""
         body = getattr(self.causal_lm, self.causal_lm.base_model_prefix)
         options = {} if batch.segments is None else {"position_ids": batch.position_ids}
+        if self.keep_router_logits:
+            options["output_router_logits"] = True
         output = body(
             input_ids=batch.input_ids,
             attention_mask=_attention_mask(batch),
             use_cache=False,
             **options,
         )
+        if self.keep_router_logits:
+            self.router_logits = output.router_logits
         states = output.last_hidden_state
         hidden = states.flatten(0, 1)[positions.to(states.device)]
         head = self.causal_lm.get_output_embeddings()
