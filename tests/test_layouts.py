@@ -21,6 +21,7 @@ from preflab.batching.packed_attention import (
 )
 from preflab.batching.packing import LAYOUTS, Layout, lay_out
 from preflab.modeling import fused_head
+from preflab.modeling.blocks import find_blocks
 from preflab.modeling.layout_choice import (
     check_sharing,
     known_layouts,
@@ -376,8 +377,9 @@ def supported(architecture: str) -> str:
 
 def table() -> str:
     lines = [
-        "| architecture | layouts | by | attention window | on a GPU, packed rows attend by |",
-        "| --- | --- | --- | --- | --- |",
+        "| architecture | `block_name` | layouts | by | attention window"
+        " | on a GPU, packed rows attend by |",
+        "| --- | --- | --- | --- | --- | --- |",
     ]
     for architecture in sorted(ARCHITECTURES):
         model = make_model(architecture)
@@ -393,7 +395,8 @@ def table() -> str:
             attention = "segments"
         elif window:
             attention = "segments, FlexAttention if no text exceeds the window"
-        row = [architecture, names, by, "yes" if window else "no", attention]
+        block = type(find_blocks(model, None)[0]).__name__
+        row = [architecture, block, names, by, "yes" if window else "no", attention]
         lines.append(f"| {' | '.join(row)} |")
     return "\n".join(lines) + "\n"
 

@@ -11,11 +11,12 @@ the real model too.
 
 import contextlib
 import copy
+import logging
 
 import torch
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM
-from transformers.utils import logging
+from transformers.utils import logging as transformers_logging
 
 from preflab.batching.packed_attention import Support
 from preflab.batching.packed_models import SHARING, enable
@@ -36,6 +37,7 @@ POSITIONS, WINDOW, VOCABULARY = 64, 8, 64
 # and norms are in float32 in many models. A wrong mask must give CONTROL.
 BOUND, CONTROL = 1e-4, 1e-2
 
+logger = logging.getLogger(__name__)
 _results: dict[str, Support] = {}
 
 
@@ -49,6 +51,8 @@ def supports_packed_rows(config, trust_remote_code: bool = False) -> Support:
     key = f"{type(config).__name__} {config.to_json_string(use_diff=False)}"
     if key not in _results:
         _results[key] = _try_architecture(config, trust_remote_code)
+        if _results[key].ok:  # else the choice of the layout says why
+            logger.info(f"packed rows of {config.model_type} pass their trial in a small model")
     return _results[key]
 
 
@@ -226,9 +230,9 @@ def _largest(values: Tensor) -> float:
 @contextlib.contextmanager
 def _quiet():
     """Without the warnings of transformers, which the real model has given already."""
-    verbosity = logging.get_verbosity()
-    logging.set_verbosity_error()
+    verbosity = transformers_logging.get_verbosity()
+    transformers_logging.set_verbosity_error()
     try:
         yield
     finally:
-        logging.set_verbosity(verbosity)
+        transformers_logging.set_verbosity(verbosity)
