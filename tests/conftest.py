@@ -180,9 +180,9 @@ ARCHITECTURES = {
     "qwen3_moe": SMALL
     | {"head_dim": 16, "num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 32},
     "olmoe": SMALL | {"num_experts": 4, "num_experts_per_tok": 2, "clip_qkv": 8.0},
-    # Not in SHARING: the first passes its trial, the second computes attention itself.
+    # Not in SHARING: the first passes its trial, the second has convolutions over the row.
     "starcoder2": SMALL | {"sliding_window": 16},
-    "codegen": {"n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": 128, "rotary_dim": 8},
+    "lfm2": SMALL | {"layer_types": ["conv", "full_attention"]},
     "gpt_oss": SMALL
     | LOCAL_GLOBAL
     | {"head_dim": 16, "num_local_experts": 4, "num_experts_per_tok": 2, "rope_parameters": YARN},

@@ -139,11 +139,11 @@ def test_the_fastest_supported_layout_is_taken_and_others_refused_by_name():
     packed_models.enable(model)
     assert choose_layout(settings_of(), Scorer(model)) == (Layout("prefix_shared"), "")
     assert choose_layout(settings_of(layout="packed"), Scorer(model)) == (Layout("packed"), "")
-    layout, reason = choose_layout(settings_of(), Scorer(make_model("codegen")))
-    assert layout.name == "padded" and "codegen is not among" in reason
+    layout, reason = choose_layout(settings_of(), Scorer(make_model("lfm2")))
+    assert layout.name == "padded" and "lfm2 is not among" in reason
     refused = r"layout=prefix_shared cannot be used.*use layout=padded"
     with pytest.raises(ConfigError, match=refused):
-        choose_layout(settings_of(layout="prefix_shared"), Scorer(make_model("codegen")))
+        choose_layout(settings_of(layout="prefix_shared"), Scorer(make_model("lfm2")))
     eager = settings_of(model={"attn_implementation": "eager"})
     layout, reason = choose_layout(eager, Scorer(model))
     assert layout.name == "padded" and "attn_implementation=eager" in reason
@@ -162,11 +162,32 @@ def no_tests(monkeypatch):
     monkeypatch.setattr(architecture_trial, "_results", {})
 
 
-@pytest.mark.parametrize("architecture", sorted(set(ARCHITECTURES) - {"codegen"}))
+@pytest.mark.parametrize("architecture", sorted(set(ARCHITECTURES) - {"lfm2"}))
 def test_the_trial_passes_what_the_tests_pass(architecture, no_tests):
     before = torch.random.get_rng_state()
     assert supports_packed_rows(make_config(architecture)) == Support(True)
     assert torch.equal(torch.random.get_rng_state(), before)
+
+
+def test_the_trial_is_small_whatever_the_model(no_tests, monkeypatch):
+    """Two models of real sizes: an 80-layer Llama, and a mixture with frozen parameters."""
+    large = {"hidden_size": 8192, "num_attention_heads": 64, "num_hidden_layers": 80}
+    kinds = ["full_attention"] * 70 + ["sliding_attention"] * 10
+    for config in (
+        make_config("qwen2", **large, layer_types=kinds, use_sliding_window=True),
+        AutoConfig.for_model("ernie4_5_moe"),
+    ):
+        small = architecture_trial.small_config(config)
+        kept, all_kinds = (getattr(c, "layer_types", ()) for c in (small, config))
+        assert set(kept) == set(all_kinds)
+        with torch.device("meta"):
+            model = AutoModelForCausalLM.from_config(small)
+        assert model.num_parameters() < 10_000_000
+    small_mixture = make_config("ernie4_5_moe", hidden_size=32, num_attention_heads=2)
+    assert supports_packed_rows(small_mixture) == Support(True)
+    monkeypatch.setattr(architecture_trial, "SMALL", 1000)
+    monkeypatch.setattr(architecture_trial, "_results", {})
+    assert "its small model has" in supports_packed_rows(small_mixture).reason
 
 
 def make_config(architecture, **more):

@@ -406,7 +406,7 @@ def test_the_table_in_the_docs_is_what_the_code_does():
     assert text.split(MARKS[0])[1].split(MARKS[1])[0] == table()
     # All of them are tested here, and others.
     assert set(ARCHITECTURES) > packed_models.SHARING
-    assert supported("starcoder2") != supported("codegen") == "padded"
+    assert supported("starcoder2") != supported("lfm2") == "padded"
 
 
 if __name__ == "__main__":

@@ -33,6 +33,12 @@ TRIALS = [
 ]
 POSITIONS, WINDOW, VOCABULARY = 64, 8, 64
 
+# Names of the number of experts that a token is sent to.
+TOP_K = {"num_experts_per_tok", "num_experts_per_token", "moe_k", "moe_topk", "moe_top_k"}
+
+# Parameters of a model that is still small: less than a second in each direction.
+SMALL = 50_000_000
+
 # Largest difference of a log-prob in nats, and of a gradient relative to the largest one: softmax
 # and norms are in float32 in many models. A wrong mask must give CONTROL.
 BOUND, CONTROL = 1e-4, 1e-2
@@ -118,9 +124,9 @@ def _small_size(name: str, value: int) -> int:
         return min(value, POSITIONS)
     if name.endswith(("intermediate_size", "ffn_dim", "ffn_hidden_size", "n_inner")):
         return min(value, 64)
-    if "experts" in name and "per_tok" in name:
+    if name in TOP_K:
         return min(value, 2)
-    if name in ("num_experts", "num_local_experts", "n_routed_experts"):
+    if name.endswith("experts"):
         return min(value, 4)
     if name in ("n_group", "topk_group"):
         return 1
@@ -158,7 +164,14 @@ def _cut_heads(small, config) -> None:
 
 
 def _build(config, trust_remote_code: bool) -> nn.Module:
-    """A random model in float64 whose attention is far from uniform."""
+    """A random model in float64 whose attention is far from uniform.
+
+    Raises ValueError for a model that is not small, whose config has sizes of other names.
+    """
+    with torch.device("meta"):
+        empty = AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code)
+    if (n := empty.num_parameters()) > SMALL:
+        raise ValueError(f"its small model has {n} parameters")
     model = AutoModelForCausalLM.from_config(
         config, dtype=torch.float64, trust_remote_code=trust_remote_code
     ).eval()
@@ -213,7 +226,7 @@ def _values_and_gradients(
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """Log-probs of the response tokens, and every parameter's gradient of their weighted sum."""
     logps = torch.cat([score_responses(Scorer(model), batch).token_logps for batch in batches])
-    trained = dict(model.named_parameters())
+    trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
     weights = torch.linspace(-1, 2, len(logps), dtype=logps.dtype)
     gradients = torch.autograd.grad(
         (logps * weights).sum(), list(trained.values()), allow_unused=True

@@ -95,10 +95,11 @@ def _flex_problem(config: Settings, policy: Scorer, world: World) -> str:
 def check_sharing(scorer: Scorer, flex: bool = False, longest: int | None = None) -> Support:
     """Whether packed rows give this model the hidden states of padded rows.
 
-    longest: tokens of one of the texts, so that it passes every window that a text of the run
-    passes; a short one will do for an architecture whose windows are tested.
+    longest: tokens of the longest text of the run. The texts of the trial are as long, so that they
+    pass every window that a text of the run passes. None: a few tokens, which do for an
+    architecture whose windows are tested.
 
-    The trial is two random prompts with several responses each. The control is the same packed row
+    The trial is one or two random prompts with several responses. The control is the same packed row
     with a wrong mask, which lets responses see each other: the error of the right mask must be
     small compared with the error of the wrong one.
     """
@@ -137,8 +138,8 @@ def _trial_batches(scorer: Scorer, flex: bool, longest: int | None) -> tuple[Bat
         return torch.randint(vocabulary, (n,), generator=generator).numpy()
 
     lengths = [(7, (5, 1, 3)), (1, (4, 6))]
-    if longest is not None and longest > 16:  # all responses as one fit too
-        lengths[0] = (longest // 2, (longest - longest // 2 - 2, 1, 3))
+    if longest is not None and longest > 16:  # two rows, because they cost what the run's do
+        lengths = [(longest - 7, (5, 3))]
     trees = [(draw(prompt), [draw(n) for n in responses]) for prompt, responses in lengths]
     padded = lay_out(trees, Layout("padded", flex=flex))
     shared, wrong = (lay_out(trees, Layout("prefix_shared", flex=flex)) for _ in range(2))
