@@ -15,7 +15,8 @@ from conftest import (
     small_run,
 )
 
-from preflab.batching.packed_attention import SHARING, check_flex, enable, window_of
+from preflab.batching.packed_attention import check_flex
+from preflab.batching.packed_models import SHARING, by_segments_only, enable, window_of
 from preflab.modeling.layout_choice import check_sharing
 from preflab.modeling.logprobs import Scorer
 
@@ -105,8 +106,9 @@ def test_packed_rows_give_the_losses_of_padded_ones(command, tmp_path, trainer, 
 def test_every_architecture_shares_prompts_on_a_gpu(architecture, flex):
     model = make_model(architecture).cuda()
     enable(model)
-    is_windowed = window_of(model.config) is not None  # then a GPU attends by segments
-    assert (flex and is_windowed) or check_sharing(Scorer(model), flex).ok
+    # Then a GPU attends by segments.
+    by_segments = window_of(model.config) is not None or bool(by_segments_only(model))
+    assert (flex and by_segments) or check_sharing(Scorer(model), flex).ok
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

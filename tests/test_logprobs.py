@@ -7,7 +7,7 @@ import pytest
 import torch
 from conftest import ARCHITECTURES, make_model
 
-from preflab.batching.packed_attention import enable
+from preflab.batching.packed_models import enable
 from preflab.batching.packing import LAYOUTS, Layout, lay_out
 from preflab.modeling import fused_head
 from preflab.modeling.fused_head import LinearLogProbs
@@ -18,7 +18,7 @@ from utils import ConfigError
 
 PADDED = Layout("padded", 257)
 # Their attention or norms compute in float32 whatever the dtype of the weights.
-FLOAT32_INSIDE = {"gpt_neo", "gemma", "gemma2"}
+FLOAT32_INSIDE = {"cohere2", "gpt_neo", "gemma", "gemma2", "gemma3_text", "mpt"}
 
 
 def sequences(seed=0):
@@ -162,9 +162,12 @@ def head_inputs(bias: bool, dtype=torch.float64, seed=0):
     return [t if t is None else t.requires_grad_() for t in ours], targets, theirs
 
 
-def by_autograd(ours, targets, theirs, kl):
-    """Log-probs, KL and entropy by autograd through the whole log-softmax."""
-    p, q = (torch.nn.functional.linear(h, w, b).log_softmax(-1) for h, w, b in (ours, theirs))
+def by_autograd(ours, targets, theirs, kl, step=lambda logits: logits):
+    """Log-probs, KL and entropy by autograd through the whole log-softmax.
+
+    step: what the architecture does to the logits.
+    """
+    p, q = (step(torch.nn.functional.linear(h, w, b)).log_softmax(-1) for h, w, b in (ours, theirs))
     logps = p.gather(1, targets[:, None])[:, 0]
     entropy = -(p.exp() * p).sum(1)
     if kl == "reference||policy":
@@ -203,6 +206,37 @@ def test_the_fused_head_equals_autograd(kl, bias, rows, saved, monkeypatch):
             torch.autograd.grad(value, inputs, retain_graph=True), expected, strict=True
         ):
             assert torch.allclose(a, b, rtol=1e-10, atol=1e-12)
+
+
+@pytest.mark.parametrize("kl", [None, "reference||policy", "policy||reference"])
+@pytest.mark.parametrize("scale, cap", [(0.25, None), (1.0, 3.0), (0.5, 2.0)])
+@pytest.mark.parametrize("saved", [True, False])
+def test_the_fused_head_scales_and_caps(kl, scale, cap, saved, monkeypatch):
+    """As Cohere, Granite and Gemma do, against autograd."""
+    monkeypatch.setattr(fused_head, "SAVED_ELEMENTS", 10**9 if saved else 0)
+    monkeypatch.setattr(fused_head, "CHUNK_ELEMENTS", 4 * HEAD["vocabulary"])
+
+    def step(logits):
+        return scale * logits if cap is None else cap * torch.tanh(scale * logits / cap)
+
+    ours, targets, theirs = head_inputs(True)
+    steps = (fused_head.LogitStep(scale, cap),) * 2
+    fused = LinearLogProbs.apply(
+        *ours, targets, *(theirs if kl else (None,) * 3), kl, True, True, False, steps
+    )
+    expected = by_autograd(ours, targets, theirs, kl, step)
+    for actual, right in zip(fused, expected, strict=False):
+        assert right is None or torch.allclose(actual, right, rtol=1e-11, atol=1e-12)
+    weights = torch.linspace(-2, 1, len(targets), dtype=torch.float64)
+    for a, b in zip(
+        torch.autograd.grad(weighted_sum(weights, *fused[:2]), ours),
+        torch.autograd.grad(weighted_sum(weights, *expected[:2]), ours),
+        strict=True,
+    ):
+        assert torch.allclose(a, b, rtol=1e-10, atol=1e-12)
+    # Without the step, or with another one, it does not match.
+    other = LinearLogProbs.apply(*ours, targets, *(None,) * 3, None, True)
+    assert not torch.allclose(other[0], expected[0], rtol=1e-3)
 
 
 def test_many_chunks_in_bf16_are_as_exact_as_one(monkeypatch):

@@ -19,7 +19,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from omegaconf import OmegaConf
 
-from preflab.batching import packed_attention
+from preflab.batching import packed_models
 from preflab.batching.packing import LAYOUTS, Layout, lay_out
 from preflab.modeling import fused_head
 from preflab.modeling.logprobs import Scorer, score_responses
@@ -1014,7 +1014,7 @@ def test_collision_is_that_of_a_naive_float64_softmax_in_every_layout(
             )
             expected.append((p**2).sum(-1).log().sum().item())
     for m in (model, reference):
-        packed_attention.enable(m)
+        packed_models.enable(m)
     if head != "plain":
         model.lm_head.base_layer = None
     batch = lay_out(TREES, Layout(layout, 257))

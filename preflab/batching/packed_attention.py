@@ -7,41 +7,23 @@ reach every layer in place of the attention mask, which transformers passes thro
 it has four dimensions.
 """
 
-import types
+import sys
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 from torch.nn.attention.flex_attention import BlockMask
-from transformers import AttentionInterface
 from transformers.integrations.flex_attention import flex_attention_forward
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
-from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
 
 from utils import first_line
 
 NAME = "preflab_segments"
 
-# The architectures whose layers were compared, shared against padded, for values and gradients
-# (tests/test_layouts.py).
-SHARING = {
-    "gemma",
-    "gpt2",
-    "gpt_neo",
-    "gpt_neox",
-    "gptj",
-    "llama",
-    "mistral",
-    "olmo2",
-    "opt",
-    "phi",
-    "phi3",
-    "qwen2",
-    "qwen3",
-}
-
-# Modules that compute attention themselves, whatever `attn_implementation` is.
-OWN_ATTENTION = {"GPTJAttention", "GPTNeoSelfAttention"}
+# For models that transformers runs with the attention function of their own module, because `sdpa`
+# has no soft caps and no sinks.
+EAGER_NAME = f"{NAME}_eager"
 
 
 @dataclass(frozen=True)
@@ -53,21 +35,11 @@ class Support:
     reason: str = ""
 
 
-def enable(model: nn.Module) -> None:
-    """Let a transformers model accept segments, or a mask of `block_mask`, as its attention mask.
-
-    With any other mask, in generation for example, it attends as `attn_implementation="sdpa"`.
-    """
-    # FlexAttention is compiled again for rows of one block, for passes without gradient and for
-    # another model; beyond the default limit of 8 it would run uncompiled.
-    torch._dynamo.config.recompile_limit = max(64, torch._dynamo.config.recompile_limit)
-    AttentionInterface.register(NAME, segment_attention)
-    AttentionMaskInterface.register(NAME, sdpa_mask)
-    modules = [module for module in model.modules() if type(module).__name__ in OWN_ATTENTION]
-    for module in modules:
-        module._attn = types.MethodType(_replace_own_attention, module)
-    if not modules:
-        model.set_attn_implementation(NAME)
+def is_packed(attention_mask) -> bool:
+    """Whether an attention mask is that of packed rows: segments or a block mask."""
+    if isinstance(attention_mask, Tensor):
+        return attention_mask.dtype == torch.int64 and attention_mask.ndim == 4
+    return isinstance(attention_mask, BlockMask)
 
 
 def segment_attention(
@@ -76,16 +48,27 @@ def segment_attention(
     """An attention function of transformers: query (1, heads, tokens, head size) to output (1,
     tokens, heads, head size).
 
-    attention_mask: segments (int64), a block mask, or what `sdpa` accepts.
+    attention_mask: segments (int64), a block mask, or what the module's attention accepts without
+    us.
     """
     if isinstance(attention_mask, BlockMask):
         # Under autocast, rotary embeddings and norms leave queries and keys in fp32, and autocast
         # of torch 2.11 does not cover FlexAttention, which needs one dtype.
         query, key = query.to(value.dtype), key.to(value.dtype)
         return flex_attention_forward(module, query, key, value, attention_mask, **options)
-    if attention_mask is None or attention_mask.dtype != torch.int64:
-        return sdpa_attention_forward(module, query, key, value, attention_mask, **options)
-    return _by_segments(module, query, key, value, attention_mask, **options), None
+    if not is_packed(attention_mask):
+        return _plain_attention(module)(module, query, key, value, attention_mask, **options)
+    # Qwen2-MoE keeps its window to itself, because its mask has it already.
+    window = options.pop("sliding_window", getattr(module, "sliding_window", None))
+    return _by_segments(module, query, key, value, attention_mask, window, **options), None
+
+
+def _plain_attention(module: nn.Module) -> Callable:
+    """The attention function of transformers that a module uses without us."""
+    config = getattr(module, "config", None)
+    if getattr(config, "_attn_implementation", None) != EAGER_NAME:
+        return sdpa_attention_forward
+    return sys.modules[type(module).__module__].eager_attention_forward
 
 
 @torch.compiler.disable  # its loop differs from row to row, and each would be compiled
@@ -95,16 +78,18 @@ def _by_segments(
     key: Tensor,
     value: Tensor,
     segments: Tensor,
-    sliding_window: int | None = None,
+    window: int | None,
     **options,
 ) -> Tensor:
     """Attention tree by tree: a prompt with its first response in one causal call, then each other
     response over the prompt's keys and its own."""
-    trees, window = _trees(segments), sliding_window
+    trees, attend = split_trees(segments), _plain_attention(module)
+    # Only `sdpa` knows `is_causal`, which is faster than a mask.
+    masks_all = attend is not sdpa_attention_forward
     masked = [prompt + n for prompt, (_, *others) in trees for n in others]
-    if window is not None:
+    if window is not None or masks_all:
         masked += [prompt + first for prompt, (first, *_) in trees]
-    causal = _mask(max(masked), window, query.dtype, query.device) if masked else None
+    causal = causal_mask(max(masked), window, query.dtype, query.device) if masked else None
     sizes = []
     for prompt, (first, *others) in trees:
         sizes += [prompt + first, *filter(None, others)]
@@ -115,18 +100,19 @@ def _by_segments(
     for prompt, (first, *others) in trees:
         q, k, v = next(pieces)
         n = prompt + first
-        band = causal[:, :, :n, :n] if window is not None and n > window else None
-        outputs.append(sdpa_attention_forward(module, q, k, v, band, is_causal=True, **options)[0])
+        is_masked = masks_all or (window is not None and n > window)
+        band = causal[:, :, :n, :n] if is_masked else None
+        outputs.append(attend(module, q, k, v, band, is_causal=True, **options)[0])
         prompt_k, prompt_v = k[:, :, :prompt], v[:, :, :prompt]
         for n in (prompt + length for length in others if length):
             q, k, v = next(pieces)
             k, v = torch.cat([prompt_k, k], dim=2), torch.cat([prompt_v, v], dim=2)
             mask = causal[:, :, prompt:n, :n]
-            outputs.append(sdpa_attention_forward(module, q, k, v, mask, **options)[0])
+            outputs.append(attend(module, q, k, v, mask, **options)[0])
     return torch.cat(outputs, dim=1)
 
 
-def _trees(segments: Tensor) -> list[tuple[int, tuple[int, ...]]]:
+def split_trees(segments: Tensor) -> list[tuple[int, tuple[int, ...]]]:
     """Segments as [(prompt length, response lengths)], in the order of the row."""
     trees: dict[int, tuple[int, list[int]]] = {}
     for begin, prompt, _, length in segments.flatten(0, 2).tolist():
@@ -137,7 +123,7 @@ def _trees(segments: Tensor) -> list[tuple[int, tuple[int, ...]]]:
 _masks: dict[tuple, Tensor] = {}  # every layer needs the same ones
 
 
-def _mask(n: int, window: int | None, dtype: torch.dtype, device: torch.device) -> Tensor:
+def causal_mask(n: int, window: int | None, dtype: torch.dtype, device: torch.device) -> Tensor:
     """Additive causal mask of at least `n` tokens, (1, 1, tokens, tokens); the mask of a response
     behind its prompt is a part of it."""
     key = window, dtype, device
@@ -269,34 +255,3 @@ def _output_and_gradients(
     head_size = inputs[0].shape[-1]
     output, _ = segment_attention(module, *leaves, mask, scaling=head_size**-0.5)
     return [output.detach(), *torch.autograd.grad((output * weight).sum(), leaves)]
-
-
-def window_of(config) -> int | None:
-    """The smallest attention window of an architecture, in tokens; None where every layer sees the
-    whole text."""
-    if config.model_type == "gpt_neo":
-        return config.window_size if "local" in config.attention_layers else None
-    if not getattr(config, "use_sliding_window", True):
-        return None
-    return getattr(config, "sliding_window", None)
-
-
-def _replace_own_attention(
-    module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask=None
-) -> tuple[Tensor, None]:
-    """`_attn` of GPT-J and GPT-Neo for segments and block masks, and the module's own for any other
-    mask. Returns (1, heads, tokens, head size)."""
-    is_packed = isinstance(attention_mask, BlockMask) or (
-        attention_mask is not None and attention_mask.dtype == torch.int64
-    )
-    if not is_packed:
-        return type(module)._attn(module, query, key, value, attention_mask)
-    # GPT-J divides by `scale_attn`. GPT-Neo does not scale, and every other layer is local.
-    scaling = 1 / float(module.scale_attn) if hasattr(module, "scale_attn") else 1.0
-    is_local = getattr(module, "attention_type", None) == "local"
-    window = module.config.window_size if is_local else None
-    query, key = query.to(value.dtype), key.to(value.dtype)
-    output, _ = segment_attention(
-        module, query, key, value, attention_mask, scaling=scaling, sliding_window=window
-    )
-    return output.transpose(1, 2), None

@@ -18,6 +18,29 @@ SAVED_ELEMENTS = 2**26
 GPU_FACTOR = 4
 
 
+class LogitStep(NamedTuple):
+    """What an architecture does to the logits of its linear head: z to cap tanh(scale z / cap), or
+    to scale z where there is no cap."""
+
+    scale: float = 1.0
+    cap: float | None = None
+
+    def apply_(self, logits: Tensor) -> Tensor:
+        """The logits, overwritten."""
+        if self.scale != 1:
+            logits.mul_(self.scale)
+        return logits if self.cap is None else logits.div_(self.cap).tanh_().mul_(self.cap)
+
+    def slope(self, logits: Tensor) -> Tensor | float:
+        """The derivative, from the logits after the step."""
+        if self.cap is None:
+            return self.scale
+        return (logits / self.cap).square_().neg_().add_(1).mul_(self.scale)
+
+
+NO_STEPS = LogitStep(), LogitStep()
+
+
 class TokenScores(NamedTuple):
     """Values of each scored token, (T,) each; None where they are not asked for."""
 
@@ -51,10 +74,10 @@ class LinearLogProbs(torch.autograd.Function):
 
     hidden (T, H), weight (V, H), bias (V,) or None, targets (T,); hidden states, weight and bias of
     the reference, which get no gradient; kl, entropy and collision as in `score_responses`.
-    differentiable: whether a backward pass may follow. Returns the fields of `TokenScores`; only
-    log-probs and KL have a gradient.
+    differentiable: whether a backward pass may follow. steps: of policy and reference. Returns the
+    fields of `TokenScores`; only log-probs and KL have a gradient.
 
-    With p and q the distributions of policy and reference and z the policy's logits:
+    With p and q the distributions of policy and reference and z the policy's logits after its step:
     d log p(t) / dz = onehot(t) - p
     d KL(q || p) / dz = p - q
     d KL(p || q) / dz = p (log p/q - KL)
@@ -74,19 +97,21 @@ class LinearLogProbs(torch.autograd.Function):
         entropy,
         differentiable=True,
         collision=False,
+        steps=NO_STEPS,
     ):
         inputs = hidden, weight, bias, targets, reference_hidden, reference_weight, reference_bias
         ctx.save_for_backward(*inputs)
-        ctx.kl, ctx.saved_chunks = kl, []
-        n_saved = len(hidden) * len(weight) * (1 if kl is None else 2)
+        ctx.kl, ctx.steps, ctx.saved_chunks = kl, steps, []
+        is_capped = steps[0].cap is not None
+        n_saved = len(hidden) * len(weight) * ((1 if kl is None else 2) + is_capped)
         save = (
             differentiable
             and any(ctx.needs_input_grad)
             and n_saved <= _budget(SAVED_ELEMENTS, hidden)
         )
         chunks = []
-        for piece in chunk_slices(hidden, len(weight), _buffers(kl)):
-            scores, saved = _forward_chunk(inputs, piece, kl, entropy, collision)
+        for piece in chunk_slices(hidden, len(weight), _buffers(kl, steps)):
+            scores, saved = _forward_chunk(inputs, piece, kl, entropy, collision, steps)
             chunks.append(scores)
             if save:
                 ctx.saved_chunks.append(saved)
@@ -107,13 +132,13 @@ class LinearLogProbs(torch.autograd.Function):
         grad_hidden = torch.empty_like(hidden) if needs_grad[0] else None
         grad_weight = grad_bias = None
         with torch.autocast(hidden.device.type, enabled=False):
-            for piece in chunk_slices(hidden, len(weight), _buffers(ctx.kl)):
+            for piece in chunk_slices(hidden, len(weight), _buffers(ctx.kl, ctx.steps)):
                 # The saved probabilities are overwritten here, so a second backward pass recomputes
                 # them.
                 if ctx.saved_chunks:
                     saved = ctx.saved_chunks.pop(0)
                 else:
-                    _, saved = _forward_chunk(inputs, piece, ctx.kl, False, False)
+                    _, saved = _forward_chunk(inputs, piece, ctx.kl, False, False, ctx.steps)
                 chunk_grad_kl = None if ctx.kl is None else grad_kl[piece]
                 grad_logits = _logit_gradient(
                     saved, targets[piece], grad_logps[piece], chunk_grad_kl
@@ -126,13 +151,13 @@ class LinearLogProbs(torch.autograd.Function):
                 if needs_grad[2]:
                     grad_bias = _add_column_sums(grad_bias, grad_logits)
                 del saved, grad_logits  # before the next chunk is computed
-        return grad_hidden, grad_weight, grad_bias, *[None] * 8
+        return grad_hidden, grad_weight, grad_bias, *[None] * 9
 
 
-def _buffers(kl: str | None) -> int:
+def _buffers(kl: str | None, steps: tuple[LogitStep, LogitStep]) -> int:
     """Number of (chunk, V) tensors in memory at a time: with a KL, the logits and probabilities of
-    both models."""
-    return 1 if kl is None else 4
+    both models; with a cap, its slope."""
+    return (1 if kl is None else 4) + (steps[0].cap is not None)
 
 
 def _add_product(total: Tensor | None, a: Tensor, b: Tensor) -> Tensor:
@@ -151,11 +176,17 @@ def _add_column_sums(total: Tensor | None, values: Tensor) -> Tensor:
 
 
 def _forward_chunk(
-    inputs, piece: slice, kl: str | None, entropy: bool, collision: bool
+    inputs,
+    piece: slice,
+    kl: str | None,
+    entropy: bool,
+    collision: bool,
+    steps: tuple[LogitStep, LogitStep],
 ) -> tuple[TokenScores, tuple]:
     """The scores of a chunk, and what its backward pass needs."""
     hidden, weight, bias, targets, *reference = inputs
-    logits = _linear(hidden[piece], weight, bias)
+    logits = steps[0].apply_(_linear(hidden[piece], weight, bias))
+    slope = steps[0].slope(logits)
     target_logits = logits.gather(1, targets[piece, None])
     p, log_total = _softmax_(logits if kl is None else logits.clone())
     logps = (target_logits - log_total).squeeze(1)
@@ -163,18 +194,19 @@ def _forward_chunk(
     # A collision probability is at least 1/V, so it cannot underflow.
     token_collision = _dot(p, p).log() if collision else None
     if kl is None:
-        return TokenScores(logps, None, token_entropy, None, token_collision), (None, p)
+        return TokenScores(logps, None, token_entropy, None, token_collision), (None, slope, p)
     reference_hidden, reference_weight, reference_bias = reference
     reference_logits = _linear(reference_hidden[piece], reference_weight, reference_bias)
+    steps[1].apply_(reference_logits)
     q, reference_log_total = _softmax_(reference_logits.clone())
     log_ratio = logits.sub_(log_total).sub_(reference_logits.sub_(reference_log_total))  # log p/q
     reference_logps = reference_logits.gather(1, targets[piece, None]).squeeze(1)
     if kl == "reference||policy":
         token_kl = -_dot(q, log_ratio)
-        saved = (kl, p, q)
+        saved = (kl, slope, p, q)
     else:
         token_kl = _dot(p, log_ratio)
-        saved = (kl, p, log_ratio.sub_(token_kl[:, None]))
+        saved = (kl, slope, p, log_ratio.sub_(token_kl[:, None]))
     return TokenScores(logps, token_kl, token_entropy, reference_logps, token_collision), saved
 
 
@@ -200,9 +232,9 @@ def _dot(a: Tensor, b: Tensor) -> Tensor:
 def _logit_gradient(
     saved: tuple, targets: Tensor, grad_logps: Tensor, grad_kl: Tensor | None
 ) -> Tensor:
-    """Gradient with respect to the logits of a chunk, (T, V), in the memory of its
-    probabilities."""
-    kl, p, *rest = saved
+    """Gradient with respect to the output of the linear layer, (T, V) of a chunk, in the memory of
+    its probabilities."""
+    kl, slope, p, *rest = saved
     g_logp = grad_logps[:, None].to(p.dtype)
     if kl is None:
         grad_logits = p.mul_(-g_logp)
@@ -214,4 +246,5 @@ def _logit_gradient(
         [centred_log_ratio] = rest  # log p/q - KL
         g_kl = grad_kl[:, None].to(p.dtype)
         grad_logits = p.mul_(centred_log_ratio.mul_(g_kl).sub_(g_logp))
-    return grad_logits.scatter_add_(1, targets[:, None], g_logp)
+    grad_logits.scatter_add_(1, targets[:, None], g_logp)
+    return grad_logits if isinstance(slope, float) and slope == 1 else grad_logits.mul_(slope)

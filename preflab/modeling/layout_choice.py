@@ -2,9 +2,11 @@
 
 import torch
 
-from preflab.batching.packed_attention import SHARING, Support, block_table, check_flex, window_of
+from preflab.batching.packed_attention import Support, block_table, check_flex
+from preflab.batching.packed_models import SHARING, by_segments_only, window_of
 from preflab.batching.packing import LAYOUTS, Batch, Layout, lay_out
 from preflab.distributed.process_group import ALONE, World
+from preflab.modeling.architecture_trial import merge_responses, supports_packed_rows
 from preflab.modeling.logprobs import Scorer
 from preflab.settings.schema import Settings
 from utils import ConfigError, first_line
@@ -22,12 +24,8 @@ def known_layouts(config: Settings, model) -> tuple[tuple[str, ...], str]:
         return ("padded",), (
             f"model.attn_implementation={config.model.attn_implementation} takes no packed rows"
         )
-    if model.model_type not in SHARING:
-        return ("padded",), (
-            f"{model.model_type} is not among the architectures tested with packed rows, SHARING in"
-            " preflab/batching/packed_attention.py"
-        )
-    return LAYOUTS, ""
+    supported = supports_packed_rows(model, config.model.trust_remote_code)
+    return (LAYOUTS if supported.ok else ("padded",)), supported.reason
 
 
 def choose_layout(
@@ -43,11 +41,13 @@ def choose_layout(
     if requested == "padded":
         return Layout("padded", **details), reason
     if not reason:
+        is_tested = policy.causal_lm.config.model_type in SHARING
+        longest = None if is_tested else config.max_length
         flex = flex_support(config, policy, world)
-        sharing = check_sharing(policy, flex=flex.ok)
+        sharing = check_sharing(policy, flex=flex.ok, longest=longest)
         if flex.ok and not sharing.ok:
             flex = Support(False, f"{BY_SEGMENTS}: {sharing.reason}")
-            sharing = check_sharing(policy)
+            sharing = check_sharing(policy, longest=longest)
         if sharing.ok:
             name = known[0] if requested == "auto" else requested
             return Layout(name, flex=flex.ok, **details), flex.reason
@@ -70,6 +70,8 @@ def flex_support(config: Settings, policy: Scorer, world: World) -> Support:
 
 def _flex_problem(config: Settings, policy: Scorer, world: World) -> str:
     """What prevents FlexAttention on a GPU; empty if nothing does."""
+    if problem := by_segments_only(policy.causal_lm):
+        return problem
     model = policy.causal_lm.config.get_text_config()
     window = window_of(model)
     if window is not None and window < config.max_length:
@@ -90,14 +92,18 @@ def _flex_problem(config: Settings, policy: Scorer, world: World) -> str:
 
 
 @torch.no_grad()
-def check_sharing(scorer: Scorer, flex: bool = False) -> Support:
+def check_sharing(scorer: Scorer, flex: bool = False, longest: int | None = None) -> Support:
     """Whether packed rows give this model the hidden states of padded rows.
 
-    The trial is two random prompts with several responses each. The control is the same packed row
+    longest: tokens of the longest text of the run. The texts of the trial are as long, so that they
+    pass every window that a text of the run passes. None: a few tokens, which do for an
+    architecture whose windows are tested.
+
+    The trial is one or two random prompts with several responses. The control is the same packed row
     with a wrong mask, which lets responses see each other: the error of the right mask must be
     small compared with the error of the wrong one.
     """
-    padded, shared, wrong = _trial_batches(scorer, flex)
+    padded, shared, wrong = _trial_batches(scorer, flex, longest)
     hidden = []
     try:
         for batch in (padded, shared, wrong):
@@ -122,7 +128,7 @@ def check_sharing(scorer: Scorer, flex: bool = False) -> Support:
     )
 
 
-def _trial_batches(scorer: Scorer, flex: bool) -> tuple[Batch, Batch, Batch]:
+def _trial_batches(scorer: Scorer, flex: bool, longest: int | None) -> tuple[Batch, Batch, Batch]:
     """Random prompts and responses in padded rows, in a shared row, and in a shared row with a
     wrong mask."""
     generator = torch.Generator().manual_seed(0)  # the run's own random state does not change
@@ -132,10 +138,12 @@ def _trial_batches(scorer: Scorer, flex: bool) -> tuple[Batch, Batch, Batch]:
         return torch.randint(vocabulary, (n,), generator=generator).numpy()
 
     lengths = [(7, (5, 1, 3)), (1, (4, 6))]
+    if longest is not None and longest > 16:  # two rows, because they cost what the run's do
+        lengths = [(longest - 7, (5, 3))]
     trees = [(draw(prompt), [draw(n) for n in responses]) for prompt, responses in lengths]
     padded = lay_out(trees, Layout("padded", flex=flex))
     shared, wrong = (lay_out(trees, Layout("prefix_shared", flex=flex)) for _ in range(2))
     # All responses of a prompt as one long response: each sees those before it.
-    wrong.segments = torch.tensor([[[[0, 7, 7, 6], [13, 1, 14, 8]]]])
+    wrong.segments = merge_responses(wrong.segments)
     wrong.blocks = block_table(wrong.segments, wrong.input_ids.shape[1]) if flex else None
     return padded, shared, wrong

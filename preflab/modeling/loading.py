@@ -12,9 +12,9 @@ from transformers import (
 from transformers.activations import NewGELUActivation
 from transformers.utils import logging
 
-from preflab.batching.packed_attention import SHARING
-from preflab.batching.packed_attention import enable as enable_segments
+from preflab.batching.packed_models import enable as enable_segments
 from preflab.modeling.adapters import check_tied, is_adapter, merge_adapter
+from preflab.modeling.architecture_trial import supports_packed_rows
 from preflab.modeling.fsdp import reshard
 from preflab.modeling.logprobs import Scorer
 from preflab.modeling.model_checks import (
@@ -157,8 +157,10 @@ def _ready(
     """The scorer in evaluation mode, placed and resharded."""
     disable_dropout(scorer.model)
     fuse_activations(scorer.model)
-    if not config.attn_implementation and scorer.causal_lm.config.model_type in SHARING:
-        enable_segments(scorer.causal_lm)
+    model = scorer.causal_lm
+    trusted = config.trust_remote_code
+    if not config.attn_implementation and supports_packed_rows(model.config, trusted).ok:
+        enable_segments(model)
     scorer.model.eval()
     if place is not None:
         place(scorer, dtype)

@@ -20,7 +20,13 @@ from torch.utils.checkpoint import checkpoint
 
 from preflab.batching.packed_attention import block_mask
 from preflab.batching.packing import Batch
-from preflab.modeling.fused_head import LinearLogProbs, TokenScores, chunk_slices, concatenate
+from preflab.modeling.fused_head import (
+    LinearLogProbs,
+    LogitStep,
+    TokenScores,
+    chunk_slices,
+    concatenate,
+)
 from utils import ConfigError
 
 
@@ -29,6 +35,9 @@ class Scorer:
 
     adapter_off: a LoRA model read as its base model (the reference of a LoRA run). autocast: dtype
     of the forward pass, or None for the dtype of the weights.
+
+    keep_router_logits: leave the logits of a mixture of experts in `router_logits`, those of the
+    last forward pass, a tuple with (rows*width, experts) for each layer with a router.
 
     A placement changes three attributes. enter: calls a function while a sharded model's weights
     are gathered. placed_on: the device of inputs, where it is not that of the weights. mixed: dtype
@@ -44,6 +53,8 @@ class Scorer:
         self.mixed = autocast
         self.enter: Callable = lambda function: function()
         self.placed_on: torch.device | None = None
+        self.keep_router_logits = False
+        self.router_logits: tuple[Tensor, ...] | None = None
 
     @property
     def causal_lm(self) -> nn.Module:
@@ -76,12 +87,16 @@ class Scorer:
         """Last hidden states (T, H) at `positions` (T,), indices into rows*width."""
         body = getattr(self.causal_lm, self.causal_lm.base_model_prefix)
         options = {} if batch.segments is None else {"position_ids": batch.position_ids}
+        if self.keep_router_logits:
+            options["output_router_logits"] = True
         output = body(
             input_ids=batch.input_ids,
             attention_mask=_attention_mask(batch),
             use_cache=False,
             **options,
         )
+        if self.keep_router_logits:
+            self.router_logits = output.router_logits
         states = output.last_hidden_state
         hidden = states.flatten(0, 1)[positions.to(states.device)]
         head = self.causal_lm.get_output_embeddings()
@@ -92,28 +107,27 @@ class Scorer:
 
     def logits(self, hidden: Tensor) -> Tensor:
         """Hidden states (T, H) to logits (T, V), in fp32 or better."""
-        config = self.causal_lm.config.get_text_config()
         logits = self.causal_lm.get_output_embeddings()(hidden)
         logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
-        if getattr(config, "logit_scale", None):
-            logits = logits * config.logit_scale
-        if getattr(config, "logits_scaling", None):
-            logits = logits / config.logits_scaling
-        if cap := getattr(config, "final_logit_softcapping", None):
-            logits = cap * torch.tanh(logits / cap)
-        return logits
+        scale, cap = self.logit_step()
+        logits = logits * scale if scale != 1 else logits
+        return logits if cap is None else cap * torch.tanh(logits / cap)
+
+    def logit_step(self) -> LogitStep:
+        """What the architecture does to the logits of its linear head."""
+        config = self.causal_lm.config.get_text_config()
+        scale = getattr(config, "logit_scale", None) or 1.0  # Cohere
+        scale /= getattr(config, "logits_scaling", None) or 1.0  # Granite
+        return LogitStep(scale, getattr(config, "final_logit_softcapping", None) or None)  # Gemma
 
     def plain_head(self) -> tuple[Tensor, Tensor | None] | None:
         """Weight (V, H) and bias (V,) of the LM head where logits are one linear layer with
-        unsharded weights and no scaling or cap; else None."""
+        unsharded weights, and then `logit_step`; else None."""
         head = self.causal_lm.get_output_embeddings()
-        config = self.causal_lm.config.get_text_config()
-        transforms = ("logit_scale", "logits_scaling", "final_logit_softcapping")
         if (
             not isinstance(head, nn.Linear)
             or hasattr(head, "base_layer")  # a LoRA layer
             or isinstance(head.weight, DTensor)
-            or any(getattr(config, name, None) for name in transforms)
         ):
             return None
         return head.weight, head.bias
@@ -284,12 +298,13 @@ def _score_fused(
     if policy_head is None:
         return None
     operands = _cast_for_autocast(hidden, *policy_head)
-    reference_operands = [None, None, None]
+    reference_operands, steps = [None, None, None], [policy.logit_step(), LogitStep()]
     if extras.kl is not None:
         reference_head = extras.reference.plain_head()
         if reference_head is None or reference_head[0].device != hidden.device:
             return None
         reference_operands = _cast_for_autocast(extras.reference_hidden, *reference_head)
+        steps[1] = extras.reference.logit_step()
     differentiable = torch.is_grad_enabled()
     with torch.autocast(hidden.device.type, enabled=False):
         columns = LinearLogProbs.apply(
@@ -300,6 +315,7 @@ def _score_fused(
             extras.entropy,
             differentiable,
             extras.collision,
+            tuple(steps),
         )
     return TokenScores(*columns)
 

@@ -31,6 +31,7 @@ from preflab.modeling.placed_weights import (
     largest_state_bytes,
     sum_over_ranks,
 )
+from preflab.modeling.router_loss import RouterLoss
 from preflab.objective.registry import BoundLoss
 from preflab.settings.schema import Settings
 from preflab.training.checkpoints import Counters, random_state, set_random_state
@@ -104,6 +105,7 @@ class Learner:
             last_tokens=self.scalar,
         )
         reshard(self.policy.model)
+        self.router_loss = RouterLoss.of(self.policy)
         logger.info(f"layout: {self.layout.name}" + (f" ({reason})" if reason else ""))
         self._reference_source = ReferenceSource(
             settings,
@@ -189,12 +191,17 @@ class Learner:
         lr = self._set_learning_rate()
         # Where the placement divides gradients by the number of ranks, this factor undoes it.
         scale = self.world.data_ranks if self.placement.averages_gradients else 1
+        if self.router_loss:
+            self.router_loss.begin(microbatches, self.world)
         for batch, n_real in microbatches:
             batch = batch.to(self.policy.device)
             output, metrics = compute_loss(
                 self.loss, self.policy, self.reference, batch, data, "train"
             )
-            (output.losses[:n_real].sum() * (scale / n_examples)).backward()
+            total = output.losses[:n_real].sum() * (scale / n_examples)
+            if self.router_loss:
+                total = total + scale * self.router_loss.part(batch, n_real)
+            total.backward()
             sums.add(metrics, n_real)
             losses.append(output.losses[:n_real].detach())
             seen += batch.examples[:n_real]
@@ -248,6 +255,8 @@ class Learner:
             "examples_per_second": n_examples / seconds,
             "tokens_per_second": n_tokens / seconds,
         }
+        if self.router_loss:
+            means["router_loss/train"] = self.world.sum([float(self.router_loss.value)])[0]
         return means | rates
 
     # ----------------------------------------------------------------------------- saving, loading
