@@ -5,8 +5,10 @@ write imdb-like files.
         --n_test 200 model=tiny
 
 writes data/reviews-train.jsonl and data/reviews-test.jsonl with one response per line: {"prompt",
-"text", "reward"}. Further arguments are overrides, as for train.py: the model, its archive, the
-reward, temperature and seed.
+"text", "reward"}. A prompt is text, or a list of chat messages, which goes through the model's chat
+template. Further arguments are overrides, as for train.py: the model, its archive, the reward,
+temperature and seed. Responses are kept in OUTPUT-partial.jsonl as they come, and the same command
+continues after an interruption.
 """
 
 import argparse
@@ -16,14 +18,21 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from preflab.batching.chat import chat_of, set_chat
+from omegaconf import OmegaConf
+from tqdm import tqdm
+
+from preflab.batching.chat import PromptText, chat_of, render, response_text, set_chat
 from preflab.modeling.generation import sample
 from preflab.modeling.loading import build_policy, load_tokenizer
+from preflab.readers.messages import Chat, messages_of
 from preflab.rewards.registry import build_reward
 from preflab.settings.compose import compose
 from preflab.settings.overrides import fail
 from preflab.settings.values import truncation
-from utils import DataError, PrefLabError, atomic_write
+from scripts.partial_file import PartialFile
+from utils import DataError, PrefLabError, atomic_write, content_hash
+
+PROMPTS_AT_A_TIME = 64
 
 
 def main() -> None:
@@ -31,12 +40,14 @@ def main() -> None:
     try:
         config = compose(overrides, arguments.config_dir)
         prompts = _read_prompts(arguments.prompts)
-        rows = build_rows(config, prompts, arguments.k, arguments.n_test)
+        partial = Path(f"{arguments.output}-partial.jsonl")
+        rows = build_rows(config, prompts, arguments.k, arguments.n_test, partial)
         for split, split_rows in zip(("train", "test"), rows, strict=True):
             path = Path(f"{arguments.output}-{split}.jsonl")
             with atomic_write(path) as f:
                 f.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in split_rows)
             print(f"{path}: {len(split_rows):,} responses")
+        partial.unlink(missing_ok=True)
     except PrefLabError as error:
         fail(error)
 
@@ -61,51 +72,87 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
-def _read_prompts(path: Path) -> list[str]:
+def _read_prompts(path: Path) -> list[str | list[dict]]:
+    """The distinct prompts of a file, texts or lists of messages."""
     if not path.is_file():
         raise DataError(f"--prompts {path}: no such file")
-    prompts = []
+    prompts = {}
     for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
+        where = f"{path}:{number}"
         try:
-            prompts.append(json.loads(line)["prompt"])
+            prompt = json.loads(line)["prompt"]
         except (json.JSONDecodeError, KeyError, TypeError) as error:
-            raise DataError(f'{path}:{number}: expected a JSON object with a "prompt"') from error
-    return list(dict.fromkeys(prompts))
+            raise DataError(f'{where}: expected a JSON object with a "prompt"') from error
+        prompt = messages_of({"prompt": prompt}, "prompt", where) or prompt
+        if not isinstance(prompt, (str, list)):
+            raise DataError(f"{where}: 'prompt' must be text or a list of chat messages")
+        prompts[json.dumps(prompt)] = prompt
+    return list(prompts.values())
 
 
-def build_rows(config, prompts: list[str], k: int, n_test: int) -> tuple[list[dict], list[dict]]:
-    """The rows of the training and of the test file."""
+def build_rows(
+    config, prompts: list, k: int, n_test: int, partial: Path
+) -> tuple[list[dict], list[dict]]:
+    """The rows of the training and of the test file. partial: where they are kept meanwhile."""
     if not 0 < n_test < len(prompts):
         raise DataError(
             f"--n_test {n_test} must lie between 1 and {len(prompts) - 1},"
             " one less than the number of prompts"
         )
+    done = PartialFile(partial, _settings(config, prompts, k))
+    if len(done.rows) < k * len(prompts):
+        _sample_and_score(config, prompts, k, done)
+    n_train = k * (len(prompts) - n_test)
+    return done.rows[:n_train], done.rows[n_train:]
+
+
+def _settings(config, prompts: list, k: int) -> dict:
+    """What determines the rows."""
+    keys = ("model", "reward", "seed", "temperature", "topp", "top_k", "min_p", "max_new_tokens")
+    keys += ("max_length", "max_prompt_length", "chat_template_kwargs", "chat_date")
+    chosen = OmegaConf.to_container(OmegaConf.masked_copy(config, keys), resolve=True)
+    return chosen | {"k": k, "prompts": content_hash(json.dumps(prompts))}
+
+
+def _sample_and_score(config, prompts: list, k: int, done: PartialFile) -> None:
     tokenizer = load_tokenizer(config.model)
     set_chat(tokenizer, chat_of(config))
     policy = build_policy(config.model, trainable=False)
+    score = build_reward(config.reward)
+    bar = tqdm(total=len(prompts), desc="prompts", unit="prompts", initial=len(done.rows) // k)
+    for begin in range(len(done.rows) // k, len(prompts), PROMPTS_AT_A_TIME):
+        part = prompts[begin : begin + PROMPTS_AT_A_TIME]
+        responses = sample(
+            policy,
+            tokenizer,
+            [tokens for prompt in part for tokens in [_ids(tokenizer, prompt)] * k],
+            keys=list(range(k * begin, k * (begin + len(part)))),
+            max_new_tokens=config.max_new_tokens or config.max_length - config.max_prompt_length,
+            temperature=config.temperature,
+            **truncation(config),
+            seed=config.seed,
+            batch_size=config.eval_batch_size,
+        )
+        texts = [response_text(tokenizer, tokens) for tokens in responses]
+        repeated = [prompt for prompt in part for _ in range(k)]
+        shown = [PromptText(one) if isinstance(one, list) else one for one in repeated]
+        rewards = score(shown, texts)
+        done.add(
+            [
+                {"prompt": prompt, "text": text, "reward": reward}
+                for prompt, text, reward in zip(repeated, texts, rewards, strict=True)
+            ]
+        )
+        bar.update(len(part))
+    bar.close()
+
+
+def _ids(tokenizer, prompt: str | list[dict]) -> list[int]:
+    if isinstance(prompt, list):
+        text = render(tokenizer, Chat(prompt), generation_prompt=True, where="--prompts")
+        return tokenizer(text, add_special_tokens=False)["input_ids"]
     bos = [tokenizer.bos_token_id] if tokenizer.bos_token_id is not None else []
-    ids = [bos + tokens for tokens in tokenizer(prompts, add_special_tokens=False)["input_ids"]]
-    responses = sample(
-        policy,
-        tokenizer,
-        [tokens for tokens in ids for _ in range(k)],
-        keys=list(range(k * len(prompts))),
-        max_new_tokens=config.max_new_tokens or config.max_length - config.max_prompt_length,
-        temperature=config.temperature,
-        **truncation(config),
-        seed=config.seed,
-        batch_size=config.eval_batch_size,
-    )
-    texts = [tokenizer.decode(tokens, skip_special_tokens=True) for tokens in responses]
-    repeated = [prompt for prompt in prompts for _ in range(k)]
-    rewards = build_reward(config.reward)(repeated, texts)
-    rows = [
-        {"prompt": prompt, "text": text, "reward": reward}
-        for prompt, text, reward in zip(repeated, texts, rewards, strict=True)
-    ]
-    held_out = set(prompts[-n_test:])
-    train = [row for row in rows if row["prompt"] not in held_out]
-    return train, [row for row in rows if row["prompt"] in held_out]
+    return bos + tokenizer(prompt, add_special_tokens=False)["input_ids"]
 
 
 if __name__ == "__main__":

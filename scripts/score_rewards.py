@@ -4,9 +4,11 @@
         [reward.key=value ...]
 
 The file has {"prompt" or "question", "response"} on each line, as generate.py writes them, or is a
-JSON list of such rows. outs.scored.jsonl gets every row with its "score" and its "length" in words.
+JSON list of such rows; "messages", or a prompt that is a list of messages, is a conversation.
+outs.scored.jsonl gets every row with its "score" and its "length" in words.
 outs.scored.summary.json gets the reward's settings, the mean score, its standard error and the mean
-length, which are printed too. NAME is a file of config/reward/.
+length, which are printed too. Scores are kept in outs.scored.partial.jsonl as they come, and the
+same command continues after an interruption. NAME is a file of config/reward/.
 """
 
 import argparse
@@ -19,10 +21,13 @@ from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
+from preflab.batching.chat import PromptText
+from preflab.readers.messages import messages_of
 from preflab.rewards.registry import build_reward
 from preflab.settings.compose import compose
 from preflab.settings.overrides import fail
-from utils import DataError, PrefLabError, atomic_write, mean_and_error
+from scripts.partial_file import PartialFile
+from utils import DataError, PrefLabError, atomic_write, content_hash, mean_and_error
 
 ROWS_AT_A_TIME = 256
 
@@ -37,16 +42,18 @@ def main() -> None:
                 f"--output {output} is the file of generations itself; give another name"
             )
         rows = read_generations(arguments.fname)
-        scored = score_rows(rows, build_reward(config.reward))
-        summary = {
-            "fname": str(arguments.fname),
-            "reward": OmegaConf.to_container(config.reward, resolve=True),
-            **summarise(scored),
-        }
+        reward = OmegaConf.to_container(config.reward, resolve=True)
+        done = PartialFile(
+            output.with_suffix(".partial.jsonl"),
+            {"reward": reward, "rows": content_hash(arguments.fname)},
+        )
+        scored = score_rows(rows, build_reward(config.reward), done)
+        summary = {"fname": str(arguments.fname), "reward": reward, **summarise(scored)}
         with atomic_write(output) as f:
             f.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in scored)
         with atomic_write(output.with_suffix(".summary.json")) as f:
             f.write(json.dumps(summary, indent=1, ensure_ascii=False) + "\n")
+        done.remove()
     except PrefLabError as error:
         fail(error)
     error = "" if summary["standard_error"] is None else f" ± {summary['standard_error']:.4g}"
@@ -101,30 +108,37 @@ def _parse(line: str, where: str):
 
 
 def _check_row(row, where: str) -> None:
-    texts = [_prompt(row), row.get("response")] if isinstance(row, dict) else [None]
-    if not all(isinstance(text, str) for text in texts):
+    prompt = _prompt(row, where) if isinstance(row, dict) else None
+    if not isinstance(prompt, str) or not isinstance(row.get("response"), str):
         raise DataError(f'{where}: expected {{"prompt" or "question": text, "response": text}}')
     if taken := row.keys() & {"score", "length"}:
         raise DataError(f"{where}: has a {' and a '.join(sorted(taken))} already; rename it")
 
 
-def _prompt(row: dict):
+def _prompt(row: dict, where: str = ""):
+    """The prompt for a reward, a conversation with its messages."""
+    for key in ("messages", "prompt"):
+        if isinstance(row.get(key), list):
+            return PromptText(messages_of(row, key, where))
     return row.get("prompt", row.get("question"))
 
 
-def score_rows(rows: list[dict], score) -> list[dict]:
-    """The rows, each with its score and its length in words."""
-    scored = []
-    with tqdm(total=len(rows), desc="score", unit="responses", delay=1.0) as progress:
-        for begin in range(0, len(rows), ROWS_AT_A_TIME):
+def score_rows(rows: list[dict], score, done: PartialFile) -> list[dict]:
+    """The rows, each with its score and its length in words. done: has those of before."""
+    n_done = len(done.rows)
+    bar = tqdm(total=len(rows), initial=n_done, desc="score", unit="responses", delay=1.0)
+    with bar as progress:
+        for begin in range(n_done, len(rows), ROWS_AT_A_TIME):
             part = rows[begin : begin + ROWS_AT_A_TIME]
             values = score([_prompt(row) for row in part], [row["response"] for row in part])
-            scored += [
-                row | {"score": value, "length": len(row["response"].split())}
-                for row, value in zip(part, values, strict=True)
-            ]
+            done.add(
+                [
+                    row | {"score": value, "length": len(row["response"].split())}
+                    for row, value in zip(part, values, strict=True)
+                ]
+            )
             progress.update(len(part))
-    return scored
+    return done.rows
 
 
 def summarise(scored: list[dict]) -> dict:

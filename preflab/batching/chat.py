@@ -301,6 +301,12 @@ def prompt_text(tokenizer, tokens: list[int], chat: Chat | None) -> str:
     return tokenizer.decode(tokens, skip_special_tokens=True)
 
 
+def prompt_columns(prompt: str) -> dict:
+    """A prompt in a row of a file: its text, and its messages where it is a conversation."""
+    messages = getattr(prompt, "messages", None)
+    return {"prompt": str(prompt)} | ({"messages": messages} if messages else {})
+
+
 def messages_of_prompt(prompt: str) -> list[dict]:
     """The messages of a prompt; text is what a user says."""
     return getattr(prompt, "messages", None) or [{"role": "user", "content": str(prompt)}]

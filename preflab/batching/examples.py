@@ -9,6 +9,7 @@ import torch
 
 from preflab.batching.loader import evaluation_order
 from preflab.batching.token_store import TokenStore, cut_prompt
+from preflab.readers.messages import Chat
 from utils import DataError
 
 
@@ -129,12 +130,14 @@ class PromptToSample:
     """A prompt to sample for.
 
     tokens: the prompt, cut to max_prompt_length. chosen: the tokens of the best response that the
-    data have. key: the number of the prompt in `PreferenceData.groups`.
+    data have. key: the number of the prompt in `PreferenceData.groups`. chat: the conversation that
+    it is made of, None for text.
     """
 
     tokens: list[int]
     chosen: list[int]
     key: int
+    chat: Chat | None = None
 
 
 def prompts_to_sample(data: PreferenceData, n: int, max_prompt_length: int) -> list[PromptToSample]:
@@ -163,7 +166,12 @@ def prompt_to_sample(data: PreferenceData, example: int, max_prompt_length: int)
     if data.kind == "responses":
         chosen = _best_response(store, chosen)
     begin, end = store.responses[chosen]
-    return PromptToSample(prompt, store.tokens[begin:end].tolist(), int(data.groups[example]))
+    return PromptToSample(
+        prompt,
+        store.tokens[begin:end].tolist(),
+        int(data.groups[example]),
+        store.chat(int(store.response_prompt[responses[0]])),
+    )
 
 
 def _best_response(store: TokenStore, response: int) -> int:

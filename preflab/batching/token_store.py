@@ -12,6 +12,7 @@ import numpy as np
 from tqdm import tqdm
 
 from preflab.batching.chat import chat_settings, conversations_ids, render
+from preflab.readers.messages import Chat
 from preflab.readers.records import Record, Source
 from utils import DataError, atomic_directory, content_hash, damaged_file, write_checksums
 
@@ -31,6 +32,7 @@ ARRAYS = (
     "targets",
     "sources",
 )
+CHATS, CHAT_BEGINS = "chats.bin", "chat_begins.npy"
 DTYPES = {"cut": np.bool_, "scores": np.float64, "sources": np.str_}  # the others are int64
 
 
@@ -47,8 +49,11 @@ class TokenStore:
     pairs (pairs, 2): chosen and rejected response.
     targets (prompts,): the response to imitate.
     columns: further numbers, (pairs,) by name.
-    sources (prompts,): file and line. counts: what was read, truncated and skipped, and under
-    "content" a hash of the arrays but `sources`.
+    sources (prompts,): file and line.
+    chats: the conversations that prompts are made of, in JSON, one after the other, and where each
+    begins and the last ends, (prompts + 1,); None where all prompts are text.
+    counts: what was read, truncated and skipped, and under "content" a hash of the arrays but
+    `sources`.
     key: changes with the content.
     reference: log-probs of the frozen reference, where they are cached; see reference_cache.py.
     """
@@ -68,6 +73,15 @@ class TokenStore:
     counts: dict
     key: str = ""
     reference: Any = None
+    chats: tuple[np.ndarray, np.ndarray] | None = None
+
+    def chat(self, prompt: int) -> Chat | None:
+        """The conversation that a prompt is made of; None for text."""
+        if self.chats is None:
+            return None
+        content, begins = self.chats
+        written = content[begins[prompt] : begins[prompt + 1]].tobytes()
+        return Chat(*json.loads(written)) if written else None
 
 
 def prepare(
@@ -131,6 +145,7 @@ def _write_store(
     counts = {"name": source.name, "split": source.split, **source.counts, **writer.truncated}
     writer.check(source, counts)
     writer.save_arrays(folder)
+    writer.save_chats(folder)
     counts["content"] = _content(folder, writer.columns)
     meta = {
         "name": source.name,
@@ -150,6 +165,7 @@ class _StoreWriter:
         self.rows: dict[str, list] = {key: [] for key in ARRAYS if key != "tokens"}
         self.columns: dict[str, list[float]] = {}
         self.truncated = {"truncated_prompts": 0, "truncated_responses": 0}
+        self.chats: list[bytes] = []
 
     def add(
         self,
@@ -168,6 +184,8 @@ class _StoreWriter:
         rows["cut"].extend(cuts)
         rows["scores"].extend(record.scores or [float("nan")] * len(responses))
         rows["sources"].append(record.source)
+        is_chat = isinstance(record.prompt, Chat)
+        self.chats.append(record.prompt.key().encode() if is_chat else b"")
         rows["targets"].append(first + record.sft_target)
         rows["pairs"].extend(
             (first + chosen, first + rejected) for chosen, rejected in record.pairs
@@ -197,6 +215,12 @@ class _StoreWriter:
                     f"datasets: {source.name} has column {name!r} for some pairs only; give it for"
                     " all or none"
                 )
+
+    def save_chats(self, folder: Path) -> None:
+        if any(self.chats):
+            (folder / CHATS).write_bytes(b"".join(self.chats))
+            begins = np.cumsum([0, *map(len, self.chats)])
+            np.save(folder / CHAT_BEGINS, begins)
 
     def save_arrays(self, folder: Path) -> None:
         for key, values in self.rows.items():
@@ -228,6 +252,9 @@ def _load_store(folder: Path) -> TokenStore:
         key: np.load(folder / f"{key}.npy", mmap_mode="r") for key in ARRAYS if key != "tokens"
     }
     arrays["tokens"] = np.memmap(folder / "tokens.bin", dtype=np.int32, mode="r")
+    chats = None
+    if (folder / CHATS).is_file():
+        chats = np.memmap(folder / CHATS, dtype=np.uint8, mode="r"), np.load(folder / CHAT_BEGINS)
     columns = {name: np.load(_column_file(folder, name)) for name in meta["columns"]}
     if "content" not in meta["counts"]:  # of a version that did not store it
         meta["counts"]["content"] = _content(folder, columns)
@@ -237,6 +264,7 @@ def _load_store(folder: Path) -> TokenStore:
         columns=columns,
         counts=meta["counts"],
         key=folder.name,
+        chats=chats,
         **arrays,
     )
 

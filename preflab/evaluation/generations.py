@@ -3,6 +3,7 @@
 import json
 from pathlib import Path
 
+from preflab.batching.chat import prompt_columns, prompt_text, response_text
 from preflab.batching.examples import PreferenceData, prompts_to_sample
 from preflab.modeling.generation import sample
 from preflab.modeling.loading import build_policy
@@ -33,12 +34,10 @@ def write_generations(path: Path, settings: Settings, tokenizer, data: Preferenc
     )
     with atomic_write(path) as f:
         for (prompt, i), response in zip(drawn, responses, strict=True):
-            texts = {"prompt": prompt.tokens, "response": response, "chosen": prompt.chosen}
             row = {
-                name: tokenizer.decode(tokens, skip_special_tokens=True)
-                for name, tokens in texts.items()
-            }
-            row |= {
+                **prompt_columns(prompt_text(tokenizer, prompt.tokens, prompt.chat)),
+                "response": response_text(tokenizer, response),
+                "chosen": response_text(tokenizer, prompt.chosen),
                 "sample": i,
                 "temperature": settings.temperature,
                 **truncation_columns(settings),

@@ -1,11 +1,11 @@
 """Samples of a policy, and their rewards, KL to the reference, length and repetition."""
 
 import math
-from collections.abc import Iterable
 from dataclasses import dataclass
 
 import torch
 
+from preflab.batching.chat import prompt_columns, prompt_text, response_text
 from preflab.batching.examples import PreferenceData, PromptToSample, prompts_to_sample
 from preflab.batching.packing import Layout, lay_out
 from preflab.distributed.process_group import ALONE, World
@@ -125,15 +125,16 @@ def _draw(
         world=world,
         description=description,
     )
-    texts = _texts(tokenizer, tokens)
-    mine = world.share(_texts(tokenizer, prompt_tokens)), world.share(texts)
+    texts = [response_text(tokenizer, response) for response in tokens]
+    prompt_texts = [text for text in _prompt_texts(tokenizer, prompts) for _ in range(sampling.k)]
+    mine = world.share(prompt_texts), world.share(texts)
     scores = {name: world.gather(score(*mine)) for name, score in rewards.items()}
     ends = end_tokens(tokenizer, scorer.causal_lm)
     return Samples(tokens, [ended(response, ends) for response in tokens], texts, scores)
 
 
-def _texts(tokenizer, responses: Iterable[list[int]]) -> list[str]:
-    return [tokenizer.decode(tokens, skip_special_tokens=True) for tokens in responses]
+def _prompt_texts(tokenizer, prompts: list[PromptToSample]) -> list[str]:
+    return [prompt_text(tokenizer, prompt.tokens, prompt.chat) for prompt in prompts]
 
 
 def _rows(
@@ -144,13 +145,13 @@ def _rows(
     sampling: Sampling,
 ) -> list[dict]:
     """The rows of samples.jsonl. samples: by model. measured: values of the policy's samples."""
-    prompt_texts = _texts(tokenizer, (prompt.tokens for prompt in prompts))
-    chosen_texts = _texts(tokenizer, (prompt.chosen for prompt in prompts))
+    prompt_texts = _prompt_texts(tokenizer, prompts)
+    chosen_texts = [response_text(tokenizer, prompt.chosen) for prompt in prompts]
     rows = []
     for i in range(len(prompts) * sampling.k):
         number, member = divmod(i, sampling.k)
         row = {
-            "prompt": prompt_texts[number],
+            **prompt_columns(prompt_texts[number]),
             "sample": member,
             "policy": None,
             "reference": None,

@@ -99,8 +99,8 @@ def check_sharing(scorer: Scorer, flex: bool = False, longest: int | None = None
     pass every window that a text of the run passes. None: a few tokens, which do for an
     architecture whose windows are tested.
 
-    The trial is one or two random prompts with several responses. The control is the same packed row
-    with a wrong mask, which lets responses see each other: the error of the right mask must be
+    The trial is one or two random prompts with several responses. The control is the same packed
+    row with a wrong mask, which lets responses see each other: the error of the right mask must be
     small compared with the error of the wrong one.
     """
     padded, shared, wrong = _trial_batches(scorer, flex, longest)

@@ -4,6 +4,7 @@ from pathlib import Path
 
 import numpy as np
 
+from preflab.batching.chat import prompt_text, response_text
 from preflab.batching.examples import PreferenceData, PromptToSample, prompt_to_sample
 from preflab.batching.loader import Loader
 from preflab.distributed.process_group import World
@@ -95,7 +96,7 @@ class Drawing:
         return Rollouts(
             number,
             keys=[prompt.key for prompt in prompts],
-            prompts=self._texts(prompt_tokens),
+            prompts=[prompt_text(self.tokenizer, p.tokens, p.chat) for p in prompts],
             prompt_tokens=prompt_tokens,
             responses=[self._texts(of_prompt) for of_prompt in tokens],
             tokens=tokens,
@@ -121,7 +122,7 @@ class Drawing:
         )
 
     def _texts(self, responses: list[list[int]]) -> list[str]:
-        return [self.tokenizer.decode(ids, skip_special_tokens=True) for ids in responses]
+        return [response_text(self.tokenizer, ids) for ids in responses]
 
 
 def rollouts_file(run_dir: Path) -> Path:

@@ -13,9 +13,11 @@ from fastapi.responses import JSONResponse
 from pydantic import BaseModel, Field, StrictInt, StrictStr
 from starlette.exceptions import HTTPException
 
+from preflab.batching.chat import PromptText
 from preflab.distributed.process_group import ALONE
 from preflab.online.build import make_labeler
 from preflab.online.rollouts import Rollouts
+from preflab.readers.messages import messages_of
 from preflab.reports.runs import read_jsonl
 from preflab.rewards.registry import build_reward
 from preflab.settings.schema import Settings
@@ -29,10 +31,14 @@ MAX_WAITING = 64  # requests; the service refuses more
 
 
 class Predict(BaseModel):
-    """The body of POST /predict: the texts to score, (n,) prompts and (n,) responses."""
+    """The body of POST /predict: the texts to score, (n,) prompts and (n,) responses.
+
+    messages: those of the prompts, where they are conversations.
+    """
 
     prompts: list[StrictStr] = Field(max_length=MAX_TEXTS)
     responses: list[StrictStr] = Field(max_length=MAX_TEXTS)
+    messages: list[list[dict]] | None = Field(default=None, max_length=MAX_TEXTS)
 
 
 class Train(BaseModel):
@@ -45,6 +51,7 @@ class Train(BaseModel):
     round: StrictInt
     prompts: list[StrictStr] = Field(max_length=MAX_TEXTS)
     responses: list[list[StrictStr]] = Field(max_length=MAX_TEXTS)
+    messages: list[list[dict]] | None = Field(default=None, max_length=MAX_TEXTS)
 
 
 class Service:
@@ -154,13 +161,21 @@ class Service:
         }
 
 
+def _prompts_of(request: Predict | Train) -> list[str]:
+    """The prompts, with their messages where the client has sent them."""
+    if request.messages is None:
+        return request.prompts
+    rows = [{"messages": messages} for messages in request.messages]
+    return [PromptText(messages_of(row, "messages", "messages")) for row in rows]
+
+
 def _rollouts_of(request: Train, number: int) -> Rollouts:
     """The responses of a request as rollouts of round `number`, without tokens."""
     texts_of_prompts = zip(request.prompts, request.responses, strict=True)
     return Rollouts(
         number,
         keys=[content_hash(prompt, *texts) for prompt, texts in texts_of_prompts],
-        prompts=request.prompts,
+        prompts=_prompts_of(request),
         prompt_tokens=[[] for _ in request.prompts],
         responses=request.responses,
         tokens=[[[] for _ in texts] for texts in request.responses],
@@ -175,14 +190,14 @@ def make_app(service: Service, token: str | None) -> FastAPI:
 
     @app.post("/predict")
     async def predict(request: Predict):
-        if problem := _problem_of_predict(request):
+        if problem := _problem_of_predict(request) or _problem_of_messages(request):
             return refuse(422, problem)
-        scores = await worker.run(service.predict, request.prompts, request.responses)
+        scores = await worker.run(service.predict, _prompts_of(request), request.responses)
         return scores if isinstance(scores, JSONResponse) else {"scores": scores}
 
     @app.post("/train")
     async def train(request: Train):
-        if problem := _problem_of_train(request):
+        if problem := _problem_of_train(request) or _problem_of_messages(request):
             return refuse(422, problem)
         return await worker.run(service.train, request)
 
@@ -240,6 +255,18 @@ def _problem_of_train(request: Train) -> str | None:
         return "expected a list of two or more responses to each prompt, all equally many"
     responses = (text for texts in request.responses for text in texts)
     return _too_long([*request.prompts, *responses])
+
+
+def _problem_of_messages(request: Predict | Train) -> str | None:
+    """What is wrong with the messages of a request; None if nothing is."""
+    if request.messages is None:
+        return None
+    if len(request.messages) != len(request.prompts):
+        return f"{len(request.messages)} messages and {len(request.prompts)} prompts"
+    try:
+        return _too_long([str(prompt) for prompt in _prompts_of(request)])
+    except DataError as error:
+        return str(error)
 
 
 def _too_long(texts: list[str]) -> str | None:

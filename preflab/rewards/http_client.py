@@ -8,6 +8,7 @@ import time
 from collections.abc import Callable
 from typing import TypeVar
 
+from preflab.batching.chat import messages_of_prompt
 from preflab.rewards.registry import RewardError, Score, register_reward
 from utils import content_hash
 
@@ -74,6 +75,7 @@ class _ScoringClient:
         for begin in range(0, len(responses), self.batch_size):
             part = slice(begin, begin + self.batch_size)
             payload = {"prompts": prompts[part], "responses": responses[part]}
+            payload |= _messages(prompts[part])
             scores = self._ask("/predict", payload, _read_scores, EXPECTED_SCORES)
             if len(scores) != len(responses[part]):
                 raise RewardError(
@@ -86,6 +88,7 @@ class _ScoringClient:
     def learn(self, run: str, number: int, prompts: list[str], responses: list[list[str]]) -> dict:
         """The labels of the responses, (prompts, K), of round `number` of a run."""
         payload = {"round": number, "prompts": prompts, "responses": responses}
+        payload |= _messages(prompts)
         payload["id"] = content_hash(run, json.dumps(payload))
         return self._ask(
             "/train", payload, lambda answer: _read_labels(answer, responses), EXPECTED_LABELS
@@ -124,6 +127,13 @@ class _ScoringClient:
             f"reward.url={self.url} gave no scores in {self.retries + 1} attempts,"
             f" the last: {outcome}"
         )
+
+
+def _messages(prompts: list[str]) -> dict:
+    """The messages of prompts, where some are conversations."""
+    if not any(hasattr(prompt, "messages") for prompt in prompts):
+        return {}
+    return {"messages": list(map(messages_of_prompt, prompts))}
 
 
 def _summary(response) -> str:

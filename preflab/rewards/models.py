@@ -2,6 +2,8 @@
 
 import re
 
+from preflab.batching.chat import messages_of_prompt, render
+from preflab.readers.messages import Chat
 from preflab.rewards.registry import RewardError, Score, register_reward
 from utils import ConfigError, first_line, model_folder, nearest
 
@@ -87,8 +89,8 @@ def reward_model(
     """The single output of a sequence-classification model for prompt and response together.
 
     path: a folder, a hub id, or a run of loss=bradley_terry.
-    chat_template: format prompt and response as a user's and an assistant's message, with the
-        template of the model's tokenizer (true), or with the given Jinja template.
+    chat_template: format the conversation with the template of the model's tokenizer (true), or
+        with the given Jinja template; a prompt of text is a user's message.
     max_length: tokens that are used, from the end (null: as many as the model takes).
     head: the name of the output layer in the weights, if it is not the name that transformers uses;
         the layer is linear, and the model below it is one that transformers has.
@@ -150,8 +152,9 @@ def _load_reward_model(path: str, head: str | None, trust_remote_code: bool) -> 
 
 
 def _chat_ids(tokenizer, prompt: str, response: str, limit: int | None) -> list[int]:
-    messages = [{"role": "user", "content": prompt}, {"role": "assistant", "content": response}]
-    text = tokenizer.apply_chat_template(messages, tokenize=False)
+    """The ids that the template gives the whole conversation, all of its messages."""
+    messages = [*messages_of_prompt(prompt), {"role": "assistant", "content": response}]
+    text = render(tokenizer, Chat(messages), generation_prompt=False, where="reward.chat_template")
     ids = tokenizer(text, add_special_tokens=False)["input_ids"]
     return ids[-limit:] if limit else ids
 

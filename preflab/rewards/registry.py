@@ -9,6 +9,7 @@ from typing import Any
 
 from omegaconf import OmegaConf
 
+from preflab.batching.chat import messages_of_prompt
 from preflab.settings.schema import Settings
 from utils import ConfigError, PrefLabError, load_module, nearest
 
@@ -22,16 +23,22 @@ class RewardError(PrefLabError):
     """A reward did not return usable scores. A failure is never treated as a score."""
 
 
-def register_reward(name: str, *, gold: bool = True, paid: bool = False):
+def register_reward(
+    name: str, *, gold: bool = True, paid: bool = False, reads_messages: bool = False
+):
     """Register a function that maps the settings of `config/reward/<name>.yaml` to a `Score`.
 
     gold: labels from this reward count against the budget of online learning. Set it to False for a
         model that stands in for the oracle.
     paid: each request costs money, so the reward is not called for logging alone.
+    reads_messages: the score gets each prompt as a list of {role, content}; a prompt of text is one
+        message of a user. Else it gets text: of a conversation the content of its only message, or
+        `role: content` for each, separated by blank lines.
     """
 
     def decorate(function):
         function.is_gold, function.is_paid = gold, paid
+        function.reads_messages = reads_messages
         REWARDS[name] = function
         return function
 
@@ -125,10 +132,12 @@ def build_reward(config: Mapping[str, Any]) -> Score:
     settings = {key: value for key, value in config.items() if key not in ("name", "module")}
     name = config["name"]
     score = REWARDS[name](**settings)
+    reads_messages = getattr(REWARDS[name], "reads_messages", False)
 
     def checked(prompts: list[str], responses: list[str]) -> list[float]:
         try:
-            scores = [float(value) for value in score(prompts, responses)]
+            given = list(map(messages_of_prompt, prompts)) if reads_messages else prompts
+            scores = [float(value) for value in score(given, responses)]
         except PrefLabError:
             raise
         except Exception as error:  # a user's reward may raise anything
