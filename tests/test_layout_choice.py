@@ -158,11 +158,14 @@ def test_the_fastest_supported_layout_is_taken_and_others_refused_by_name():
 def no_tests(monkeypatch):
     """No architecture is in SHARING, and none has been tried."""
     monkeypatch.setattr(architecture_trial, "SHARING", set())
-    monkeypatch.setattr(layout_choice, "SHARING", set())
     monkeypatch.setattr(architecture_trial, "_results", {})
 
 
-@pytest.mark.parametrize("architecture", sorted(set(ARCHITECTURES) - {"lfm2"}))
+# Every way to attend, windows in all and in some layers, learned positions, and a mixture.
+TRIED = "bloom falcon_rw gemma2 gpt2 gpt_neo gpt_oss gptj mistral mpt phi3 qwen2_moe starcoder2"
+
+
+@pytest.mark.parametrize("architecture", TRIED.split())
 def test_the_trial_passes_what_the_tests_pass(architecture, no_tests):
     before = torch.random.get_rng_state()
     assert supports_packed_rows(make_config(architecture)) == Support(True)
@@ -278,6 +281,14 @@ def test_the_trial_refuses_attention_that_is_right_and_cannot_learn(no_tests, mo
     monkeypatch.setattr(packed_attention, "_by_segments", detached)
     result = supports_packed_rows(make_config("llama"))
     assert not result.ok and "gives other gradients" in result.reason
+
+
+def test_code_of_a_model_folder_is_tried_whatever_its_name(no_tests, monkeypatch):
+    monkeypatch.setattr(architecture_trial, "SHARING", {"llama"})
+    monkeypatch.setattr(architecture_trial, "_try_architecture", lambda *_: Support(False, "tried"))
+    config = make_config("llama", auto_map={"AutoModelForCausalLM": "modeling.Llama"})
+    assert supports_packed_rows(config, trust_remote_code=False) == Support(True)
+    assert supports_packed_rows(config, trust_remote_code=True).reason == "tried"
 
 
 def test_an_architecture_is_tried_once(no_tests, monkeypatch):

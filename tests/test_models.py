@@ -6,6 +6,7 @@ import pytest
 import torch
 from conftest import (
     ARCHITECTURES,
+    NAMED_AS_ANOTHER,
     make_model,
     make_tokenizer,
     read_rows,
@@ -37,7 +38,7 @@ def policy_pt(path, model, **extra_state):
     return path
 
 
-@pytest.mark.parametrize("architecture", sorted(ARCHITECTURES))
+@pytest.mark.parametrize("architecture", sorted(set(ARCHITECTURES) - NAMED_AS_ANOTHER))
 def test_archives_of_every_form_load(tmp_path, architecture):
     trained = make_model(architecture, seed=5)
     expected = make_model(architecture, seed=5).state_dict()

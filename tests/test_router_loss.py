@@ -48,7 +48,7 @@ def step(model, batches, weight=0.0):
         scores = score_responses(router_loss.policy, batch)
         total = total + weight * objective(scores.token_logps)
         total = total + router_loss.part(batch, len(batch.chosen))
-    return float(router_loss.value), gradients(model, total)
+    return router_loss.total(), gradients(model, total)
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)

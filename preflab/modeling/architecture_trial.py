@@ -48,11 +48,11 @@ _results: dict[str, Support] = {}
 
 
 def supports_packed_rows(config, trust_remote_code: bool = False) -> Support:
-    """Whether an architecture can read packed rows: it is in SHARING, or its trial passes.
+    """Whether an architecture can read packed rows: the tests say so, or its trial passes.
 
     config: of transformers. An architecture is tried once in a process, in a second or a few.
     """
-    if config.model_type in SHARING:
+    if is_tested(config, trust_remote_code):
         return Support(True)
     key = f"{type(config).__name__} {config.to_json_string(use_diff=False)}"
     if key not in _results:
@@ -60,6 +60,12 @@ def supports_packed_rows(config, trust_remote_code: bool = False) -> Support:
         if _results[key].ok:  # else the choice of the layout says why
             logger.info(f"packed rows of {config.model_type} pass their trial in a small model")
     return _results[key]
+
+
+def is_tested(config, trust_remote_code: bool) -> bool:
+    """Whether the tests cover an architecture: it is in SHARING, and its code is transformers'."""
+    has_own_code = trust_remote_code and getattr(config, "auto_map", None)
+    return config.model_type in SHARING and not has_own_code
 
 
 def merge_responses(segments: Tensor) -> Tensor:

@@ -3,10 +3,14 @@
 import torch
 
 from preflab.batching.packed_attention import Support, block_table, check_flex
-from preflab.batching.packed_models import SHARING, by_segments_only, window_of
+from preflab.batching.packed_models import by_segments_only, window_of
 from preflab.batching.packing import LAYOUTS, Batch, Layout, lay_out
 from preflab.distributed.process_group import ALONE, World
-from preflab.modeling.architecture_trial import merge_responses, supports_packed_rows
+from preflab.modeling.architecture_trial import (
+    is_tested,
+    merge_responses,
+    supports_packed_rows,
+)
 from preflab.modeling.logprobs import Scorer
 from preflab.settings.schema import Settings
 from utils import ConfigError, first_line
@@ -41,8 +45,8 @@ def choose_layout(
     if requested == "padded":
         return Layout("padded", **details), reason
     if not reason:
-        is_tested = policy.causal_lm.config.model_type in SHARING
-        longest = None if is_tested else config.max_length
+        trusted = config.model.trust_remote_code
+        longest = None if is_tested(policy.causal_lm.config, trusted) else config.max_length
         flex = flex_support(config, policy, world)
         sharing = check_sharing(policy, flex=flex.ok, longest=longest)
         if flex.ok and not sharing.ok:

@@ -33,7 +33,7 @@ class RouterLoss:
     def __init__(self, policy: Scorer, coefficient: float, top_k: int):
         self.policy, self.coefficient, self.top_k = policy, coefficient, top_k
         policy.keep_router_logits = True
-        self.value: Tensor | float = 0.0
+        self._value: Tensor | float = 0.0
         self._share: Tensor | None = None  # f, (experts,)
         self._total = 0.0  # the weights of all tokens and layers
         self._world: World | None = None
@@ -60,7 +60,7 @@ class RouterLoss:
     def begin(self, microbatches: list[tuple[Batch, int]], world: World) -> None:
         """Count how often each expert is chosen in a step, in a pass without gradient. With one
         microbatch the counts come from its own forward pass."""
-        self._world, self._share, self.value = world, None, 0.0
+        self._world, self._share, self._value = world, None, 0.0
         if len(microbatches) == 1:
             return
         counts = []
@@ -84,8 +84,12 @@ class RouterLoss:
             [(p * weights.to(p)[:, None]).sum(0, dtype=torch.float64) for p in probabilities]
         ).sum(0)
         part = len(sums) * (self._share.to(sums) * sums).sum() / self._total
-        self.value = self.value + part.detach()
+        self._value = self._value + part.detach()
         return (self.coefficient * part).to(batch.chosen.device)
+
+    def total(self) -> float:
+        """The loss of the step, without the coefficient, over all microbatches and ranks."""
+        return self._world.sum([float(self._value)])[0]
 
     def _take_probabilities(self) -> list[Tensor]:
         """Of each layer with a router, (rows*width, experts) on the device of the first."""

@@ -251,13 +251,11 @@ class Learner:
         seconds = time.perf_counter() - begun
         n_tokens = self.world.sum([n_tokens])[0]
         self.counters.train_seconds += seconds
-        rates = {
-            "examples_per_second": n_examples / seconds,
-            "tokens_per_second": n_tokens / seconds,
-        }
+        means["examples_per_second"] = n_examples / seconds
+        means["tokens_per_second"] = n_tokens / seconds
         if self.router_loss:
-            means["router_loss/train"] = self.world.sum([float(self.router_loss.value)])[0]
-        return means | rates
+            means["router_loss/train"] = self.router_loss.total()
+        return means
 
     # ----------------------------------------------------------------------------- saving, loading
 
