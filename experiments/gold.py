@@ -49,3 +49,9 @@ def collector(*, path: str, mixed: bool = True):
         return [float(len(collected & set(response.split()))) for response in responses]
 
     return score
+
+
+@register_reward("short")
+def short():
+    """Minus the number of words of the response."""
+    return lambda prompts, responses: [-float(len(response.split())) for response in responses]

@@ -3,6 +3,7 @@ claim holds here.
 
     python experiments/run.py frontier|offset|sequential_kl|calibration|temperature|d2po|all \\
         [--work DIR] [--seeds 11 12 13]
+    python experiments/run.py real|real_chat --model FOLDER
 
 Each takes some minutes on two cores: a seed is a sequence of `python train.py -m ...`, and the
 seeds run in parallel. Runs that exist already are not repeated. The results are
@@ -28,8 +29,9 @@ from experiments.analysis import (
     picture_of,
     select_runs,
 )
-from experiments.claims import CLAIMS
+from experiments.claims import CLAIMS, WITH_MODEL
 from experiments.online import d2po
+from experiments.real import real, real_chat
 from experiments.workspace import ROOT, Workspace
 from preflab.evaluation.win_rates import pair_up, win_rate
 from preflab.reports import plot_style, sweep_plots
@@ -58,9 +60,18 @@ def main() -> None:
         type=int,
         help="optimizer steps instead of each experiment's own, for a trial; writes no results",
     )
+    parser.add_argument(
+        "--model", type=Path, help="for real and real_chat: a folder or a GGUF file of a chat model"
+    )
     arguments = parser.parse_args()
-    for name in CLAIMS if arguments.name == "all" else [arguments.name]:
-        workspace = Workspace(arguments.work, arguments.seeds, arguments.steps)
+    names = [name for name in CLAIMS if name not in WITH_MODEL]
+    if arguments.name != "all":
+        names = [arguments.name]
+    if arguments.name in WITH_MODEL and arguments.model is None:
+        parser.error(f"{arguments.name} needs --model; experiments/real.py says how to get one")
+    for name in names:
+        model = arguments.model and arguments.model.resolve()
+        workspace = Workspace(arguments.work, arguments.seeds, arguments.steps, model)
         result, figures = EXPERIMENTS[name](workspace)
         verdict = "holds" if result["holds"] else "does not hold"
         print(f"{name}: {verdict} here\n{result['found']}")
@@ -447,7 +458,16 @@ def rates_against_data(workspace: Workspace, rows: list[dict], samples: list[dic
 
 EXPERIMENTS = {
     function.__name__: function
-    for function in (frontier, offset, sequential_kl, calibration, temperature, d2po)
+    for function in (
+        frontier,
+        offset,
+        sequential_kl,
+        calibration,
+        temperature,
+        d2po,
+        real,
+        real_chat,
+    )
 }
 
 if __name__ == "__main__":

@@ -17,14 +17,19 @@ MODEL_LENGTHS = ("max_length=24", "max_prompt_length=5")
 class Workspace:
     """A folder for data, models and runs, which are made when an experiment first needs them.
 
-    steps: optimizer steps (or rounds) instead of each experiment's own number, for a trial.
+    steps: optimizer steps (or rounds) instead of each experiment's own number, for a trial. model:
+    a folder with a language model, for the experiments with a real one.
     """
 
-    def __init__(self, work: Path, seeds: list[int], steps: int | None):
+    def __init__(self, work: Path, seeds: list[int], steps: int | None, model: Path | None = None):
         # A trial works in its own folder, so that a real run builds on nothing of it.
         self.work = work if steps is None else work / f"steps-{steps}"
-        self.seeds, self.steps = seeds, steps
+        self.seeds, self.steps, self._model_folder = seeds, steps, model
         self.words, self.sft = self.work / "words", self.work / "sft"
+
+    def model(self) -> list[str]:
+        """Overrides that choose the given language model."""
+        return _model(self._model_folder)
 
     def command(self, script: str, *arguments) -> None:
         """Run one of the project's commands on one core, and save its output in logs/."""

@@ -53,6 +53,20 @@ def lexicon(*, path: str, scale: float = 0.5) -> Score:
     return score
 
 
+@register_reward("vader")
+def vader() -> Score:
+    """The compound score of VADER (Hutto and Gilbert 2014), in [-1, 1]: negative to positive
+    sentiment of the response."""
+    try:
+        from vaderSentiment.vaderSentiment import SentimentIntensityAnalyzer
+    except ImportError as error:
+        raise ConfigError("reward=vader needs a package: pip install vaderSentiment") from error
+    analyzer = SentimentIntensityAnalyzer()
+    return lambda prompts, responses: [
+        analyzer.polarity_scores(response)["compound"] for response in responses
+    ]
+
+
 @register_reward("length")
 def length(*, unit: str = "words") -> Score:
     """The length of the response, in unit "words" (runs of non-space) or "characters"."""
