@@ -108,12 +108,18 @@ def atomic_directory(path: str | Path) -> Iterator[Path]:
 
 
 def finish_directory(temporary: Path, path: Path) -> None:
-    """Rename a filled temporary folder to `path`, once all of its files are on the disk."""
+    """Rename a filled temporary folder to `path`, once all of its files are on the disk.
+
+    Files and folders get the modes that the umask asks for; some libraries write private files.
+    """
+    umask = _umask()
     for file in temporary.rglob("*"):
         if file.is_file():
             with open(file, "rb") as f:
                 os.fsync(f.fileno())
-    os.chmod(temporary, 0o777 & ~_umask())
+        if not file.is_symlink():
+            os.chmod(file, (0o777 if file.is_dir() else 0o666) & ~umask)
+    os.chmod(temporary, 0o777 & ~umask)
     try:
         os.rename(temporary, path)
     except OSError:

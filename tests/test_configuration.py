@@ -92,6 +92,11 @@ MODELS = [
     "pythia69",
     "llama7b",
     "phi2",
+    "smollm2",
+    "qwen3-0.6b",
+    "llama32-1b",
+    "gemma3-1b",
+    "olmo2-1b",
 ]
 
 

@@ -362,3 +362,13 @@ def test_levenshtein():
     for _ in range(100):
         a, b = ("".join(rng.choices("ab(", k=rng.randint(0, 6))) for _ in range(2))
         assert levenshtein(a, b) == naive(a, b)
+
+
+def test_vader_scores_sentiment_and_says_what_it_needs(monkeypatch):
+    monkeypatch.setitem(sys.modules, "vaderSentiment.vaderSentiment", None)
+    with pytest.raises(ConfigError, match="pip install vaderSentiment"):
+        build_reward({"name": "vader"})
+    monkeypatch.delitem(sys.modules, "vaderSentiment.vaderSentiment")
+    pytest.importorskip("vaderSentiment", reason="vaderSentiment is not installed")
+    good, bad, empty = build_reward({"name": "vader"})(["p"] * 3, ["A lovely day!", "Awful.", ""])
+    assert 1 >= good > 0 > bad >= -1 and empty == 0

@@ -11,6 +11,7 @@ from preflab.modeling.logprobs import Scorer
 from preflab.modeling.placed_weights import full_weights
 from preflab.modeling.weights_io import archive_state
 from preflab.settings.schema import Settings
+from preflab.training.model_card import write_model_card
 
 SHARD = "2GB"  # the largest file of hf/; a whole file is in memory while it is written
 
@@ -56,3 +57,4 @@ def save_weights(
         torch.save(archive, folder / "policy.pt")
         model.save_pretrained(folder / "hf", max_shard_size=SHARD)
         tokenizer.save_pretrained(folder / "hf")
+        write_model_card(folder / "hf", settings, step, metrics)
