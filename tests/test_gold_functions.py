@@ -369,6 +369,5 @@ def test_vader_scores_sentiment_and_says_what_it_needs(monkeypatch):
     with pytest.raises(ConfigError, match="pip install vaderSentiment"):
         build_reward({"name": "vader"})
     monkeypatch.delitem(sys.modules, "vaderSentiment.vaderSentiment")
-    pytest.importorskip("vaderSentiment", reason="vaderSentiment is not installed")
     good, bad, empty = build_reward({"name": "vader"})(["p"] * 3, ["A lovely day!", "Awful.", ""])
     assert 1 >= good > 0 > bad >= -1 and empty == 0
