@@ -31,6 +31,7 @@ FROM_THE_RUN = (
     "train_split",
     "test_split",
     "prompt_template",
+    "train_on",
     "chat_template_kwargs",
     "chat_date",
     "max_length",

@@ -189,6 +189,7 @@ def _open_datasets(settings: Settings, loss: BoundLoss) -> dict[str, list[Source
         "train_split": settings.train_split,
         "test_split": settings.test_split,
         "prompt_template": settings.prompt_template,
+        "train_on": settings.train_on,
         "columns": {
             ours: theirs for ours, theirs in vars(settings.dataset_columns).items() if theirs
         },

@@ -115,7 +115,9 @@ class SplitStatistics:
             self.tokenizer(joined, add_special_tokens=False, verbose=False)["input_ids"]
         )
         tokens = tokenise(chunk, self.tokenizer)
-        for record, prompt, prompt_tokens, responses in zip(chunk, prompts, *tokens, strict=True):
+        for record, prompt, prompt_tokens, responses, masks in zip(
+            chunk, prompts, *tokens, strict=True
+        ):
             is_chat = not isinstance(record.prompt, str)
             self.chats += is_chat
             self._prompt(record, prompt, prompt_tokens)
@@ -131,7 +133,7 @@ class SplitStatistics:
                 chat=is_chat,
             )
             self._pairs(record, responses, cut)
-            self._sample_example(record, cut)
+            self._sample_example(record, cut, masks)
 
     def _count(self, key: str, record, n: int = 1) -> None:
         if n:
@@ -203,7 +205,7 @@ class SplitStatistics:
         if record.scores is not None:
             self.gaps.extend(record.scores[a] - record.scores[b] for a, b in record.pairs)
 
-    def _sample_example(self, record, cut: tuple) -> None:
+    def _sample_example(self, record, cut: tuple, masks: list) -> None:
         """Reservoir sampling: each record with a pair, or a target, is equally likely to be among
         the examples."""
         if self.has_pairs and not record.pairs:
@@ -214,7 +216,7 @@ class SplitStatistics:
             place = self.rng.randrange(self.counts["candidates"])
         if place < self.n_examples:
             members = self.rng.choice(record.pairs) if self.has_pairs else (record.sft_target,)
-            self.examples[place : place + 1] = [(record, cut, members)]
+            self.examples[place : place + 1] = [(record, cut, masks, members)]
 
     def numbers(self) -> dict:
         """All statistics as plain numbers."""

@@ -12,6 +12,7 @@ that the loss counts are coloured, or in brackets where there is no terminal or 
 """
 
 import argparse
+import itertools
 import json
 import os
 import sys
@@ -188,14 +189,14 @@ def show(examples: list, tokenizer, colours: bool) -> None:
     if examples:
         style = "in colour" if colours else "in brackets"
         print(f"\nexamples of the train split; {style}: tokens that the loss counts")
-    for record, (prompt, responses, (prompt_cut, cuts)), members in examples:
+    for record, (prompt, responses, (prompt_cut, cuts)), masks, members in examples:
         print(f"\n{record.source}{' (prompt cut)' if prompt_cut else ''}")
         print("  prompt: " + painted(prompt, tokenizer, "plain", colours))
         roles = ("chosen", "rejected") if len(members) == 2 else ("target",)
         for role, member in zip(roles, members, strict=True):
             score = f", score {record.scores[member]:.4g}" if record.scores else ""
             ending = " (cut, so without its end)" if cuts[member] else ""
-            text = painted(responses[member], tokenizer, role, colours)
+            text = painted_turns(responses[member], masks[member], tokenizer, role, colours)
             print(f"  {role}{score}: {text}{ending}")
 
 
@@ -207,6 +208,19 @@ SHADES = {
     "rejected": ("33", "93"),
     "special": ("7", "7"),
 }
+
+
+def painted_turns(
+    tokens: list[int], mask: list[bool] | None, tokenizer, role: str, colours: bool
+) -> str:
+    """A response, with the turns of a user in between as the prompt is painted."""
+    runs = itertools.groupby(
+        zip(tokens, mask or [True] * len(tokens), strict=False), lambda t: t[1]
+    )
+    return "".join(
+        painted([token for token, _ in run], tokenizer, role if counted else "plain", colours)
+        for counted, run in runs
+    )
 
 
 def painted(

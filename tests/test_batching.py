@@ -173,7 +173,7 @@ def test_chat_messages_go_through_the_template_with_one_bos():
     )
     bos = tokenizer.bos_token
     assert render_prompt(chat, tokenizer) == f"{bos}[user]hi[assistant]"
-    (prompt,), _ = tokenise([chat], tokenizer)
+    (prompt,), *_ = tokenise([chat], tokenizer)
     prompt, *_ = truncate(prompt, [[1]], tokenizer, "keep_end", 99, 99, chat=True)
     assert prompt.count(tokenizer.bos_token_id) == 1
 

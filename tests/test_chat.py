@@ -7,11 +7,22 @@ The templates are miniatures with the features of the families that they are nam
 import datetime
 import json
 import time
+from types import SimpleNamespace
 
+import numpy as np
 import pyarrow
 import pyarrow.parquet
 import pytest
-from conftest import make_tokenizer, run_command, run_here, save_model, small_run, write_jsonl
+import torch
+from conftest import (
+    make_model,
+    make_tokenizer,
+    run_command,
+    run_here,
+    save_model,
+    small_run,
+    write_jsonl,
+)
 
 from preflab.batching.chat import (
     ChatSettings,
@@ -21,8 +32,13 @@ from preflab.batching.chat import (
     set_chat,
     turn_end,
 )
+from preflab.batching.collate import collate
+from preflab.batching.examples import PreferenceData
+from preflab.batching.packed_models import enable
+from preflab.batching.packing import Layout
 from preflab.batching.token_store import prepare, tokenizer_hash
 from preflab.modeling.generation import end_tokens
+from preflab.modeling.logprobs import Scorer, score_responses
 from preflab.readers.messages import Chat
 from preflab.readers.registry import open_dataset
 from utils import ConfigError, DataError, PrefLabError
@@ -186,8 +202,6 @@ def test_tokens_that_would_join_over_the_border_are_refused(tmp_path):
 
 
 def test_a_response_ends_at_the_end_of_the_turn_in_sampling_too():
-    from conftest import make_model
-
     tokenizer, model = tokenizer_with(CHATML), make_model("llama")
     end = tokenizer.convert_tokens_to_ids("<|im_end|>")
     assert end_tokens(tokenizer, model) == (tokenizer.eos_token_id, end)
@@ -341,7 +355,7 @@ def test_system_tools_and_calls_reach_the_template(tmp_path):
     record, without = records_of([row, other], tmp_path)
     tokenizer = tokenizer_with(TOOLS)
     for one, given in ((record, tools), (without, None)):
-        [prompt], [[chosen, _]] = conversations_ids(
+        [prompt], [[chosen, _]], _ = conversations_ids(
             tokenizer, [(one.prompt, one.responses, one.source)]
         )
         assert tokenizer.decode(prompt + chosen) + "\n" == tokenizer.apply_chat_template(
@@ -404,8 +418,6 @@ def test_the_refusal_of_a_template_is_an_error_with_file_and_line(tmp_path, temp
 
 def test_a_chat_run_by_the_command(tmp_path):
     """The whole command on conversations, and inspect_data.py on the same file."""
-    from conftest import make_model
-
     tokenizer = tokenizer_with(CHATML)
     model = make_model("llama")
     model.resize_token_embeddings(len(tokenizer))
@@ -450,3 +462,122 @@ def test_questions_alone_are_prompts_and_a_template_frames_them(tmp_path):
     assert first.prompt.endswith("\n\nAnswer: ") and first.responses == ["a", "b"]
     with pytest.raises(ConfigError, match="must have one"):
         records_of(pairs, tmp_path, prompt_template="Question:")
+
+
+# ------------------------------------------------------------------------------------ several turns
+
+SHARED = ("hi", "ho")
+TURNS = [
+    {
+        "chosen": chat(*SHARED, f"and {i}?", "one", "what?", "two words"),
+        "rejected": chat(*SHARED, f"and {i}?", "another", "what?", "three"),
+    }
+    for i in range(6)
+]
+
+
+def turns_store(tmp_path, tokenizer, rows=TURNS, **options):
+    for split in ("train", "test"):
+        write_jsonl(tmp_path / "turns" / f"{split}.jsonl", rows)
+    source = open_dataset(str(tmp_path / "turns"), "train", train_on="assistant", **options)
+    return prepare(
+        source, tokenizer, max_length=120, max_prompt_length=99, cache_dir=tmp_path / "cache"
+    )
+
+
+@pytest.mark.parametrize("family", ["chatml", "llama3", "gemma", "mistral", "zephyr", "space"])
+def test_all_turns_of_the_assistant_are_scored_and_those_of_the_user_are_not(tmp_path, family):
+    template, end = FAMILIES[family]
+    tokenizer = tokenizer_with(template)
+    store = turns_store(tmp_path, tokenizer)
+    for response, answers in ((0, ("one", "two words")), (1, ("another", "three"))):
+        tokens = store.tokens[slice(*store.responses[response])]
+        scored = store.scored_tokens(response)
+        runs, last = [], False
+        for token, counted in zip(tokens.tolist(), scored.tolist(), strict=True):
+            if counted and not last:
+                runs.append([])
+            if counted:
+                runs[-1].append(token)
+            last = counted
+        assert [tokenizer.decode(run).strip() for run in runs] == [a + end for a in answers]
+        whole = store.tokens[slice(*store.prompts[0])].tolist() + tokens.tolist()
+        rendered = tokenizer.apply_chat_template(
+            TURNS[0][("chosen", "rejected")[response]], tokenize=False
+        )
+        assert whole == tokenizer(rendered, add_special_tokens=False)["input_ids"][: len(whole)]
+
+
+def test_with_the_last_turn_such_rows_are_skipped_and_single_turns_need_no_mask(tmp_path):
+    tokenizer = tokenizer_with(CHATML)
+    with pytest.raises(DataError, match="holds no usable prompt"):
+        turns_store(tmp_path, tokenizer, [
+            {"chosen": chat("q", "a"), "rejected": chat("other", "b")}] * 2)  # fmt: skip
+    store = turns_store(tmp_path, tokenizer, [
+        {"chosen": chat("q", "a"), "rejected": chat("q", "b")},
+        {"prompt": "p", "chosen": chat("", "c")[1:], "rejected": chat("", "d")[1:]},
+    ])  # fmt: skip
+    assert store.scored is None
+    (tmp_path / "turns" / "test.jsonl").write_text(json.dumps(TURNS[0]))
+    source = open_dataset(str(tmp_path / "turns"), "test")
+    assert not list(source.records())
+    assert source.counts["skipped"] == {"chosen and rejected have different prompts": 1}
+
+
+@pytest.mark.parametrize("layout", ["padded", "packed", "prefix_shared"])
+@pytest.mark.parametrize("cached", [False, True])
+def test_log_probs_of_turns_against_a_plain_loop(tmp_path, layout, cached):
+    tokenizer, model = tokenizer_with(CHATML), make_model("llama", dtype=torch.float64)
+    model.resize_token_embeddings(len(tokenizer))
+    store = turns_store(tmp_path, tokenizer)
+    data = PreferenceData([store], "pairs", "turns")
+    expected, counts = [], []
+    for response in range(4):
+        prompt = store.tokens[slice(*store.prompts[store.response_prompt[response]])].tolist()
+        tokens = store.tokens[slice(*store.responses[response])].tolist()
+        scored = store.scored_tokens(response)
+        logits = model(torch.tensor([prompt + tokens])).logits[0].log_softmax(-1)
+        values = [
+            float(logits[len(prompt) + i - 1, token].detach()) for i, token in enumerate(tokens)
+        ]
+        expected.append(sum(v for v, counted in zip(values, scored, strict=True) if counted))
+        counts.append(int(scored.sum()))
+        if cached:
+            store.reference = store.reference or SimpleNamespace(known={}, logps=None)
+            store.reference.known[response] = np.array(values)
+            store.reference.logps = store.reference.known.__getitem__
+    if layout != "padded":
+        enable(model)
+    batch = collate(data, np.array([0, 1]), Layout(layout, pad_id=tokenizer.pad_token_id))
+    scores = score_responses(Scorer(model), batch)
+    by_response = {}
+    for i, example in enumerate(batch.examples):
+        chosen, rejected = store.pairs[example]
+        by_response[int(chosen)], by_response[int(rejected)] = batch.chosen[i], batch.rejected[i]
+    for response, place in by_response.items():
+        assert abs(float(scores.logps[place]) - expected[response]) < 1e-9
+        assert int(batch.lengths[place]) == counts[response]
+    if cached:
+        assert len(batch.reference_logps) == sum(counts)
+        total = float(batch.reference_logps.sum())
+        assert abs(total - sum(expected)) < 1e-9
+
+
+def test_a_run_on_all_turns(tmp_path):
+    tokenizer, model = tokenizer_with(CHATML), make_model("llama")
+    model.resize_token_embeddings(len(tokenizer))
+    model.save_pretrained(tmp_path / "model")
+    tokenizer.save_pretrained(tmp_path / "model")
+    rows = [{key: chat(*(m["content"] for m in row[key])) for key in row} for row in TURNS * 4]
+    for i, row in enumerate(rows):
+        for messages in row.values():
+            messages[0]["content"] = f"question {i}"
+    data = write_jsonl(tmp_path / "rows.jsonl", rows)
+    command = small_run(
+        tmp_path / "model", tmp_path, tmp_path / "run", f"datasets=[{data}]", "test_fraction=0.3",
+        "train_on=assistant", "n_examples=16", "max_length=120", "max_prompt_length=90",
+        "loss=tdpo2", "sample_during_eval=false",
+    )  # fmt: skip
+    run_here(*command)
+    first = json.loads((tmp_path / "run" / "metrics.jsonl").open().readline())
+    assert abs(first["loss/eval"] - 0.6931) < 1e-3  # policy and reference are equal

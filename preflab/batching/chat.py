@@ -10,9 +10,9 @@ import functools
 import json
 import logging
 import re
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
-from preflab.readers.messages import Chat
+from preflab.readers.messages import ASSISTANT, Chat, Turns
 from utils import DataError, first_line
 
 logger = logging.getLogger(__name__)
@@ -115,45 +115,102 @@ def conversation_ids(
 ) -> tuple[list[int], list[int]]:
     """Token ids of a prompt and of the assistant's response, its end included."""
     chat = Chat(messages, tools, options or {})
-    [prompt], [[ids]] = conversations_ids(tokenizer, [(chat, [response], where)])
+    [prompt], [[ids]], _ = conversations_ids(tokenizer, [(chat, [response], where)])
     return prompt, ids
 
 
 def conversations_ids(
     tokenizer, conversations: list[tuple[Chat, list[str], str]]
-) -> tuple[list[list[int]], list[list[list[int]]]]:
-    """Token ids of prompts, and of the responses to each, their ends included.
+) -> tuple[list[list[int]], list[list[list[int]]], list[list[list[bool] | None]]]:
+    """Token ids of prompts, and of the responses to each, their ends included; and which tokens of
+    a response are the assistant's, None where all are.
 
     conversations: (prompt, responses, place for messages). Raises DataError where the ids of a
     prompt do not begin those of the conversation.
     """
-    encode = functools.partial(tokenizer, add_special_tokens=False, verbose=False)
-    texts, begins = [], []
     # What the template itself refuses comes first: its words say more than ours.
     rendered = [
         render(tokenizer, chat, generation_prompt=True, where=where)
         for chat, _, where in conversations
     ]
+    texts, spans = [], []
     for prompt, (chat, responses, where) in zip(rendered, conversations, strict=True):
-        begins.append(len(texts))
         texts.append(prompt)
-        # The answer of a prompt that is for sampling is empty, and nothing to format.
-        texts += [
-            _with_answer(tokenizer, chat, prompt, answer, where) if answer else prompt
-            for answer in responses
-        ]
-    ids = encode(texts)["input_ids"] if texts else []
-    prompts, of_prompts = [], []
-    for begin, (_, responses, where) in zip(begins, conversations, strict=True):
-        prompt, *wholes = ids[begin : begin + 1 + len(responses)]
-        for whole in wholes:
-            if whole[: len(prompt)] != prompt:
-                raise DataError(f"{where}: {_no_prefix('ids')}")
+        spans.append(None)
+        for response in responses:
+            text, of_turns = _whole(tokenizer, chat, prompt, response, where)
+            texts.append(text)
+            spans.append(of_turns)
+    ids = iter(zip(_encode(tokenizer, texts), texts, spans, strict=True))
+    prompts, of_prompts, masks = [], [], []
+    for _, responses, where in conversations:
+        prompt = next(ids)[0]
         prompts.append(prompt)
-        of_prompts.append([whole[len(prompt) :] for whole in wholes])
-    if conversations and turn_end(tokenizer).token is None:
-        of_prompts = [[[*ids, tokenizer.eos_token_id] for ids in of_one] for of_one in of_prompts]
-    return prompts, of_prompts
+        both = [_split(tokenizer, prompt, *next(ids), where) for _ in responses]
+        of_prompts.append([response for response, _ in both])
+        masks.append([mask for _, mask in both])
+    return prompts, of_prompts, masks
+
+
+def _encode(tokenizer, texts: list[str]) -> list[list[int]]:
+    if not texts:
+        return []
+    return tokenizer(texts, add_special_tokens=False, verbose=False)["input_ids"]
+
+
+def _whole(
+    tokenizer, chat: Chat, prompt: str, response: str, where: str
+) -> tuple[str, list[tuple[int, int]] | None]:
+    """The conversation with a response up to the end of its last turn, and where the assistant's
+    turns lie in it; None where the response is a single turn."""
+    if not response:  # of a prompt that is for sampling: there is nothing to format
+        return prompt, None
+    if not isinstance(response, Turns):
+        return _with_answer(tokenizer, chat, prompt, response, where), None
+    spans, texts = [], []
+    for number, turn in enumerate(response.messages):
+        if turn["role"] not in ASSISTANT:
+            continue
+        before = replace(chat, messages=[*chat.messages, *response.messages[:number]])
+        begin = render(tokenizer, before, generation_prompt=True, where=where)
+        texts += [begin, _with_answer(tokenizer, before, begin, turn["content"], where)]
+        spans.append((len(begin), len(texts[-1])))
+    whole = texts[-1]
+    if not all(whole.startswith(text) for text in (prompt, *texts)):
+        raise DataError(f"{where}: {_no_prefix('text')}")
+    return whole, spans
+
+
+def _split(
+    tokenizer,
+    prompt: list[int],
+    whole: list[int],
+    text: str,
+    spans: list[tuple[int, int]] | None,
+    where: str,
+) -> tuple[list[int], list[bool] | None]:
+    """The ids of a response, and which of them are the assistant's."""
+    if whole[: len(prompt)] != prompt:
+        raise DataError(f"{where}: {_no_prefix('ids')}")
+    ends = [] if turn_end(tokenizer).token is not None else [tokenizer.eos_token_id]
+    response = whole[len(prompt) :] + ends
+    if spans is None:
+        return response, None
+    mask = [False] * (len(response) - len(ends)) + [True] * len(ends)
+    for begin, end in spans:
+        first, last = (
+            _border(tokenizer, text[:place], whole, where) - len(prompt) for place in (begin, end)
+        )
+        mask[first:last] = [True] * (last - first)
+    return response, mask
+
+
+def _border(tokenizer, text: str, whole: list[int], where: str) -> int:
+    """After how many of the conversation's tokens the text ends, which begins it."""
+    [ids] = _encode(tokenizer, [text])
+    if whole[: len(ids)] != ids:
+        raise DataError(f"{where}: {_no_prefix('ids')}")
+    return len(ids)
 
 
 def _with_answer(tokenizer, chat: Chat, prompt: str, answer: str, where: str) -> str:

@@ -4,7 +4,7 @@ import numpy as np
 import torch
 
 from preflab.batching.examples import PreferenceData
-from preflab.batching.packing import Batch, Layout, lay_out
+from preflab.batching.packing import Batch, Layout, keep_scored, lay_out
 from preflab.batching.token_store import TokenStore
 
 
@@ -15,13 +15,14 @@ def collate(data: PreferenceData, examples: np.ndarray, layout: Layout) -> Batch
     """
     located = [data.responses_of(int(example)) for example in examples]
     trees = _trees(data, located)
-    sequences, scores, reference_logps, first_response = [], [], [], {}
+    sequences, scores, reference_logps, scored, first_response = [], [], [], [], {}
     for (store_number, prompt), responses in trees.items():
         store = data.stores[store_number]
         first_response[store_number, prompt] = len(scores)
         tokens = [_tokens(store, store.responses[r]) for r in responses]
         sequences.append((_tokens(store, store.prompts[prompt]), tokens))
         scores.extend(float(store.scores[r]) for r in responses)
+        scored.extend(store.scored_tokens(r) for r in responses)
         if store.reference is not None:
             reference_logps.extend(store.reference.logps(r) for r in responses)
     batch = lay_out(sequences, layout)
@@ -37,6 +38,8 @@ def collate(data: PreferenceData, examples: np.ndarray, layout: Layout) -> Batch
         batch.columns = _columns(data, examples)
     if len(reference_logps) == len(scores):
         batch.reference_logps = torch.from_numpy(np.concatenate(reference_logps))
+    if any(store.scored is not None for store in data.stores):
+        keep_scored(batch, torch.from_numpy(np.concatenate(scored)))
     return batch
 
 

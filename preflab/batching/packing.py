@@ -126,6 +126,15 @@ def lay_out(trees: list[tuple], layout: Layout) -> Batch:
     return batch
 
 
+def keep_scored(batch: Batch, scored: Tensor) -> None:
+    """Leave out tokens of responses that no loss counts, such as a user's turn between two of the
+    assistant's. scored (tokens,): whether each token of the batch is counted."""
+    for name in ("positions", "targets", "owners", "reference_logps"):
+        if (values := getattr(batch, name)) is not None:
+            setattr(batch, name, values[scored])
+    batch.lengths = torch.bincount(batch.owners, minlength=len(batch.lengths))
+
+
 @dataclass
 class _Rows:
     """Where trees (a prompt with its responses) lie in the flattened rows of a batch.

@@ -32,7 +32,7 @@ ARRAYS = (
     "targets",
     "sources",
 )
-CHATS, CHAT_BEGINS = "chats.bin", "chat_begins.npy"
+CHATS, CHAT_BEGINS, SCORED = "chats.bin", "chat_begins.npy", "scored.npy"
 DTYPES = {"cut": np.bool_, "scores": np.float64, "sources": np.str_}  # the others are int64
 
 
@@ -52,6 +52,8 @@ class TokenStore:
     sources (prompts,): file and line.
     chats: the conversations that prompts are made of, in JSON, one after the other, and where each
     begins and the last ends, (prompts + 1,); None where all prompts are text.
+    scored (all tokens,): whether a loss counts the token, where responses have turns of a user in
+    between; None where all tokens of responses are counted.
     counts: what was read, truncated and skipped, and under "content" a hash of the arrays but
     `sources`.
     key: changes with the content.
@@ -74,6 +76,14 @@ class TokenStore:
     key: str = ""
     reference: Any = None
     chats: tuple[np.ndarray, np.ndarray] | None = None
+    scored: np.ndarray | None = None
+
+    def scored_tokens(self, response: int) -> np.ndarray:
+        """Whether each token of a response is counted, (tokens,)."""
+        begin, end = self.responses[response]
+        if self.scored is None:
+            return np.ones(end - begin, dtype=np.bool_)
+        return self.scored[begin:end]
 
     def chat(self, prompt: int) -> Chat | None:
         """The conversation that a prompt is made of; None for text."""
@@ -129,8 +139,8 @@ def _write_store(
     with open(folder / "tokens.bin", "wb") as out, progress:
         writer = _StoreWriter(out)
         for records in _chunks(source.records(), CHUNK):
-            prompts, responses = tokenise(records, tokenizer)
-            for record, prompt, of_prompt in zip(records, prompts, responses, strict=True):
+            tokenised = tokenise(records, tokenizer)
+            for record, prompt, of_prompt, masks in zip(records, *tokenised, strict=True):
                 prompt, of_prompt, (prompt_cut, cuts) = truncate(
                     prompt,
                     of_prompt,
@@ -140,7 +150,7 @@ def _write_store(
                     max_prompt_length,
                     chat=not isinstance(record.prompt, str),
                 )
-                writer.add(record, prompt, of_prompt, prompt_cut, cuts)
+                writer.add(record, prompt, of_prompt, prompt_cut, cuts, masks)
             progress.update(len(records))
     counts = {"name": source.name, "split": source.split, **source.counts, **writer.truncated}
     writer.check(source, counts)
@@ -166,6 +176,7 @@ class _StoreWriter:
         self.columns: dict[str, list[float]] = {}
         self.truncated = {"truncated_prompts": 0, "truncated_responses": 0}
         self.chats: list[bytes] = []
+        self.masks: list[tuple[int, list[bool]]] = []  # where each begins in `tokens`
 
     def add(
         self,
@@ -174,12 +185,17 @@ class _StoreWriter:
         responses: list[list[int]],
         prompt_cut: bool,
         cuts: list[bool],
+        masks: list[list[bool] | None],
     ) -> None:
-        """One prompt with its responses, both as tokens; cuts: whether each response was cut."""
+        """One prompt with its responses, both as tokens; cuts: whether each response was cut;
+        masks: whether each of its tokens is counted, None for all."""
         rows = self.rows
         prompt_number, first = len(rows["prompts"]), len(rows["responses"])
         rows["prompts"].append(self._write(prompt))
         rows["responses"].extend(self._write(response) for response in responses)
+        for (begin, end), mask in zip(rows["responses"][first:], masks, strict=True):
+            if mask is not None:
+                self.masks.append((begin, mask[: end - begin]))
         rows["response_prompt"].extend([prompt_number] * len(responses))
         rows["cut"].extend(cuts)
         rows["scores"].extend(record.scores or [float("nan")] * len(responses))
@@ -217,10 +233,16 @@ class _StoreWriter:
                 )
 
     def save_chats(self, folder: Path) -> None:
+        """What only conversations have."""
         if any(self.chats):
             (folder / CHATS).write_bytes(b"".join(self.chats))
             begins = np.cumsum([0, *map(len, self.chats)])
             np.save(folder / CHAT_BEGINS, begins)
+        if self.masks:
+            scored = np.ones(self.n_tokens, dtype=np.bool_)
+            for begin, mask in self.masks:
+                scored[begin : begin + len(mask)] = mask
+            np.save(folder / SCORED, scored)
 
     def save_arrays(self, folder: Path) -> None:
         for key, values in self.rows.items():
@@ -237,6 +259,7 @@ def _content(folder: Path, columns: Iterable[str]) -> str:
     """Changes with what a run learns from, but not with where, or by which version, it was read."""
     arrays = (f"{key}.npy" for key in ARRAYS if key not in ("tokens", "sources"))
     files = [folder / name for name in ("tokens.bin", *arrays)]
+    files += [path for path in (folder / SCORED,) if path.is_file()]
     files += [_column_file(folder, name) for name in sorted(columns)]
     return content_hash(*(part for file in files for part in (file.name, file)))
 
@@ -265,6 +288,7 @@ def _load_store(folder: Path) -> TokenStore:
         counts=meta["counts"],
         key=folder.name,
         chats=chats,
+        scored=np.load(folder / SCORED, mmap_mode="r") if (folder / SCORED).is_file() else None,
         **arrays,
     )
 
@@ -324,34 +348,33 @@ def _chunks(items: Iterator, size: int) -> Iterator[list]:
         yield chunk
 
 
-def tokenise(records: list[Record], tokenizer) -> tuple[list, list]:
-    """Token ids of each record's prompt, and of each of its responses, without truncation.
+def tokenise(records: list[Record], tokenizer) -> tuple[list, list, list]:
+    """Token ids of each record's prompt, and of each of its responses, without truncation; and
+    whether each token of a response is counted, None for a response of which all are.
 
     Those of text have no special tokens, which `truncate` adds; those of conversations have all
     that the chat template writes.
     """
     texts = [record for record in records if isinstance(record.prompt, str)]
-    strings = [record.prompt for record in texts]
-    for record in texts:
+    chats = [record for record in records if not isinstance(record.prompt, str)]
+    of_texts = iter(zip(*_text_ids(texts, tokenizer), strict=True))
+    conversations = [(record.prompt, record.responses, record.source) for record in chats]
+    of_chats = iter(zip(*conversations_ids(tokenizer, conversations), strict=True))
+    ids = [next(of_texts if isinstance(record.prompt, str) else of_chats) for record in records]
+    prompts, responses, masks = map(list, zip(*ids, strict=True))
+    return prompts, responses, masks
+
+
+def _text_ids(records: list[Record], tokenizer) -> tuple[list, list, list]:
+    strings = [record.prompt for record in records]
+    for record in records:
         strings.extend(record.responses)
     ids = iter(
         tokenizer(strings, add_special_tokens=False, verbose=False)["input_ids"] if strings else []
     )
-    prompts = [next(ids) for _ in texts]
-    responses = [[next(ids) for _ in record.responses] for record in texts]
-    if len(texts) == len(records):
-        return prompts, responses
-    chats = [record for record in records if not isinstance(record.prompt, str)]
-    of_chats = conversations_ids(
-        tokenizer, [(record.prompt, record.responses, record.source) for record in chats]
-    )
-    by_record = {
-        id(record): both
-        for group, both_lists in ((texts, (prompts, responses)), (chats, of_chats))
-        for record, *both in zip(group, *both_lists, strict=True)
-    }
-    prompts, responses = zip(*(by_record[id(record)] for record in records), strict=True)
-    return list(prompts), list(responses)
+    prompts = [next(ids) for _ in records]
+    responses = [[next(ids) for _ in record.responses] for record in records]
+    return prompts, responses, [[None] * len(record.responses) for record in records]
 
 
 def render_prompt(record: Record, tokenizer) -> str:

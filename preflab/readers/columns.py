@@ -7,7 +7,14 @@ from pathlib import Path
 from preflab.readers.fields import items, number, present, text, type_and_value
 from preflab.readers.files import FILE_TYPES, Rows, file_rows, list_folder, parse_json
 from preflab.readers.hub import TEST_NAMES, folder_rows, hub_rows, is_local_path
-from preflab.readers.messages import Chat, chat, messages_of, split_answer, whole_conversation
+from preflab.readers.messages import (
+    Chat,
+    chat,
+    messages_of,
+    split_answer,
+    split_turns,
+    whole_conversation,
+)
 from preflab.readers.records import (
     Options,
     Reader,
@@ -79,6 +86,7 @@ class UserPairs(Reader):
 
     def rows(self, split, options):
         self.columns, self.template = options.columns, options.prompt_template
+        self.all_turns = options.train_on == "assistant"
         if self.template is not None and len(PLACE.findall(self.template)) != 1:
             raise ConfigError(
                 f"prompt_template={self.template!r} must have one {{prompt}} or {{question}}, where"
@@ -147,7 +155,7 @@ class UserPairs(Reader):
             number(row, "magnitude", where)
         if self.form == "pairs":
             self._check_pair_scores(row, where)
-            return self._framed(check_pair(row, where), where)
+            return self._framed(check_pair(row, where, all_turns=self.all_turns), where)
         if self.form == "j_over_k":
             return self._framed(_check_j_over_k(row, where), where)
         if self.form == "questions":
@@ -156,13 +164,18 @@ class UserPairs(Reader):
             key = "completion" if self.form == "labelled" else "chosen"
             if self.form == "labelled":
                 label_of(row, where)
-            return self._framed(conversation_of(row, key, where)[0], where)
+            return self._framed(self._conversation(row, key, where)[0], where)
         if self.form == "scored_rows":
             text(row, "text", where, may_be_empty=True)
             number(row, "reward", where)
         elif self.form == "scored_lists":
             _check_scored_lists(row, where)
         return self._framed(prompt_of(row, where), where)
+
+    def _conversation(self, row: dict, key: str, where: str) -> tuple[str | Chat, str]:
+        if not self.all_turns:
+            return conversation_of(row, key, where)
+        return turns_of(row, key, key, where)
 
     def _framed(self, prompt: str | Chat, where: str) -> str | Chat:
         """A prompt of text inside `prompt_template`."""
@@ -190,7 +203,7 @@ class UserPairs(Reader):
         if self.form in PROMPT_FORMS:
             return targets_record(prompt, "", source)
         if self.form == "targets":
-            return targets_record(prompt, response_of(rows[0], "chosen", source), source)
+            return targets_record(prompt, self._conversation(rows[0], "chosen", source)[1], source)
         if self.form in SCORED_FORMS:
             return self._scored_record(prompt, rows, source, pair)
         return self._pairs_record(prompt, rows, source, pair)
@@ -205,7 +218,7 @@ class UserPairs(Reader):
                 responses.extend(row["responses"])
                 scores.extend(map(float, row["scores"]))
             else:
-                responses.append(response_of(row, "completion", source))
+                responses.append(self._conversation(row, "completion", source)[1])
                 scores.append(label_of(row, source))
         return scored_record(prompt, responses, scores, source, pair)
 
@@ -222,8 +235,13 @@ class UserPairs(Reader):
                 raise Skip("prompts whose pairs all have a score gap below min_gap")
             rows = scored
             scores = [tuple(float(row[key]) for key in PAIR_SCORES) for row in rows]
-        response = _text_response if self.form == "j_over_k" else response_of
-        pairs = [(response(row, chosen, source), response(row, rejected, source)) for row in rows]
+        if self.all_turns and self.form == "pairs":
+            pairs = [pair_of(row, source, all_turns=True)[1:] for row in rows]
+        else:
+            response = _text_response if self.form == "j_over_k" else response_of
+            pairs = [
+                (response(row, chosen, source), response(row, rejected, source)) for row in rows
+            ]
         columns = {}
         if any(row.get("magnitude") is not None for row in rows):
             columns["magnitude"] = [number(row, "magnitude", source) for row in rows]
@@ -274,12 +292,29 @@ def parse_cell(value: str, key: str, where: str):
 # --------------------------------------------------------------------------- what a row must hold
 
 
-def check_pair(row: dict, where: str) -> str | Chat:
+def check_pair(row: dict, where: str, *, all_turns: bool = False) -> str | Chat:
     """The prompt of a pair: text, or the messages that both conversations share."""
-    prompt, chosen = conversation_of(row, "chosen", where)
-    if row.get("prompt") is None and len(messages_of(row, "rejected", where) or "ab") == 1:
-        raise Skip("chosen and rejected have different prompts")
-    other, rejected = conversation_of(row, "rejected", where)
+    prompt, chosen, rejected = pair_of(row, where, all_turns=all_turns)
+    if chosen == rejected:
+        raise Skip("chosen and rejected identical")
+    return prompt
+
+
+def pair_of(row: dict, where: str, *, all_turns: bool) -> tuple[str | Chat, str, str]:
+    """Prompt, chosen and rejected response of a row. all_turns: the responses are all turns from
+    the first of the assistant's in which the two conversations differ."""
+    keys = ("chosen", "rejected")
+    if row.get("prompt") is None:
+        of_chosen, of_rejected = (len(messages_of(row, key, where) or "ab") for key in keys)
+        if of_rejected == 1 < of_chosen:
+            raise Skip("chosen and rejected have different prompts")
+    if all_turns:
+        (prompt, chosen), (other, rejected) = (
+            turns_of(row, key, against, where)
+            for key, against in zip(keys, reversed(keys), strict=True)
+        )
+    else:
+        (prompt, chosen), (other, rejected) = (conversation_of(row, key, where) for key in keys)
     if type(prompt) is not type(other):
         raise DataError(
             f"{where}: one of 'chosen' and 'rejected' is text and the other one messages; write"
@@ -287,9 +322,20 @@ def check_pair(row: dict, where: str) -> str | Chat:
         )
     if prompt != other:
         raise Skip("chosen and rejected have different prompts")
-    if chosen == rejected:
-        raise Skip("chosen and rejected identical")
-    return prompt
+    return prompt, chosen, rejected
+
+
+def turns_of(row: dict, key: str, against: str, where: str) -> tuple[str | Chat, str]:
+    """The prompt of a row and the response in a column, with all turns of the assistant in which it
+    differs from the column `against`; all of its turns where that is the same column."""
+    messages = whole_conversation(row, key, where)
+    other = messages if against == key else whole_conversation(row, against, where)
+    if messages is None or other is None:
+        return conversation_of(row, key, where)
+    both = split_turns(messages, other, key, where)
+    if both is None:
+        raise Skip("chosen and rejected have different prompts")
+    return chat(row, both[0], where), both[1]
 
 
 def _check_j_over_k(row: dict, where: str) -> str:

@@ -10,6 +10,7 @@ from preflab.readers.files import parse_json
 from utils import DataError
 
 JSON_MESSAGES = re.compile(r"\s*\[\s*\{")
+ASSISTANT = ("assistant", "model")  # the roles of its messages
 # Columns beside the messages that the chat template gets.
 CONTEXT = ("system", "tools", "chat_template_kwargs")
 
@@ -30,6 +31,18 @@ class Chat:
     def key(self) -> str:
         """Equal for equal conversations."""
         return json.dumps([self.messages, self.tools, self.options], sort_keys=True)
+
+
+class Turns(str):
+    """A response of several turns: messages that end with the assistant's, and as text their
+    JSON."""
+
+    __slots__ = ("messages",)
+
+    def __new__(cls, messages: list[dict]) -> "Turns":
+        self = super().__new__(cls, json.dumps(messages, ensure_ascii=False))
+        self.messages = messages
+        return self
 
 
 def messages_of(row: dict, key: str, where: str) -> list[dict] | None:
@@ -143,13 +156,13 @@ def whole_conversation(row: dict, key: str, where: str) -> list[dict] | None:
     if before is not None:
         if messages[: len(before)] == before:
             return messages
-        if messages[0]["role"] in ("assistant", "model"):
+        if messages[0]["role"] in ASSISTANT:
             return before + messages
     else:
         prompt = text(row, "prompt", where)
         if any(_same(message, prompt) for message in messages):
             return messages
-        if messages[0]["role"] in ("assistant", "model"):
+        if messages[0]["role"] in ASSISTANT:
             return [{"role": "user", "content": prompt}, *messages]
     raise DataError(
         f"{where}: 'prompt' is not part of the messages of {key!r}, so that one of them would be"
@@ -182,3 +195,28 @@ def split_answer(messages: list[dict], key: str, where: str) -> tuple[list[dict]
             f"{where}: the last message of {key!r} calls a tool; the answer must be text"
         )
     return before, last["content"]
+
+
+def split_turns(
+    messages: list[dict], other: list[dict], key: str, where: str
+) -> tuple[list[dict], str] | None:
+    """The messages before the first in which two conversations differ, and all from there on as a
+    response; None where they differ in what is not the assistant's.
+
+    other: the same messages where there is one conversation only, whose turns all are the response.
+    """
+    split_answer(messages, key, where)
+    pairs = list(zip(messages[:-1], other[:-1], strict=False))
+    if other is messages:
+        shared = next((i for i, one in enumerate(messages) if one["role"] in ASSISTANT), 0)
+    else:
+        shared = next((i for i, (a, b) in enumerate(pairs) if a != b), len(pairs))
+    if not shared or messages[shared]["role"] not in ASSISTANT:
+        return None
+    turns = messages[shared:]
+    if any(one["content"] is None or "tool_calls" in one for one in turns):
+        raise DataError(
+            f"{where}: a turn of {key!r} calls a tool; with train_on=assistant the turns after the"
+            " prompt must be text"
+        )
+    return messages[:shared], turns[0]["content"] if len(turns) == 1 else Turns(turns)

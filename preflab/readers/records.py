@@ -63,6 +63,7 @@ class Options:
     test_split: str | None = None
     columns: dict = field(default_factory=dict)
     prompt_template: str | None = None
+    train_on: str = "last"
 
 
 class Skip(Exception):  # noqa: N818  control flow of readers, not an error
@@ -141,6 +142,8 @@ class Source:
         ]
         if options.prompt_template:
             shaping.append(options.prompt_template)
+        if options.train_on != "last":
+            shaping.append(options.train_on)
         if options.train_split or options.test_split:
             shaping.append([options.train_split, options.test_split])
         return content_hash(json.dumps(shaping), self.rows.fingerprint)

@@ -220,6 +220,7 @@ class DataSettings:
     train_split: str | None = setting(TEXT, null=True)
     test_split: str | None = setting(TEXT, null=True)
     prompt_template: str | None = setting(TEXT, null=True)
+    train_on: str = setting(Choice(("last", "assistant")))
     chat_template_kwargs: dict[str, Any] = open_group()
     chat_date: str = setting(Day())
     max_length: int = setting(Integer(2))
