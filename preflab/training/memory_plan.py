@@ -9,6 +9,7 @@ largest microbatch, also counted on the meta device.
 import contextlib
 import itertools
 import math
+import resource
 from dataclasses import dataclass, field
 
 import torch
@@ -26,7 +27,7 @@ from preflab.batching.packing import Batch, Layout
 from preflab.distributed.process_group import ALONE, World
 from preflab.modeling.fused_head import CHUNK_ELEMENTS, GPU_FACTOR
 from preflab.modeling.layout_choice import known_layouts
-from preflab.modeling.loading import dtype_of, skeleton
+from preflab.modeling.loading import disable_dropout, dtype_of, fuse_activations, skeleton
 from preflab.modeling.logprobs import Scorer
 from preflab.modeling.model_source import model_config
 from preflab.modeling.parallelism import bind_place, data_ranks
@@ -35,6 +36,10 @@ from preflab.training.reference import reference_plan
 from preflab.training.registry import find_trainer
 
 GIB = 2**30
+
+# Of a CPU's memory, the share of activations that the heap keeps in blocks which the next step does
+# not fit into. benchmarks/plan_memory.py compares plans with measured peaks.
+HEAP = 0.25
 
 # The tokens of an example and the largest microbatch are those of the first steps.
 STEPS_TO_MEASURE = 50
@@ -46,7 +51,8 @@ class Plan:
 
     parameters, trained: numbers of all and of trained parameters. ranks: number of processes.
     memory: bytes on a rank by what they hold. examples, steps, tokens: of the whole run, tokens
-    estimated. largest_microbatch: (rows, tokens in a row).
+    estimated. largest_microbatch: (rows, tokens in a row). one_microbatch: whether a rank computes
+    every step in a single one, and keeps no gradients while it computes activations.
     """
 
     parameters: int
@@ -57,6 +63,7 @@ class Plan:
     steps: int = 0
     tokens: int = 0
     largest_microbatch: tuple[int, int] = (0, 0)
+    one_microbatch: bool = True
 
     @property
     def total(self) -> int:
@@ -67,6 +74,7 @@ class Plan:
 def make_plan(config: Settings, loss, data: PreferenceData) -> Plan:
     """The plan of training with `config`, a checked config, on `data`."""
     scalar = "scalar_head" in loss.reads
+    libraries = _libraries(config)
     model = skeleton(config.model, scalar_head=scalar)
     trained = [p for p in model.parameters() if p.requires_grad]
     plan = Plan(
@@ -86,7 +94,22 @@ def make_plan(config: Settings, loss, data: PreferenceData) -> Plan:
     if reference_plan(config, loss).built:
         plan.memory["reference"] = _reference_bytes(config)
     plan.memory["activations"] = _activations(config, scalar, plan.largest_microbatch)
+    if plan.one_microbatch:
+        # Backward frees the activations of a layer before the next layer's gradients are there.
+        both = plan.memory["gradients"], plan.memory["activations"]
+        plan.memory["freed during backward"] = -min(both)
+    if _device(config) != "cuda":
+        plan.memory["heap"] = int(HEAP * plan.memory["activations"])
+    plan.memory["libraries"] = libraries
     return plan
+
+
+def _libraries(config: Settings) -> int:
+    """Bytes of the process without a model, on a CPU, where they share its memory: code of the
+    libraries, and the data. A GPU has other memory, of which its driver takes some too."""
+    if _device(config) == "cuda":
+        return 0
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 
 def _reference_bytes(config: Settings) -> int:
@@ -167,6 +190,7 @@ def _count_data(plan: Plan, config: Settings, loss, data: PreferenceData) -> Non
             tokens=budget,
             grouping=config.length_grouping,
         )
+        plan.one_microbatch &= all(sum(map(bool, map(len, of_rank))) < 2 for of_rank in parts)
         for part in (part for of_rank in parts for part in of_rank if len(part)):
             batch = collate(data, part, layout)
             tokens += batch.n_tokens
@@ -285,6 +309,8 @@ def _activations(config: Settings, scalar: bool, shape: tuple[int, int]) -> int:
     """
     rows, width = shape
     model = skeleton(config.model, scalar_head=scalar).train()
+    disable_dropout(model)
+    fuse_activations(model)
     compute = dtype_of(config.model.fsdp_policy_mp or config.model.policy_dtype)
     model.to(compute)
     if config.model.attn_implementation in (None, "sdpa") and model._supports_sdpa:
