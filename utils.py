@@ -191,6 +191,10 @@ def _holder(path: Path) -> str:
     return "another process"
 
 
+# In the folder of a model that was trained here: its settings.
+TRAINING_CONFIG = "training_config.yaml"
+
+
 def model_folder(path: str | Path) -> Path | str:
     """The folder for `from_pretrained` of a run (its best checkpoint, else its latest) or of a
     checkpoint; `path` itself where it is neither."""

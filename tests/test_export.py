@@ -9,7 +9,7 @@ from conftest import make_model, run_here, small_run, write_jsonl
 from test_chat import CHATML, chat, tokenizer_with
 from transformers import pipeline
 
-from preflab.training.model_card import CONFIG
+from utils import TRAINING_CONFIG
 
 
 @pytest.fixture(scope="module")
@@ -55,7 +55,9 @@ def test_the_card_says_what_the_model_is(exported):
     assert "base_model" not in head  # a local folder is no name on a hub
     assert "**Base model**: model" in body and "**Data**: rows.jsonl" in body
     assert "arXiv:2310.12036" in body and "accuracy on held-out pairs" in body
-    config = yaml.safe_load((exported / "hf" / CONFIG).read_text(encoding="utf-8"))
+    config = yaml.safe_load((exported / "hf" / TRAINING_CONFIG).read_text(encoding="utf-8"))
     assert config["loss"]["name"] == "ipo" and config["lr"] == 1e-3
     root = str(exported.parent.parent)
-    assert root not in card and root not in (exported / "hf" / CONFIG).read_text(encoding="utf-8")
+    assert root not in card and root not in (exported / "hf" / TRAINING_CONFIG).read_text(
+        encoding="utf-8"
+    )

@@ -8,11 +8,14 @@ import sys
 import time
 
 import pytest
+import torch
 from conftest import (
     ROOT,
+    final_weights,
     make_model,
     read_rows,
     run_here,
+    same_weights,
     save_model,
     small_run,
     write_jsonl,
@@ -21,7 +24,13 @@ from script_calls import call
 from test_chat import CHATML, chat, tokenizer_with
 from transformers import AutoConfig, AutoModelForSequenceClassification
 
-from preflab.batching.chat import PromptText, messages_of_prompt
+from preflab.batching.chat import (
+    PromptText,
+    conversation_ids,
+    messages_of_prompt,
+    turn_end,
+)
+from preflab.evaluation.win_rates import pair_up
 from preflab.online.service import Predict, _problem_of_messages, _prompts_of
 from preflab.rewards.http_client import _messages
 from preflab.rewards.models import _chat_ids
@@ -201,3 +210,55 @@ def test_conversations_are_scored_by_their_messages(tmp_path, monkeypatch):
     scored = read_rows(tmp_path / "outs.scored.jsonl")
     assert [row["score"] for row in scored] == [7.0, 5.0, 4.0]
     assert json.loads((tmp_path / "outs.scored.summary.json").read_text())["responses"] == 3
+
+
+def test_an_online_run_on_conversations_is_stopped_and_continued(chat_model, tmp_path):
+    """The pool and the replay of a discriminator hold prompts, which are conversations."""
+    data = write_jsonl(tmp_path / "rows.jsonl", ROWS)
+
+    def go(name, rounds):
+        return run_here(
+            *small_run(
+                chat_model, tmp_path, tmp_path / name, f"datasets=[{data}]", "test_fraction=0.3",
+                "function=online", "loss=dpo", "reward=length", "reward.unit=characters",
+                "online.discriminator=bradley_terry", "online.initial_labels=4",
+                "online.relabel_every=4", "online.budget=12", f"online.rounds={rounds}",
+                "online.eval_every=1", "online.save_every=1", "sample_during_eval=false",
+            )
+        )  # fmt: skip
+
+    go("whole", 4)
+    go("stopped", 2)
+    go("stopped", 4)
+    assert same_weights(final_weights(tmp_path / "whole"), final_weights(tmp_path / "stopped"))
+
+
+def test_a_judge_by_reward_gets_the_messages(tmp_path):
+    rows = [{"prompt": "text", "messages": chat("hi", "ho", "and?"), "policy": "a", "chosen": "b"}]
+    [pair] = pair_up(rows, "chosen")
+    assert messages_of_prompt(pair["prompt"]) == chat("hi", "ho", "and?")
+    assert json.loads(json.dumps(pair["prompt"])) == str(PromptText(chat("hi", "ho", "and?")))
+
+
+def test_a_reward_model_trained_here_is_scored_on_the_ids_it_was_trained_on(chat_model, tmp_path):
+    data = write_jsonl(tmp_path / "rows.jsonl", ROWS)
+    command = small_run(
+        chat_model, tmp_path, tmp_path / "rm", f"datasets=[{data}]", "test_fraction=0.3",
+        "loss=bradley_terry", "n_examples=8",
+    )  # fmt: skip
+    run_here(*command)
+    tokenizer = tokenizer_with(CHATML)
+    prompt = PromptText(chat("hi", "ho", "and 1?"))
+    before, answer = conversation_ids(tokenizer, prompt.messages, "yes")
+    path = str(tmp_path / "rm" / "LATEST" / "hf")
+    model = AutoModelForSequenceClassification.from_pretrained(path).eval()
+    body = model.model(input_ids=torch.tensor([before + answer])).last_hidden_state
+    expected = float(model.score(body)[0, -1])
+    for chat_template in (True, False):
+        score = build_reward({"name": "reward_model", "path": path, "chat_template": chat_template})
+        assert abs(score([prompt], ["yes"])[0] - expected) < 1e-5
+
+
+def test_an_empty_answer_is_the_end_alone():
+    tokenizer = tokenizer_with(CHATML)
+    assert conversation_ids(tokenizer, chat("hi"), "")[1] == [turn_end(tokenizer).token]

@@ -163,7 +163,7 @@ def _whole(
 ) -> tuple[str, list[tuple[int, int]] | None]:
     """The conversation with a response up to the end of its last turn, and where the assistant's
     turns lie in it; None where the response is a single turn."""
-    if not response:  # of a prompt that is for sampling: there is nothing to format
+    if not response:  # there is nothing to format
         return prompt, None
     if not isinstance(response, Turns):
         return _with_answer(tokenizer, chat, prompt, response, where), None
@@ -192,7 +192,10 @@ def _split(
     """The ids of a response, and which of them are the assistant's."""
     if whole[: len(prompt)] != prompt:
         raise DataError(f"{where}: {_no_prefix('ids')}")
-    ends = [] if turn_end(tokenizer).token is not None else [tokenizer.eos_token_id]
+    end = turn_end(tokenizer).token
+    if whole == prompt:  # an empty response: the end alone
+        return [tokenizer.eos_token_id if end is None else end], None
+    ends = [] if end is not None else [tokenizer.eos_token_id]
     response = whole[len(prompt) :] + ends
     if spans is None:
         return response, None
@@ -347,7 +350,8 @@ class PromptText(str):
 
 def _content(message: dict) -> str:
     """The text of a message; of one that calls a tool, the calls as JSON."""
-    return message["content"] or json.dumps(message.get("tool_calls"))
+    calls = message.get("tool_calls")
+    return message["content"] or (json.dumps(calls) if calls else "")
 
 
 def prompt_text(tokenizer, tokens: list[int], chat: Chat | None) -> str:

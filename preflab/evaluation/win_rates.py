@@ -8,6 +8,7 @@ from pathlib import Path
 
 from omegaconf import OmegaConf
 
+from preflab.batching.chat import PromptText
 from preflab.reports.runs import read_jsonl
 from preflab.rewards.llm_client import Endpoint
 from utils import DataError, atomic_write
@@ -95,7 +96,7 @@ def pair_up(rows: list[dict], against: str) -> list[dict]:
             "checkpoint": row.get("checkpoint"),
             "temperature": row.get("temperature"),
             "against": against,
-            "prompt": row["prompt"],
+            "prompt": PromptText(row["messages"]) if row.get("messages") else row["prompt"],
             "policy": row["policy"],
             "opponent": opponent,
             "rewards": (row.get("policy_reward") or {}, reward or {}),

@@ -12,11 +12,13 @@ from transformers import AutoConfig
 from preflab.batching.chat import chat_of, set_chat
 from preflab.batching.examples import PreferenceData
 from preflab.batching.packing import lay_out
-from preflab.batching.token_store import store_of, truncate
+from preflab.batching.token_store import store_of, tokenise, truncate
 from preflab.distributed.process_group import World
 from preflab.modeling.loading import load_tokenizer
 from preflab.objective.registry import BoundLoss
 from preflab.online.checks import discriminator_loss
+from preflab.readers.messages import Chat
+from preflab.readers.records import Record
 from preflab.settings.schema import Settings
 from preflab.settings.values import changed
 from preflab.training.checkpoints import latest_checkpoint
@@ -194,13 +196,22 @@ class Discriminator:
     def _tokenize(
         self, prompts: list[str], responses: list[list[str]]
     ) -> list[tuple[list[int], list[list[int]]]]:
-        """Tokens of prompts and responses, tokenized separately, with EOS after each response."""
-        texts = [*prompts, *(text for of_prompt in responses for text in of_prompt)]
-        ids = iter(self.tokenizer(texts, add_special_tokens=False, verbose=False)["input_ids"])
-        prompt_ids = [next(ids) for _ in prompts]
+        """Tokens of prompts and responses as in training: texts separately, with EOS after each
+        response; conversations by the chat template."""
+        records = [
+            Record(_as_prompt(prompt), of_prompt, [], 0, None, {}, "a prompt of the run")
+            for prompt, of_prompt in zip(prompts, responses, strict=True)
+        ]
         settings = self.settings
         limits = (self.tokenizer, "keep_end", settings.max_length, settings.max_prompt_length)
         return [
-            truncate(prompt, [next(ids) for _ in of_prompt], *limits)[:2]
-            for prompt, of_prompt in zip(prompt_ids, responses, strict=True)
+            truncate(prompt, of_prompt, *limits, chat=isinstance(record.prompt, Chat))[:2]
+            for record, prompt, of_prompt, _ in zip(
+                records, *tokenise(records, self.tokenizer), strict=True
+            )
         ]
+
+
+def _as_prompt(prompt: str) -> str | Chat:
+    messages = getattr(prompt, "messages", None)
+    return Chat(messages) if messages else prompt

@@ -95,7 +95,7 @@ def _joined(parts: list, place: str) -> str:
     for part in parts:
         if not isinstance(part, dict) or part.get("type", "text") != "text":
             raise DataError(f"{place}: its content has {type_and_value(part)}, expected text only")
-    return "".join(text(part, "text", place) for part in parts)
+    return text({"content": "".join(text(part, "text", place) for part in parts)}, "content", place)
 
 
 def _plain(value):

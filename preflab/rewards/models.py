@@ -1,11 +1,12 @@
 """Rewards that are the output of a model: classifiers, reward models, and log-probabilities."""
 
 import re
+from pathlib import Path
 
-from preflab.batching.chat import messages_of_prompt, render
+from preflab.batching.chat import conversation_ids, messages_of_prompt, render
 from preflab.readers.messages import Chat
 from preflab.rewards.registry import RewardError, Score, register_reward
-from utils import ConfigError, first_line, model_folder, nearest
+from utils import TRAINING_CONFIG, ConfigError, first_line, model_folder, nearest
 
 
 @register_reward("classifier")
@@ -88,7 +89,8 @@ def reward_model(
 ) -> Score:
     """The single output of a sequence-classification model for prompt and response together.
 
-    path: a folder, a hub id, or a run of loss=bradley_terry.
+    path: a folder, a hub id, or a run of loss=bradley_terry, which gets the ids that it was trained
+        on, whatever chat_template says.
     chat_template: format the conversation with the template of the model's tokenizer (true), or
         with the given Jinja template; a prompt of text is a user's message.
     max_length: tokens that are used, from the end (null: as many as the model takes).
@@ -113,6 +115,8 @@ def reward_model(
     model.config.pad_token_id = tokenizer.pad_token_id
     limit = max_length or getattr(model.config, "max_position_embeddings", None)
     tokenise = _chat_ids if chat_template else _plain_ids
+    if (Path(path) / TRAINING_CONFIG).is_file():  # trained here, by the rules of training
+        tokenise = _own_ids
     device = _device()
     model.to(device)
 
@@ -156,6 +160,16 @@ def _chat_ids(tokenizer, prompt: str, response: str, limit: int | None) -> list[
     messages = [*messages_of_prompt(prompt), {"role": "assistant", "content": response}]
     text = render(tokenizer, Chat(messages), generation_prompt=False, where="reward.chat_template")
     ids = tokenizer(text, add_special_tokens=False)["input_ids"]
+    return ids[-limit:] if limit else ids
+
+
+def _own_ids(tokenizer, prompt: str, response: str, limit: int | None) -> list[int]:
+    """As in training here: conversations by the template up to the end of the turn, others as
+    text."""
+    if not hasattr(prompt, "messages"):
+        return _plain_ids(tokenizer, prompt, response, limit)
+    before, answer = conversation_ids(tokenizer, prompt.messages, response)
+    ids = before + answer
     return ids[-limit:] if limit else ids
 
 

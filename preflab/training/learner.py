@@ -15,6 +15,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
+from preflab.batching.chat import PromptText
 from preflab.batching.collate import collate
 from preflab.batching.examples import PreferenceData
 from preflab.batching.microbatches import default_microbatch_tokens, split_step
@@ -323,7 +324,8 @@ def _read_state(path: Path) -> dict:
     """What `Learner.save` wrote beside weights and optimizer. Only plain containers, numbers and
     tensors are unpickled. Raises ConfigError for anything else."""
     try:
-        return torch.load(path, map_location="cpu", weights_only=True)
+        with torch.serialization.safe_globals([PromptText]):  # prompts of a labeler's pool
+            return torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # of many classes, with the same meaning for the user
         raise ConfigError(
             f"{path} cannot be read ({first_line(error)}); delete {path.parent} to continue from"

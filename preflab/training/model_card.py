@@ -9,8 +9,8 @@ import yaml
 
 from preflab.objective.registry import LOSSES
 from preflab.settings.schema import Settings
+from utils import TRAINING_CONFIG
 
-CONFIG = "training_config.yaml"
 # Metrics of the last evaluation that a card shows, with what they are.
 RESULTS = {
     "rewards_eval/accuracies": "accuracy on held-out pairs",
@@ -29,7 +29,7 @@ def write_model_card(folder: Path, settings: Settings, step: int, metrics: dict)
     """
     config = _without_folders(json.loads(json.dumps(dataclasses.asdict(settings), default=str)))
     text = yaml.safe_dump(config, sort_keys=False, allow_unicode=True)
-    (folder / CONFIG).write_text(text, encoding="utf-8")
+    (folder / TRAINING_CONFIG).write_text(text, encoding="utf-8")
     (folder / "README.md").write_text(_card(settings, step, metrics), encoding="utf-8")
 
 
@@ -62,7 +62,7 @@ def _card(settings: Settings, step: int, metrics: dict) -> str:
         "",
         *table,
         *([""] if table else []),
-        f"All settings are in [{CONFIG}]({CONFIG}).",
+        f"All settings are in [{TRAINING_CONFIG}]({TRAINING_CONFIG}).",
         "",
         "## Loss",
         "",
