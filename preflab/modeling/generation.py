@@ -312,7 +312,9 @@ def _read_prompts(
             past_key_values=cache,
             synced_gpus=synced,
         )
-    cache.batch_select_indices(torch.tensor(rows))
+    # Where layers are split over devices, each part has a cache of its own.
+    for part in getattr(cache, "of_shards", [cache]):
+        part.batch_select_indices(torch.tensor(rows))
 
 
 @contextlib.contextmanager
