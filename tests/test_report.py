@@ -493,6 +493,7 @@ def test_an_evaluation_of_checkpoints_has_a_table_and_figures(tmp_path):
 def test_the_kl_of_samples_that_are_not_the_policys_is_named_so(tmp_path):
     folder = make_evaluation(tmp_path / "eval", {("a", 1.0): 1.5, ("b", 1): 1.0, ("a", 0.5): 1.75})
     rows = read_rows(folder / "eval.jsonl")
+    assert "reward (lexicon)" in evaluation_table(rows, "lexicon").head
     table = evaluation_table(rows)
     place = table.head.index("KL")
     assert table.head[place + 1] == "KL along samples"

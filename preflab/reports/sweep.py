@@ -82,10 +82,11 @@ def write_comparison(
     groups = group_runs(trained, differing_settings(trained)) if trained else []
     problems = [*problems, *_warnings(trained)]
     evaluations = [row for run in runs if run.is_evaluation for row in run.evaluations]
+    rewards = {run.config.get("reward", {}).get("name") for run in runs if run.is_evaluation}
     winrates = [rate for run in runs for rate in run.winrates]
     tables = [
         *(_write_group_tables(folder, groups, baseline) if groups else []),
-        evaluation_table(evaluations),
+        evaluation_table(evaluations, rewards.pop() if len(rewards) == 1 else None),
         winrate_table(winrates),
     ]
     tables = [table for table in tables if table]

@@ -175,9 +175,10 @@ EVALUATION_COLUMNS = {  # head of the column -> metric of eval.jsonl
 }
 
 
-def evaluation_table(evaluations: list[dict]) -> Table | None:
+def evaluation_table(evaluations: list[dict], reward: str | None = None) -> Table | None:
     """A row for each evaluated checkpoint and temperature of eval.jsonl. The KL of the policy's
-    samples and that along samples of another sampler are in columns of their own."""
+    samples and that along samples of another sampler are in columns of their own. reward: its name,
+    for the head of its column."""
     if not evaluations:
         return None
     names = training_names(evaluations)
@@ -213,10 +214,11 @@ def evaluation_table(evaluations: list[dict]) -> Table | None:
         ]
         for name, row in zip(names, evaluations, strict=True)
     ]
+    heads = [f"reward ({reward})" if name == "reward" and reward else name for name in columns]
     settings = ["temperature", *(limit.replace("_", "-") for limit in limits)]
     return Table(
         title="Checkpoints",
-        head=["checkpoint", "trained with", *settings, *columns],
+        head=["checkpoint", "trained with", *settings, *heads],
         rows=rows,
         notes=[
             "Values are means over prompts ± standard errors. KL is KL(policy || reference) of the"
