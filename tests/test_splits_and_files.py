@@ -6,6 +6,7 @@ import tracemalloc
 from dataclasses import replace
 
 import pyarrow
+import pyarrow.parquet
 import pytest
 from conftest import write_jsonl
 from dataset_files import PAIRS, as_file, hub_cache, named_pairs, read  # noqa: F401  a fixture
@@ -338,3 +339,15 @@ def test_run_folders_and_further_rewards_below_the_home_folder(tmp_path, monkeyp
     assert choose_run_dir(None, None, ["~/runs"], "x").startswith(str(tmp_path / "runs"))
     config = compose(["more_rewards=[{name: lexicon, path: '~/words.json'}]"])
     assert validate(config).more_rewards[0]["path"] == str(tmp_path / "words.json")
+
+
+def test_parquet_files_are_read_by_pieces_in_any_order(tmp_path, monkeypatch):
+    rows = [{"prompt": f"p{i}", "chosen": "a" * (i % 7 + 1), "rejected": "b"} for i in range(3000)]
+    path = tmp_path / "rows.parquet"
+    table = pyarrow.Table.from_pylist(rows)
+    pyarrow.parquet.write_table(table, path, row_group_size=700)
+    monkeypatch.setattr(pyarrow.parquet, "read_table", None)  # not the whole file
+    read = file_rows(path)
+    order = [*range(3000), *range(2999, 0, -371), 0, 699, 700, 2799, 2800]
+    assert read.n == 3000 and all(read.read(i) == rows[i] for i in order)
+    assert read.where(699) == f"{path}: row 700"

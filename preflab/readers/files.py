@@ -4,6 +4,7 @@ Every error is a DataError that names the file, the line or row, what was receiv
 accepted.
 """
 
+import bisect
 import codecs
 import contextlib
 import csv
@@ -20,10 +21,12 @@ import zlib
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import BinaryIO
+from typing import BinaryIO, TypeVar
 
 from preflab.readers.fields import type_and_value
 from utils import DataError, content_hash, first_line
+
+T = TypeVar("T")
 
 FILE_TYPES = (".json", ".jsonl", ".jsonl.gz", ".jsonl.zst", ".csv", ".parquet")
 LONGEST_LINE = 50_000_000  # bytes; a longer line is no row of text but a file without line breaks
@@ -261,15 +264,44 @@ def _csv_lines(path: Path) -> Iterator[tuple[int, list[str]]]:
 
 
 def _parquet_rows(path: Path) -> Rows:
-    import pyarrow
-    import pyarrow.parquet
+    file = _ParquetFile(path)
+    return Rows(file.n, file.read, lambda i: f"{path}: row {i + 1}", content_hash(path))
 
-    try:
-        rows = pyarrow.parquet.read_table(path).to_pylist()
-    # ValueError and OverflowError: values that Python has no type for.
-    except (pyarrow.ArrowException, OSError, ValueError, OverflowError) as error:
-        raise DataError(f"{path}: no readable parquet file: {error}") from error
-    return Rows(len(rows), lambda i: rows[i], lambda i: f"{path}: row {i + 1}", content_hash(path))
+
+class _ParquetFile:
+    """The rows of a parquet file, of which memory holds a few: the columns of two row groups, and
+    some pieces of them as Python objects."""
+
+    PIECE = 512  # rows that are converted together
+
+    def __init__(self, path: Path):
+        import pyarrow.parquet
+
+        self.path = path
+        self._file = self._attempt(lambda: pyarrow.parquet.ParquetFile(path))
+        groups = self._file.metadata
+        sizes = [groups.row_group(i).num_rows for i in range(groups.num_row_groups)]
+        self.ends = list(itertools.accumulate(sizes))
+        self.n = groups.num_rows
+        self._group = functools.lru_cache(2)(self._file.read_row_group)
+        self._piece = functools.lru_cache(16)(self._read_piece)
+
+    def read(self, i: int) -> dict:
+        group = bisect.bisect_right(self.ends, i)
+        piece, place = divmod(i - (self.ends[group - 1] if group else 0), self.PIECE)
+        return self._attempt(lambda: self._piece(group, piece))[place]
+
+    def _read_piece(self, group: int, piece: int) -> list[dict]:
+        return self._group(group).slice(piece * self.PIECE, self.PIECE).to_pylist()
+
+    def _attempt(self, read: Callable[[], T]) -> T:
+        import pyarrow
+
+        try:
+            return read()
+        # ValueError and OverflowError: values that Python has no type for.
+        except (pyarrow.ArrowException, OSError, ValueError, OverflowError) as error:
+            raise DataError(f"{self.path}: no readable parquet file: {error}") from error
 
 
 # ------------------------------------------------------------------------------- bytes to objects
