@@ -6,6 +6,7 @@ import hashlib
 import importlib
 import importlib.util
 import json
+import logging
 import math
 import os
 import random
@@ -178,6 +179,10 @@ def in_use(path: Path, purpose: str = "") -> Iterator[None]:
             f"{path.parent} is in use by {_holder(path)}{purpose}; wait until it ends, or set"
             " another local_run_dir"
         ) from error
+    except NotImplementedError:
+        logging.getLogger("preflab").warning(
+            f"{path.parent}: this file system has no locks, so a second run there is not refused"
+        )
     try:
         path.write_text(f"process {os.getpid()} on {socket.gethostname()}", encoding="utf-8")
         yield

@@ -10,6 +10,7 @@ import subprocess
 import sys
 import termios
 import time
+from unittest import mock
 
 import pytest
 import torch
@@ -281,3 +282,12 @@ def test_killed_between_the_checkpoint_and_latest(tmp_path, monkeypatch):
     save_checkpoint(tmp_path, 3, write("three"), keep=1)
     assert (tmp_path / "LATEST" / "policy.pt").read_text() == "three"
     assert not [p for p in os.listdir(tmp_path) if p.startswith(".LATEST")]
+
+
+def test_a_file_system_without_locks_is_said(tmp_path, monkeypatch, caplog):
+    from preflab.settings.run_folder import owned
+
+    monkeypatch.setattr("utils.FileLock.acquire", mock.Mock(side_effect=NotImplementedError))
+    with caplog.at_level("WARNING"), owned(tmp_path / "run"):
+        (tmp_path / "run" / "file").touch()
+    assert "this file system has no locks" in caplog.text
