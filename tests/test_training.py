@@ -239,7 +239,9 @@ def test_a_loss_that_needs_no_reference_builds_none(run, monkeypatch):
 def test_lora_trains_the_adapter_alone_and_saves_a_plain_model(run, llama_folder):
     folder = run("run", "model.lora.r=4", "n_epochs=3")
     rows = read_rows(folder / "metrics.jsonl")
-    assert rows[0]["loss/eval"] == pytest.approx(math.log(2), rel=1e-9)
+    # The reference's log-probs are computed in other batches, whose float32 sums of some 100 nats
+    # may be rounded otherwise, depending on the processor.
+    assert rows[0]["loss/eval"] == pytest.approx(math.log(2), abs=1e-6)
     assert rows[-1]["loss/eval"] < 0.69 and rows[-1]["samples_eval/kl"] > 0
     start = AutoModelForCausalLM.from_pretrained(llama_folder).state_dict()
     moved = {key for key, w in final_weights(folder).items() if not torch.equal(w, start[key])}
