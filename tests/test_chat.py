@@ -33,7 +33,7 @@ from preflab.batching.chat import (
     turn_end,
 )
 from preflab.batching.collate import collate
-from preflab.batching.examples import PreferenceData
+from preflab.batching.examples import PreferenceData, prompt_to_sample
 from preflab.batching.packed_models import enable
 from preflab.batching.packing import Layout
 from preflab.batching.token_store import prepare, tokenizer_hash
@@ -581,3 +581,105 @@ def test_a_run_on_all_turns(tmp_path):
     run_here(*command)
     first = json.loads((tmp_path / "run" / "metrics.jsonl").open().readline())
     assert abs(first["loss/eval"] - 0.6931) < 1e-3  # policy and reference are equal
+
+
+# ------------------------------------------------------------------- what else a conversation holds
+
+REASONS = (
+    "{% for m in messages %}<|im_start|>{{ m['role'] }}\n"
+    "{% if m['reasoning_content'] %}<think>{{ m['reasoning_content'] }}</think>{% endif %}"
+    "{{ m['content'] }}<|im_end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+
+
+def test_all_fields_of_an_answer_reach_the_template(tmp_path):
+    def answer(reasoning):
+        said = {"role": "assistant", "content": "four", "reasoning_content": reasoning}
+        return [*chat("2+2?"), said]
+
+    [record, *_] = records_of(
+        [{"chosen": answer("2+2"), "rejected": answer("guess")}] * 2
+        + [{"chosen": chat("x", "a"), "rejected": chat("x", "b")}],
+        tmp_path,
+    )
+    tokenizer = tokenizer_with(REASONS)
+    _, [[chosen, rejected]], masks = conversations_ids(
+        tokenizer, [(record.prompt, record.responses, record.source)]
+    )
+    assert tokenizer.decode(chosen) == "<think>2+2</think>four<|im_end|>"
+    assert tokenizer.decode(rejected) == "<think>guess</think>four<|im_end|>"
+    assert masks == [[None, None]]
+
+
+def test_a_system_column_keeps_later_system_messages(tmp_path):
+    history = [*chat("hi", "ho"), {"role": "system", "content": "Now in rhyme."}, *chat("and?")]
+    rows = [
+        {
+            "system": "Be brief.",
+            "chosen": [*history, {"role": "assistant", "content": "yes"}],
+            "rejected": [*history, {"role": "assistant", "content": "no"}],
+        },
+        {"chosen": chat("x", "a"), "rejected": chat("x", "b")},
+    ]
+    [record, _] = records_of(rows, tmp_path)
+    assert record.prompt.messages == [{"role": "system", "content": "Be brief."}, *history]
+
+
+def test_nulls_of_json_are_kept_and_those_of_a_columnar_file_are_not(tmp_path):
+    tools = [{"name": "f", "parameters": {"enum": ["x", None], "default": None}}]
+    rows = [{"prompt": chat(f"q{i}"), "chosen": "a", "rejected": "b", "tools": tools} for i in "ab"]
+    assert records_of(rows, tmp_path)[0].prompt.tools == tools
+    tools = [{"name": "f", "a": 1}, {"name": "g", "b": 2}]
+    rows = [{"prompt": chat(f"q{i}"), "chosen": "a", "rejected": "b", "tools": tools} for i in "ab"]
+    pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), tmp_path / "rows.parquet")
+    [record, *_] = open_dataset(str(tmp_path / "rows.parquet"), "train").records()
+    assert record.prompt.tools == tools
+
+
+def test_half_a_surrogate_in_any_field_is_refused_with_the_row(tmp_path):
+    message = {"role": "user", "content": "q", "name": "\ud800"}
+    row = {"prompt": [message], "chosen": "a", "rejected": "b"}
+    for bad in (row, {**row, "prompt": chat("q"), "tools": [{"name": "\ud800"}]}):
+        with pytest.raises(DataError, match=r"rows\.jsonl:1.*half a surrogate pair"):
+            records_of([bad, bad], tmp_path)
+
+
+def test_an_empty_result_of_a_tool_is_read(tmp_path):
+    call = {"role": "assistant", "content": None, "tool_calls": [{"name": "f", "arguments": {}}]}
+    history = [*chat("q"), call, {"role": "tool", "content": ""}]
+    rows = [
+        {"prompt": history, "chosen": "a", "rejected": "b"},
+        {"prompt": chat("x"), "chosen": "a", "rejected": "b"},
+    ]
+    assert records_of(rows, tmp_path)[0].prompt.messages == history
+
+
+def test_a_prompt_is_sampled_as_it_is_trained_when_it_is_cut(tmp_path):
+    tokenizer = tokenizer_with(CHATML)
+    rows = [
+        {"chosen": chat("x" * 60, "yes"), "rejected": chat("x" * 60, "no" * 60)},
+        {"chosen": chat("y" * 60, "yes"), "rejected": chat("y" * 60, "no")},
+    ]
+    for split in ("train", "test"):
+        write_jsonl(tmp_path / "data" / f"{split}.jsonl", rows)
+    source = open_dataset(str(tmp_path / "data"), "train")
+    store = prepare(
+        source, tokenizer, max_length=120, max_prompt_length=40, cache_dir=tmp_path / "cache"
+    )
+    data = PreferenceData([store], "pairs", "rows")
+    for example in (0, 1):  # the first is cut in training too
+        sampled = prompt_to_sample(data, example, 40).tokens
+        trained = store.tokens[slice(*store.prompts[example])].tolist()
+        assert sampled == trained[-40:] and len(sampled) == 40
+
+
+def test_a_template_that_asks_for_a_system_message_has_an_end_of_turn():
+    asks = (
+        "{% if messages[0]['role'] != 'system' %}{{ raise_exception('no system') }}{% endif %}"
+        + CHATML
+    )
+    tokenizer = tokenizer_with(asks)
+    assert end_of_turn(tokenizer) == tokenizer.convert_tokens_to_ids("<|im_end|>")
+    messages = [{"role": "system", "content": "Be."}, *chat("hi")]
+    assert tokenizer.decode(conversation_ids(tokenizer, messages, "ho")[1]) == "ho<|im_end|>"

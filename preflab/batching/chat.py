@@ -166,14 +166,15 @@ def _whole(
     if not response:  # there is nothing to format
         return prompt, None
     if not isinstance(response, Turns):
-        return _with_answer(tokenizer, chat, prompt, response, where), None
+        answer = {"role": "assistant", "content": response}
+        return _with_answer(tokenizer, chat, prompt, answer, where), None
     spans, texts = [], []
     for number, turn in enumerate(response.messages):
         if turn["role"] not in ASSISTANT:
             continue
         before = replace(chat, messages=[*chat.messages, *response.messages[:number]])
         begin = render(tokenizer, before, generation_prompt=True, where=where)
-        texts += [begin, _with_answer(tokenizer, before, begin, turn["content"], where)]
+        texts += [begin, _with_answer(tokenizer, before, begin, turn, where)]
         spans.append((len(begin), len(texts[-1])))
     whole = texts[-1]
     if not all(whole.startswith(text) for text in (prompt, *texts)):
@@ -205,7 +206,7 @@ def _split(
             _border(tokenizer, text[:place], whole, where) - len(prompt) for place in (begin, end)
         )
         mask[first:last] = [True] * (last - first)
-    return response, mask
+    return response, None if all(mask) else mask
 
 
 def _border(tokenizer, text: str, whole: list[int], where: str) -> int:
@@ -216,12 +217,10 @@ def _border(tokenizer, text: str, whole: list[int], where: str) -> int:
     return len(ids)
 
 
-def _with_answer(tokenizer, chat: Chat, prompt: str, answer: str, where: str) -> str:
-    """The conversation with an answer, up to the end of its turn."""
-    messages = [*chat.messages, {"role": "assistant", "content": answer}]
-    whole = render(
-        tokenizer, Chat(messages, chat.tools, chat.options), generation_prompt=False, where=where
-    )
+def _with_answer(tokenizer, chat: Chat, prompt: str, answer: dict, where: str) -> str:
+    """The conversation with a message of the assistant, up to the end of its turn."""
+    answered = replace(chat, messages=[*chat.messages, answer])
+    whole = render(tokenizer, answered, generation_prompt=False, where=where)
     if not whole.startswith(prompt):
         raise DataError(f"{where}: {_no_prefix('text')}")
     turn = turn_end(tokenizer)
@@ -275,7 +274,11 @@ def _find_turn_end(tokenizer) -> TurnEnd:
         for role, content in (("user", "question"), ("assistant", ANSWER))
     )
     where = "model.tokenizer_name_or_path"
-    whole = render(tokenizer, Chat([question, answer]), generation_prompt=False, where=where)
+    try:
+        whole = render(tokenizer, Chat([question, answer]), generation_prompt=False, where=where)
+    except DataError:  # a template may ask for a system message
+        asked = [{"role": "system", "content": "system"}, question, answer]
+        whole = render(tokenizer, Chat(asked), generation_prompt=False, where=where)
     _, found, suffix = whole.rpartition(ANSWER)
     if not found:
         raise DataError(

@@ -158,9 +158,13 @@ def prompt_to_sample(data: PreferenceData, example: int, max_prompt_length: int)
     store, responses = data.responses_of(example)
     begin, end = store.prompts[store.response_prompt[responses[0]]]
     prompt = store.tokens[begin:end].tolist()
+    chat = store.chat(int(store.response_prompt[responses[0]]))
     if len(prompt) > max_prompt_length:
-        head = 1 if store.truncation == "keep_end" else 0  # a BOS stays in front
-        body = cut_prompt(prompt[head:], max_prompt_length - head, store.truncation)
+        truncation = store.truncation if chat is None else "keep_end"
+        head = 1 if truncation == "keep_end" else 0  # a BOS stays in front
+        if chat is not None and prompt[0] != store.bos:
+            head = 0
+        body = cut_prompt(prompt[head:], max_prompt_length - head, truncation)
         prompt = [*prompt[:head], *body]
     chosen = responses[0]
     if data.kind == "responses":
@@ -170,7 +174,7 @@ def prompt_to_sample(data: PreferenceData, example: int, max_prompt_length: int)
         prompt,
         store.tokens[begin:end].tolist(),
         int(data.groups[example]),
-        store.chat(int(store.response_prompt[responses[0]])),
+        chat,
     )
 
 

@@ -54,6 +54,7 @@ class TokenStore:
     begins and the last ends, (prompts + 1,); None where all prompts are text.
     scored (all tokens,): whether a loss counts the token, where responses have turns of a user in
     between; None where all tokens of responses are counted.
+    bos: the id of BOS, None without one.
     counts: what was read, truncated and skipped, and under "content" a hash of the arrays but
     `sources`.
     key: changes with the content.
@@ -77,6 +78,7 @@ class TokenStore:
     reference: Any = None
     chats: tuple[np.ndarray, np.ndarray] | None = None
     scored: np.ndarray | None = None
+    bos: int | None = None
 
     def scored_tokens(self, response: int) -> np.ndarray:
         """Whether each token of a response is counted, (tokens,)."""
@@ -162,6 +164,7 @@ def _write_store(
         "truncation": source.truncation,
         "counts": counts,
         "columns": sorted(writer.columns),
+        "bos": tokenizer.bos_token_id,
     }
     (folder / "meta.json").write_text(json.dumps(meta, indent=1), encoding="utf-8")
 
@@ -288,6 +291,7 @@ def _load_store(folder: Path) -> TokenStore:
         counts=meta["counts"],
         key=folder.name,
         chats=chats,
+        bos=meta.get("bos"),
         scored=np.load(folder / SCORED, mmap_mode="r") if (folder / SCORED).is_file() else None,
         **arrays,
     )

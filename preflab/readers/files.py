@@ -268,6 +268,18 @@ def _parquet_rows(path: Path) -> Rows:
     return Rows(file.n, file.read, lambda i: f"{path}: row {i + 1}", content_hash(path))
 
 
+def without_fillers(row: dict) -> dict:
+    """A row of a columnar format, which gives every object in a column the fields of all others,
+    without the empty ones inside of objects."""
+
+    def part(value):
+        if isinstance(value, dict):
+            return {key: part(one) for key, one in value.items() if one is not None}
+        return [part(one) for one in value] if isinstance(value, list) else value
+
+    return {key: part(value) for key, value in row.items()}
+
+
 class _ParquetFile:
     """The rows of a parquet file, of which memory holds a few: the columns of two row groups, and
     some pieces of them as Python objects."""
@@ -292,7 +304,8 @@ class _ParquetFile:
         return self._attempt(lambda: self._piece(group, piece))[place]
 
     def _read_piece(self, group: int, piece: int) -> list[dict]:
-        return self._group(group).slice(piece * self.PIECE, self.PIECE).to_pylist()
+        rows = self._group(group).slice(piece * self.PIECE, self.PIECE).to_pylist()
+        return [without_fillers(row) for row in rows]
 
     def _attempt(self, read: Callable[[], T]) -> T:
         import pyarrow

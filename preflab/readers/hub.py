@@ -8,7 +8,7 @@ import glob
 import re
 from pathlib import Path
 
-from preflab.readers.files import FILE_TYPES, Rows, file_rows, list_folder
+from preflab.readers.files import FILE_TYPES, Rows, file_rows, list_folder, without_fillers
 from utils import DataError, content_hash
 
 TEST_NAMES = ("test", "validation")
@@ -228,7 +228,7 @@ def _split_rows(
 
     def read(i: int) -> dict:
         try:
-            return data[i]
+            return without_fillers(data[i])
         # Text that is not UTF-8, an image without the package that decodes it: no common class.
         except Exception as error:
             raise DataError(f"{where(i)}: cannot be read ({_one_line(error)})") from error

@@ -49,9 +49,10 @@ def messages_of(row: dict, key: str, where: str) -> list[dict] | None:
     """The messages of a column, checked; None where it holds text, or is absent.
 
     A cell may hold them as JSON. Fields that no JSON file could hold (dates, bytes) are dropped,
-    and so are empty ones, which columnar files add to every message.
+    and so are empty ones, as transformers does.
     """
     value = row.get(key)
+    value = value.tolist() if hasattr(value, "tolist") else value
     if isinstance(value, str) and JSON_MESSAGES.match(value):
         value = _parsed(value)
     if not isinstance(value, list) or (value and all(isinstance(one, str) for one in value)):
@@ -76,18 +77,17 @@ def _message(message, key: str, where: str) -> dict:
         raise DataError(f"{where}: a message of {key!r} is {received}, expected {{role, content}}")
     place = f"{where}, a message of {key!r}"
     text(message, "role", place)
-    further = {
-        name: value
-        for name, value in message.items()
-        if name not in ("role", "content") and value not in (None, [], {})
-    }
-    if message.get("content") is None and further.get("tool_calls"):
+    others = {name: value for name, value in message.items() if name not in ("role", "content")}
+    further = {name: value for name, value in _plain(others, place).items() if value or value == 0}
+    content = message.get("content")
+    if content is None and further.get("tool_calls"):
         content = None
-    elif isinstance(message.get("content"), list):
-        content = _joined(message["content"], place)
+    elif isinstance(content, list):
+        content = _joined(content, place)
     else:
-        content = text(message, "content", place, may_be_empty=bool(further.get("tool_calls")))
-    return {"role": message["role"], "content": content} | _plain(further)
+        may_be_empty = bool(further.get("tool_calls")) or message["role"] == "tool"
+        content = text(message, "content", place, may_be_empty=may_be_empty)
+    return {"role": message["role"], "content": content} | further
 
 
 def _joined(parts: list, place: str) -> str:
@@ -98,14 +98,27 @@ def _joined(parts: list, place: str) -> str:
     return text({"content": "".join(text(part, "text", place) for part in parts)}, "content", place)
 
 
-def _plain(value):
-    """A value without what JSON cannot hold, and without empty fields."""
+def _plain(value, place: str):
+    """A value without what JSON cannot hold. Raises DataError for text that UTF-8 cannot."""
+    plain = _json_part(value)
+    try:
+        json.dumps(plain, ensure_ascii=False).encode("utf-8")
+    except UnicodeEncodeError as error:
+        raise DataError(
+            f"{place}: a field holds half a surrogate pair, which UTF-8 cannot encode; write the"
+            " file again with valid Unicode text"
+        ) from error
+    return plain
+
+
+def _json_part(value):
+    value = value.tolist() if hasattr(value, "tolist") else value
     if isinstance(value, dict):
-        plain = {str(name): _plain(one) for name, one in value.items() if one is not None}
-        return {name: one for name, one in plain.items() if one is not _NOT_JSON}
+        parts = {str(name): _json_part(one) for name, one in value.items()}
+        return {name: one for name, one in parts.items() if one is not _NOT_JSON}
     if isinstance(value, (list, tuple)):
-        return [one for one in map(_plain, value) if one is not _NOT_JSON]
-    return value if isinstance(value, (str, bool, int, float)) else _NOT_JSON
+        return [one for one in map(_json_part, value) if one is not _NOT_JSON]
+    return value if value is None or isinstance(value, (str, bool, int, float)) else _NOT_JSON
 
 
 _NOT_JSON = object()
@@ -118,12 +131,14 @@ def chat(row: dict, messages: list[dict], where: str) -> Chat:
     """
     if system := row.get("system"):
         first = {"role": "system", "content": text(row, "system", where)}
-        if messages and messages[0]["role"] == "system" and messages[0]["content"] != system:
-            raise DataError(
-                f"{where}: a 'system' column, and the messages begin with another system message;"
-                " remove one of them"
-            )
-        messages = [first, *[one for one in messages if one["role"] != "system"]]
+        if messages and messages[0]["role"] == "system":
+            if messages[0]["content"] != system:
+                raise DataError(
+                    f"{where}: a 'system' column, and the messages begin with another system"
+                    " message; remove one of them"
+                )
+        else:
+            messages = [first, *messages]
     tools = _json_field(row, "tools", list, where)
     options = _json_field(row, "chat_template_kwargs", dict, where) or {}
     return Chat(messages, tools or None, options)
@@ -138,7 +153,7 @@ def _json_field(row: dict, key: str, expected: type, where: str):
     if not isinstance(value, expected):
         wanted = "a list of functions" if expected is list else "an object"
         raise DataError(f"{where}: {key!r} is {type_and_value(value)}, expected {wanted}")
-    return _plain(value)
+    return _plain(value, f"{where}, {key!r}")
 
 
 def whole_conversation(row: dict, key: str, where: str) -> list[dict] | None:
@@ -175,7 +190,8 @@ def _same(message: dict, prompt: str) -> bool:
 
 
 def split_answer(messages: list[dict], key: str, where: str) -> tuple[list[dict], str]:
-    """The messages before the last, and the content of the last, an assistant's.
+    """The messages before the last, and the last, an assistant's: its content, or a turn where it
+    has further fields, such as its reasoning.
 
     Raises DataError for a conversation that ends otherwise, or that has nothing before it.
     """
@@ -194,7 +210,14 @@ def split_answer(messages: list[dict], key: str, where: str) -> tuple[list[dict]
         raise DataError(
             f"{where}: the last message of {key!r} calls a tool; the answer must be text"
         )
-    return before, last["content"]
+    return before, _response([last])
+
+
+def _response(turns: list[dict]) -> str:
+    """Messages as a response: the content of a single one that has nothing else."""
+    if len(turns) == 1 and turns[0].keys() <= {"role", "content"}:
+        return turns[0]["content"]
+    return Turns(turns)
 
 
 def split_turns(
@@ -219,4 +242,4 @@ def split_turns(
             f"{where}: a turn of {key!r} calls a tool; with train_on=assistant the turns after the"
             " prompt must be text"
         )
-    return messages[:shared], turns[0]["content"] if len(turns) == 1 else Turns(turns)
+    return messages[:shared], _response(turns)
