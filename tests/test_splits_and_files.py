@@ -90,6 +90,45 @@ def test_names_choose_the_splits(tmp_path, write, from_hub):
     assert test and not train & test and train | test == prompts(SPLITS["train_prefs"])
 
 
+@pytest.mark.parametrize("from_hub", [False, True])
+@pytest.mark.parametrize(
+    "files, message",
+    [
+        (
+            ["train_prefs", "train_sft", "test_prefs"],
+            "train_prefs.jsonl and train_sft.jsonl would all be its train split;"
+            " choose by train_split=train_prefs or train_split=train_sft",
+        ),
+        (
+            ["train_prefs", "test_prefs", "test_sft"],
+            "test_prefs.jsonl and test_sft.jsonl would all be its test split;"
+            " choose by test_split=test_prefs or test_split=test_sft",
+        ),
+        (
+            ["prefs/train", "sft/train"],
+            "prefs/train.jsonl and sft/train.jsonl would all be its train split;"
+            " give one of them, or its folder, by its path",
+        ),
+        (["train_1", "train_2", "test-1"], None),
+        (["2023/train", "2024/train"], None),
+        (["train/a", "train/b", "valid/a"], None),
+        (["data/train-00000-of-00002", "data/train-00001-of-00002"], None),
+    ],
+)
+def test_files_that_would_be_one_split_are_chosen_by_name(tmp_path, files, message, from_hub):
+    folder = tmp_path / "me" / "mine"
+    for i, name in enumerate(files):
+        write_jsonl(folder / f"{name}.jsonl", PAIRS[4 * i : 4 * i + 4])
+    name = "me/mine" if from_hub else folder
+    if message is None:
+        train, test = (read_prompts(name, tmp_path, split) for split in ("train", "test"))
+        assert train | test == prompts(PAIRS[: 4 * len(files)]) and not train & test
+        return
+    with pytest.raises(DataError) as refused:
+        read(name, tmp_path)
+    assert str(refused.value) == f"{folder}: {message}"
+
+
 def test_the_names_are_part_of_the_key_of_the_cache(tmp_path):
     saved(tmp_path / "x")
 

@@ -14,6 +14,11 @@ from utils import DataError, content_hash
 TEST_NAMES = ("test", "validation")
 NO_NAMES = (None, None)
 SHARD = re.compile(r"-\d{5}-of-\d{5}$")
+# The words by which `datasets` knows a split, in the name of a file or folder.
+SPLIT_WORD = re.compile(
+    r"(?<![a-z0-9])(train|training|test|testing|eval|evaluation|valid|validation|val|dev)(?![a-z])",
+    re.IGNORECASE,
+)
 HUB_PREFIX = "the hub dataset "  # in front of a repository's name in messages
 
 
@@ -45,6 +50,7 @@ def folder_rows(path: Path, split: str, named: tuple[str | None, str | None] = N
             )
     advice = "; repair the folder, or give one file of it by its name"
     splits = _load(path, str(path), advice)
+    _check_one_source(path, named)
     fingerprint = content_hash(split, *_visible_files(path))
     return _split_rows(str(path), splits, split, TEST_NAMES, fingerprint, named)
 
@@ -73,6 +79,8 @@ def hub_rows(
         f" {copy}"
     )
     splits = _load(copy if has_copy else repo, f"{HUB_PREFIX}{repo}", advice)
+    if has_copy:
+        _check_one_source(copy, named)
     if only in splits:
         splits = {only: splits[only]}
     fingerprint = content_hash(split, *_visible_files(copy)) if has_copy else None
@@ -175,6 +183,46 @@ def _load(place: Path | str, description: str, advice: str) -> dict:
     except Exception as error:
         raise DataError(f"{description} cannot be loaded ({_one_line(error)}){advice}") from error
     return splits if isinstance(splits, dict) else {"train": splits}
+
+
+def _check_one_source(folder: Path, named: tuple[str | None, str | None]) -> None:
+    """Raise DataError where `datasets` takes several files for one split by a word in their names,
+    such as train_prefs.jsonl and train_sft.jsonl, and the user did not name the split.
+
+    Files whose names differ in numbers only are shards.
+    """
+    import datasets
+
+    if _is_saved_dataset(folder) or _lists_configs(folder):
+        return
+    files = datasets.load_dataset_builder(str(folder.absolute())).config.data_files or {}
+    for key, name, words in (
+        ("train_split", named[0], ("train",)),
+        ("test_split", named[1], TEST_NAMES),
+    ):
+        split = next((word for word in words if word in files), None)
+        if name is not None or split is None:
+            continue
+        sources = {_without_numbers(file, folder): Path(file) for file in files[split]}
+        if len(sources) == 1:
+            continue
+        places = [str(file.relative_to(folder.absolute())) for file in sources.values()]
+        choices = " or ".join(f"{key}={name}" for name in sorted(sources))
+        advice = f"choose by {choices}" if all("/" not in place for place in places) else ""
+        raise DataError(
+            f"{folder}: {' and '.join(sorted(places)[:8])} would all be its {split} split;"
+            f" {advice or 'give one of them, or its folder, by its path'}"
+        )
+
+
+def _without_numbers(file: str, folder: Path) -> str:
+    """The path of a file in a folder up to the part with the name of a split, without its type and
+    the numbers of shards."""
+    parts = Path(file).relative_to(folder.absolute()).parts
+    last = max((i for i, part in enumerate(parts) if SPLIT_WORD.search(part)), default=0)
+    name = "/".join(parts[: last + 1])
+    suffix = next((suffix for suffix in FILE_TYPES if name.endswith(suffix)), "")
+    return re.sub(r"[\W_]*\d+([\W_]*of[\W_]*\d+)?", "", name.removesuffix(suffix))
 
 
 def _one_line(error: Exception) -> str:
