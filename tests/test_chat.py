@@ -683,3 +683,14 @@ def test_a_template_that_asks_for_a_system_message_has_an_end_of_turn():
     assert end_of_turn(tokenizer) == tokenizer.convert_tokens_to_ids("<|im_end|>")
     messages = [{"role": "system", "content": "Be."}, *chat("hi")]
     assert tokenizer.decode(conversation_ids(tokenizer, messages, "ho")[1]) == "ho<|im_end|>"
+
+
+def test_times_of_messages_tell_no_prompts_apart(tmp_path):
+    def row(question, time):
+        prompt = [{"role": "user", "content": question, "timestamp": time}]
+        later = [{**prompt[0], "timestamp": time + "Z"}]
+        return {"chosen": prompt + chat("", f"a{time}")[1:], "rejected": later + chat("", "b")[1:]}
+
+    rows = [row(f"q{i % 10}", str(i)) for i in range(100)]
+    records = records_of(rows, tmp_path)
+    assert len(records) == 10 and sum(len(record.pairs) for record in records) == 100

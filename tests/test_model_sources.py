@@ -161,6 +161,43 @@ def test_an_adapter_of_another_model_is_refused(adapted, tmp_path):
         build_policy(settings(other, archive=str(adapter)))
 
 
+def test_adapters_on_adapters_and_beside_models_are_refused(adapted, tmp_path):
+    base, adapter, _ = adapted
+    nested = tmp_path / "nested"
+    shutil.copytree(adapter, nested)
+    file = nested / "adapter_config.json"
+    content = json.loads(file.read_text()) | {"base_model_name_or_path": str(adapter)}
+    file.write_text(json.dumps(content))
+    with pytest.raises(ConfigError, match="which is an adapter too; merge that one"):
+        model_source(str(nested))
+    shutil.copytree(base, tmp_path / "both")
+    shutil.copy(adapter / "adapter_config.json", tmp_path / "both")
+    with pytest.raises(ConfigError, match="holds a whole model and an adapter"):
+        model_source(str(tmp_path / "both"))
+    config = OmegaConf.create({"max_length": 64, "model": settings(adapter, lora={"r": 2})})
+    with pytest.raises(ConfigError, match="is an adapter itself"):
+        check_model(config, BasicTrainer)
+
+
+def test_an_exported_adapter_names_the_archive_it_was_trained_on(adapted, tmp_path, imdb_dir):
+    base, _, _ = adapted
+    torch.manual_seed(5)
+    make_model("llama", seed=9).save_pretrained(tmp_path / "archive")
+    run_here(
+        *small_run(
+            base,
+            imdb_dir,
+            tmp_path / "run",
+            f"model.archive={tmp_path / 'archive'}",
+            "model.lora.r=2",
+            "n_examples=8",
+            "sample_during_eval=false",
+        )
+    )
+    content = json.loads((tmp_path / "run" / "LATEST/adapter/adapter_config.json").read_text())
+    assert content["base_model_name_or_path"] == str(tmp_path / "archive")
+
+
 # --------------------------------------------------------------------------------- LoRA everywhere
 
 

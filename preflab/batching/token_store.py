@@ -204,7 +204,7 @@ class _StoreWriter:
         rows["scores"].extend(record.scores or [float("nan")] * len(responses))
         rows["sources"].append(record.source)
         is_chat = isinstance(record.prompt, Chat)
-        self.chats.append(record.prompt.key().encode() if is_chat else b"")
+        self.chats.append(record.prompt.to_json().encode() if is_chat else b"")
         rows["targets"].append(first + record.sft_target)
         rows["pairs"].extend(
             (first + chosen, first + rejected) for chosen, rejected in record.pairs

@@ -44,6 +44,12 @@ def check_model(config, trainer: type, *, scalar_head: bool = False) -> int | No
     model = model_config(config.model)
     check_class(model, config.model.name_or_path)
     check_length(model, config.model.name_or_path, config.max_length)
+    if config.model.lora.r and model_source(config.model.name_or_path).adapter is not None:
+        raise ConfigError(
+            f"model.lora.r={config.model.lora.r}: model.name_or_path={config.model.name_or_path} is"
+            " an adapter itself, and the exported adapter would lack it; merge it first with"
+            " scripts/merge_adapter.py"
+        )
     if config.model.lora.r:
         skeleton(config.model, scalar_head=scalar_head)  # refuses target modules that cannot work
     trainer.check(config, scalar_head=scalar_head)

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from transformers import AutoConfig, PretrainedConfig
 
-from preflab.modeling.adapters import adapter_files, base_of, is_adapter
+from preflab.modeling.adapters import CONFIG, adapter_files, base_of, is_adapter
 from preflab.modeling.weights_io import archive_files, model_files, readable
 from utils import ConfigError
 
@@ -37,6 +37,11 @@ def model_source(name_or_path: str, key: str = "model.name_or_path") -> ModelSou
         return _gguf(path, key)
     if is_adapter(path):
         base = model_source(base_of(path, f"{key}={path}"), key)
+        if base.adapter is not None:
+            raise ConfigError(
+                f"{key}={path} is an adapter on {base.adapter}, which is an adapter too; merge that"
+                " one into its base with scripts/merge_adapter.py, and train on the result"
+            )
         return ModelSource(base.path, base.options, path)
     if os.path.isfile(path):
         raise ConfigError(
@@ -45,6 +50,11 @@ def model_source(name_or_path: str, key: str = "model.name_or_path") -> ModelSou
         )
     if os.path.isdir(path) and not (path / "config.json").is_file() and (hint := _instead(path)):
         raise ConfigError(f"{key}={path} is a run or a checkpoint of one; {hint}")
+    if os.path.isfile(path / CONFIG):
+        raise ConfigError(
+            f"{key}={path} holds a whole model and an adapter ({CONFIG}), and transformers would"
+            " load both; move the adapter to a folder of its own"
+        )
     return ModelSource(name_or_path)
 
 

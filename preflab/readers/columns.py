@@ -320,7 +320,8 @@ def pair_of(row: dict, where: str, *, all_turns: bool) -> tuple[str | Chat, str,
             f"{where}: one of 'chosen' and 'rejected' is text and the other one messages; write"
             " both the same way"
         )
-    if prompt != other:
+    same = prompt == other if isinstance(prompt, str) else prompt.key() == other.key()
+    if not same:
         raise Skip("chosen and rejected have different prompts")
     return prompt, chosen, rejected
 

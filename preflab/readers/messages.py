@@ -10,6 +10,11 @@ from preflab.readers.files import parse_json
 from utils import DataError
 
 JSON_MESSAGES = re.compile(r"\s*\[\s*\{")
+# Fields of a message that templates read; others, such as times, tell no conversations apart.
+READ = (
+    *("role", "content", "name", "tool_calls", "tool_call_id"),
+    *("reasoning_content", "reasoning", "thinking"),
+)
 ASSISTANT = ("assistant", "model")  # the roles of its messages
 # Columns beside the messages that the chat template gets.
 CONTEXT = ("system", "tools", "chat_template_kwargs")
@@ -29,8 +34,17 @@ class Chat:
     options: dict = field(default_factory=dict)
 
     def key(self) -> str:
-        """Equal for equal conversations."""
-        return json.dumps([self.messages, self.tools, self.options], sort_keys=True)
+        """Equal for equal conversations, whatever else their messages carry, such as times."""
+        read = list(map(read_part, self.messages))
+        return json.dumps([read, self.tools, self.options], sort_keys=True)
+
+    def to_json(self) -> str:
+        return json.dumps([self.messages, self.tools, self.options])
+
+
+def read_part(message: dict) -> dict:
+    """What templates read of a message."""
+    return {name: message[name] for name in READ if name in message}
 
 
 class Turns(str):
@@ -169,7 +183,7 @@ def whole_conversation(row: dict, key: str, where: str) -> list[dict] | None:
         return messages
     before = messages_of(row, "prompt", where)
     if before is not None:
-        if messages[: len(before)] == before:
+        if _alike(messages[: len(before)], before):
             return messages
         if messages[0]["role"] in ASSISTANT:
             return before + messages
@@ -183,6 +197,10 @@ def whole_conversation(row: dict, key: str, where: str) -> list[dict] | None:
         f"{where}: 'prompt' is not part of the messages of {key!r}, so that one of them would be"
         " lost; give the whole conversation there, or the answer alone, or remove 'prompt'"
     )
+
+
+def _alike(a: list[dict], b: list[dict]) -> bool:
+    return list(map(read_part, a)) == list(map(read_part, b))
 
 
 def _same(message: dict, prompt: str) -> bool:
@@ -215,7 +233,7 @@ def split_answer(messages: list[dict], key: str, where: str) -> tuple[list[dict]
 
 def _response(turns: list[dict]) -> str:
     """Messages as a response: the content of a single one that has nothing else."""
-    if len(turns) == 1 and turns[0].keys() <= {"role", "content"}:
+    if len(turns) == 1 and read_part(turns[0]).keys() <= {"role", "content"}:
         return turns[0]["content"]
     return Turns(turns)
 
@@ -233,7 +251,7 @@ def split_turns(
     if other is messages:
         shared = next((i for i, one in enumerate(messages) if one["role"] in ASSISTANT), 0)
     else:
-        shared = next((i for i, (a, b) in enumerate(pairs) if a != b), len(pairs))
+        shared = next((i for i, (a, b) in enumerate(pairs) if not _alike([a], [b])), len(pairs))
     if not shared or messages[shared]["role"] not in ASSISTANT:
         return None
     turns = messages[shared:]

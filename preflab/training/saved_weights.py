@@ -12,6 +12,7 @@ from preflab.modeling.placed_weights import full_weights
 from preflab.modeling.weights_io import archive_state
 from preflab.settings.schema import Settings
 from preflab.training.model_card import write_model_card
+from utils import model_folder
 
 SHARD = "2GB"  # the largest file of hf/; a whole file is in memory while it is written
 
@@ -45,6 +46,8 @@ def save_weights(
         model.load_state_dict(state, assign=True)
         model.tie_weights()
         if adapter:
+            if start := settings.model.archive:  # what the adapter was trained on
+                model.active_peft_config.base_model_name_or_path = str(model_folder(start))
             model.save_pretrained(folder / "adapter")
             model = model.merge_and_unload()
         if not scalar_head:
