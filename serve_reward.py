@@ -23,7 +23,7 @@ from omegaconf import DictConfig, OmegaConf
 from preflab.settings.command_line import check_command_line
 from preflab.settings.overrides import fail
 from preflab.settings.run_folder import register_resolvers
-from utils import ConfigError, PrefLabError, atomic_write, in_use
+from utils import ConfigError, PrefLabError, atomic_write, in_use, remove_leftovers
 
 
 def main() -> None:
@@ -56,6 +56,7 @@ def run(config: DictConfig) -> None:
         if (before := folder / "config.yaml").is_file():
             _same_service(OmegaConf.load(before), config, folder)
         with in_use(folder / "labels.lock", ", which buys labels for it"):
+            remove_leftovers(folder)
             service = Service(settings, folder, BasicTrainer)
             with atomic_write(folder / "config.yaml") as f:
                 f.write(OmegaConf.to_yaml(config, resolve=True))

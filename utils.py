@@ -2,6 +2,7 @@
 
 import contextlib
 import difflib
+import fcntl
 import hashlib
 import importlib
 import importlib.util
@@ -10,6 +11,7 @@ import logging
 import math
 import os
 import random
+import re
 import shutil
 import socket
 import sys
@@ -59,20 +61,72 @@ def atomic_write(path: str | Path, mode: str = "w") -> Iterator:
     deleted."""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    encoding = None if "b" in mode else "utf-8"
-    handle = tempfile.NamedTemporaryFile(  # noqa: SIM115  (closed below, before it is renamed)
-        mode, dir=path.parent, prefix=f".{path.name}.", delete=False, encoding=encoding
-    )
+    remove_leftovers(path.parent, path.name)
+    handle = _temporary_file(path, mode)
     try:
         with handle:
             yield handle
             handle.flush()
             os.fsync(handle.fileno())
-        os.chmod(handle.name, 0o666 & ~_umask())
-        os.replace(handle.name, path)
+            os.chmod(handle.name, 0o666 & ~_umask())
+            os.replace(handle.name, path)
     except BaseException:
         Path(handle.name).unlink(missing_ok=True)
         raise
+
+
+def _temporary_file(path: Path, mode: str):
+    """A new file beside `path`, marked as being written until it is closed."""
+    encoding = None if "b" in mode else "utf-8"
+    while True:
+        handle = tempfile.NamedTemporaryFile(  # noqa: SIM115  (the caller closes it)
+            mode, dir=path.parent, prefix=f".{path.name}.", delete=False, encoding=encoding
+        )
+        if _mark(handle.fileno(), handle.name):
+            return handle
+        handle.close()
+
+
+# ".NAME." and what `tempfile` adds to it.
+_TEMPORARY = re.compile(r"\.(.+)\.[a-z0-9_]{8}")
+
+
+def remove_leftovers(folder: Path, name: str | None = None) -> None:
+    """Delete what killed processes have left of `atomic_write` and `atomic_directory` in a folder.
+
+    name: only of this file or folder. What a process still writes is marked by a lock, and stays.
+    """
+    paths = []
+    with contextlib.suppress(OSError):  # no such folder, or one that cannot be listed
+        paths = sorted(folder.iterdir())
+    for path in paths:
+        match = _TEMPORARY.fullmatch(path.name)
+        if not match or name not in (None, match[1]) or path.is_symlink():
+            continue
+        with contextlib.suppress(OSError), _opened(path) as descriptor:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            if path.is_dir():
+                shutil.rmtree(path, ignore_errors=True)
+            else:
+                path.unlink()
+
+
+@contextlib.contextmanager
+def _opened(path: Path) -> Iterator[int]:
+    """The descriptor of a file or a folder."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        yield descriptor
+    finally:
+        os.close(descriptor)
+
+
+def _mark(descriptor: int, path: str | Path) -> bool:
+    """Mark a new file or folder as being written until the descriptor is closed; False where
+    `remove_leftovers` of another process has deleted it before."""
+    with contextlib.suppress(OSError):  # file systems without locks
+        fcntl.flock(descriptor, fcntl.LOCK_EX)
+    return os.path.exists(path)
 
 
 def json_lines(path: Path) -> list[str]:
@@ -100,12 +154,16 @@ def atomic_directory(path: str | Path) -> Iterator[Path]:
     """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = Path(tempfile.mkdtemp(dir=path.parent, prefix=f".{path.name}."))
-    try:
+    remove_leftovers(path.parent, path.name)
+    with contextlib.ExitStack() as stack:
+        while True:
+            temporary = Path(tempfile.mkdtemp(dir=path.parent, prefix=f".{path.name}."))
+            stack.callback(shutil.rmtree, temporary, ignore_errors=True)
+            with contextlib.suppress(FileNotFoundError):
+                if _mark(stack.enter_context(_opened(temporary)), temporary):
+                    break
         yield temporary
         finish_directory(temporary, path)
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
 
 
 def finish_directory(temporary: Path, path: Path) -> None:
@@ -145,15 +203,23 @@ def damaged_file(folder: Path) -> str:
     try:
         contents = json.loads((folder / CHECKSUMS).read_bytes())
         for name, (size, digest) in contents.items():
-            path = folder / name
-            if not path.is_file():
-                return f"{name} is missing"
-            if (found := path.stat().st_size) != size:
-                return f"{name} has {found:,} bytes, and {size:,} were written"
-            if content_hash(path) != digest:
+            if damage := wrong_size(folder, name, size):
+                return damage
+            if content_hash(folder / name) != digest:
                 return f"{name} has another content than was written"
     except (OSError, ValueError, AttributeError, TypeError) as error:
         return f"{CHECKSUMS} cannot be read ({first_line(error)})"
+    return ""
+
+
+def wrong_size(folder: Path, name: str, size: int) -> str:
+    """What is wrong with the size of a file of a folder that was written with `size` bytes; empty
+    if nothing is."""
+    path = folder / name
+    if not path.is_file():
+        return f"{name} is missing"
+    if (found := path.stat().st_size) != size:
+        return f"{name} has {found:,} bytes, and {size:,} were written"
     return ""
 
 
@@ -180,14 +246,39 @@ def in_use(path: Path, purpose: str = "") -> Iterator[None]:
             " another local_run_dir"
         ) from error
     except NotImplementedError:
-        logging.getLogger("preflab").warning(
-            f"{path.parent}: this file system has no locks, so a second run there is not refused"
-        )
+        say_without_locks(path.parent)
     try:
         path.write_text(f"process {os.getpid()} on {socket.gethostname()}", encoding="utf-8")
         yield
     finally:
         lock.release()
+
+
+@contextlib.contextmanager
+def one_at_a_time(path: Path, waiting: str) -> Iterator[None]:
+    """Inside, this process alone holds the lock file. While another one does, `waiting` is logged
+    and this process waits; a holder that dies, in any way, lets go of it."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    lock = FileLock(path)
+    try:
+        try:
+            lock.acquire(timeout=0.1)
+        except Timeout:
+            logging.getLogger("preflab").info(waiting)
+            lock.acquire()
+    except NotImplementedError:
+        say_without_locks(path.parent)
+    try:
+        yield
+    finally:
+        lock.release()
+
+
+def say_without_locks(folder: Path) -> None:
+    """Warn that a folder's file system does not keep two runs apart."""
+    logging.getLogger("preflab").warning(
+        f"{folder}: this file system has no locks, so a second run there is not noticed"
+    )
 
 
 def _holder(path: Path) -> str:

@@ -434,3 +434,24 @@ def http_server():
     for server in servers:
         server.shutdown()
         server.server_close()
+
+
+# ------------------------------------------------------------------------------------ damaged files
+
+
+def cut(path):
+    path.write_bytes(path.read_bytes()[:-4])
+
+
+def empty(path):
+    path.write_bytes(b"")
+
+
+def delete(path):
+    path.unlink()
+
+
+def change(path):
+    content = bytearray(path.read_bytes())
+    content[-3] ^= 1
+    path.write_bytes(bytes(content))

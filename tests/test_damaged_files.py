@@ -3,34 +3,26 @@
 import json
 import logging
 import shutil
+from pathlib import Path
 
 import numpy as np
 import pytest
-from conftest import final_weights, run_here, same_weights, small_run, write_imdb
+from conftest import (
+    change,
+    cut,
+    delete,
+    empty,
+    final_weights,
+    run_here,
+    same_weights,
+    small_run,
+    write_imdb,
+)
 
 from preflab.batching.token_store import prepare
 from preflab.readers.registry import open_dataset
 from preflab.training.checkpoints import damage_of, latest_checkpoint
-from utils import ConfigError
-
-
-def cut(path):
-    path.write_bytes(path.read_bytes()[:-4])
-
-
-def empty(path):
-    path.write_bytes(b"")
-
-
-def delete(path):
-    path.unlink()
-
-
-def change(path):
-    content = bytearray(path.read_bytes())
-    content[-3] ^= 1
-    path.write_bytes(bytes(content))
-
+from utils import ConfigError, atomic_directory, atomic_write, remove_leftovers
 
 # ------------------------------------------------------------------------------------- token cache
 
@@ -131,3 +123,26 @@ def test_exports_may_be_deleted_and_old_checkpoints_have_no_sizes(two_steps):
     assert damage_of(run / "step-2") == ""
     (run / "step-2" / "sizes.json").write_text(json.dumps(["policy.pt"]))
     assert damage_of(run / "step-2") == "sizes.json is not what was saved"
+
+
+# ---------------------------------------------------------------------- leftovers of killed writers
+
+
+def test_what_killed_writers_left_is_cleared_and_what_is_being_written_stays(tmp_path):
+    leftovers = [tmp_path / name for name in (".a.json.abcd1234", ".b.json.0123_xyz", ".kept.swp")]
+    for path in leftovers:
+        path.write_text("half")
+    (tmp_path / ".folder.abcd1234" / "inner").mkdir(parents=True)
+    with atomic_write(tmp_path / "a.json") as f, atomic_directory(tmp_path / "folder") as temporary:
+        assert sorted(path.name for path in leftovers if path.exists()) == [
+            ".b.json.0123_xyz",
+            ".kept.swp",
+        ]
+        assert not (tmp_path / ".folder.abcd1234").exists()
+        remove_leftovers(tmp_path)  # as the run that owns the folder, or another process would
+        assert Path(f.name).exists() and temporary.is_dir()
+        f.write("{}")
+        (temporary / "file").touch()
+    names = sorted(path.name for path in tmp_path.iterdir())
+    assert names == [".kept.swp", "a.json", "folder"]
+    assert (tmp_path / "a.json").read_text() == "{}" and (tmp_path / "folder" / "file").exists()

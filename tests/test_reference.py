@@ -1,6 +1,7 @@
 """The reference's log-probs on disk: computed once, the same numbers, never used for other weights
 or tokens."""
 
+import shutil
 import subprocess
 import sys
 
@@ -8,6 +9,10 @@ import numpy as np
 import pytest
 from conftest import (
     ROOT,
+    change,
+    cut,
+    delete,
+    empty,
     final_weights,
     read_rows,
     same_weights,
@@ -18,7 +23,10 @@ from conftest import (
     write_jsonl,
 )
 
+from preflab.batching.token_store import store_of
+from preflab.distributed.process_group import ALONE
 from preflab.modeling import reference_cache
+from preflab.modeling.reference_files import ReferenceLogps, _write_at
 from preflab.training import reference
 from utils import ConfigError, DataError
 
@@ -46,7 +54,11 @@ def counted(monkeypatch):
 
 
 def folders(tmp_path):
-    return sorted(p for p in (tmp_path / "cache" / "reference").iterdir() if p.is_dir())
+    return folders_of(tmp_path / "cache" / "reference")
+
+
+def folders_of(folder):
+    return sorted(path for path in folder.iterdir() if path.is_dir())
 
 
 @pytest.mark.parametrize(
@@ -120,14 +132,105 @@ def test_other_weights_dtypes_and_tokens_get_other_folders(
     assert len(folders(tmp_path)) == n + 1  # the test split has not changed
 
 
-def test_damaged_log_probs_are_refused(run, tmp_path):
-    run("first", "sample_during_eval=false")
-    for folder in folders(tmp_path):
-        values = np.memmap(folder / "logps", dtype="float32", mode="r+")
-        values[:] = values * 1.01
-        values.flush()
+def test_other_log_probs_are_refused(run, tmp_path, monkeypatch):
+    write = reference_cache.ReferenceLogps.write
+
+    def other(self, logps):  # as of another program: the checksums are theirs
+        write(self, {response: values * 1.01 for response, values in logps.items()})
+
+    with monkeypatch.context() as patch:
+        patch.setattr(reference_cache.ReferenceLogps, "write", other)
+        run("first", "sample_during_eval=false")
     with pytest.raises(DataError, match=r"are off by.*delete that folder"):
         run("second", "sample_during_eval=false")
+
+
+def test_damaged_log_probs_are_computed_again(run, counted, tmp_path, capsys):
+    first = run("first", "sample_during_eval=false", "microbatch_tokens=64")
+    total, counted["responses"] = counted["responses"], 0
+    for folder in folders(tmp_path):
+        with open(folder / "logps", "r+b") as f:
+            f.truncate(f.seek(0, 2) // 2)
+    second = run("second", "sample_during_eval=false", "microbatch_tokens=64")
+    assert 0 < counted["responses"] < total
+    said = "".join(capsys.readouterr())
+    assert said.count("computed again") == 2, said  # train and test
+    assert same_weights(final_weights(first), final_weights(second))
+
+
+@pytest.fixture
+def cache(tmp_path):
+    """Opens a cache of three responses of a store, as a run does: (those on disk, those that are
+    not), after which all are on disk."""
+    store = store_of(
+        "data", [([1, 2], [[3, 4], [5]]), ([6], [[7, 8, 9], [3, 3]])], [[0, 0]] * 2, [(0, 1)] * 2
+    )
+    store.key = "key"
+    needed = np.arange(1, 4)
+    values = {r: -np.arange(1.0, 1 + np.diff(store.responses[r])[0]) - r for r in range(4)}
+
+    def open_cache():
+        cache = reference_cache._Cache(tmp_path, "reference", {"key": store}, "float32")
+        with cache.locked(ALONE):
+            on_disk, missing = cache.split_by_known({"key": needed})
+        files = cache.open(store, "r+b")
+        for response in on_disk["key"].tolist():
+            assert files.logps(response).tolist() == values[response].tolist()
+        for response in missing["key"].tolist():
+            with pytest.raises(DataError, match=f"response {response} in"):
+                files.logps(response)
+        files.write({response: values[response] for response in missing["key"].tolist()})
+        return on_disk["key"].tolist(), missing["key"].tolist()
+
+    return open_cache
+
+
+def grow(path):
+    path.write_bytes(path.read_bytes() + b"\0\1\2\3")
+
+
+def zero(path):
+    path.write_bytes(bytes(path.stat().st_size))
+
+
+def shift(path):
+    path.write_bytes(path.read_bytes()[4:] + b"\0\0\0\0")
+
+
+@pytest.mark.parametrize("file", ["logps", "checksums"])
+@pytest.mark.parametrize(
+    "damage, lost",
+    [
+        (cut, [3]),
+        (change, [3]),
+        (grow, []),
+        *((d, [1, 2, 3]) for d in (empty, delete, zero, shift)),
+    ],
+)
+def test_every_damage_of_the_cache_is_found_and_only_the_damaged_part_is_lost(
+    cache, tmp_path, caplog, file, damage, lost
+):
+    assert cache() == ([], [1, 2, 3]) and cache() == ([1, 2, 3], []) and not caplog.text
+    [folder] = folders_of(tmp_path)
+    damage(folder / file)
+    on_disk, missing = cache()
+    assert missing == lost and sorted(on_disk + missing) == [1, 2, 3]
+    assert cache() == ([1, 2, 3], [])
+    # Checksums of zero are those of a run that was killed early.
+    said = [] if (file, damage) == ("checksums", zero) else [str(folder)]
+    assert [record.getMessage().split(":")[0] for record in caplog.records] == said
+
+
+def test_a_cache_without_checksums_or_of_another_reference_is_not_read(cache, tmp_path):
+    cache()
+    [folder] = folders_of(tmp_path)
+    (folder / "checksums").rename(folder / "known")
+    assert cache() == ([], [1, 2, 3])  # as an earlier version wrote it
+    other = folder.with_name("other")
+    shutil.copytree(folder, other)
+    store = store_of("data", [([1, 2], [[3, 4], [5]])], [[0, 0]], [(0, 1)])
+    assert ReferenceLogps(folder, store, "float32").intact(np.array([1])).all()
+    assert not ReferenceLogps(other, store, "float32").intact(np.array([1])).any()
 
 
 def test_a_resumed_run_reads_the_cache_too(run, counted):
@@ -165,7 +268,8 @@ def test_log_probs_half_written_by_a_killed_run_are_computed_again(
         calls.append(1)
         if len(calls) > 1:
             for begin, end in self.spans[list(logps)]:
-                self.values[begin:end] = 7.0  # on disk, but not yet known
+                content = np.full(end - begin, -7.0, dtype=self.dtype).tobytes()
+                _write_at(self._logps, int(begin) * self.dtype.itemsize, content)
             raise KeyboardInterrupt
         write(self, logps)
 
@@ -175,7 +279,8 @@ def test_log_probs_half_written_by_a_killed_run_are_computed_again(
         with pytest.raises(KeyboardInterrupt):
             run("killed", *tiny)
     known = sum(
-        int(np.fromfile(folder / "known", dtype=np.uint8).sum()) for folder in folders(tmp_path)
+        int((np.fromfile(folder / "checksums", dtype=np.uint32) != 0).sum())
+        for folder in folders(tmp_path)
     )
     total, counted["responses"] = counted["responses"], 0
     after = run("after", *tiny)

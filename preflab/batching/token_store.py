@@ -14,7 +14,15 @@ from tqdm import tqdm
 from preflab.batching.chat import chat_settings, conversations_ids, render
 from preflab.readers.messages import Chat
 from preflab.readers.records import Record, Source
-from utils import DataError, atomic_directory, content_hash, damaged_file, write_checksums
+from utils import (
+    DataError,
+    atomic_directory,
+    content_hash,
+    damaged_file,
+    one_at_a_time,
+    remove_leftovers,
+    write_checksums,
+)
 
 logger = logging.getLogger(__name__)
 
@@ -108,13 +116,18 @@ def prepare(
         f"{max_length} {max_prompt_length}",
     )
     folder = Path(cache_dir) / "tokens" / key
-    if folder.is_dir() and (damage := damaged_file(folder)):
-        logger.warning(f"{folder}: {damage}; the data are tokenised again")
-        shutil.rmtree(folder)
-    if not folder.is_dir():
-        with atomic_directory(folder) as temporary:
-            _write_store(source, tokenizer, max_length, max_prompt_length, temporary)
-            write_checksums(temporary)
+    if not folder.is_dir() or damaged_file(folder):
+        waiting = f"another run tokenises {source.name} {source.split}; waiting for it"
+        with one_at_a_time(Path(cache_dir) / "locks" / key, waiting):
+            # It may be whole by now.
+            if folder.is_dir() and (damage := damaged_file(folder)):
+                logger.warning(f"{folder}: {damage}; the data are tokenised again")
+                shutil.rmtree(folder)
+            if not folder.is_dir():
+                remove_leftovers(folder.parent)
+                with atomic_directory(folder) as temporary:
+                    _write_store(source, tokenizer, max_length, max_prompt_length, temporary)
+                    write_checksums(temporary)
     return _load_store(folder)
 
 

@@ -28,7 +28,8 @@ from preflab.batching.token_store import TokenStore
 from preflab.distributed.process_group import World
 from preflab.modeling.logprobs import Scorer, score_responses
 from preflab.modeling.model_source import weight_files
-from utils import ConfigError, DataError, content_hash
+from preflab.modeling.reference_files import CHECKSUMS, ReferenceLogps, make_files, repair_sizes
+from utils import ConfigError, DataError, atomic_directory, content_hash, say_without_locks
 
 logger = logging.getLogger(__name__)
 
@@ -98,39 +99,7 @@ def _obstacle(reads: Collection[str], loss_name: str, function: str, from_scratc
     return ""
 
 
-# ------------------------------------------------------------------------------- log-probs on disk
-
-
-class ReferenceLogps:
-    """Log-probs of the responses of a token store, in nats, one per token, memory-mapped.
-
-    Two files: `logps` (tokens of the store,), of which those of prompts are never written and take
-    no space on disk; and `known` (responses,), one byte each, 1 once the log-probs are written.
-    """
-
-    def __init__(self, folder: Path, store: TokenStore, dtype: str, mode: str = "r"):
-        self.folder, self.spans = folder, store.responses
-        n_tokens, n_responses = len(store.tokens), len(store.responses)
-        self.values = np.memmap(folder / "logps", dtype=dtype, mode=mode, shape=(n_tokens,))
-        self.known = np.memmap(folder / "known", dtype=np.uint8, mode=mode, shape=(n_responses,))
-
-    def logps(self, response: int) -> np.ndarray:
-        """Log-probs of a response, (tokens,). Raises DataError where they are not on disk."""
-        if not self.known[response]:
-            raise DataError(
-                f"the reference's log-probs of response {response} are not in {self.folder}; delete"
-                " the folder and start again"
-            )
-        begin, end = self.spans[response]
-        return self.values[begin:end]
-
-    def write(self, logps: dict[int, np.ndarray]) -> None:
-        """Store log-probs. logps: (tokens,) by response."""
-        for response, values in logps.items():
-            begin, end = self.spans[response]
-            self.values[begin:end] = values
-        self.values.flush()  # before they are marked as known
-        self.known[list(logps)] = 1
+# ------------------------------------------------------------------------- which reference it is
 
 
 def reference_key(model, *, own_mixed_precision: bool) -> str:
@@ -187,8 +156,7 @@ def attach_reference(
     responses = _responses_of(data, needed)
     dtype = "float64" if _weights_dtype(model) == "float64" else "float32"
     cache = _Cache(Path(cache_dir) / "reference", key, stores, dtype)
-    world.agree(cache.create_files)
-    with _locked(cache.lock, world):
+    with cache.locked(world):
         # Rank 0 decides: a later look of another rank could already see new values.
         on_disk, missing = world.agree(lambda: cache.split_by_known(responses))
         if any(map(len, missing.values())):
@@ -201,7 +169,7 @@ def attach_reference(
     )
     for store in (store for split in data.values() for store in split.stores):
         store.reference = cache.open(store)
-        if store.reference is None or not store.reference.known[responses[store.key]].all():
+        if store.reference is None or not store.reference.known(responses[store.key]).all():
             raise ConfigError(
                 f"cache_dir={cache_dir} is not the same folder on every machine; put it on a"
                 " shared disk, or use reference.cache=false"
@@ -226,43 +194,58 @@ class _Cache:
     """The folders of one reference's log-probs, one for each token store, by the store's key."""
 
     def __init__(self, root: Path, key: str, stores: dict[str, TokenStore], dtype: str):
-        self.stores, self.dtype = stores, dtype
+        self.root, self.stores, self.dtype = root, stores, dtype
         self.folders = {name: root / content_hash(key, name) for name in stores}
-        self.lock = FileLock(root / f"{content_hash(key, *sorted(stores))}.lock")
 
-    def create_files(self) -> None:
-        """Create files of zeros, which take no space on disk until they are written to."""
-        itemsize = np.dtype(self.dtype).itemsize
-        for name, store in self.stores.items():
-            folder = self.folders[name]
-            folder.mkdir(parents=True, exist_ok=True)
-            sizes = {"logps": itemsize * len(store.tokens), "known": len(store.responses)}
-            for file, size in sizes.items():
-                with open(folder / file, "ab") as f:
-                    if f.tell() < size:
-                        f.truncate(size)
+    @contextlib.contextmanager
+    def locked(self, world: World) -> Iterator[None]:
+        """Keep other runs from computing the same log-probs. Rank 0 holds a lock for each store, in
+        one order in all runs: runs may share some of their stores."""
+        world.agree(lambda: self.root.mkdir(parents=True, exist_ok=True))
+        with contextlib.ExitStack() as stack:
+            for folder in sorted(self.folders.values()):
+                stack.enter_context(
+                    _locked(FileLock(folder.with_name(f"{folder.name}.lock")), world)
+                )
+            yield
 
-    def open(self, store: TokenStore, mode: str = "r") -> ReferenceLogps | None:
+    def open(self, store: TokenStore, mode: str = "rb") -> ReferenceLogps | None:
         """The log-probs of a store; None if its folder is not visible on this machine."""
         folder = self.folders[store.key]
-        if not (folder / "known").is_file():
+        if not (folder / CHECKSUMS).is_file():
             return None
         return ReferenceLogps(folder, store, self.dtype, mode)
 
     def split_by_known(
         self, responses: dict[str, np.ndarray]
     ) -> tuple[dict[str, np.ndarray], dict[str, np.ndarray]]:
-        """Those of some responses whose log-probs are on disk, and the others."""
+        """Those of some responses whose log-probs are on disk, and the others.
+
+        Makes the files that are not there yet, repairs their sizes, and says of each folder what is
+        damaged in it.
+        """
         on_disk, missing = {}, {}
         for name, store in self.stores.items():
-            known = self.open(store).known[responses[name]] == 1
-            on_disk[name], missing[name] = responses[name][known], responses[name][~known]
+            folder = self.folders[name]
+            if not folder.is_dir():
+                with atomic_directory(folder) as temporary:
+                    make_files(temporary, store, self.dtype)
+            damages = repair_sizes(folder, store, self.dtype)
+            files, needed = self.open(store), responses[name]
+            known, intact = files.known(needed), files.intact(needed)
+            if changed := int((known & ~intact).sum()):
+                damages.append(f"{changed:,} responses differ from their checksums")
+            on_disk[name], missing[name] = needed[intact], needed[~intact]
+            if damages:
+                logger.warning(
+                    f"{folder}: {', '.join(damages)}; the reference's log-probs of"
+                    f" {len(missing[name]):,} of {len(needed):,} responses are computed again"
+                )
         return on_disk, missing
 
 
 @contextlib.contextmanager
 def _locked(lock: FileLock, world: World) -> Iterator[None]:
-    """Keep other runs from computing the same log-probs. Rank 0 holds the lock."""
     if not world.agree(lambda: _acquire(lock, 0.1)):
         logger.info("another run computes the reference's log-probs; waiting for it")
         while not world.agree(lambda: _acquire(lock, 20.0)):
@@ -278,6 +261,8 @@ def _acquire(lock: FileLock, seconds: float) -> bool:
         lock.acquire(timeout=seconds)
     except Timeout:
         return False
+    except NotImplementedError:
+        say_without_locks(Path(lock.lock_file).parent)
     return True
 
 
@@ -304,7 +289,9 @@ def _compute(
     """Compute the missing log-probs over all ranks; rank 0 writes them."""
     stores = cache.stores
     files = (
-        {name: cache.open(store, "r+") for name, store in stores.items()} if world.rank == 0 else {}
+        {name: cache.open(store, "r+b") for name, store in stores.items()}
+        if world.rank == 0
+        else {}
     )
     batches = _batches(_prompt_groups(stores, missing), microbatch_tokens)
     bar = tqdm(

@@ -17,7 +17,7 @@ from omegaconf import DictConfig, OmegaConf
 from preflab.settings.identity import must_match, same_settings
 from preflab.settings.keys import GROUPS, ROOT
 from preflab.settings.schema import parse_value
-from utils import ConfigError, PrefLabError, in_use
+from utils import ConfigError, PrefLabError, in_use, remove_leftovers
 
 # Who has a run folder: the process of the command, and the first of the workers that it starts.
 LOCK, WORKERS_LOCK = ".lock", ".lock-workers"
@@ -155,6 +155,7 @@ def owned(run_dir: Path) -> Iterator[None]:
             # Workers may outlive the process that started them, for some seconds.
             with in_use(run_dir / WORKERS_LOCK):
                 pass
+        remove_leftovers(run_dir)
         try:
             yield
         finally:

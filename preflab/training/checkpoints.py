@@ -17,7 +17,7 @@ import numpy as np
 import torch
 
 from preflab.distributed.process_group import ALONE, World
-from utils import ConfigError, finish_directory
+from utils import ConfigError, finish_directory, wrong_size
 
 logger = logging.getLogger(__name__)
 
@@ -148,6 +148,9 @@ def latest_checkpoint(run_dir: Path) -> Path | None:
     """
     for leftover in run_dir.glob(".step-*"):
         shutil.rmtree(leftover, ignore_errors=True)
+    for link in ("LATEST", "BEST"):
+        for leftover in run_dir.glob(f".{link}.*"):
+            leftover.unlink()
     steps = _steps(run_dir)
     damages = {}
     while steps and (damage := damage_of(steps[-1])):
@@ -200,11 +203,8 @@ def damage_of(folder: Path) -> str:
     except (ValueError, AttributeError, TypeError):
         return f"{SIZES} is not what was saved"
     for name, size in sizes.items():
-        file = folder / name
-        if not file.is_file():
-            return f"{name} is missing"
-        if (found := file.stat().st_size) != size:
-            return f"{name} has {found:,} bytes, and {size:,} were saved"
+        if damage := wrong_size(folder, name, size):
+            return damage
     return ""
 
 
