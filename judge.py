@@ -35,7 +35,7 @@ from preflab.evaluation.win_rates import (
     table,
     win_rate,
 )
-from preflab.reports.runs import read_json, read_jsonl
+from preflab.reports.run_files import read_jsonl, read_winrates
 from preflab.rewards.llm_client import Endpoint
 from utils import DataError, PrefLabError
 
@@ -119,7 +119,7 @@ def judge(arguments) -> list[dict]:
     merge(
         arguments.folder / "winrates.json",
         rates,
-        lambda path: read_json(path) or [],
+        read_winrates,
         lambda rows: json.dumps(rows, indent=1) + "\n",
     )
     return rates

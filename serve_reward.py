@@ -45,6 +45,7 @@ def run(config: DictConfig) -> None:
     from preflab.checks import check_service
     from preflab.distributed.console import configure_logging
     from preflab.online.service import Service, make_app
+    from preflab.reports.run_files import read_config
     from preflab.settings.load import validate
     from trainers import BasicTrainer
 
@@ -54,7 +55,7 @@ def run(config: DictConfig) -> None:
         settings = validate(config)
         check_service(settings)
         if (before := folder / "config.yaml").is_file():
-            _same_service(OmegaConf.load(before), config, folder)
+            _same_service(read_config(before), config, folder)
         with in_use(folder / "labels.lock", ", which buys labels for it"):
             remove_leftovers(folder)
             service = Service(settings, folder, BasicTrainer)

@@ -136,6 +136,14 @@ def json_lines(path: Path) -> list[str]:
     return [line for line in text.split("\n") if line.strip()]
 
 
+def drop_incomplete_line(path: Path) -> None:
+    """Remove a last line without a newline, which a kill cut short, before rows are appended."""
+    content = path.read_bytes() if path.is_file() else b""
+    whole = content[: content.rfind(b"\n") + 1]
+    if whole != content:
+        os.truncate(path, len(whole))
+
+
 def append_rows(path: Path, rows: list[dict], **columns) -> None:
     """Add rows to a JSON-lines file, all or none of them. columns: the same values for each row,
     written first."""

@@ -9,7 +9,7 @@ from typing import Any
 from omegaconf import DictConfig, OmegaConf
 
 from preflab.execution import execute
-from preflab.reports.runs import read_jsonl
+from preflab.reports.run_files import read_config, read_jsonl
 from preflab.settings.compose import compose
 from preflab.settings.overrides import quoted
 from preflab.settings.run_folder import choose_run_dir, run_dir_for
@@ -88,7 +88,7 @@ def evaluate(run: str | Path | Result, *overrides: str, **settings: Any) -> Resu
         raise ConfigError(f"{folder}: no config.yaml there; give a run folder")
     given = _overrides(overrides, settings)
     config = compose(["function=eval", f"exp_name={quoted(folder.name)}", *given])
-    trained = OmegaConf.load(path)
+    trained = read_config(path)
     named = {override.split("=")[0].split(".")[0] for override in given}
     for key in FROM_THE_RUN:
         if key not in named and key in trained:

@@ -37,6 +37,7 @@ from preflab.objective.registry import BoundLoss
 from preflab.online.rounds import OnlineTrainer
 from preflab.readers.records import Source
 from preflab.reports.run import write_report
+from preflab.reports.run_files import read_config, read_data, read_jsonl, read_summary
 from preflab.rewards.registry import build_rewards
 from preflab.settings.identity import same_settings
 from preflab.settings.load import validate
@@ -111,7 +112,7 @@ def execute(config: DictConfig, run_dir: Path, stop: StopSignals | None = None) 
     with contextlib.ExitStack() as stack:
         ranks.agree(lambda: stack.enter_context(owned(run_dir)))
         inputs = ranks.first(lambda: load_inputs(settings, sources, loss))
-        ranks.agree(lambda: _check_continued_data(run_dir, inputs))
+        ranks.agree(lambda: _check_continued(run_dir, inputs))
         if ranks.rank == 0:
             _begin_folder(config, run_dir, inputs)
         with _status(run_dir, ranks.rank):
@@ -119,10 +120,13 @@ def execute(config: DictConfig, run_dir: Path, stop: StopSignals | None = None) 
             return _report(run_dir, summary)
 
 
-def _check_continued_data(run_dir: Path, inputs: Inputs) -> None:
+def _check_continued(run_dir: Path, inputs: Inputs) -> None:
+    """Refuse to continue on other data, or with files that somebody has damaged."""
+    for file in ("metrics.jsonl", "samples.jsonl", "rollouts.jsonl"):
+        read_jsonl(run_dir / file)
     path = run_dir / "data.json"
     if path.is_file():
-        check_same_data(json.loads(path.read_text(encoding="utf-8")), inputs.stores, run_dir)
+        check_same_data(read_data(run_dir), inputs.stores, run_dir)
 
 
 def _begin_folder(config: DictConfig, run_dir: Path, inputs: Inputs) -> None:
@@ -143,7 +147,7 @@ def _finished_like(config: DictConfig, settings: Settings) -> Path | None:
     for path in sorted(Path(folder).rglob("config.yaml")) if folder else ():
         if not (path.parent / "summary.json").is_file():
             continue
-        if not same_settings(OmegaConf.load(path), config):
+        if not same_settings(read_config(path), config):
             continue
         if settings.function != "eval" or covered(settings, path.parent):
             return path.parent
@@ -286,10 +290,6 @@ def _status(run_dir: Path, rank: int):
         write("failed", error=f"{type(error).__name__}: {error}"[:500])
         raise
     write("finished")
-
-
-def read_summary(run_dir: Path) -> dict:
-    return json.loads((run_dir / "summary.json").read_text(encoding="utf-8"))
 
 
 def _report(run_dir: Path, summary: dict) -> dict:

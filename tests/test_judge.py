@@ -11,7 +11,7 @@ from conftest import ROOT, write_jsonl
 
 from preflab.evaluation import win_rates
 from preflab.evaluation.win_rates import both_orders, fill, pair_up, read_verdict, wilson, win_rate
-from preflab.reports.runs import read_json, read_jsonl
+from preflab.reports.run_files import read_json, read_jsonl
 from preflab.rewards.llm_client import Endpoint, EndpointError
 from utils import DataError
 

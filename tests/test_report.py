@@ -1,5 +1,6 @@
 """Reports of run folders that the tests write: tables, figures and pages."""
 
+import contextlib
 import csv
 import json
 import math
@@ -186,6 +187,100 @@ def test_an_incomplete_line_is_ignored_at_the_end_and_an_error_elsewhere(tmp_pat
     (folder / "metrics.jsonl").write_text('{"broken\n' + whole)
     with pytest.raises(DataError, match=r"metrics\.jsonl:1: not JSON.*remove this one"):
         write_report(folder)
+
+
+WRONG = (None, True, "text", "\ud800", 10**400, float("nan"), -1, [], [[1]], {"a": [None]})
+
+
+def _damages(path, rng):
+    """What a disk, a kill or an editor makes of a file: (name, content)."""
+    content = path.read_bytes()
+    yield "empty", b""
+    yield "rubbish", bytes(rng.integers(0, 256, 400, dtype=np.uint8))
+    yield "deep", b"[" * 100_000
+    yield "digits", b'{"examples": ' + b"9" * 5000 + b', "split": "eval"}\n' + content
+    for _ in range(3):
+        yield "cut", content[: rng.integers(len(content))]
+        flipped = bytearray(content)
+        flipped[rng.integers(len(content))] ^= 1 << rng.integers(8)
+        yield "flipped", bytes(flipped)
+    yield from ((f"{key}={value!r:.20}", new) for key, value, new in _edits(path, content))
+
+
+def _edits(path, content):
+    """The content with one value after the other of the wrong type, and without it."""
+    read, write = {
+        ".yaml": (lambda text: OmegaConf.to_container(OmegaConf.create(text)), json.dumps),
+        ".jsonl": (
+            lambda text: [json.loads(line) for line in text.splitlines()],
+            lambda rows: "".join(json.dumps(row) + "\n" for row in rows),
+        ),
+    }.get(path.suffix, (json.loads, json.dumps))
+    places = list(_places(read(content.decode())))
+    for place in places[:: max(1, len(places) // 12)]:
+        for value in (*WRONG, "missing"):
+            tree = read(content.decode())
+            *outer, key = place
+            target = tree
+            for step in outer:
+                target = target[step]
+            if value == "missing":
+                del target[key]
+            else:
+                target[key] = value
+            with contextlib.suppress(ValueError):  # YAML has no surrogates
+                yield place, value, write(tree).encode()
+
+
+def _places(tree, prefix=()):
+    items = tree.items() if isinstance(tree, dict) else enumerate(tree)
+    for key, value in items:
+        yield (*prefix, key)
+        if isinstance(value, (dict, list)):
+            yield from _places(value, (*prefix, key))
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        *("config.yaml", "summary.json", "status.json", "data.json", "winrates.json"),
+        *("metrics.jsonl", "samples.jsonl", "eval.jsonl"),
+    ],
+)
+def test_a_damaged_file_is_an_error_that_names_it_or_does_no_harm(tmp_path, name, monkeypatch):
+    run = make_run(tmp_path / "run")
+    row = {"name": "a", "checkpoint": "a", "stamp": "b", "temperature": 1.0, "step": 3}
+    row |= {"training": {"loss": {"name": "dpo", "beta": 0.1}}, "samples_eval/policy_reward": 1.0}
+    write_jsonl(run / "eval.jsonl", [row | {"samples_eval/kl": 1.0}, row | {"temperature": 0.5}])
+    rate = {"checkpoint": "a", "temperature": 1.0, "against": "reference", "by": "labels"}
+    rate |= {"win_rate": 0.5, "low": 0.4, "high": 0.6, "wins": 2, "prompts": 4}
+    counts = {"name": "imdb", "split": "train", "rows": 3, "skipped": {"empty": 1}, "note": "n"}
+    histogram = {"edges": [0.5, 1.5, 2.5], "counts": [1, 2]}
+    data = {"train": {"datasets": [counts], "histograms": {"prompt_tokens": histogram}}}
+    status = {"state": "failed", "error": "x", "pid": 1, "host": "h", "time": 1.0}
+    for file, content in (("winrates", [rate]), ("data", data), ("status", status)):
+        (run / f"{file}.json").write_text(json.dumps(content))
+    # Drawing takes most of the time, and not each of the damages is drawn differently.
+    monkeypatch.setattr("preflab.reports.page.png", lambda figure: b"")
+    monkeypatch.setattr("preflab.reports.page.svg", lambda figure: b"")
+    write_report(run)
+    whole, refused, n = (run / name).read_bytes(), 0, 0
+    rng = np.random.default_rng(0)
+    damages = list(_damages(run / name, rng))
+    some = rng.permutation(len(damages))[: int(os.environ.get("FUZZ_EXAMPLES", 5))]
+    for damage, content in (damages[i] for i in some):
+        (run / name).write_bytes(content)
+        n += 1
+        try:
+            write_report(run)
+        except DataError as error:
+            refused += 1
+            assert name in str(error) and "\n" not in str(error), damage
+        except Exception as error:
+            raise AssertionError(f"{name}, {damage}: {content[:300]}") from error
+    assert 0 < refused < n
+    (run / name).write_bytes(whole)
+    write_report(run)
 
 
 def test_verdict_claims_no_more_than_the_error_allows():

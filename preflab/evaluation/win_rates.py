@@ -9,7 +9,7 @@ from pathlib import Path
 from omegaconf import OmegaConf
 
 from preflab.batching.chat import PromptText
-from preflab.reports.runs import read_jsonl
+from preflab.reports.run_files import read_config, read_jsonl
 from preflab.rewards.llm_client import Endpoint
 from utils import DataError, atomic_write
 
@@ -167,7 +167,7 @@ def _reward_of(folder: Path, name: str, settings: list[str]):
 
     register_resolvers()
     if not settings and (folder / "config.yaml").is_file():
-        config = OmegaConf.load(folder / "config.yaml")
+        config = read_config(folder / "config.yaml")
         if "reward" in config and "more_rewards" in config:
             rewards = all_rewards(config)
             if name in rewards:

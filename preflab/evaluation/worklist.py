@@ -9,9 +9,10 @@ from pathlib import Path
 from omegaconf import OmegaConf
 
 from preflab.modeling.weights_io import archive_files
+from preflab.reports.run_files import read_config, read_jsonl
 from preflab.settings.schema import ModelSettings, Settings
 from preflab.settings.values import temperatures
-from utils import ConfigError, append_rows, atomic_write, content_hash, json_lines
+from utils import ConfigError, append_rows, atomic_write, content_hash
 
 # Settings of the training run that are written into a checkpoint's row.
 DESCRIBING_KEYS = ("loss", "seed", "lr", "n_epochs", "exp_name")
@@ -119,7 +120,7 @@ def describe(path: str | None) -> Checkpoint:
     folders = files[0].absolute().parents
     run = next((folder for folder in folders if (folder / "config.yaml").is_file()), None)
     if run is not None:
-        config = OmegaConf.to_container(OmegaConf.load(run / "config.yaml"))
+        config = OmegaConf.to_container(read_config(run / "config.yaml"))
         about["run"] = str(run)
         about["training"] = {key: config.get(key) for key in DESCRIBING_KEYS}
     source = resolved[0] if len(files) == 1 else resolved[0].parent
@@ -152,7 +153,7 @@ def pending(config: Settings, run_dir: Path) -> list[tuple[Checkpoint, list[floa
 
 
 def _drop_rows(file: Path, redone: set[tuple]) -> None:
-    rows = _rows(file)
+    rows = read_jsonl(file)
     with atomic_write(file) as f:
         for row in rows:
             if (row.get("checkpoint"), row.get("temperature")) not in redone:
@@ -171,8 +172,8 @@ def covered(config: Settings, run_dir: Path) -> bool:
 
 
 def _evaluated(run_dir: Path) -> set[tuple]:
-    rows = _rows(run_dir / "eval.jsonl")
-    return {(row["checkpoint"], row["stamp"], row["temperature"]) for row in rows}
+    rows = read_jsonl(run_dir / "eval.jsonl")
+    return {(row.get("checkpoint"), row.get("stamp"), row["temperature"]) for row in rows}
 
 
 def finish_evaluation(
@@ -182,8 +183,3 @@ def finish_evaluation(
     append_rows(run_dir / "samples.jsonl", samples, checkpoint=checkpoint.path, examples=0)
     row = {"checkpoint": checkpoint.path, "stamp": checkpoint.stamp, **checkpoint.about, **values}
     append_rows(run_dir / "eval.jsonl", [row])
-
-
-def _rows(path: Path) -> list[dict]:
-    """The rows of a jsonl file without incomplete lines; empty if it does not exist."""
-    return [json.loads(line) for line in json_lines(path)] if path.is_file() else []

@@ -18,7 +18,7 @@ from preflab.distributed.process_group import ALONE
 from preflab.online.build import make_labeler
 from preflab.online.rollouts import Rollouts
 from preflab.readers.messages import messages_of
-from preflab.reports.runs import read_jsonl
+from preflab.reports.run_files import read_jsonl, read_service_state
 from preflab.rewards.registry import build_reward
 from preflab.settings.schema import Settings
 from preflab.training.checkpoints import save_checkpoint
@@ -67,7 +67,7 @@ class Service:
         folder.mkdir(parents=True, exist_ok=True)
         self.state = {"requests": 0, "steps": 0, "labels": {}}
         if (path := folder / "state.json").is_file():
-            self.state = json.loads(path.read_text(encoding="utf-8"))
+            self.state = read_service_state(path)
         # By id, for clients that did not receive them or that start again.
         self.answers = self._known_answers()
         for checkpoint in folder.glob("step-*"):

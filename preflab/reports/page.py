@@ -46,7 +46,7 @@ def write_page(
         config=config,
     )
     with atomic_write(folder / "report.html") as f:
-        f.write(html)
+        f.write(html.encode(errors="replace").decode())
 
 
 def save_figures(

@@ -21,7 +21,8 @@ from preflab.reports.plot_style import (
     smooth,
     style,
 )
-from preflab.reports.runs import Run, is_number, left_out, other_sampler, training_names
+from preflab.reports.run_files import is_number
+from preflab.reports.runs import Run, left_out, other_sampler, training_names
 from utils import mean_and_error
 
 
@@ -109,7 +110,7 @@ def reward_figure(run: Run) -> Figure | None:
     """Reward of the samples over training, and against their KL: the run's frontier."""
     if not run.series("eval", "samples_eval/policy_reward")[0]:
         return None
-    reward_name = run.config.get("reward", {}).get("name", "reward")
+    reward_name = run.reward or "reward"
     figure = Figure(figsize=(10, 3.4), layout="constrained")
     left, right = new_axes(figure, 1, 2)
     for model in ("policy", "reference"):
@@ -278,7 +279,7 @@ def _round_means(runs: list[Run]) -> dict[str, list[float | None]]:
     values = defaultdict(lambda: defaultdict(list))  # round -> metric -> one value for each run
     for run in runs:
         for row in run.rows:
-            if row.get("split") == "online":
+            if row.get("split") == "online" and is_number(row.get("round")):
                 for metric in metrics:
                     if is_number(row.get(metric)):
                         values[row["round"]][metric].append(row[metric])
@@ -317,12 +318,12 @@ def temperature_figure(evaluations: list[dict], winrates: list[dict]) -> Figure 
 
 def _winrate_panels(evaluations: list[dict], winrates: list[dict]) -> list[TemperaturePanel]:
     """One panel for each opponent and judge, the last of winrates.json first."""
-    checkpoints = [row["checkpoint"] for row in evaluations]
+    checkpoints = [row.get("checkpoint") for row in evaluations]
     losses = dict(zip(checkpoints, training_names(evaluations), strict=True))
     points = defaultdict(list)
     for rate in winrates:
         of_comparison = points[rate["against"], rate["by"]]
-        if is_number(rate.get("win_rate")):
+        if is_number(rate.get("win_rate")) and is_number(rate.get("temperature")):
             checkpoint = rate.get("checkpoint")
             loss = losses.get(checkpoint, str(checkpoint))
             of_comparison.append((loss, rate["temperature"], rate["win_rate"]))
@@ -394,7 +395,7 @@ def checkpoints_figure(evaluations: list[dict]) -> Figure | None:
         checkpoints = sorted(checkpoints, key=lambda row: row.get("step") or 0)
         rewards = [row["samples_eval/policy_reward"] for row in checkpoints]
         if all("step" in row for row in checkpoints):
-            left.plot([row["step"] for row in checkpoints], rewards, **line_style)
+            left.plot([row.get("step") for row in checkpoints], rewards, **line_style)
         if not any(other_sampler(row) for row in checkpoints):
             right.plot([row.get("samples_eval/kl") for row in checkpoints], rewards, **line_style)
     label_axes(left, "reward over training", "steps", "reward of samples")

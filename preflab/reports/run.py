@@ -27,7 +27,7 @@ def write_report(run_dir: Path) -> str:
     summary = run.latest()
     # A folder with one evaluation is summarised like a run; several need a table.
     is_several = len(run.evaluations) > 1
-    evaluations = evaluation_table(run.evaluations, run.config.get("reward", {}).get("name"))
+    evaluations = evaluation_table(run.evaluations, run.reward)
     tables = [
         None if is_several else Table(rows=summary_rows(summary)),
         evaluations,

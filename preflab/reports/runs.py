@@ -4,7 +4,6 @@ Reports start in about a second because nothing here imports torch, and they als
 of running and killed runs.
 """
 
-import json
 import math
 import os
 import socket
@@ -13,10 +12,17 @@ from pathlib import Path
 from typing import Any
 
 from omegaconf import OmegaConf
-from omegaconf.errors import OmegaConfBaseException
-from yaml import YAMLError
 
-from utils import DataError, json_lines, mean_and_error
+from preflab.reports.run_files import (
+    is_number,
+    read_config,
+    read_data,
+    read_jsonl,
+    read_status,
+    read_summary,
+    read_winrates,
+)
+from utils import DataError, mean_and_error
 
 # Longer curves are thinned to between one and two times as many points; the picture is the same.
 MAX_POINTS = 2000
@@ -40,42 +46,6 @@ NOT_SETTINGS = (
     "wandb",
     "skip_finished",
 )
-
-
-def read_jsonl(path: Path) -> list[dict]:
-    """Rows of a JSON-lines file, and [] if there is no file.
-
-    A last line that a running or killed process has not completed is left out. Raises DataError if
-    any other line is not JSON.
-    """
-    if not path.is_file():
-        return []
-    rows = []
-    lines = json_lines(path)
-    for number, line in enumerate(lines, 1):
-        try:
-            rows.append(json.loads(line))
-        except json.JSONDecodeError as error:
-            if number < len(lines):
-                raise DataError(
-                    f"{path}:{number}: not JSON: {error}. Only the last line may be incomplete;"
-                    " repair or remove this one."
-                ) from error
-    return rows
-
-
-def read_json(path: Path) -> Any:
-    """The content of a JSON file, and {} if there is no file. Raises DataError if it is not
-    JSON."""
-    try:
-        return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
-    except json.JSONDecodeError as error:
-        raise DataError(f"{path}: not JSON: {error}") from error
-
-
-def is_number(value: Any) -> bool:
-    """Whether a value of a row can be plotted: an int or a float, neither NaN nor infinite."""
-    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
 
 
 def is_missing(value: Any) -> bool:
@@ -105,23 +75,22 @@ class Run:
 
     def __init__(self, folder: Path):
         self.folder = folder
-        try:
-            self.config = OmegaConf.to_container(OmegaConf.load(folder / "config.yaml"))
-            self.loss = self.config["loss"]["name"]
-        except (OmegaConfBaseException, YAMLError, OSError, KeyError, TypeError) as error:
-            raise DataError(
-                f"{folder / 'config.yaml'}: not the config of a run: {str(error).splitlines()[0]}"
-            ) from error
+        self.config = OmegaConf.to_container(read_config(folder / "config.yaml"))
+        self.loss = self.config["loss"]["name"]
         self.rows = read_jsonl(folder / "metrics.jsonl")
         self.evaluations = read_jsonl(folder / "eval.jsonl")
-        self.winrates = read_json(folder / "winrates.json") or []
-        self.summary = read_json(folder / "summary.json")
-        self.status = read_json(folder / "status.json")
-        self.data = read_json(folder / "data.json")
+        self.winrates = read_winrates(folder / "winrates.json")
+        self.summary = read_summary(folder)
+        self.status = read_status(folder)
+        self.data = read_data(folder)
 
     @property
     def seed(self) -> int | None:
         return self.config.get("seed")
+
+    @property
+    def reward(self) -> str | None:
+        return (self.config.get("reward") or {}).get("name")
 
     @property
     def is_evaluation(self) -> bool:

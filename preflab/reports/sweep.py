@@ -10,13 +10,13 @@ from matplotlib.figure import Figure
 from preflab.reports import plots, sweep_plots
 from preflab.reports.page import sample_columns, save_figures, write_page
 from preflab.reports.run import write_report
+from preflab.reports.run_files import is_number
 from preflab.reports.runs import (
     Group,
     Run,
     differing_settings,
     find_runs,
     group_runs,
-    is_number,
     left_out,
 )
 from preflab.reports.statistics import bootstrap, envelopes, paired_difference
@@ -82,7 +82,7 @@ def write_comparison(
     groups = group_runs(trained, differing_settings(trained)) if trained else []
     problems = [*problems, *_warnings(trained)]
     evaluations = [row for run in runs if run.is_evaluation for row in run.evaluations]
-    rewards = {run.config.get("reward", {}).get("name") for run in runs if run.is_evaluation}
+    rewards = {run.reward for run in runs if run.is_evaluation}
     winrates = [rate for run in runs for rate in run.winrates]
     tables = [
         *(_write_group_tables(folder, groups, baseline) if groups else []),

@@ -19,7 +19,8 @@ from preflab.reports.plot_style import (
     panel_grid,
     style,
 )
-from preflab.reports.runs import Group, Run, is_number, left_out
+from preflab.reports.run_files import is_number
+from preflab.reports.runs import Group, Run, left_out
 from preflab.reports.statistics import envelopes
 from utils import mean_and_error
 

@@ -3,7 +3,8 @@
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from preflab.reports.runs import SAMPLER, is_number, other_sampler, training_names
+from preflab.reports.run_files import is_number
+from preflab.reports.runs import SAMPLER, other_sampler, training_names
 
 
 @dataclass(frozen=True)
@@ -65,7 +66,7 @@ def _online_rows(summary: dict) -> list[tuple[str, str]]:
     }
     total = sum(seconds.values()) or 1
     return [
-        ("rounds", f"{summary['rounds']:,}"),
+        ("rounds", f"{summary.get('rounds', 0):,}"),
         ("gold labels bought", f"{summary['labels_bought']:,}"),
         *((f"time {name}", f"{100 * value / total:.0f}%") for name, value in seconds.items()),
     ]
@@ -84,8 +85,8 @@ def verdict(summary: dict) -> str:
     gain, error = summary.get("reward_gain"), summary.get("reward_gain_se")
     if gain is None:
         return "There are no samples of the policy and the reference to compare."
-    policy = plus_minus(summary["policy_reward"])
-    reference = plus_minus(summary["reference_reward"])
+    policy = plus_minus(summary.get("policy_reward"))
+    reference = plus_minus(summary.get("reference_reward"))
     kl = plus_minus(summary.get("kl"), summary.get("kl_se"), 2)
     along = _along(summary)
     scores = f"{policy} against the reference's {reference}, at KL {kl} nats{along}"
@@ -141,7 +142,7 @@ def winrate_table(winrates: list[dict]) -> Table | None:
     rows = []
     for rate in winrates:
         win_rate = "-"
-        if is_number(rate.get("win_rate")):
+        if all(is_number(rate.get(key)) for key in ("win_rate", "low", "high")):
             win_rate = f"{rate['win_rate']:.3f} [{rate['low']:.3f}, {rate['high']:.3f}]"
         rows.append(
             [

@@ -4,7 +4,6 @@ import contextlib
 import getpass
 import hashlib
 import itertools
-import json
 import os
 import re
 import time
@@ -14,6 +13,7 @@ from pathlib import Path
 from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig, OmegaConf
 
+from preflab.reports.run_files import read_config, read_summary
 from preflab.settings.identity import must_match, same_settings
 from preflab.settings.keys import GROUPS, ROOT
 from preflab.settings.schema import parse_value
@@ -96,7 +96,7 @@ def saved_config(config: DictConfig, run_dir: Path) -> DictConfig:
     path = run_dir / "config.yaml"
     if not path.is_file():
         raise PrefLabError(f"resume={run_dir}: no config.yaml there; give the run folder itself")
-    saved = OmegaConf.load(path)
+    saved = read_config(path)
     for override in HydraConfig.get().overrides.task:
         key = override.split("=")[0].lstrip("+")
         if key in GROUPS:
@@ -119,13 +119,13 @@ def run_dir_for(config: DictConfig, run_dir: Path) -> Path:
         )
     path = run_dir / "config.yaml"
     if config.function in ("train", "online") and path.is_file():
-        must_match(OmegaConf.load(path), config)
+        must_match(read_config(path), config)
     return run_dir
 
 
 def _cut_short(folder: Path, config: DictConfig) -> bool:
     return not (folder / "summary.json").exists() and same_settings(
-        OmegaConf.load(folder / "config.yaml"), config
+        read_config(folder / "config.yaml"), config
     )
 
 
@@ -134,13 +134,13 @@ def finished_summary(config: DictConfig, run_dir: Path) -> dict | None:
     summary, saved = run_dir / "summary.json", run_dir / "config.yaml"
     if config.function not in ("train", "online") or not (summary.is_file() and saved.is_file()):
         return None
-    before = OmegaConf.load(saved)
+    before = read_config(saved)
     if any(
         OmegaConf.select(before, key) != OmegaConf.select(config, key)
         for key in ("n_epochs", "n_examples", "online.rounds", "online.budget")
     ):
         return None
-    return json.loads(summary.read_text(encoding="utf-8"))
+    return read_summary(run_dir)
 
 
 @contextlib.contextmanager

@@ -11,8 +11,9 @@ import torch
 from torch import Tensor
 
 from preflab.distributed.process_group import World
+from preflab.reports.run_files import read_lines
 from preflab.training.checkpoints import Counters
-from utils import atomic_write, json_lines
+from utils import atomic_write, drop_incomplete_line
 
 logger = logging.getLogger(__name__)
 
@@ -61,6 +62,8 @@ class MetricLog:
         self.wandb_run = wandb_run
         self.interval = interval
         self._last = -math.inf
+        if writes:
+            drop_incomplete_line(self.path)
 
     def write(self, row: dict) -> None:
         """Write a row; a float that is NaN or infinite, which JSON does not have, becomes null."""
@@ -106,16 +109,9 @@ class MetricLog:
 
 def rewind(path: Path, last: int, by: str = "examples") -> None:
     """Remove the rows of a JSON-lines file whose column `by` is above `last`, and a last line that
-    a kill cut short."""
+    a kill cut short. Raises DataError for another line that is no row."""
     if not path.is_file():
         return
-    remaining = []
-    for line in json_lines(path):
-        try:
-            row = json.loads(line)
-        except json.JSONDecodeError:
-            continue
-        if row.get(by, last) <= last:
-            remaining.append(line)
+    remaining = [line for line, row in read_lines(path) if row.get(by) is None or row[by] <= last]
     with atomic_write(path) as f:
         f.writelines(line + "\n" for line in remaining)
