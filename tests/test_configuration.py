@@ -3,6 +3,10 @@ nearest valid ones."""
 
 import copy
 import dataclasses
+import functools
+import itertools
+import operator
+import os
 import random
 import re
 import subprocess
@@ -12,6 +16,7 @@ from pathlib import Path
 import hydra
 import pytest
 from conftest import ROOT, run_command
+from hydra._internal.config_loader_impl import ConfigLoaderImpl
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from omegaconf import OmegaConf
 
@@ -29,11 +34,11 @@ from preflab.settings.command_line import check_command_line
 from preflab.settings.help_text import help_text
 from preflab.settings.identity import must_match
 from preflab.settings.keys import CONFIG_DIR, GROUPS, flat_keys, options
-from preflab.settings.load import load_settings
+from preflab.settings.load import _load, load_settings
 from preflab.settings.other_words import NOT_SETTINGS, NOTES, OUR_KEYS
 from preflab.settings.overrides import Sources, check_overrides
 from preflab.settings.run_folder import choose_run_dir, name_of_run, register_resolvers
-from preflab.settings.schema import RULES, parse_value
+from preflab.settings.schema import RULES, Settings, parse_value
 from utils import ConfigError, DataError
 
 CONTRACT = [
@@ -537,3 +542,82 @@ def test_no_file_but_the_registry_and_its_yaml_knows_a_losss_name():
 def test_the_saved_config_binds_again():
     config = OmegaConf.create(OmegaConf.to_yaml(compose("loss=tdpo2"), resolve=True))
     assert bind_loss(OmegaConf.to_container(config.loss)).name == "tdpo2"
+
+
+# ------------------------------------------------------------------------- values of a wrong kind
+
+# As a command line has them.
+WORDS = (
+    *("x", "''", "' '", "null", "true", "0", "-1", "64.0", "1.5", "1e400", "-1e400", "nan", "inf"),
+    *("18446744073709551616", "18446744073709551615", "9223372036854775807", "9" * 5000, "0x10"),
+    *("[]", "[[]]", "[1,x]", "[null]", "{}", "{a:1}", "{a:{b:[1]}}", "{1:2}", "[" * 50 + "]" * 50),
+    *("'${seed}'", "'${nope}'", "'${seed'", "'${.}'", "'${loss}'", "'${oc.env:NOPE}'", "'a\nb'"),
+    *("'\0'", "é", "\ud800", "../..", "2026-01-01", "1:30", "a,b", "range(3)", "glob(*)", "int(x)"),
+)
+# As a yaml file, or an edited config.yaml, has them.
+VALUES = (
+    *(None, True, False, 0, -1, 1, 2**31, 2**32, 2**63, 2**64 - 1, 2**64, 10**400, -(10**400)),
+    *(0.5, 64.0, 1e308, float("nan"), float("inf"), -float("inf"), 5e-324, "", " ", "x", "null"),
+    *("\0", "\n", "\ud800", "~", "[", "1e5", "nan", b"x", [], [[]], [None], ["", 1, {}], {}),
+    *({"a": 1}, {1: 2}, {None: None}, {"": []}, {"name": None}, {"name": ["dpo"], "module": 3}),
+)
+
+
+def test_a_word_of_any_kind_for_any_key_is_accepted_or_refused_in_a_line(composed):
+    words = [f"{sign}{key}={value}" for key in RULES for value in WORDS for sign in ("", "+", "~")]
+    refused, n = 0, int(os.environ.get("FUZZ_EXAMPLES", 120))
+    for word in random.Random(0).sample(words, n):
+        config = copy.deepcopy(composed)
+        try:
+            check_overrides([word])
+            [override] = OverridesParser.create().parse_overrides([word])
+            if not override.is_sweep_override() and override.key_or_group not in GROUPS:
+                ConfigLoaderImpl._apply_overrides_to_config([override], config)
+                load_settings(config)
+        except (ConfigError, DataError) as error:
+            refused += 1
+            assert "\n" not in str(error) and len(str(error)) < 4000, word
+        except Exception as error:
+            raise AssertionError(f"{word[:200]!r}") from error
+    assert n // 2 < refused < n
+
+
+def test_a_value_of_any_kind_for_any_key_is_accepted_or_refused(composed):
+    plain = OmegaConf.to_container(composed, resolve=True)
+    refused = 0
+    for key, value in itertools.product(RULES, VALUES):
+        tree = copy.deepcopy(plain)
+        *groups, name = key.split(".")
+        functools.reduce(operator.getitem, groups, tree)[name] = value
+        try:
+            settings = _load(Settings, tree, "")
+        except ConfigError as error:
+            refused += 1
+            assert str(error).startswith(key) and "\n" not in str(error), (key, value)
+        except Exception as error:
+            raise AssertionError(f"{key}={value!r:.200}") from error
+        else:
+            assert functools.reduce(getattr, groups, settings) is not None
+    assert len(RULES) * len(VALUES) > 4000 and refused > 2000
+
+
+@pytest.mark.parametrize(
+    "word",
+    [
+        *("dataset_columns=x", "reference.cache=1e400", "max_grad_norm=null", "lr=nan"),
+        *("seed=18446744073709551616", "seed=18446744073709551615", "seed='${seed'", "~seed"),
+        *("+seed=1", "seed=glob(*)", f"seed={'9' * 5000}", "datasets='a\nb'", "cache_dir='a\nb'"),
+    ],
+)
+def test_a_wrong_word_ends_the_command_with_a_line_and_code_2(word, capsys):
+    with pytest.raises(SystemExit) as ended:
+        check_command_line([word])
+    assert ended.value.code == 2
+    message = capsys.readouterr().err
+    assert message.startswith("error: ") and message.count("\n") == 1
+    assert word.lstrip("+~").split("=")[0] in message
+
+
+@pytest.fixture(scope="module")
+def composed():
+    return compose()

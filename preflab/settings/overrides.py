@@ -14,6 +14,7 @@ from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import ChoiceSweep, Glob, Override, Transformer
 from hydra.errors import OverrideParseException
 from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import GrammarParseError
 
 from preflab.settings.keys import (
     CONFIG_DIR,
@@ -27,6 +28,7 @@ from preflab.settings.keys import (
 )
 from preflab.settings.other_words import translate
 from preflab.settings.schema import RULES, open_parent, parse_value
+from preflab.settings.value_types import shown
 from utils import ConfigError, nearest
 
 SWEPT = 1000  # values of a sweep over one key that are checked
@@ -127,7 +129,7 @@ def check_overrides(words: Sequence[str], sources: Sources = Sources()) -> None:
             for name in given[group]:
                 if name not in accepted:
                     raise ConfigError(
-                        f"{group}={name}: no such file in config/{group}/;"
+                        f"{group}={shown(name)}: no such file in config/{group}/;"
                         f" {nearest(name, accepted)}"
                     )
     chosen = _chosen(given, sources)
@@ -138,6 +140,8 @@ def check_overrides(words: Sequence[str], sources: Sources = Sources()) -> None:
             continue
         if key not in keys:
             raise ConfigError(_unknown(key, keys, chosen))
+        _check_form(override)
+        _check_interpolations(key, override.value())
         if key in RULES and not override.is_delete():
             for value in islice(_values(override), SWEPT):
                 _check_value(key, value)
@@ -185,6 +189,32 @@ def _check_value(key: str, value: Any) -> None:
             _check_value(f"{key}.{name}", entry)
     elif "${" not in str(value):  # others are checked once they are resolved
         parse_value(key, value)
+
+
+def _check_form(override: Override) -> None:
+    """Refuse what hydra would refuse later, with a message of its own."""
+    key, word = override.key_or_group, _in_a_line(override.input_line or "")
+    if isinstance(override.value(), Glob):
+        raise ConfigError(f"{word}: patterns are for groups such as loss; give the values")
+    if override.is_delete() and (key in RULES or override.value() is not None):
+        raise ConfigError(
+            f"{word}: only entries of a loss or a reward can be left out, as ~{key}, for their"
+            f" default; type {key}=VALUE"
+        )
+    if override.is_add() and not override.is_force_add():
+        raise ConfigError(f"{word}: {key} is in the config already; type it without the +")
+
+
+def _check_interpolations(key: str, value: Any) -> None:
+    """Refuse a `${` that does not begin a complete `${...}`."""
+    try:
+        if "${" in str(value):
+            OmegaConf.create({"value": value})
+    except GrammarParseError as error:
+        raise ConfigError(
+            f"{key}={shown(value)}: {str(error).splitlines()[0]}; a reference to another key is"
+            " ${KEY}, and \\${ stands for the characters themselves"
+        ) from error
 
 
 def _values(override: Override) -> Iterator[Any]:
@@ -263,12 +293,17 @@ def _parse(words: Sequence[str]) -> list[Override]:
     for word in words:
         try:
             overrides += parser.parse_overrides([word])
-        except OverrideParseException as error:
+        except (OverrideParseException, ValueError) as error:  # or a number of 5000 digits
             raise ConfigError(
-                f"{word}: hydra cannot read this ({str(error).splitlines()[0]}); type"
-                f" {_quoted_form(word)}"
+                f"{_in_a_line(word)}: hydra cannot read this ({str(error).splitlines()[0]}); type"
+                f" {_in_a_line(_quoted_form(word))}"
             ) from error
     return overrides
+
+
+def _in_a_line(word: str) -> str:
+    word = word.replace("\n", "\\n")
+    return word if len(word) <= 1000 else f"{word[:1000]}..."
 
 
 def _was_expanded(key: str, *words: str) -> bool:

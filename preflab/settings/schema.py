@@ -423,5 +423,5 @@ def _complaint(key: str, value: Any, refused: Refused) -> str:
     if isinstance(value, bool) and "a string" in options:
         hint = f"type \"{key}='{shown(value)}'\""
     if isinstance(rule.accepts, ListOf) and isinstance(value, str) and value:
-        hint = f"type {key}=[{value}]"
+        hint = f"type {key}={shown([value])}"
     return f" must be {rule.accepts}" + (f"; {hint}" if hint else "")

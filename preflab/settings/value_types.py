@@ -114,6 +114,8 @@ class Text:
         text = str(value)
         if "\0" in text:
             raise Refused("it holds a NUL character")
+        if any("\ud800" <= character <= "\udfff" for character in text):
+            raise Refused("it holds half of a character")
         return text
 
 
@@ -129,7 +131,10 @@ class PathText(Text):
     """A path, or a name where a setting accepts both."""
 
     def parse(self, value: Any) -> str:
-        return from_home(super().parse(value))
+        path = from_home(super().parse(value))
+        if "\n" in path:
+            raise Refused("it holds a line break")
+        return path
 
 
 @dataclass(frozen=True)
