@@ -13,7 +13,7 @@ import hydra
 from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig
 
-from preflab.settings.command_line import check_command_line
+from preflab.settings.command_line import check_command_line, run_config
 from preflab.settings.overrides import fail
 from preflab.settings.run_folder import register_resolvers
 from utils import ConfigError, PrefLabError
@@ -25,7 +25,7 @@ def main() -> None:
     # Sampling needs prompts only, so any data set will do; these come first, and what the user says
     # wins.
     sys.argv[1:1] = ["function=eval", "loss=sft"]
-    run()
+    run_config(run)
 
 
 @hydra.main(version_base="1.3", config_path="config", config_name="config")

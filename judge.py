@@ -37,7 +37,7 @@ from preflab.evaluation.win_rates import (
 )
 from preflab.reports.run_files import read_jsonl, read_winrates
 from preflab.rewards.llm_client import Endpoint
-from utils import DataError, PrefLabError
+from utils import DataError, PrefLabError, machine_error
 
 ROOT = Path(__file__).resolve().parent
 
@@ -46,8 +46,8 @@ def main() -> None:
     arguments = _parser().parse_args()
     try:
         rates = judge(arguments)
-    except PrefLabError as error:
-        print(f"error: {error}", file=sys.stderr)
+    except (PrefLabError, OSError) as error:
+        print(f"error: {machine_error(error) or error}", file=sys.stderr)
         raise SystemExit(2) from None
     print(table(rates))
     if any(rate["unjudged"] for rate in rates):

@@ -18,7 +18,7 @@ import time
 from pathlib import Path
 
 from preflab.reports.sweep import report_folder
-from utils import PrefLabError
+from utils import PrefLabError, machine_error
 
 
 def main() -> None:
@@ -34,8 +34,8 @@ def main() -> None:
             time.sleep(arguments.watch)
     except KeyboardInterrupt:
         pass
-    except PrefLabError as error:
-        print(f"error: {error}", file=sys.stderr)
+    except (PrefLabError, OSError) as error:
+        print(f"error: {machine_error(error) or error}", file=sys.stderr)
         raise SystemExit(2) from None
 
 

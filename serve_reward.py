@@ -20,7 +20,7 @@ import hydra
 from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig, OmegaConf
 
-from preflab.settings.command_line import check_command_line
+from preflab.settings.command_line import check_command_line, run_config
 from preflab.settings.overrides import fail
 from preflab.settings.run_folder import register_resolvers
 from utils import ConfigError, PrefLabError, atomic_write, in_use, remove_leftovers
@@ -31,7 +31,7 @@ def main() -> None:
     check_command_line(sys.argv[1:], "serve_reward.py")
     sys.argv.insert(1, "function=online")
     register_resolvers()
-    run()
+    run_config(run)
 
 
 @hydra.main(version_base="1.3", config_path="config", config_name="config")

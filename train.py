@@ -9,7 +9,7 @@ import hydra
 from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig
 
-from preflab.settings.command_line import check_command_line
+from preflab.settings.command_line import check_command_line, run_config
 from preflab.settings.keys import CONFIG_DIR
 from preflab.settings.overrides import fail
 from preflab.settings.run_folder import register_resolvers, remove_if_empty, saved_config
@@ -31,7 +31,7 @@ def main() -> None:
     )
     if check_command_line(sys.argv[1:]):
         join_ranks()
-    run()
+    run_config(run)
 
 
 def join_ranks() -> None:

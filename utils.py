@@ -2,6 +2,7 @@
 
 import contextlib
 import difflib
+import errno
 import fcntl
 import hashlib
 import importlib
@@ -43,6 +44,54 @@ class DataError(PrefLabError):
 def first_line(error: Exception) -> str:
     """The class of an exception and the first line of its message."""
     return f"{type(error).__name__}: {error}".strip().splitlines()[0]
+
+
+_FULL = "free some space, or name folders on another disk; what was complete stays usable"
+_DENIED = "name a folder that you can write to"
+_NO_FOLDER = "a file stands where a folder is needed; name another folder"
+# What the machine refuses, by the number of the error, and what to do.
+_REFUSALS = {
+    **dict.fromkeys((errno.ENOSPC, errno.EDQUOT, errno.EFBIG), _FULL),
+    **dict.fromkeys((errno.EACCES, errno.EPERM, errno.EROFS), _DENIED),
+    **dict.fromkeys((errno.ENOTDIR, errno.EEXIST), _NO_FOLDER),
+    **dict.fromkeys((errno.EMFILE, errno.ENFILE), "allow more open files, as with ulimit -n 4096"),
+    errno.EISDIR: "a folder stands where a file is needed; name another one",
+    errno.ENAMETOOLONG: "name a shorter path",
+    errno.EIO: "the disk failed; name folders on another one",
+}
+
+
+def machine_error(error: BaseException | None) -> str:
+    """One line on what the machine refused, and what to do: no space, no permission, no handles, a
+    file in place of a folder. Empty for any other error.
+
+    Libraries wrap such errors, or give their number in the message only.
+    """
+    while error is not None:
+        number = error.errno if isinstance(error, OSError) else None
+        if match := re.search(r"\((?:os error) (\d+)\)|\[Errno (\d+)\]", str(error)):
+            number = int(match[1] or match[2])
+        if "No usable temporary directory" in str(error):
+            return f"{error.args[-1]}; set TMPDIR to a folder that you can write to"
+        if "PytorchStreamWriter" in str(error) or "inline_container" in str(error):
+            number = number or errno.ENOSPC  # it does not say which
+        if number in _REFUSALS:
+            path = getattr(error, "filename", None)
+            place = f"{path}: " if path is not None else ""
+            return f"{place}{os.strerror(number)}; {_REFUSALS[number]}"
+        error = error.__cause__ or (None if error.__suppress_context__ else error.__context__)
+    return ""
+
+
+def check_writable(folder: Path, key: str) -> None:
+    """Raise ConfigError where nothing can be written to a folder, which is made if need be."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder) as f:
+            f.write(b"x")
+            f.flush()
+    except OSError as error:
+        raise ConfigError(f"{key}={folder}: {machine_error(error) or first_line(error)}") from error
 
 
 def nearest(word: str, accepted: Iterable[str], n: int = 3) -> str:

@@ -51,9 +51,10 @@ from preflab.settings.run_folder import (
 from preflab.settings.schema import Settings
 from preflab.training.memory_plan import describe, make_plan
 from preflab.training.metrics import MetricLog
+from preflab.training.reference import reference_plan
 from preflab.training.registry import find_trainer
 from preflab.training.trackers import start_wandb
-from utils import DataError, atomic_write, in_use, seed_everything
+from utils import DataError, atomic_write, check_writable, in_use, seed_everything
 
 logger = logging.getLogger(__name__)
 
@@ -111,6 +112,8 @@ def execute(config: DictConfig, run_dir: Path, stop: StopSignals | None = None) 
         return {}
     with contextlib.ExitStack() as stack:
         ranks.agree(lambda: stack.enter_context(owned(run_dir)))
+        if reference_plan(settings, loss).cached:
+            ranks.agree(lambda: check_writable(Path(settings.cache_dir), "cache_dir"))
         inputs = ranks.first(lambda: load_inputs(settings, sources, loss))
         ranks.agree(lambda: _check_continued(run_dir, inputs))
         if ranks.rank == 0:

@@ -30,7 +30,7 @@ from preflab.settings.compose import compose
 from preflab.settings.overrides import fail
 from preflab.settings.values import truncation
 from scripts.partial_file import PartialFile
-from utils import DataError, PrefLabError, atomic_write, content_hash
+from utils import DataError, PrefLabError, atomic_write, content_hash, machine_error
 
 PROMPTS_AT_A_TIME = 64
 
@@ -48,8 +48,8 @@ def main() -> None:
                 f.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in split_rows)
             print(f"{path}: {len(split_rows):,} responses")
         partial.unlink(missing_ok=True)
-    except PrefLabError as error:
-        fail(error)
+    except (PrefLabError, OSError) as error:
+        fail(machine_error(error) or error)
 
 
 def _parser() -> argparse.ArgumentParser:

@@ -29,6 +29,7 @@ from utils import (
     ConfigError,
     PrefLabError,
     atomic_directory,
+    machine_error,
     model_folder,
 )
 
@@ -57,8 +58,8 @@ def main() -> None:
     logging.disable_progress_bar()
     try:
         merge(arguments.adapter_model_name, arguments.base_model_name, arguments.output_name)
-    except PrefLabError as error:
-        fail(error)
+    except (PrefLabError, OSError) as error:
+        fail(machine_error(error) or error)
     print(
         f"{arguments.output_name}: {arguments.base_model_name} with"
         f" {arguments.adapter_model_name} merged into it"

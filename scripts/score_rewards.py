@@ -27,7 +27,7 @@ from preflab.rewards.registry import build_reward
 from preflab.settings.compose import compose
 from preflab.settings.overrides import fail
 from scripts.partial_file import PartialFile
-from utils import DataError, PrefLabError, atomic_write, content_hash, mean_and_error
+from utils import DataError, PrefLabError, atomic_write, content_hash, machine_error, mean_and_error
 
 ROWS_AT_A_TIME = 256
 
@@ -54,8 +54,8 @@ def main() -> None:
         with atomic_write(output.with_suffix(".summary.json")) as f:
             f.write(json.dumps(summary, indent=1, ensure_ascii=False) + "\n")
         done.remove()
-    except PrefLabError as error:
-        fail(error)
+    except (PrefLabError, OSError) as error:
+        fail(machine_error(error) or error)
     error = "" if summary["standard_error"] is None else f" ± {summary['standard_error']:.4g}"
     print(
         f"{output}: {len(scored):,} responses, {arguments.reward} {summary['mean']:.4g}{error},"

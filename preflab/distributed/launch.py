@@ -17,7 +17,7 @@ from multiprocessing import resource_tracker
 from pathlib import Path
 
 from preflab.distributed.signals import StopSignals
-from utils import ConfigError, PrefLabError
+from utils import ConfigError, PrefLabError, machine_error
 
 
 @contextlib.contextmanager
@@ -107,8 +107,8 @@ def _run_worker(worker: Callable, arguments: tuple, folder: str, launcher: int) 
         raise
     except BaseException as error:
         report = {
-            "message": str(error),
-            "known": isinstance(error, PrefLabError),
+            "message": machine_error(error) or str(error),
+            "known": isinstance(error, PrefLabError) or bool(machine_error(error)),
             "traceback": traceback.format_exc(),
             "time": time.time(),
         }

@@ -27,7 +27,8 @@ class ReferenceLogps:
 
     def __init__(self, folder: Path, store: TokenStore, dtype: str, mode: str = "rb"):
         self.folder, self.spans, self.dtype = folder, store.responses, np.dtype(dtype)
-        self._logps = open(folder / LOGPS, mode, buffering=0)  # noqa: SIM115  (open as long as self)
+        # Open as long as this object lives.
+        self._logps = open(folder / LOGPS, mode, buffering=0)  # noqa: SIM115
         self._checksums = open(folder / CHECKSUMS, mode, buffering=0)  # noqa: SIM115
         self.checksums = np.fromfile(folder / CHECKSUMS, dtype=np.uint32)
 

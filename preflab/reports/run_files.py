@@ -203,7 +203,7 @@ def read_config(path: Path) -> DictConfig:
         config = OmegaConf.load(path)
         plain = OmegaConf.to_container(config, resolve=True)
         groups = [plain[key] for key in ("loss", "reward", "online", "model") if key in plain]
-        named = isinstance(plain["loss"]["name"], str)
+        named = "loss" not in plain or isinstance(plain["loss"]["name"], str)
         json.dumps(plain, ensure_ascii=False, default=str).encode()  # no half of a character
     except (OmegaConfBaseException, YAMLError, OSError, RecursionError, *WRONG_TYPES) as error:
         raise DataError(_no_config(path, first_line(error))) from error

@@ -4,17 +4,19 @@ Nothing here imports torch, so that a question or a slip is answered in about a 
 """
 
 import argparse
-from collections.abc import Sequence
+import os
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from hydra._internal.utils import get_args_parser
+from hydra.errors import HydraException
 
 from preflab.settings.help_text import help_text
 from preflab.settings.keys import CONFIG_DIR, ROOT
 from preflab.settings.other_words import translate
 from preflab.settings.overrides import Sources, check_overrides, fail
 from preflab.settings.schema import RULES
-from utils import ConfigError, PrefLabError
+from utils import ConfigError, PrefLabError, machine_error
 
 
 def check_command_line(argv: Sequence[str], program: str = "train.py") -> bool:
@@ -32,6 +34,25 @@ def check_command_line(argv: Sequence[str], program: str = "train.py") -> bool:
     except PrefLabError as error:
         fail(error)
     return not (given.cfg or given.info or given.shell_completion or given.hydra_help)
+
+
+def run_config(run: Callable[[], None]) -> None:
+    """Call a function of `hydra.main`. What hydra or the machine refuses ends the process with exit
+    code 2 and one line; any other error has its whole traceback."""
+    os.environ["HYDRA_FULL_ERROR"] = "1"  # hydra raises errors, and prints none
+    try:
+        run()
+    except PrefLabError as error:  # of a resolver
+        fail(error)
+    except HydraException as error:
+        causes = (str(cause).splitlines()[0] for cause in (error, error.__cause__) if cause)
+        fail(ConfigError("; ".join(causes)))
+    except (SystemExit, KeyboardInterrupt):
+        raise
+    except BaseException as error:  # an error of torch's checkpoints is no Exception
+        if not (refused := machine_error(error)):
+            raise
+        fail(ConfigError(refused))
 
 
 def check_arguments(argv: Sequence[str]) -> None:

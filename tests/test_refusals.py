@@ -1,0 +1,149 @@
+"""What the machine refuses: no space, a read-only disk, no permission, a file in place of a folder,
+no file handles. One line, exit code 2, and what was written stays usable."""
+
+import contextlib
+import errno
+import os
+import resource
+import shutil
+import subprocess
+
+import pytest
+import torch
+from conftest import final_weights, run_command, run_here, same_weights, small_run, write_imdb
+
+from preflab.reports.run import write_report
+from preflab.settings.command_line import run_config
+from preflab.training.checkpoints import damage_of
+from utils import ConfigError, check_writable, in_use, machine_error
+
+
+@pytest.fixture
+def refused(llama_folder, tmp_path, capsys):
+    """Runs a command that the machine refuses; returns the line that it ends with."""
+    data = write_imdb(tmp_path / "data")
+
+    def refused(folder, *more):
+        overrides = small_run(llama_folder, data, folder, "sample_during_eval=false", *more)
+        capsys.readouterr()
+        with pytest.raises(SystemExit) as ended:
+            run_config(lambda: run_here(*overrides))
+        assert ended.value.code == 2
+        errors = capsys.readouterr().err
+        assert "Traceback" not in errors
+        assert "error: " in errors, errors
+        return errors[errors.index("error: ") :]
+
+    return refused
+
+
+@contextlib.contextmanager
+def mounted(folder, *options):
+    folder.mkdir(exist_ok=True)
+    if shutil.which("mount") is None or os.geteuid() != 0:
+        pytest.skip("mounting needs root")
+    if subprocess.run(["mount", *options, str(folder)], capture_output=True).returncode != 0:
+        pytest.skip("mounting is not allowed here")
+    try:
+        yield folder
+    finally:
+        subprocess.run(["umount", "-l", str(folder)], check=True)
+
+
+@contextlib.contextmanager
+def disk(folder, kib):
+    with mounted(folder, "-t", "tmpfs", "-o", f"size={kib}k", "tmpfs"):
+        yield folder
+
+
+def test_a_full_disk_ends_a_run_in_a_line_and_its_checkpoints_continue(
+    refused, llama_folder, tmp_path
+):
+    steps = ("n_examples=32", "save_every=8", "keep_checkpoints=null", "eval_every=8")
+    with disk(tmp_path / "disk", 700) as small:
+        line = refused(small / "run", *steps)
+        assert os.strerror(errno.ENOSPC) in line and "free some space" in line
+        run = small / "run"
+        whole = sorted(run.glob("step-*"))
+        assert whole and not any(map(damage_of, whole)) and not list(run.glob(".step-*"))
+        assert (run / "LATEST").resolve() == whole[-1]
+        shutil.copytree(run, tmp_path / "run", symlinks=True)  # to a disk with space
+        assert "error: " in refused(run, *steps)
+    data = tmp_path / "data"
+    run_here(*small_run(llama_folder, data, tmp_path / "run", "sample_during_eval=false", *steps))
+    run_here(*small_run(llama_folder, data, tmp_path / "all", "sample_during_eval=false", *steps))
+    assert same_weights(final_weights(tmp_path / "run"), final_weights(tmp_path / "all"))
+    write_report(tmp_path / "run")
+
+
+@pytest.mark.parametrize("kib", [8, 32])
+def test_a_full_disk_for_the_caches_is_a_line(refused, tmp_path, kib):
+    with disk(tmp_path / "disk", kib) as small:
+        line = refused(tmp_path / "run", f"cache_dir={small}")
+        assert os.strerror(errno.ENOSPC) in line
+    assert not (tmp_path / "run").exists() or kib > 8
+
+
+@pytest.mark.parametrize("key", ["local_run_dir", "cache_dir"])
+def test_a_read_only_disk_is_refused_at_the_start(refused, tmp_path, key):
+    with disk(tmp_path / "disk", 100) as small:
+        subprocess.run(["mount", "-o", "remount,ro", str(small)], check=True)
+        folders = {"local_run_dir": tmp_path / "run", "cache_dir": tmp_path / "cache"}
+        folders[key] = small / "inner"
+        line = refused(folders["local_run_dir"], f"cache_dir={folders['cache_dir']}")
+    assert str(small) in line and os.strerror(errno.EROFS) in line
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("key", ["local_run_dir", "cache_dir"])
+def test_a_file_in_place_of_a_folder_is_refused_at_the_start(refused, tmp_path, key):
+    (tmp_path / "file").touch()
+    folders = {"local_run_dir": tmp_path / "run", "cache_dir": tmp_path / "cache"}
+    folders[key] = tmp_path / "file" / "inner"
+    line = refused(folders["local_run_dir"], f"cache_dir={folders['cache_dir']}")
+    assert str(tmp_path / "file") in line and "a file stands where a folder is needed" in line
+    assert not (tmp_path / "run").exists()
+
+
+def test_the_command_says_so_before_hydra_does(tmp_path):
+    (tmp_path / "file").touch()
+    result = run_command("train.py", f"local_run_dir={tmp_path / 'file' / 'run'}", check=False)
+    assert result.returncode == 2
+    [line] = result.stderr.splitlines()
+    assert line.startswith(f"error: {tmp_path / 'file'}") and "name another folder" in line
+
+
+def test_no_file_handles(refused, tmp_path):
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    used = len(os.listdir("/dev/fd"))
+    resource.setrlimit(resource.RLIMIT_NOFILE, (used + 2, hard))
+    try:
+        line = refused(tmp_path / "run")
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+    assert os.strerror(errno.EMFILE) in line
+
+
+def test_no_permission(tmp_path):
+    (tmp_path / "folder").mkdir(mode=0o500)
+    before = os.geteuid()
+    if before == 0:
+        os.seteuid(65534)  # root may write anywhere
+    try:
+        with pytest.raises(ConfigError, match=r"cache_dir=.*name a folder that you can write to"):
+            check_writable(tmp_path / "folder" / "cache", "cache_dir")
+        with pytest.raises(PermissionError) as denied, in_use(tmp_path / "folder" / ".lock"):
+            pass
+        assert machine_error(denied.value).endswith("name a folder that you can write to")
+    finally:
+        os.seteuid(before)
+
+
+def test_what_libraries_say_of_a_full_disk_is_understood(tmp_path):
+    with disk(tmp_path / "disk", 64) as small, pytest.raises(RuntimeError) as failed:
+        torch.save(torch.zeros(100_000), small / "weights.pt")
+    assert "No space left" in machine_error(failed.value)
+    wrapped = RuntimeError("of a library")
+    wrapped.__cause__ = ValueError("I/O error: No space left on device (os error 28)")
+    assert "No space left" in machine_error(wrapped)
+    assert machine_error(RuntimeError("a mistake")) == ""
