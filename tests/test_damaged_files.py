@@ -13,16 +13,18 @@ from conftest import (
     delete,
     empty,
     final_weights,
+    read_rows,
     run_here,
     same_weights,
     small_run,
+    untimed,
     write_imdb,
 )
 
 from preflab.batching.token_store import prepare
 from preflab.readers.registry import open_dataset
 from preflab.training.checkpoints import damage_of, latest_checkpoint
-from utils import ConfigError, atomic_directory, atomic_write, remove_leftovers
+from utils import ConfigError, DataError, atomic_directory, atomic_write, remove_leftovers
 
 # ------------------------------------------------------------------------------------- token cache
 
@@ -123,6 +125,42 @@ def test_exports_may_be_deleted_and_old_checkpoints_have_no_sizes(two_steps):
     assert damage_of(run / "step-2") == ""
     (run / "step-2" / "sizes.json").write_text(json.dumps(["policy.pt"]))
     assert damage_of(run / "step-2") == "sizes.json is not what was saved"
+
+
+# -------------------------------------------------------------------------------------- text files
+
+
+@pytest.mark.parametrize(
+    "content", [b"", b"\x80\xff\0[", b"[" * 100_000, b"[]", b'"text"', b"{3: 4}"]
+)
+@pytest.mark.parametrize("file", ["config.yaml", "summary.json", "data.json", "metrics.jsonl"])
+def test_a_resume_with_a_damaged_text_file_is_an_error_that_names_it(two_steps, file, content):
+    folder, copy, go = two_steps
+    run = folder / "text"
+    if not run.is_dir():
+        copy("text")
+    before = (run / file).read_bytes()
+    last_line = content if file != "metrics.jsonl" else content + b"\n" + before
+    (run / file).write_bytes(last_line)
+    try:
+        if (file, content) == ("metrics.jsonl", b""):
+            return  # a blank line
+        with pytest.raises((ConfigError, DataError), match=rf"{file}:") as refused:
+            go("text", "n_examples=16")
+        assert "\n" not in str(refused.value)
+    finally:
+        (run / file).write_bytes(before)
+
+
+def test_a_last_line_that_a_kill_cut_short_is_passed_over(two_steps):
+    folder, copy, go = two_steps
+    run = copy("last-line")
+    with open(run / "metrics.jsonl", "a") as f:
+        f.write('{"examples": 16, "spl')
+    go("last-line", "n_examples=24")
+    assert untimed(read_rows(run / "metrics.jsonl")) == untimed(
+        read_rows(folder / "whole" / "metrics.jsonl")
+    )
 
 
 # ---------------------------------------------------------------------- leftovers of killed writers

@@ -167,7 +167,7 @@ def _reward_of(folder: Path, name: str, settings: list[str]):
 
     register_resolvers()
     if not settings and (folder / "config.yaml").is_file():
-        config = read_config(folder / "config.yaml")
+        config = read_config(folder / "config.yaml", complete=False)
         if "reward" in config and "more_rewards" in config:
             rewards = all_rewards(config)
             if name in rewards:

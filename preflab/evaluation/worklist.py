@@ -120,7 +120,9 @@ def describe(path: str | None) -> Checkpoint:
     folders = files[0].absolute().parents
     run = next((folder for folder in folders if (folder / "config.yaml").is_file()), None)
     if run is not None:
-        config = OmegaConf.to_container(read_config(run / "config.yaml"))
+        config = OmegaConf.to_container(
+            read_config(run / "config.yaml", resolve=False, complete=False)
+        )
         about["run"] = str(run)
         about["training"] = {key: config.get(key) for key in DESCRIBING_KEYS}
     source = resolved[0] if len(files) == 1 else resolved[0].parent

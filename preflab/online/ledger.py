@@ -8,7 +8,7 @@ from pathlib import Path
 from preflab.distributed.process_group import ALONE, World
 from preflab.online.rollouts import Rollouts
 from preflab.rewards.registry import RewardError, Score
-from utils import DataError, PrefLabError
+from utils import DataError, PrefLabError, drop_incomplete_line
 
 # The columns of a line in the ledger.
 COLUMNS = {"round", "key", "prompt", "prompt_tokens", "responses", "tokens", "scores", "cost"}
@@ -139,11 +139,9 @@ def _read_ledger(path: Path) -> list[dict]:
 
     Raises DataError for any other line that is no bought label.
     """
-    content = path.read_bytes() if path.is_file() else b""
-    whole = content[: content.rfind(b"\n") + 1]
-    if whole != content:
-        os.truncate(path, len(whole))
+    drop_incomplete_line(path)
     rows = []
+    whole = path.read_bytes() if path.is_file() else b""
     for number, line in enumerate(whole.split(b"\n")[:-1], 1):
         try:
             row = json.loads(line)

@@ -197,17 +197,24 @@ def _is_histogram(histogram: dict) -> bool:
     return len(edges) == len(counts) + 1 and all(map(is_number, [*edges, *counts]))
 
 
-def read_config(path: Path) -> DictConfig:
-    """The config.yaml of a run. Raises DataError for what is no such config."""
+def read_config(path: Path, *, resolve: bool = True, complete: bool = True) -> DictConfig:
+    """The config.yaml of a run. Raises DataError for what is no such config.
+
+    resolve: whether a reference to a key or a variable that is not there is refused too. complete:
+    whether settings of another type, or without a loss, are.
+    """
     try:
         config = OmegaConf.load(path)
-        plain = OmegaConf.to_container(config, resolve=True)
-        groups = [plain[key] for key in ("loss", "reward", "online", "model") if key in plain]
-        named = "loss" not in plain or isinstance(plain["loss"]["name"], str)
+        plain = OmegaConf.to_container(config, resolve=resolve)
         json.dumps(plain, ensure_ascii=False, default=str).encode()  # no half of a character
+        is_config = isinstance(plain, dict)
+        if complete:
+            groups = [plain.get(key) or {} for key in ("loss", "reward", "online", "model")]
+            is_config = isinstance(plain["loss"]["name"], str)
+            is_config &= all(isinstance(group, dict) for group in groups)
     except (OmegaConfBaseException, YAMLError, OSError, RecursionError, *WRONG_TYPES) as error:
         raise DataError(_no_config(path, first_line(error))) from error
-    if not named or not all(isinstance(group, dict) or group is None for group in groups):
+    if not is_config:
         raise DataError(_no_config(path, "loss.name or a group of settings has another type"))
     return config
 

@@ -75,9 +75,7 @@ class Run:
 
     def __init__(self, folder: Path):
         self.folder = folder
-        self.config = OmegaConf.to_container(read_config(folder / "config.yaml"))
-        if "loss" not in self.config:
-            raise DataError(f"{folder / 'config.yaml'}: not the config of a run: it has no loss")
+        self.config = OmegaConf.to_container(read_config(folder / "config.yaml", resolve=False))
         self.loss = self.config["loss"]["name"]
         self.rows = read_jsonl(folder / "metrics.jsonl")
         self.evaluations = read_jsonl(folder / "eval.jsonl")
