@@ -604,7 +604,13 @@ def test_a_value_of_any_kind_for_any_key_is_accepted_or_refused(composed):
 @pytest.mark.parametrize(
     "word",
     [
-        *("dataset_columns=x", "reference.cache=1e400", "max_grad_norm=null", "lr=nan"),
+        *(
+            "model=[null]",
+            "dataset_columns=x",
+            "reference.cache=1e400",
+            "max_grad_norm=null",
+            "lr=nan",
+        ),
         *("seed=18446744073709551616", "seed=18446744073709551615", "seed='${seed'", "~seed"),
         *("+seed=1", "seed=glob(*)", f"seed={'9' * 5000}", "datasets='a\nb'", "cache_dir='a\nb'"),
     ],

@@ -126,6 +126,9 @@ def check_overrides(words: Sequence[str], sources: Sources = Sources()) -> None:
         if (group := override.key_or_group) in groups and not override.is_delete():
             accepted = options(group, sources.folders)
             given[group] = _named(override.value(), accepted)
+            value = override.value()
+            if isinstance(value, list) and None in value:
+                raise ConfigError(f"{group}={shown(value)}: null names no file in config/{group}/")
             for name in given[group]:
                 if name not in accepted:
                     raise ConfigError(
