@@ -7,8 +7,9 @@ import numpy as np
 
 from preflab.readers.columns import check_pair, response_of
 from preflab.readers.fields import items, number, text, type_and_value
-from preflab.readers.files import Rows, as_object, file_rows, read_json
+from preflab.readers.files import Rows, file_rows
 from preflab.readers.hub import hub_rows
+from preflab.readers.json_text import as_object, read_json
 from preflab.readers.records import (
     Reader,
     Record,

@@ -21,7 +21,8 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from preflab.readers.fields import present, text, type_and_value
-from preflab.readers.files import FILE_TYPES, as_object, check_file, decode, file_rows, parse_json
+from preflab.readers.files import FILE_TYPES, check_file, file_rows
+from preflab.readers.json_text import as_object, decode, parse_json
 from utils import ConfigError, DataError, PrefLabError, atomic_write
 
 ANSWERS = ("exact", "variants", "both")

@@ -24,7 +24,7 @@ from tqdm import tqdm
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from preflab.readers.fields import items, number, present, text
-from preflab.readers.files import as_object, streamed_rows
+from preflab.readers.json_text import as_object, streamed_rows
 from preflab.readers.records import Skip
 from utils import DataError, PrefLabError, atomic_write
 

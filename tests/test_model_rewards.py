@@ -12,7 +12,7 @@ from conftest import (
 )
 from safetensors.torch import save_file
 from tokenizers import Tokenizer, models, pre_tokenizers
-from transformers import PreTrainedTokenizerFast
+from transformers import AutoModelForSequenceClassification, PreTrainedTokenizerFast
 
 from preflab.rewards import llm_client
 from preflab.rewards.llm_rater import read_ratings
@@ -90,6 +90,42 @@ def test_contrastivedistill_tokenises_prompt_and_response_apart_and_needs_no_bos
     assert build_reward(settings)(["ca", "ca", "c"], ["bab", "b", ""]) == pytest.approx(
         [*expected, 0.0], abs=1e-5
     )
+
+
+@pytest.fixture
+def short_of_rows(tmp_path):
+    """A model of every kind whose tokenizer has a word and a pad token that it has no rows for."""
+    tokenizer = make_tokenizer()
+    rows = len(tokenizer)
+    tokenizer.add_tokens(["zebra"])
+    tokenizer.add_special_tokens({"pad_token": "<far>"})
+    model = make_model("llama")
+    assert model.config.vocab_size == rows
+    model.save_pretrained(tmp_path / "lm")
+    model.config.num_labels = 1
+    scoring = AutoModelForSequenceClassification.from_config(model.config)
+    scoring.save_pretrained(tmp_path / "scoring")
+    for kind in ("lm", "scoring"):
+        tokenizer.save_pretrained(tmp_path / kind)
+    return tmp_path, rows
+
+
+@pytest.mark.parametrize(
+    "name, settings",
+    [
+        ("reward_model", {"path": "scoring"}),
+        ("classifier", {"path": "scoring", "label": "LABEL_0"}),
+        ("contrastivedistill", {"large": "lm", "small": "lm"}),
+    ],
+)
+def test_a_token_without_a_row_is_named_and_a_pad_token_alone_is_not(short_of_rows, name, settings):
+    folder, rows = short_of_rows
+    paths = {key: str(folder / value) for key, value in settings.items() if key != "label"}
+    reward = build_reward(settings | paths | {"name": name})
+    assert len(reward(["one", "one"], ["more words", "two"])) == 2
+    message = rf"token 'zebra' has id {rows}, and the model reward\.\w+=.* has {rows} rows"
+    with pytest.raises(ConfigError, match=message):
+        reward(["one"], ["a zebra"])
 
 
 OWN_CODE = """

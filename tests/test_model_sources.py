@@ -14,6 +14,7 @@ from transformers import AutoModelForCausalLM, LlamaConfig
 
 from preflab.batching.packing import Layout, lay_out
 from preflab.modeling import model_source as sources
+from preflab.modeling.blocks import cast
 from preflab.modeling.loading import build_policy, build_reference, check_model, load_model
 from preflab.modeling.model_checks import warn_about_bfloat16
 from preflab.modeling.model_source import model_source, weight_files
@@ -135,6 +136,27 @@ def test_an_adapter_folder_names_a_model_an_archive_and_a_reference(adapted):
     assert not torch.allclose(logps(plain), expected, atol=1e-2)
     for policy in policies:
         torch.testing.assert_close(logps(policy), expected, atol=1e-5, rtol=0)
+
+
+@pytest.mark.parametrize("as_archive", [False, True])
+def test_an_adapter_on_a_bfloat16_file_is_merged_in_the_dtype_it_is_used_in(
+    adapted, tmp_path, as_archive
+):
+    base, adapter, _ = adapted
+    half = tmp_path / "half"
+    make_model("llama").from_pretrained(base, dtype=torch.bfloat16).save_pretrained(half)
+    make_tokenizer().save_pretrained(half)
+    shutil.copytree(adapter, tmp_path / "adapter")
+    file = tmp_path / "adapter" / "adapter_config.json"
+    content = json.loads(file.read_text()) | {"base_model_name_or_path": str(half)}
+    file.write_text(json.dumps(content))
+    given = settings(tmp_path / "adapter")
+    if as_archive:
+        given = settings(half, archive=str(tmp_path / "adapter"))
+    loaded = build_policy(given).model.state_dict()
+    mapped = build_policy(given, place=lambda scorer, dtype: cast(scorer.model, dtype))
+    for name, weight in mapped.model.state_dict().items():
+        torch.testing.assert_close(weight, loaded[name], atol=0, rtol=0)
 
 
 def test_an_adapter_changes_the_key_of_cached_log_probs(adapted):

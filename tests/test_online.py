@@ -4,6 +4,7 @@ as if it had not been."""
 import json
 import math
 import os
+import shutil
 import signal
 
 import numpy as np
@@ -11,6 +12,7 @@ import pytest
 import torch
 from conftest import read_rows, run_here, save_model, small_run, write_jsonl
 from omegaconf import OmegaConf
+from safetensors.torch import load_file, save_file
 
 from preflab.batching.collate import collate
 from preflab.batching.examples import PreferenceData
@@ -660,6 +662,18 @@ def test_a_policy_is_no_discriminator_that_is_never_taught(go):
         ConfigError, match=r"is not a reward model, and with online\.budget=0 it would never learn"
     ):
         go("run", *D2PO, f"online.discriminator_path={policy}", "online.budget=0")
+
+
+def test_a_discriminator_that_lacks_weights_names_its_own_setting(go, llama_folder, tmp_path):
+    folder = tmp_path / "headless"
+    shutil.copytree(llama_folder, folder)
+    tensors = load_file(folder / "model.safetensors")
+    del tensors["model.norm.weight"]
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(ConfigError) as refused:
+        go("run", *D2PO, f"online.discriminator_path={folder}")
+    assert f"online.discriminator_path={folder} has no weights" in str(refused.value)
+    assert "model.name_or_path" not in str(refused.value)
 
 
 def test_a_round_without_a_step_is_saved_too(go):

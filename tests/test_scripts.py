@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 from script_calls import call, records, without
 
-from preflab.readers import files
+from preflab.readers import json_text
 from scripts import preproc_filter, preproc_pref
 from utils import DataError
 
@@ -55,7 +55,7 @@ def raw(folder: Path, form: str, train: list[dict], test: list[dict]) -> Path:
 @pytest.mark.parametrize("form", FORMS)
 def test_comparisons_become_the_tldr_dataset(tmp_path, monkeypatch, capsys, form, chunk):
     monkeypatch.setattr(
-        files, "CHUNK", chunk
+        json_text, "CHUNK", chunk
     )  # letters of several bytes, and rows, fall on the borders
     folder = raw(
         tmp_path / "raw",
@@ -142,7 +142,7 @@ def test_a_bad_row_is_named_and_nothing_is_written(
     (folder / f"test.{form.split('.')[1]}").write_bytes(
         frame[0] + between.join([good, bad, good]) + frame[1]
     )
-    monkeypatch.setattr(files, "CHUNK", 50)
+    monkeypatch.setattr(json_text, "CHUNK", 50)
     code = call(monkeypatch, preproc_pref, folder, "--output", tmp_path / "out")
     if message is None and form == "lines.jsonl":  # an empty line
         assert code == 0
@@ -187,9 +187,9 @@ def test_a_byte_that_is_no_text_is_found_after_the_rows_before_it_wherever_chunk
     path = tmp_path / "list.json"
     path.write_bytes('[{"a": "éé"},\n{"b": "é€'.encode() + b'\xff"}, {"c": 1}]')
     for chunk in range(1, 40):
-        monkeypatch.setattr(files, "CHUNK", chunk)
+        monkeypatch.setattr(json_text, "CHUNK", chunk)
         with open(path, "rb") as f:
-            rows = files.streamed_rows(f, path)
+            rows = json_text.streamed_rows(f, path)
             assert next(rows) == ({"a": "éé"}, f"{path}: row 1")
             with pytest.raises(DataError, match="row 2: byte 0xff is not UTF-8"):
                 next(rows)
@@ -207,7 +207,7 @@ def test_missing_files_are_named_with_what_is_there(tmp_path, monkeypatch, capsy
 
 @pytest.mark.parametrize("form", ["lines.jsonl", "list.json"])
 def test_rows_pass_through_memory_one_at_a_time(tmp_path, monkeypatch, form):
-    monkeypatch.setattr(files, "CHUNK", 1 << 14)
+    monkeypatch.setattr(json_text, "CHUNK", 1 << 14)
     folder = raw(
         tmp_path / "raw", form, [compared(i, first="a" * 4000) for i in range(1000)], [compared(1)]
     )

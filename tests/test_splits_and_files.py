@@ -2,6 +2,7 @@
 
 import gzip
 import json
+import math
 import tracemalloc
 from dataclasses import replace
 
@@ -329,9 +330,25 @@ def test_a_key_that_is_given_twice_is_refused_with_its_place(tmp_path):
         read(tmp_path / "inside.jsonl", tmp_path)
 
 
+@pytest.mark.parametrize("indent", [None, 1])
+def test_a_list_is_indexed_and_not_held_in_memory(tmp_path, monkeypatch, indent):
+    monkeypatch.setattr("preflab.readers.json_text.CHUNK", 1 << 12)
+    written = [{"prompt": f"é {i}", "text": "ß€" * 500, "score": math.inf} for i in range(1000)]
+    path = tmp_path / "rows.json"
+    path.write_text(json.dumps(written, ensure_ascii=False, indent=indent), encoding="utf-8-sig")
+    tracemalloc.start()
+    try:
+        rows = file_rows(path)
+        assert all(rows.read(i) == written[i] for i in reversed(range(rows.n)))
+        assert tracemalloc.get_traced_memory()[1] < path.stat().st_size / 5
+    finally:
+        tracemalloc.stop()
+    assert rows.n == 1000 and rows.where(7) == f"{path}: row 8"
+
+
 @pytest.mark.parametrize("name", ["x.jsonl", "x.json", "x.jsonl.gz"])
 def test_a_line_that_is_too_long_is_refused_without_reading_it(tmp_path, name, monkeypatch):
-    monkeypatch.setattr("preflab.readers.files.LONGEST_LINE", 1000)
+    monkeypatch.setattr("preflab.readers.json_text.LONGEST_LINE", 1000)
     row = PAIRS[1] | {"chosen": "x" * 300_000}
     content = as_lines([PAIRS[0], row])
     (tmp_path / name).write_bytes(gzip.compress(content) if name.endswith("gz") else content)

@@ -4,6 +4,7 @@ adapter_model.safetensors, read and merged into the model that it was trained on
 import os
 from pathlib import Path
 
+import torch
 from safetensors.torch import load_file
 from torch import nn
 
@@ -81,10 +82,21 @@ def add_adapter(model: nn.Module, settings, weights: dict, name: str, base: str)
     return model
 
 
-def merge_adapter(model: nn.Module, folder: Path, name: str, base: str) -> nn.Module:
-    """The model with the adapter of a folder merged into its weights. Arguments: as above."""
+def merge_adapter(
+    model: nn.Module, folder: Path, name: str, base: str, dtype: torch.dtype
+) -> nn.Module:
+    """The model with the adapter of a folder merged into its weights.
+
+    dtype: of the merged weights, the one that the model is used in. A model whose weights are
+    mapped still has that of its files, and a sum rounded to bfloat16 would be off by up to 0.4%.
+    Other arguments: as above.
+    """
     settings, weights = read_adapter(folder, name)
-    return add_adapter(model, settings, weights, name, base).merge_and_unload()
+    adapted = add_adapter(model, settings, weights, name, base)
+    for module in adapted.modules():
+        if hasattr(module, "lora_A") and hasattr(module, "base_layer"):
+            module.base_layer.to(dtype)
+    return adapted.merge_and_unload()
 
 
 def base_of(folder: Path, name: str) -> str:

@@ -111,7 +111,9 @@ def build_policy(
     has_adapter = trainable and config.lora.r
     archive = config.archive if checkpoint is None or has_adapter else checkpoint
     if archive:
-        model = _with_archive(model, archive, "model.archive", mapped)
+        model = _with_archive(
+            model, archive, "model.archive", dtype_of(config.policy_dtype), mapped
+        )
     if scalar_head and config.reinit_head and checkpoint is None:
         torch.nn.init.normal_(model.score.weight, std=0.02)
     if has_adapter:
@@ -143,16 +145,20 @@ def build_reference(
     model = load_model(config, config.reference_dtype, mapped=mapped)
     if archive:
         key = "model.reference_archive" if config.reference_archive else "model.archive"
-        model = _with_archive(model, archive, key, mapped)
+        model = _with_archive(model, archive, key, dtype_of(config.reference_dtype), mapped)
     model.requires_grad_(False)
     scorer = Scorer(model, autocast=_autocast(config))
     return _ready(scorer, False, place, dtype_of(config.reference_dtype), config)
 
 
-def _with_archive(model: nn.Module, archive: str | Path, key: str, mapped: bool) -> nn.Module:
-    """The model with an archive's weights, or with an adapter merged into its own."""
+def _with_archive(
+    model: nn.Module, archive: str | Path, key: str, dtype: torch.dtype, mapped: bool
+) -> nn.Module:
+    """The model with an archive's weights, or with an adapter merged into its own. dtype: the one
+    that the model will be used in."""
     if is_adapter(archive):
-        return merge_adapter(model, Path(archive), f"{key}={archive}", "model.name_or_path")
+        name = f"{key}={archive}"
+        return merge_adapter(model, Path(archive), name, "model.name_or_path", dtype)
     load_archive(model, archive, mapped=mapped)
     return model
 
@@ -237,7 +243,8 @@ def load_model(config, dtype: str, *, scalar_head: bool = False, mapped: bool = 
         del model.config.quantization_config  # the weights are dequantised
     if source.adapter is not None:
         name = f"model.name_or_path={source.adapter}"
-        model = merge_adapter(model, source.adapter, name, f"its base {source.path}")
+        base = f"its base {source.path}"
+        model = merge_adapter(model, source.adapter, name, base, dtype_of(dtype))
     return model.to("cuda") if gpus == 1 else model
 
 

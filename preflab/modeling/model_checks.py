@@ -1,6 +1,7 @@
 """What a model's config says about runs that it cannot serve, before its weights are read."""
 
 import logging
+from collections.abc import Iterable, Sequence
 
 import numpy as np
 import torch
@@ -9,6 +10,12 @@ from preflab.batching.token_store import TokenStore
 from utils import ConfigError, DataError
 
 logger = logging.getLogger(__name__)
+
+RESIZE = "give the folder its own tokenizer, or resize the model's embeddings and save it"
+TOKENIZER_FIX = (
+    "set model.tokenizer_name_or_path to the tokenizer that the model was trained with, or resize"
+    " the model's embeddings and save it"
+)
 
 
 def check_class(model, path: str) -> None:
@@ -81,17 +88,17 @@ def vocabulary_rows(model) -> int | None:
     return getattr(model.get_text_config(), "vocab_size", None)
 
 
-def fit_special_tokens(tokenizer, rows: int, path: str) -> None:
+def fit_special_tokens(tokenizer, rows: int, path: str, fix: str = TOKENIZER_FIX) -> None:
     """Raise ConfigError for BOS or EOS beyond the rows of the embedding, since every example has
     them. A pad token beyond them is replaced by EOS: masks come from lengths.
 
-    path: the model, for the message.
+    path: the model, for the message. fix: what it says to change.
     """
     for name in ("bos", "eos"):
         token, token_id = (getattr(tokenizer, f"{name}_token{part}") for part in ("", "_id"))
         if token_id is not None and token_id >= rows:
-            raise ConfigError(f"the {name.upper()} {_beyond(token, token_id, rows, path)}")
-    if tokenizer.pad_token_id >= rows:
+            raise ConfigError(f"the {name.upper()} {_beyond(token, token_id, rows, path, fix)}")
+    if tokenizer.pad_token_id is not None and tokenizer.pad_token_id >= rows:
         tokenizer.pad_token = tokenizer.eos_token
 
 
@@ -104,12 +111,21 @@ def check_ids(store: TokenStore, tokenizer, rows: int, path: str) -> None:
     number = int(np.searchsorted(store.prompts[:, 0], position, side="right")) - 1
     token_id = int(store.tokens[position])
     token = tokenizer.convert_ids_to_tokens(token_id)
-    raise DataError(f"{store.sources[number]}: the {_beyond(token, token_id, rows, path)}")
+    problem = _beyond(token, token_id, rows, path, TOKENIZER_FIX)
+    raise DataError(f"{store.sources[number]}: the {problem}")
 
 
-def _beyond(token: str, token_id: int, rows: int, path: str) -> str:
+def check_texts(texts: Iterable[Sequence[int]], tokenizer, rows: int, path: str) -> None:
+    """Raise ConfigError for a token of some tokenised texts beyond the rows of the embedding of
+    the model at `path`, whose tokenizer it is. torch has no message of use, and none on a GPU."""
+    largest = max((max(text) for text in texts if len(text)), default=0)
+    if largest >= rows:
+        token = tokenizer.convert_ids_to_tokens(largest)
+        raise ConfigError(f"the {_beyond(token, largest, rows, path, RESIZE)}")
+
+
+def _beyond(token: str, token_id: int, rows: int, path: str, fix: str) -> str:
     return (
         f"token {token!r} has id {token_id}, and the model {path} has {rows} rows"
-        f" (ids 0 to {rows - 1}); set model.tokenizer_name_or_path to the tokenizer that the model"
-        " was trained with, or resize the model's embeddings and save it"
+        f" (ids 0 to {rows - 1}); {fix}"
     )

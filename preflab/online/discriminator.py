@@ -1,5 +1,6 @@
 """The discriminator of D2PO: a model that scores responses and learns from bought labels."""
 
+import contextlib
 import logging
 import math
 from concurrent.futures import Future
@@ -15,6 +16,8 @@ from preflab.batching.packing import lay_out
 from preflab.batching.token_store import store_of, tokenise, truncate
 from preflab.distributed.process_group import World
 from preflab.modeling.loading import load_tokenizer
+from preflab.modeling.model_checks import check_texts, vocabulary_rows
+from preflab.modeling.model_source import model_config
 from preflab.objective.registry import BoundLoss
 from preflab.online.checks import discriminator_loss
 from preflab.readers.messages import Chat
@@ -104,17 +107,19 @@ class Discriminator:
     ):
         seed_everything(settings.seed)
         self.settings, self.folder, self.world = settings, folder, world
-        self.tokenizer = load_tokenizer(settings.model)
-        set_chat(self.tokenizer, chat_of(settings))
-        self.learner = Learner(
-            settings,
-            loss,
-            self.tokenizer,
-            trainer,
-            world,
-            checkpoint=world.agree(self._latest),
-        )
-        self.learner.build_reference(at_archive=False)
+        with _named_by_its_own_key(settings):
+            self.rows = vocabulary_rows(model_config(settings.model))
+            self.tokenizer = load_tokenizer(settings.model, self.rows)
+            set_chat(self.tokenizer, chat_of(settings))
+            self.learner = Learner(
+                settings,
+                loss,
+                self.tokenizer,
+                trainer,
+                world,
+                checkpoint=world.agree(self._latest),
+            )
+            self.learner.build_reference(at_archive=False)
         self.log = MetricLog(
             folder, None, settings.minimum_log_interval_secs, writes=world.rank == 0
         )
@@ -204,12 +209,30 @@ class Discriminator:
         ]
         settings = self.settings
         limits = (self.tokenizer, "keep_end", settings.max_length, settings.max_prompt_length)
-        return [
+        trees = [
             truncate(prompt, of_prompt, *limits, chat=isinstance(record.prompt, Chat))[:2]
             for record, prompt, of_prompt, _ in zip(
                 records, *tokenise(records, self.tokenizer), strict=True
             )
         ]
+        if self.rows is not None:
+            texts = (text for prompt, of_prompt in trees for text in (prompt, *of_prompt))
+            check_texts(texts, self.tokenizer, self.rows, settings.model.name_or_path)
+        return trees
+
+
+@contextlib.contextmanager
+def _named_by_its_own_key(settings: Settings):
+    """Inside, an error about the discriminator's model names the setting that it comes from."""
+    start = settings.online.discriminator_path
+    try:
+        yield
+    except ConfigError as error:
+        if not start:
+            raise
+        given = f"model.name_or_path={settings.model.name_or_path}"
+        text = str(error).replace(given, f"online.discriminator_path={start}")
+        raise ConfigError(text.replace("model.archive", "online.discriminator_path")) from error
 
 
 def _as_prompt(prompt: str) -> str | Chat:

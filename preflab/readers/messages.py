@@ -6,7 +6,7 @@ import re
 from dataclasses import dataclass, field
 
 from preflab.readers.fields import text, type_and_value
-from preflab.readers.files import parse_json
+from preflab.readers.json_text import parse_json
 from utils import DataError
 
 JSON_MESSAGES = re.compile(r"\s*\[\s*\{")

@@ -1,6 +1,7 @@
 """Rewards that are the output of a model: classifiers, reward models, and log-probabilities."""
 
 import re
+from collections.abc import Callable
 from pathlib import Path
 
 from preflab.batching.chat import conversation_ids, messages_of_prompt, render
@@ -47,6 +48,7 @@ def classifier(
         )
     device = _device()
     model.to(device)
+    check = _fit_tokenizer(tokenizer, model, f"reward.path={path}")
 
     @torch.no_grad()
     def score(prompts: list[str], responses: list[str]) -> list[float]:
@@ -57,6 +59,7 @@ def classifier(
         for begin in range(0, len(texts), batch_size):
             part = texts[begin : begin + batch_size]
             inputs = tokenizer(part, padding=True, truncation=True, return_tensors="pt")
+            check(inputs["input_ids"].tolist())
             log_p, log_q = _label_logps(model(**inputs.to(device)).logits, labels[label])
             values.extend((log_p.exp() if output == "probability" else log_p - log_q).tolist())
         return values
@@ -112,6 +115,7 @@ def reward_model(
         )
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token
+    check = _fit_tokenizer(tokenizer, model, f"reward.path={path}")
     model.config.pad_token_id = tokenizer.pad_token_id
     limit = max_length or getattr(model.config, "max_position_embeddings", None)
     tokenise = _chat_ids if chat_template else _plain_ids
@@ -126,6 +130,7 @@ def reward_model(
             tokenise(tokenizer, prompt, response, limit)
             for prompt, response in zip(prompts, responses, strict=True)
         ]
+        check(rows)
         values = [0.0] * len(rows)
         for part in _batches_by_length(rows, batch_size):
             inputs = tokenizer.pad({"input_ids": [rows[i] for i in part]}, return_tensors="pt")
@@ -193,6 +198,23 @@ def _separate_ids(tokenizer, prompt: str, response: str) -> list[int]:
 
 def _bos(tokenizer) -> list[int]:
     return [tokenizer.bos_token_id] if tokenizer.bos_token_id is not None else []
+
+
+def _fit_tokenizer(tokenizer, model, name: str) -> Callable[[list[list[int]]], None]:
+    """What checks tokenised texts for ids that the model has no rows for. Special tokens are
+    checked here. name: the setting and the folder, for messages. Raises ConfigError."""
+    from preflab.modeling.model_checks import (
+        RESIZE,
+        check_texts,
+        fit_special_tokens,
+        vocabulary_rows,
+    )
+
+    rows = vocabulary_rows(model.config)
+    if rows is None:
+        return lambda texts: None
+    fit_special_tokens(tokenizer, rows, name, RESIZE)
+    return lambda texts: check_texts(texts, tokenizer, rows, name)
 
 
 def _batches_by_length(rows: list[list[int]], batch_size: int, shortest: int = 0):
@@ -327,6 +349,7 @@ def _mean_logps(path: str, key: str, batch_size: int) -> Score:
         ) from error
     scorer = Scorer(model.to(_device()))
     scorer.check()
+    check = _fit_tokenizer(tokenizer, model, f"{key}={path}")
     bos = _bos(tokenizer)
     limit = getattr(model.config.get_text_config(), "max_position_embeddings", None)
 
@@ -337,6 +360,7 @@ def _mean_logps(path: str, key: str, batch_size: int) -> Score:
     @torch.no_grad()
     def score(prompts: list[str], responses: list[str]) -> list[float]:
         rows = [text_ids(*texts) for texts in zip(prompts, responses, strict=True)]
+        check(rows)
         values = [0.0] * len(rows)
         for part in _batches_by_length(rows, batch_size, shortest=2):
             # The first token as prompt, the others as response: those are scored.
