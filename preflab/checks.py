@@ -19,6 +19,7 @@ from preflab.settings.load import validate
 from preflab.settings.schema import ModelSettings, Settings
 from preflab.settings.values import exists
 from preflab.training.registry import find_trainer
+from preflab.training.schedules import schedule_of
 from utils import ConfigError, load_module, nearest
 
 
@@ -67,6 +68,7 @@ def check_settings(settings: Settings) -> tuple[BoundLoss, dict[str, list[Source
     )
     if settings.function == "online":
         check_online(settings, loss)
+        schedule_of(settings, None)
     return loss, _open_datasets(settings, loss)
 
 

@@ -406,7 +406,7 @@ def test_a_mistyped_path_is_called_a_path(key, tmp_path):
         ("name_or_path=x", "did you mean model.name_or_path"),
         ("learning_rate=1", "here it is lr"),
         ("weight_decay=1", "arguments of the optimizer cannot be set"),
-        ("lr_scheduler_type=cosine", "constant after"),
+        ("lr_scheduler_type=cosine", "here it is lr_schedule (constant, linear"),
         ("beta=1", "here it is loss.beta"),
         ("max_steps=1", "here it is n_examples (it counts examples"),
         ("per_device_train_batch_size=1", "here it is batch_size"),

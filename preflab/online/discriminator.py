@@ -51,6 +51,8 @@ def _own_settings(settings: Settings, loss: BoundLoss):
         model=_own_model(settings, loss),
         lr=online.discriminator_lr,
         optimizer="AdamW",
+        lr_schedule="constant",
+        lr_min=0.0,
         warmup_steps=0,
         batch_size=online.discriminator_batch_size,
         gradient_accumulation_steps=1,

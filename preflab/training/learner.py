@@ -42,6 +42,7 @@ from preflab.training.optimizer_state import load_optimizer, save_optimizer
 from preflab.training.optimizers import make_optimizer
 from preflab.training.reference import ReferenceSource
 from preflab.training.saved_weights import save_weights
+from preflab.training.schedules import schedule_of
 from utils import ConfigError, PrefLabError, first_line
 
 logger = logging.getLogger(__name__)
@@ -137,9 +138,13 @@ class Learner:
 
     # -------------------------------------------------------------------------------------- a step
 
-    def prepare(self) -> None:
-        """Make the optimizer, and set up activation checkpointing and compilation if asked for."""
+    def prepare(self, *, total_steps: int | None = None) -> None:
+        """Make the optimizer, and set up activation checkpointing and compilation if asked for.
+
+        total_steps: of the run, for learning rates that end with it.
+        """
         settings, model = self.settings, self.policy.model
+        self.schedule = schedule_of(settings, total_steps)
         if settings.activation_checkpointing:
             model.gradient_checkpointing_enable(
                 gradient_checkpointing_kwargs={"use_reentrant": False}
@@ -189,7 +194,9 @@ class Learner:
         """
         begun = time.perf_counter()
         sums, losses, seen, n_tokens = Sums(), [], [], 0
-        lr = self._set_learning_rate()
+        lr = self.schedule.at(self.counters.steps)
+        for group in self.optimizer.param_groups:
+            group["lr"] = lr
         # Where the placement divides gradients by the number of ranks, this factor undoes it.
         scale = self.world.data_ranks if self.placement.averages_gradients else 1
         if self.router_loss:
@@ -224,14 +231,6 @@ class Learner:
             "grad_norm": grad_norm,
             "lr": lr,
         }
-
-    def _set_learning_rate(self) -> float:
-        """Linear warm-up, then constant: a function of the step, so there is no scheduler state."""
-        warm_up = (self.counters.steps + 1) / (self.settings.warmup_steps + 1)
-        lr = self.settings.lr * min(1.0, warm_up)
-        for group in self.optimizer.param_groups:
-            group["lr"] = lr
-        return lr
 
     def _check_finite(self, grad_norm: float, losses: torch.Tensor, seen: list[int]) -> None:
         """Raise NonFiniteStepError on all ranks if a loss or the gradient is not finite on one."""

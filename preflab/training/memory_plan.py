@@ -171,10 +171,7 @@ def _count_data(plan: Plan, config: Settings, loss, data: PreferenceData) -> Non
         n_examples=config.n_examples,
         order=config.order,
     )
-    n_epochs, rest = divmod(loader.total, len(data))
-    steps_of_epoch = math.ceil(len(data) / config.batch_size)
-    plan.examples = loader.total
-    plan.steps = n_epochs * steps_of_epoch + math.ceil(rest / config.batch_size)
+    plan.examples, plan.steps = loader.total, loader.total_steps
     layout = Layout(_layout(config), last_tokens="scalar_head" in loss.reads)
     budget = None
     if not loss.couples_batch:
