@@ -51,6 +51,7 @@ def _own_settings(settings: Settings, loss: BoundLoss):
         model=_own_model(settings, loss),
         lr=online.discriminator_lr,
         optimizer="AdamW",
+        optimizer_args={},
         lr_schedule="constant",
         lr_min=0.0,
         warmup_steps=0,

@@ -111,12 +111,11 @@ NOTES = {
 
 # Words for what cannot be set.
 NOT_SETTINGS = {
-    "weight_decay": "arguments of the optimizer cannot be set; it has torch.optim's defaults, so"
-    " optimizer=AdamW decays by 0.01 and RMSprop by 0",
-    "adam_beta1": "arguments of the optimizer cannot be set; it has torch.optim's defaults",
-    "adam_beta2": "arguments of the optimizer cannot be set; it has torch.optim's defaults",
-    "adam_epsilon": "arguments of the optimizer cannot be set; it has torch.optim's defaults",
-    "momentum": "arguments of the optimizer cannot be set; it has torch.optim's defaults",
+    "weight_decay": "here it is optimizer_args='{weight_decay: VALUE}'",
+    "adam_beta1": "here it is optimizer_args='{betas: [0.9, 0.999]}'",
+    "adam_beta2": "here it is optimizer_args='{betas: [0.9, 0.999]}'",
+    "adam_epsilon": "here it is optimizer_args='{eps: VALUE}'",
+    "momentum": "here it is optimizer_args='{momentum: VALUE}'",
     "load_in_4bit": "there are no quantised weights; model.policy_dtype=bfloat16 halves them",
     "load_in_8bit": "there are no quantised weights; model.policy_dtype=bfloat16 halves them",
     "lora_dropout": "an adapter has no dropout",

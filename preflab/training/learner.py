@@ -39,7 +39,7 @@ from preflab.training.checkpoints import Counters, random_state, set_random_stat
 from preflab.training.compute_loss import compute_loss
 from preflab.training.metrics import Sums
 from preflab.training.optimizer_state import load_optimizer, save_optimizer
-from preflab.training.optimizers import make_optimizer
+from preflab.training.optimizers import make_optimizer, trained_weights
 from preflab.training.reference import ReferenceSource
 from preflab.training.saved_weights import save_weights
 from preflab.training.schedules import schedule_of
@@ -153,9 +153,9 @@ class Learner:
         if settings.compile:
             for block in find_blocks(self.policy.causal_lm, settings.model.block_name):
                 block.compile(dynamic=True)
-        trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
+        trained = trained_weights(model)
         self.parameters, self.parameter_names = list(trained.values()), list(trained)
-        self.optimizer = make_optimizer(settings.optimizer, self.parameters, lr=settings.lr)
+        self.optimizer, self.optimized_names = make_optimizer(settings, self.policy)
 
     def microbatches(self, data: PreferenceData, examples) -> list[tuple[Batch, int]]:
         """This rank's microbatches of a step, each with the number of its examples that count.
@@ -269,7 +269,7 @@ class Learner:
         optimizer, future = {}, None
         if sharded or self.world.rank == 0:
             optimizer, future = save_optimizer(
-                self.optimizer, self.parameter_names, folder / "optimizer", self._writing_group()
+                self.optimizer, self.optimized_names, folder / "optimizer", self._writing_group()
             )
         save_weights(
             self.settings,
@@ -301,7 +301,7 @@ class Learner:
         state = _read_state(folder / STATE)
         load_optimizer(
             self.optimizer,
-            self.parameter_names,
+            self.optimized_names,
             folder / "optimizer",
             state["optimizer"],
             alone=self._writing_group() is None,
