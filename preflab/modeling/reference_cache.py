@@ -28,6 +28,7 @@ from preflab.batching.token_store import TokenStore
 from preflab.distributed.process_group import World
 from preflab.modeling.logprobs import Scorer, score_responses
 from preflab.modeling.model_source import weight_files
+from preflab.objective.types import NEEDS
 from utils import ConfigError, DataError, content_hash
 
 logger = logging.getLogger(__name__)
@@ -73,7 +74,7 @@ def plan_reference(
     """
     if function == "eval":
         return ReferencePlan(cached=False, built=draws_samples)
-    if "reference" not in reads:
+    if not any(NEEDS[name].reference for name in reads):
         return ReferencePlan(cached=False, built=False)
     obstacle = _obstacle(reads, loss_name, function, from_scratch)
     if obstacle and cache is True:
