@@ -107,7 +107,7 @@ class BasicTrainer:
     def train(self) -> dict:
         """Train to the end of the data, evaluating and saving on the way; returns the summary."""
         settings, session = self.settings, self.session
-        self.learner.prepare()
+        self.learner.prepare(total_steps=self.loader.total_steps)
         if state := session.resume():
             self.loader.load_state_dict(state["loader"])
         if self.learner.counters.steps == 0 and not session.last_eval and settings.do_first_eval:

@@ -2,7 +2,6 @@
 
 from pathlib import Path
 
-import torch
 from omegaconf import DictConfig
 
 from preflab.distributed.process_group import world
@@ -18,8 +17,10 @@ from preflab.rewards.registry import all_rewards, check_reward
 from preflab.settings.load import validate
 from preflab.settings.schema import ModelSettings, Settings
 from preflab.settings.values import exists
+from preflab.training.optimizers import check_optimizer
 from preflab.training.registry import find_trainer
-from utils import ConfigError, load_module, nearest
+from preflab.training.schedules import schedule_of
+from utils import ConfigError, load_module
 
 
 def check_config(config: DictConfig) -> tuple[BoundLoss, dict[str, list[Source]]]:
@@ -43,7 +44,8 @@ def check_settings(settings: Settings) -> tuple[BoundLoss, dict[str, list[Source
         )
     _check_length_of_run(settings)
     _check_lengths(settings, data_ranks(trainer, settings, world()))
-    _check_optimizer(settings.optimizer)
+    if settings.function != "eval":
+        check_optimizer(settings, trainer.placement)
     _check_model(settings.model)
     _check_archives(settings)
     for reward in all_rewards(settings).values():
@@ -67,6 +69,7 @@ def check_settings(settings: Settings) -> tuple[BoundLoss, dict[str, list[Source
     )
     if settings.function == "online":
         check_online(settings, loss)
+        schedule_of(settings, None)
     return loss, _open_datasets(settings, loss)
 
 
@@ -155,20 +158,6 @@ def _check_model(model: ModelSettings) -> None:
 def _is_missing_path(name: str) -> bool:
     """Whether a name can only be a path, and nothing is there."""
     return name.startswith(("/", "./", "../", "~")) and not exists(name)
-
-
-def _check_optimizer(name: str) -> None:
-    usable = {
-        key
-        for key, value in vars(torch.optim).items()
-        if isinstance(value, type) and issubclass(value, torch.optim.Optimizer)
-    } - {
-        "Optimizer",
-        "LBFGS",
-        "SparseAdam",
-    }  # these need a closure, or sparse gradients
-    if name not in usable:
-        raise ConfigError(f"optimizer={name}; {nearest(str(name), usable)}")
 
 
 def _open_datasets(settings: Settings, loss: BoundLoss) -> dict[str, list[Source]]:

@@ -16,6 +16,7 @@ from omegaconf import DictConfig, OmegaConf
 
 from preflab.batching.chat import chat_of, set_chat
 from preflab.batching.examples import PreferenceData
+from preflab.batching.loader import count_steps
 from preflab.batching.summary import check_same_data, counts_line, describe_data
 from preflab.batching.token_store import TokenStore, prepare
 from preflab.checks import check_settings
@@ -49,10 +50,12 @@ from preflab.settings.run_folder import (
     run_dir_for,
 )
 from preflab.settings.schema import Settings
+from preflab.training.checkpoints import newest_step
 from preflab.training.memory_plan import describe, make_plan
 from preflab.training.metrics import MetricLog
 from preflab.training.reference import reference_plan
 from preflab.training.registry import find_trainer
+from preflab.training.schedules import Schedule, check_continues, schedule_of
 from preflab.training.trackers import start_wandb
 from utils import DataError, atomic_write, check_writable, in_use, seed_everything
 
@@ -116,6 +119,7 @@ def execute(config: DictConfig, run_dir: Path, stop: StopSignals | None = None) 
             ranks.agree(lambda: check_writable(Path(settings.cache_dir), "cache_dir"))
         inputs = ranks.first(lambda: load_inputs(settings, sources, loss))
         ranks.agree(lambda: _check_continued(run_dir, inputs))
+        ranks.agree(lambda: _check_schedule(settings, run_dir, inputs))
         if ranks.rank == 0:
             _begin_folder(config, run_dir, inputs)
         with _status(run_dir, ranks.rank):
@@ -130,6 +134,23 @@ def _check_continued(run_dir: Path, inputs: Inputs) -> None:
     path = run_dir / "data.json"
     if path.is_file():
         check_same_data(read_data(run_dir), inputs.stores, run_dir)
+
+
+def _check_schedule(settings: Settings, run_dir: Path, inputs: Inputs) -> None:
+    """Refuse a learning rate schedule that does not fit the length of the run, or the steps that
+    the run in this folder has taken."""
+    if settings.function != "train":
+        return
+    n, path = len(inputs.data["train"]), run_dir / "config.yaml"
+
+    def schedule(n_epochs: int | None, n_examples: int | None) -> Schedule:
+        length = {"n_epochs": n_epochs, "n_examples": n_examples}
+        return schedule_of(settings, count_steps(n, batch_size=settings.batch_size, **length)[1])
+
+    now = schedule(settings.n_epochs, settings.n_examples)
+    if path.is_file():
+        saved = OmegaConf.load(path)
+        check_continues(schedule(saved.n_epochs, saved.n_examples), now, newest_step(run_dir))
 
 
 def _begin_folder(config: DictConfig, run_dir: Path, inputs: Inputs) -> None:

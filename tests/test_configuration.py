@@ -165,7 +165,9 @@ def test_every_default_is_valid_and_settings_have_the_names_of_the_config():
     settings = load_settings(config)
     assert settings.model.lora.r == 0 and settings.loss["beta"] == 0.1
     assert settings.reward["name"] == "lexicon" and settings.online.select == "conf"
-    assert dataclasses.asdict(settings) == OmegaConf.to_container(config, resolve=True)
+    # hydra adds keys to null, and not to {}
+    empty = {"optimizer_args": {}, "chat_template_kwargs": {}}
+    assert dataclasses.asdict(settings) == OmegaConf.to_container(config, resolve=True) | empty
 
 
 def test_choices_are_those_of_the_code_that_reads_them():
@@ -410,8 +412,9 @@ def test_a_mistyped_path_is_called_a_path(key, tmp_path):
         ("loss.alpha=1", "settings of loss=dpo: beta, label_smoothing"),
         ("name_or_path=x", "did you mean model.name_or_path"),
         ("learning_rate=1", "here it is lr"),
-        ("weight_decay=1", "arguments of the optimizer cannot be set"),
-        ("lr_scheduler_type=cosine", "constant after"),
+        ("weight_decay=1", "here it is optimizer_args='{weight_decay: VALUE}'"),
+        ("optimizer_args.eps=1", 'set as a whole: "optimizer_args={eps: VALUE}"'),
+        ("lr_scheduler_type=cosine", "here it is lr_schedule (constant, linear"),
         ("beta=1", "here it is loss.beta"),
         ("max_steps=1", "here it is n_examples (it counts examples"),
         ("per_device_train_batch_size=1", "here it is batch_size"),

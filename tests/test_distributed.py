@@ -686,7 +686,9 @@ def test_saved_weights_of_split_layers_are_those_after_the_last_step(
     for devices in (1, 2):
         scorer = Scorer(make_model(architecture, scale=1.0))
         split(scorer, [torch.device("cpu")] * devices, torch.float32)
-        steps = make_optimizer(optimizer, list(scorer.model.parameters()), lr=1e-2)
+        settings = SimpleNamespace(optimizer=optimizer, optimizer_args={}, lr=1e-2)
+        settings.weight_decay_on = "matrices"
+        steps, _ = make_optimizer(settings, scorer)
         for _ in range(2):
             score_responses(scorer, batch).logps.sum().backward()
             for p in scorer.model.parameters():

@@ -32,6 +32,7 @@ OF_ODPO = (
     " n_examples=5000 max_length=1024 max_prompt_length=256 max_new_tokens=100"
     " reward=classifier reward.include_prompt=true"
 )
+OF_CAL_DPO = f"{HH} optimizer=AdamW lr_schedule=cosine warmup_steps=0.1"
 # The command lines of the papers' repositories, with what their configs and code set besides.
 PUBLISHED = {
     "odpo_imdb": (
@@ -54,7 +55,7 @@ PUBLISHED = {
     ),
     "sft_hh": f"model=pythia28 datasets=[hh] loss=sft exp_name=hh_pythia28 {HH}",
     "cal_dpo_hh": (
-        f"model=pythia28 datasets=[hh] loss=cal-dpo loss.beta=0.1 exp_name=hh_pythia28 {HH}"
+        f"model=pythia28 datasets=[hh] loss=cal-dpo loss.beta=0.1 exp_name=hh_pythia28 {OF_CAL_DPO}"
     ),
     "dpo_hh": f"model=pythia28 datasets=[hh] loss=dpo loss.beta=0.1 exp_name=hh_pythia28 {HH}",
     "tdpo2_hh": (
@@ -65,7 +66,7 @@ PUBLISHED = {
     "sft_tldr": f"model=pythia28 datasets=[tldr_filtered] loss=sft exp_name=sft_tldr_pythia28 {HH}",
     "cal_dpo_tldr": (
         "model=pythia28 datasets=[tldr] loss=cal-dpo loss.beta=0.001 exp_name=align_tldr_pythia28"
-        f" {HH}"
+        f" {OF_CAL_DPO}"
     ),
     "dpo_risk_averse": (
         "model=phi2 datasets=[risk_averse_dpo.json] loss=dpo loss.beta=0.5 n_epochs=3 batch_size=4"

@@ -315,3 +315,31 @@ def test_runs_that_start_together_wait_for_the_one_that_computes(imdb_dir, llama
     assert len(on_disk) == 2
     assert on_disk[0] == 0 and on_disk[1] > 0  # one run computed all, the other none
     assert same_weights(final_weights(tmp_path / "a"), final_weights(tmp_path / "b"))
+
+
+def test_a_loss_reads_the_reference_token_by_token(run, tmp_path):
+    """From the cache or from the model, in padded and in packed rows: the same training. SGD, for
+    RMSprop makes steps of gradients that are all rounding."""
+    loss = tmp_path / "token_loss.py"
+    loss.write_text(
+        "import torch.nn.functional as F\n"
+        "from losses import LossOutput, register_loss\n"
+        '@register_loss("by_token", reads={"token_logps", "reference_token_logps"})\n'
+        "def by_token(pair):\n"
+        "    h = [(side.token_logps - side.reference_token_logps).clamp(-2, 2).sum(-1)\n"
+        "         for side in (pair.chosen, pair.rejected)]\n"
+        "    assert pair.reference_chosen_token_logps is pair.chosen.reference_token_logps\n"
+        "    return LossOutput(-F.logsigmoid(0.1 * (h[0] - h[1])), *h)\n"
+    )
+    more = (*EXACT, "optimizer=SGD", "~loss.beta", "~loss.label_smoothing", "~loss.reference_free")
+    more = (*more, "loss.name=by_token", f"loss.module={loss}", "n_examples=16", "pairing=all")
+    weights = [
+        final_weights(
+            run(f"{layout} {cache}", *more, f"layout={layout}", f"reference.cache={cache}")
+        )
+        for layout in ("padded", "prefix_shared")
+        for cache in ("true", "false")
+    ]
+    assert not same_weights(weights[0], final_weights(run("start", *more, "lr=1e-30")))
+    for other in weights[1:]:
+        assert max((weights[0][key] - other[key]).abs().max().item() for key in other) < 1e-9

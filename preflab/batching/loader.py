@@ -1,5 +1,6 @@
 """The order of examples, a pure function of (seed, epoch), and a loader that can be resumed."""
 
+import math
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
@@ -36,6 +37,18 @@ def evaluation_order(groups: np.ndarray) -> np.ndarray:
     return epoch_order(groups, 0, 0)
 
 
+def count_steps(
+    n: int, *, batch_size: int, n_epochs: int | None, n_examples: int | None
+) -> tuple[int, int]:
+    """(examples, optimizer steps) of a run over `n` examples, whose epochs are not joined."""
+    limits = [] if n_examples is None else [n_examples]
+    if n_epochs is not None:
+        limits.append(n_epochs * n)
+    examples = min(limits)
+    epochs, rest = divmod(examples, n)
+    return examples, epochs * math.ceil(n / batch_size) + math.ceil(rest / batch_size)
+
+
 class Loader:
     """Yields the example indices of one optimizer step at a time, each example once an epoch.
 
@@ -55,10 +68,10 @@ class Loader:
         order: str = "pairs",
     ):
         self.groups, self.batch_size, self.seed, self.order = groups, batch_size, seed, order
-        limits = [] if n_examples is None else [n_examples]
-        if n_epochs is not None:
-            limits.append(n_epochs * len(groups))
-        self.total = min(limits)  # examples of the whole run
+        # examples and steps of the whole run
+        self.total, self.total_steps = count_steps(
+            len(groups), batch_size=batch_size, n_epochs=n_epochs, n_examples=n_examples
+        )
         self.epoch = self.cursor = 0
         self._order: tuple[int, np.ndarray] | None = None
 

@@ -29,6 +29,7 @@ from preflab.distributed.process_group import World
 from preflab.modeling.logprobs import Scorer, score_responses
 from preflab.modeling.model_source import weight_files
 from preflab.modeling.reference_files import CHECKSUMS, ReferenceLogps, make_files, repair_sizes
+from preflab.objective.types import NEEDS
 from utils import ConfigError, DataError, atomic_directory, content_hash, say_without_locks
 
 logger = logging.getLogger(__name__)
@@ -74,7 +75,7 @@ def plan_reference(
     """
     if function == "eval":
         return ReferencePlan(cached=False, built=draws_samples)
-    if "reference" not in reads:
+    if not any(NEEDS[name].reference for name in reads):
         return ReferencePlan(cached=False, built=False)
     obstacle = _obstacle(reads, loss_name, function, from_scratch)
     if obstacle and cache is True:

@@ -82,6 +82,20 @@ class Side:
             made_up=lambda draw: -draw.normal(4).abs(),
         ),
     ] = None
+    # as token_logps
+    reference_token_logps: Annotated[
+        Tensor | None,
+        Need(
+            "reference_token_logps",
+            "log-prob of each response token under the frozen reference",
+            take=lambda scores, batch: pad_sequence(
+                scores.reference_token_logps.double().split(batch.lengths.tolist()),
+                batch_first=True,
+            ),
+            made_up=lambda draw: -draw.normal(4).abs(),
+            reference=True,
+        ),
+    ] = None
     collision: Annotated[
         Tensor | None,
         Need(

@@ -7,6 +7,10 @@ import difflib
 OUR_KEYS = {
     "learning_rate": "lr",
     "warmup_ratio": "warmup_steps",
+    "lr_scheduler": "lr_schedule",
+    "lr_scheduler_type": "lr_schedule",
+    "scheduler": "lr_schedule",
+    "min_lr": "lr_min",
     "num_warmup_steps": "warmup_steps",
     "optim": "optimizer",
     "beta": "loss.beta",
@@ -91,7 +95,8 @@ NOTES = {
     "n_examples": "it counts examples, batch_size of them a step",
     "eval_every": "it counts examples, not steps",
     "save_every": "it counts examples, not steps",
-    "warmup_steps": "the learning rate is constant after them",
+    "warmup_steps": "steps, or below 1 a share of the steps of the run",
+    "lr_schedule": "constant, linear, cosine, wsd or inverse_sqrt",
     "minimum_log_interval_secs": "it counts seconds; metrics.jsonl has every step",
     "microbatch_tokens": "it counts tokens; or set gradient_accumulation_steps",
     "model.fsdp_policy_mp": "model.fsdp_policy_mp=bfloat16 is mixed precision",
@@ -106,14 +111,11 @@ NOTES = {
 
 # Words for what cannot be set.
 NOT_SETTINGS = {
-    "weight_decay": "arguments of the optimizer cannot be set; it has torch.optim's defaults, so"
-    " optimizer=AdamW decays by 0.01 and RMSprop by 0",
-    "adam_beta1": "arguments of the optimizer cannot be set; it has torch.optim's defaults",
-    "adam_beta2": "arguments of the optimizer cannot be set; it has torch.optim's defaults",
-    "adam_epsilon": "arguments of the optimizer cannot be set; it has torch.optim's defaults",
-    "momentum": "arguments of the optimizer cannot be set; it has torch.optim's defaults",
-    "lr_scheduler": "the learning rate rises over warmup_steps and is constant after them",
-    "lr_scheduler_type": "the learning rate rises over warmup_steps and is constant after them",
+    "weight_decay": "here it is optimizer_args='{weight_decay: VALUE}'",
+    "adam_beta1": "here it is optimizer_args='{betas: [0.9, 0.999]}'",
+    "adam_beta2": "here it is optimizer_args='{betas: [0.9, 0.999]}'",
+    "adam_epsilon": "here it is optimizer_args='{eps: VALUE}'",
+    "momentum": "here it is optimizer_args='{momentum: VALUE}'",
     "load_in_4bit": "there are no quantised weights; model.policy_dtype=bfloat16 halves them",
     "load_in_8bit": "there are no quantised weights; model.policy_dtype=bfloat16 halves them",
     "lora_dropout": "an adapter has no dropout",

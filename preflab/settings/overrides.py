@@ -28,7 +28,7 @@ from preflab.settings.keys import (
 )
 from preflab.settings.other_words import translate
 from preflab.settings.schema import RULES, open_parent, parse_value
-from preflab.settings.value_types import shown
+from preflab.settings.value_types import Mapping, shown
 from utils import ConfigError, nearest
 
 SWEPT = 1000  # values of a sweep over one key that are checked
@@ -236,10 +236,11 @@ def _unquoted(value: Any) -> Any:
 def _unknown(key: str, keys: set[str], chosen: dict[str, list[str]]) -> str:
     """The message for an unknown key, with a few keys that may be meant."""
     if (parent := open_parent(key)) not in (None, "loss", "reward"):
-        return (
-            f"unknown key {key}; {parent} is set as a whole:"
-            f' "{parent}={{name: NAME, setting: value}}"'
+        setting = key.removeprefix(f"{parent}.")
+        entries = (
+            f"{setting}: VALUE" if isinstance(RULES[parent].accepts, Mapping) else "name: NAME, ..."
         )
+        return f'unknown key {key}; {parent} is set as a whole: "{parent}={{{entries}}}"'
     if advice := translate(key, keys):
         return f"unknown key {key}; {advice}"
     group = key.split(".")[0]

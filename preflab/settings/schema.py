@@ -32,6 +32,7 @@ from utils import ConfigError
 FLAG, TEXT, PATH = Flag(), Text(), PathText()
 MAPPING, MODULE = Mapping(), Module()
 COUNT, POSITIVE, NOT_NEGATIVE = Integer(1), Number(above=0), Number(least=0)
+SHARE = Number(above=0, below=1)
 DTYPE = Choice(("float32", "bfloat16", "float16", "float64"))
 # Of torch.manual_seed, numpy and random, numpy's global generator accepts the fewest seeds.
 SEED = Integer(0, 2**32 - 1)
@@ -84,9 +85,15 @@ def group(*, may_change: Change = NEVER, part_of_run: bool = True):
     return dataclasses.field(metadata={"rule": Rule(None, may_change, part_of_run)})
 
 
-def open_group(*, may_change: Change = NEVER, entries_may_change: tuple[str, ...] = ()):
+def open_group(
+    *,
+    may_change: Change = NEVER,
+    entries_may_change: tuple[str, ...] = (),
+    null_is_empty: bool = False,
+):
     """A field that holds a dict, which the signature of a registered function checks."""
-    rule = Rule(MAPPING, may_change, True, frozenset(entries_may_change))
+    accepts = Mapping(null_is_empty)
+    rule = Rule(accepts, may_change, True, frozenset(entries_may_change))
     return dataclasses.field(metadata={"rule": rule})
 
 
@@ -221,7 +228,7 @@ class DataSettings:
     test_split: str | None = setting(TEXT, null=True)
     prompt_template: str | None = setting(TEXT, null=True)
     train_on: str = setting(Choice(("last", "assistant")))
-    chat_template_kwargs: dict[str, Any] = open_group()
+    chat_template_kwargs: dict[str, Any] = open_group(null_is_empty=True)
     chat_date: str = setting(Day())
     max_length: int = setting(Integer(2))
     max_prompt_length: int = setting(Integer(2))
@@ -237,8 +244,13 @@ class TrainingSettings:
     gradient_accumulation_steps: int = setting(COUNT, may_change=ALWAYS)
     microbatch_tokens: int | None = setting(COUNT, null=True, may_change=ALWAYS)
     lr: float = setting(POSITIVE, hint="0 would train nothing")
-    optimizer: str = setting(TEXT)
-    warmup_steps: int = setting(Integer(0))
+    optimizer: str = setting(PATH)
+    optimizer_args: dict[str, Any] = open_group(null_is_empty=True)
+    weight_decay_on: str = setting(Choice(("matrices", "all")))
+    lr_schedule: str = setting(Choice(("constant", "linear", "cosine", "wsd", "inverse_sqrt")))
+    lr_min: float = setting(NOT_NEGATIVE)
+    lr_decay_share: float = setting(SHARE)
+    warmup_steps: int | float = setting(Either((Integer(0), SHARE)), hint="below 1 it is a share")
     max_grad_norm: float = setting(POSITIVE, hint="for no clipping, take a large one such as 1e9")
     order: str = setting(Choice(("pairs", "prompts")))
     length_grouping: bool = setting(FLAG, may_change=ALWAYS)
@@ -371,7 +383,7 @@ def open_parent(key: str) -> str | None:
 def _accepts_mapping(accepts: ValueType | None) -> bool:
     if isinstance(accepts, Either):
         return any(_accepts_mapping(inner) for inner in accepts.types)
-    return accepts == MAPPING
+    return isinstance(accepts, Mapping)
 
 
 def may_change(key: str, function: str) -> bool:

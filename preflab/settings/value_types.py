@@ -197,12 +197,17 @@ class ListOf:
 
 @dataclass(frozen=True)
 class Mapping:
-    """{key: value, ...}, whose keys another check knows."""
+    """{key: value, ...}, whose keys another check knows. null_is_empty: whether null is {}: hydra
+    adds keys to null, and not to {}."""
+
+    null_is_empty: bool = False
 
     def __str__(self) -> str:
         return "settings {key: value}"
 
     def parse(self, value: Any) -> dict[str, Any]:
+        if value is None and self.null_is_empty:
+            return {}
         if not isinstance(value, dict) or not all(isinstance(key, str) for key in value):
             raise Refused
         return {

@@ -172,6 +172,12 @@ def latest_checkpoint(run_dir: Path) -> Path | None:
     return steps[-1]
 
 
+def newest_step(run_dir: Path) -> int:
+    """N of the newest `step-N` of a run folder, 0 without one."""
+    steps = _steps(run_dir)
+    return int(steps[-1].name.removeprefix("step-")) if steps else 0
+
+
 def _set_aside(folder: Path) -> None:
     aside = folder.with_name(f"damaged-{folder.name}")
     if aside.exists():

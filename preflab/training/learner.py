@@ -39,9 +39,10 @@ from preflab.training.checkpoints import Counters, random_state, set_random_stat
 from preflab.training.compute_loss import compute_loss
 from preflab.training.metrics import Sums
 from preflab.training.optimizer_state import load_optimizer, save_optimizer
-from preflab.training.optimizers import make_optimizer
+from preflab.training.optimizers import make_optimizer, trained_weights
 from preflab.training.reference import ReferenceSource
 from preflab.training.saved_weights import save_weights
+from preflab.training.schedules import schedule_of
 from utils import ConfigError, PrefLabError, first_line
 
 logger = logging.getLogger(__name__)
@@ -137,9 +138,13 @@ class Learner:
 
     # -------------------------------------------------------------------------------------- a step
 
-    def prepare(self) -> None:
-        """Make the optimizer, and set up activation checkpointing and compilation if asked for."""
+    def prepare(self, *, total_steps: int | None = None) -> None:
+        """Make the optimizer, and set up activation checkpointing and compilation if asked for.
+
+        total_steps: of the run, for learning rates that end with it.
+        """
         settings, model = self.settings, self.policy.model
+        self.schedule = schedule_of(settings, total_steps)
         if settings.activation_checkpointing:
             model.gradient_checkpointing_enable(
                 gradient_checkpointing_kwargs={"use_reentrant": False}
@@ -148,9 +153,9 @@ class Learner:
         if settings.compile:
             for block in find_blocks(self.policy.causal_lm, settings.model.block_name):
                 block.compile(dynamic=True)
-        trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
+        trained = trained_weights(model)
         self.parameters, self.parameter_names = list(trained.values()), list(trained)
-        self.optimizer = make_optimizer(settings.optimizer, self.parameters, lr=settings.lr)
+        self.optimizer, self.optimized_names = make_optimizer(settings, self.policy)
 
     def microbatches(self, data: PreferenceData, examples) -> list[tuple[Batch, int]]:
         """This rank's microbatches of a step, each with the number of its examples that count.
@@ -189,7 +194,9 @@ class Learner:
         """
         begun = time.perf_counter()
         sums, losses, seen, n_tokens = Sums(), [], [], 0
-        lr = self._set_learning_rate()
+        lr = self.schedule.at(self.counters.steps)
+        for group in self.optimizer.param_groups:
+            group["lr"] = lr
         # Where the placement divides gradients by the number of ranks, this factor undoes it.
         scale = self.world.data_ranks if self.placement.averages_gradients else 1
         if self.router_loss:
@@ -224,14 +231,6 @@ class Learner:
             "grad_norm": grad_norm,
             "lr": lr,
         }
-
-    def _set_learning_rate(self) -> float:
-        """Linear warm-up, then constant: a function of the step, so there is no scheduler state."""
-        warm_up = (self.counters.steps + 1) / (self.settings.warmup_steps + 1)
-        lr = self.settings.lr * min(1.0, warm_up)
-        for group in self.optimizer.param_groups:
-            group["lr"] = lr
-        return lr
 
     def _check_finite(self, grad_norm: float, losses: torch.Tensor, seen: list[int]) -> None:
         """Raise NonFiniteStepError on all ranks if a loss or the gradient is not finite on one."""
@@ -270,7 +269,7 @@ class Learner:
         optimizer, future = {}, None
         if sharded or self.world.rank == 0:
             optimizer, future = save_optimizer(
-                self.optimizer, self.parameter_names, folder / "optimizer", self._writing_group()
+                self.optimizer, self.optimized_names, folder / "optimizer", self._writing_group()
             )
         save_weights(
             self.settings,
@@ -302,7 +301,7 @@ class Learner:
         state = _read_state(folder / STATE)
         load_optimizer(
             self.optimizer,
-            self.parameter_names,
+            self.optimized_names,
             folder / "optimizer",
             state["optimizer"],
             alone=self._writing_group() is None,

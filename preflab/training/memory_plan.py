@@ -14,7 +14,6 @@ from dataclasses import dataclass, field
 
 import torch
 import torch.distributed as dist
-from torch import nn
 from torch.distributed.tensor import DTensor
 from transformers import AttentionInterface
 from transformers.masking_utils import AttentionMaskInterface
@@ -32,6 +31,7 @@ from preflab.modeling.logprobs import Scorer
 from preflab.modeling.model_source import model_config
 from preflab.modeling.parallelism import bind_place, data_ranks
 from preflab.settings.schema import Settings
+from preflab.training.optimizers import state_slots
 from preflab.training.reference import reference_plan
 from preflab.training.registry import find_trainer
 
@@ -88,7 +88,7 @@ def make_plan(config: Settings, loss, data: PreferenceData) -> Plan:
     plan.memory = {
         "weights": sum(size for size, _ in policy),
         "gradients": trained_bytes,
-        "optimizer": int(trained_bytes * _optimizer_slots(config)),
+        "optimizer": int(trained_bytes * state_slots(config, model)),
         "gathered weights": gathered,
     }
     if reference_plan(config, loss).built:
@@ -171,10 +171,7 @@ def _count_data(plan: Plan, config: Settings, loss, data: PreferenceData) -> Non
         n_examples=config.n_examples,
         order=config.order,
     )
-    n_epochs, rest = divmod(loader.total, len(data))
-    steps_of_epoch = math.ceil(len(data) / config.batch_size)
-    plan.examples = loader.total
-    plan.steps = n_epochs * steps_of_epoch + math.ceil(rest / config.batch_size)
+    plan.examples, plan.steps = loader.total, loader.total_steps
     layout = Layout(_layout(config), last_tokens="scalar_head" in loss.reads)
     budget = None
     if not loss.couples_batch:
@@ -276,16 +273,6 @@ def _peers(config: Settings) -> int:
 def _ranks(config: Settings) -> int:
     """All ranks of the run."""
     return data_ranks(find_trainer(config.trainer), config, ALONE) * _peers(config)
-
-
-def _optimizer_slots(config: Settings) -> float:
-    """Numbers in the optimizer's state for each trained number, measured on a small weight."""
-    weight = nn.Parameter(torch.zeros(64, 64))
-    weight.grad = torch.ones_like(weight)
-    optimizer = getattr(torch.optim, config.optimizer)([weight], lr=config.lr)
-    optimizer.step()
-    tensors = [v for v in optimizer.state[weight].values() if isinstance(v, torch.Tensor)]
-    return sum(tensor.numel() for tensor in tensors if tensor.ndim > 0) / weight.numel()
 
 
 class _FusedAttention(torch.autograd.Function):

@@ -76,8 +76,8 @@ def _card(settings: Settings, step: int, metrics: dict) -> str:
 
 
 def _training(settings: Settings) -> dict:
-    keys = ("optimizer", "lr", "batch_size", "warmup_steps", "max_length", "seed")
-    shown = {key: getattr(settings, key) for key in keys}
+    keys = ("optimizer", "lr", "batch_size", "lr_schedule", "warmup_steps", "max_length", "seed")
+    shown = {key: getattr(settings, key) for key in keys} | settings.optimizer_args
     return shown | ({"lora r": settings.model.lora.r} if settings.model.lora.r else {})
 
 

@@ -53,14 +53,13 @@ def save_optimizer(
                 tensors[f"{name}/{key}"] = value
             else:
                 small.setdefault(name, {})[key] = value
-    groups = [
-        {key: value for key, value in group.items() if key != "params"}
-        for group in optimizer.param_groups
-    ]
     state = {
         "small": small,
         "dtypes": {key: str(value.dtype) for key, value in tensors.items()},
-        "settings": groups[0],
+        "groups": [
+            {key: value for key, value in group.items() if key != "params"}
+            for group in optimizer.param_groups
+        ],
     }
     if not tensors:
         return state, None
@@ -103,7 +102,9 @@ def load_optimizer(optimizer, names: list[str], folder: Path, state: dict, *, al
         name, _, slot = key.rpartition("/")
         loaded.setdefault(name, {})[slot] = tensor
     by_index = {names.index(name): values for name, values in loaded.items()}
-    groups = _param_groups(optimizer, state["settings"])
+    # Before there were several groups, the settings of the only one were saved.
+    settings = state["groups"] if "groups" in state else [state["settings"]]
+    groups = _param_groups(optimizer, settings)
     optimizer.load_state_dict({"state": by_index, "param_groups": groups})
 
 
@@ -159,15 +160,15 @@ class _IndexUnpickler(pickle.Unpickler):
         raise pickle.UnpicklingError(f"it refers to {module}.{name}")
 
 
-def _param_groups(optimizer, settings: dict) -> list[dict]:
+def _param_groups(optimizer, settings: list[dict]) -> list[dict]:
     """The optimizer's groups as in its state dict, with saved settings such as betas."""
     index = {id(parameter): i for i, parameter in enumerate(_parameters(optimizer))}
     groups = []
-    for group in optimizer.param_groups:
+    for group, saved in zip(optimizer.param_groups, settings, strict=True):
         # Which kernels there are depends on this machine, not on the one that saved.
         kernels = {key: group[key] for key in ("fused", "foreach") if key in group}
         parameters = [index[id(parameter)] for parameter in group["params"]]
-        groups.append({**group, **settings, **kernels, "params": parameters})
+        groups.append({**group, **saved, **kernels, "params": parameters})
     return groups
 
 
