@@ -18,6 +18,7 @@ from preflab.rewards.registry import all_rewards, check_reward
 from preflab.settings.load import validate
 from preflab.settings.schema import ModelSettings, Settings
 from preflab.settings.values import exists
+from preflab.training.reference_update import check_update
 from preflab.training.registry import find_trainer
 from utils import ConfigError, load_module, nearest
 
@@ -64,7 +65,9 @@ def check_settings(settings: Settings) -> tuple[BoundLoss, dict[str, list[Source
         cache=settings.reference.cache,
         from_scratch=settings.model.from_scratch,
         draws_samples=draws_samples(settings, loss),
+        update=settings.reference.update,
     )
+    check_update(settings, loss)
     if settings.function == "online":
         check_online(settings, loss)
     return loss, _open_datasets(settings, loss)

@@ -56,6 +56,7 @@ def _own_settings(settings: Settings, loss: BoundLoss):
         gradient_accumulation_steps=1,
         sample_during_eval=False,
         profile_steps=None,
+        reference={"update": "frozen", "every": None, "rate": None},  # those are of the policy's
     )
 
 

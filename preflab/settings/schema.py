@@ -147,7 +147,10 @@ class ModelSettings:
 
 @dataclass(frozen=True)
 class ReferenceSettings:
-    cache: str | bool = setting(AUTO)
+    cache: str | bool = setting(AUTO, may_change=ALWAYS)
+    update: str = setting(Choice(("frozen", "hard", "ema", "round")))
+    every: int | None = setting(COUNT, null=True)
+    rate: float | None = setting(Number(above=0, most=1), null=True)
 
 
 @dataclass(frozen=True)
@@ -322,7 +325,7 @@ class Settings(
     )
     dataset_columns: ColumnSettings = group()
     online: OnlineSettings = group()
-    reference: ReferenceSettings = group(may_change=ALWAYS)
+    reference: ReferenceSettings = group()
     wandb: WandbSettings = group(may_change=ALWAYS, part_of_run=False)
     plan: PlanSettings = group(may_change=ALWAYS, part_of_run=False)
 
