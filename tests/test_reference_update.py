@@ -1,6 +1,7 @@
 """A reference that follows the policy: its trajectory, where its weights live, its resumption."""
 
 import copy
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -12,7 +13,6 @@ import trainers
 from preflab.modeling.fsdp import reshard
 from preflab.online.rounds import OnlineTrainer
 from preflab.training.learner import Learner
-from preflab.training.reference_update import mix_weights
 from utils import ConfigError
 
 PLAIN = (
@@ -57,8 +57,19 @@ def summed_logps(model, batch):
     return torch.zeros(len(batch.lengths), dtype=tokens.dtype).index_add(0, batch.owners, tokens)
 
 
-def plain_loop(model, steps, *, every, rate, beta=0.5, lr=0.05):
-    """DPO by SGD; after each `every`-th step the reference takes over `rate` of the policy."""
+def mixing(every, rate):
+    """`f(step, policy, reference)`: the reference takes over `rate` of the policy."""
+
+    def sync(step, policy, reference):
+        if step % every == 0:
+            for p, q in zip(policy.parameters(), reference.parameters(), strict=True):
+                q.copy_(rate * p + (1 - rate) * q)
+
+    return sync
+
+
+def plain_loop(model, steps, sync, beta=0.5, lr=0.05):
+    """DPO by SGD, with `sync(step, policy, reference)` after each step."""
     reference = copy.deepcopy(model)
     for number, [(batch, _)] in enumerate(steps, start=1):
         policy_logps = summed_logps(model, batch)
@@ -71,10 +82,16 @@ def plain_loop(model, steps, *, every, rate, beta=0.5, lr=0.05):
         with torch.no_grad():
             for p in model.parameters():
                 p -= lr * p.grad
-            if number % every == 0:
-                for p, q in zip(model.parameters(), reference.parameters(), strict=True):
-                    q.copy_(rate * p + (1 - rate) * q)
+            sync(number, model, reference)
     return model, reference
+
+
+def assert_same_trajectory(folder, learner, policy, reference, bound):
+    trained, expected = final_weights(folder), policy.state_dict()
+    assert max((trained[name] - expected[name]).abs().max().item() for name in trained) < bound
+    ours = dict(learner.reference.model.named_parameters())
+    for name, value in reference.named_parameters():
+        assert (ours[name] - value).abs().max().item() < bound
 
 
 @pytest.mark.parametrize(
@@ -89,12 +106,8 @@ def test_the_trajectory_of_a_plain_loop(run, steps, more, every, rate):
     folder = run("run", *PLAIN, *more)
     (learner, start), *batches = steps
     assert len(batches) == 5
-    policy, reference = plain_loop(start, batches, every=every, rate=rate)
-    trained, expected = final_weights(folder), policy.state_dict()
-    assert max((trained[name] - expected[name]).abs().max().item() for name in trained) < 1e-9
-    ours = dict(learner.reference.model.named_parameters())
-    for name, value in reference.named_parameters():
-        assert (ours[name] - value).abs().max().item() < 1e-9
+    policy, reference = plain_loop(start, batches, mixing(every, rate))
+    assert_same_trajectory(folder, learner, policy, reference, 1e-9)
 
 
 def test_a_frozen_reference_ends_elsewhere(run):
@@ -103,20 +116,20 @@ def test_a_frozen_reference_ends_elsewhere(run):
     assert max((a[name] - b[name]).abs().max().item() for name in a) > 1e-5
 
 
-def test_the_weights_that_trl_syncs(run, steps):
+def test_the_trajectory_with_the_callback_of_trl(run, steps):
     callbacks = pytest.importorskip(
         "trl.trainer.callbacks", reason="TRL is another harness, and not installed here"
     )
-    run("run", *PLAIN, *EMA)
-    learner, start = steps[0]
-    theirs, policy = copy.deepcopy(start), learner.policy.model
-    ours = copy.copy(learner.reference)
-    ours.model = copy.deepcopy(start)
-    for _ in range(3):
-        callbacks.SyncRefModelCallback._sync_target_model(policy, theirs, 0.3)
-        mix_weights(ours, learner.policy, 0.3)
-    for a, b in zip(ours.model.parameters(), theirs.parameters(), strict=True):
-        assert torch.allclose(a, b, rtol=0, atol=1e-5)
+    folder = run("run", *PLAIN, *EMA, "reference.every=2")
+    (learner, start), *batches = steps
+    arguments = SimpleNamespace(ref_model_sync_steps=2, ref_model_mixup_alpha=0.3)
+
+    def sync(step, policy, reference):
+        callback = callbacks.SyncRefModelCallback(reference, None)
+        callback.on_step_end(arguments, SimpleNamespace(global_step=step), None, model=policy)
+
+    policy, reference = plain_loop(start, batches, sync)
+    assert_same_trajectory(folder, learner, policy, reference, 1e-5)
 
 
 def full(tensor):
