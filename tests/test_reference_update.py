@@ -122,6 +122,7 @@ def test_the_trajectory_with_the_callback_of_trl(run, steps):
     )
     folder = run("run", *PLAIN, *EMA, "reference.every=2")
     (learner, start), *batches = steps
+    pytest.importorskip("accelerate").Accelerator(cpu=True)  # the callback asks for its state
     arguments = SimpleNamespace(ref_model_sync_steps=2, ref_model_mixup_alpha=0.3)
 
     def sync(step, policy, reference):
