@@ -12,6 +12,8 @@ from torch.distributed.tensor import DTensor
 import trainers
 from preflab.modeling.fsdp import reshard
 from preflab.online.rounds import OnlineTrainer
+from preflab.reports.runs import Run
+from preflab.reports.tables import summary_table
 from preflab.training.learner import Learner
 from utils import ConfigError
 
@@ -214,6 +216,7 @@ def test_samples_and_kl_are_compared_with_the_initial_reference(run):
     assert last["samples_eval/kl"] > 1e-3
     assert last["logratios_eval/chosen"] == pytest.approx(0, abs=1e-6)
     samples = read_rows(folder / "samples.jsonl")
+    assert "KL to the initial reference (nats)" in summary_table(Run(folder).latest())
     begin, end = ([r["reference"] for r in samples if r["examples"] == n] for n in (0, 16))
     assert begin == end
 
