@@ -174,6 +174,13 @@ def _check_optimizer(name: str) -> None:
         raise ConfigError(f"optimizer={name}; {nearest(str(name), usable)}")
 
 
+def _further_numbers(loss: BoundLoss) -> dict[str, str]:
+    """Columns that are read because the loss asks for them, with what reads each. `magnitude` is
+    always read where it is there."""
+    numbers = {name: f"loss={loss.name}" for name in loss.columns if name != "magnitude"}
+    return numbers | ({loss.weight: f"loss.weight={loss.weight}"} if loss.weight else {})
+
+
 def _open_datasets(settings: Settings, loss: BoundLoss) -> dict[str, list[Source]]:
     if settings.dataset_module:
         load_module(settings.dataset_module, "dataset_module")
@@ -193,6 +200,7 @@ def _open_datasets(settings: Settings, loss: BoundLoss) -> dict[str, list[Source
         "test_split": settings.test_split,
         "prompt_template": settings.prompt_template,
         "train_on": settings.train_on,
+        "numbers": _further_numbers(loss),
         "columns": {
             ours: theirs for ours, theirs in vars(settings.dataset_columns).items() if theirs
         },

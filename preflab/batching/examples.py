@@ -87,6 +87,8 @@ class PreferenceData:
                         f"loss={loss.name} reads the column {column!r}, which {store.name} does not"
                         f" have; it has: {columns}"
                     )
+        if loss.weight:
+            self._check_weights(loss.weight)
         if "scores" not in loss.reads:
             return None
         scores = self.pair_scores() if self.kind == "pairs" else [self._target_scores()]
@@ -98,6 +100,24 @@ class PreferenceData:
             return None
         chosen, rejected = map(torch.from_numpy, scores)
         return loss.inspect_scores(chosen, rejected, ExampleNames(self, range(len(self))))
+
+    def _check_weights(self, column: str) -> None:
+        """Raise DataError unless the weights of the pairs are finite and at least 0, and some
+        above."""
+        weights = np.concatenate([np.asarray(store.columns[column]) for store in self.stores])
+        bad = np.flatnonzero(~(np.isfinite(weights) & (weights >= 0)))
+        if len(bad):
+            place = self.describe(int(bad[0]))
+            raise DataError(
+                f"loss.weight={column}: {place} has the weight {weights[bad[0]]:g}; weights must be"
+                " finite and at least 0"
+            )
+        if not weights.any():
+            place = self.stores[0].name
+            raise DataError(
+                f"loss.weight={column}: all weights of {place} are 0, so nothing would be learned;"
+                " set loss.weight=null"
+            )
 
     def pair_scores(self) -> tuple[np.ndarray, np.ndarray]:
         """Scores of the chosen and of the rejected responses, (pairs,) each; NaN where the data

@@ -15,7 +15,7 @@ from utils import ConfigError, load_module, nearest
 
 EXAMPLES = ("pairs", "targets", "responses")
 # Keys of the `loss` group that belong to every loss and are handled here, not by the function.
-COMMON_KEYS = {"name", "module", "sft_weight"}
+COMMON_KEYS = {"name", "module", "sft_weight", "weight"}
 Declared = Iterable[str] | Callable[[dict], Iterable[str]]
 
 
@@ -97,18 +97,23 @@ def _source(function: Callable) -> tuple[str, str]:
 class BoundLoss:
     """A loss with its settings, ready to call: `BoundLoss(pair) -> LossOutput`.
 
+    sft_weight: of the likelihood that is added to it. weight: the column of the data by which the
+    loss of each pair is multiplied; None for none.
+
     Calling it changes neither the loss nor its input. A loss with means over the steps has them in
     `running`, which moves by `keep` alone.
     """
 
-    def __init__(self, spec: LossSpec, settings: dict, sft_weight: float = 0.0):
+    def __init__(
+        self, spec: LossSpec, settings: dict, sft_weight: float = 0.0, weight: str | None = None
+    ):
         self.name = spec.name
         self.examples = spec.examples
         self.couples_batch = spec.couples_batch
         self.settings = settings
-        self.sft_weight = sft_weight
+        self.sft_weight, self.weight = sft_weight, weight
         self.reads = frozenset(spec.reads(settings)) | ({"lengths"} if sft_weight else frozenset())
-        self.columns = frozenset(spec.columns(settings))
+        self.columns = frozenset(spec.columns(settings)) | ({weight} if weight else frozenset())
         _check_reads(spec.name, self.reads)
         self._spec = spec
         self.running: dict[str, Tensor] = {}
@@ -122,10 +127,12 @@ class BoundLoss:
 
     def __call__(self, data: Pair | Target) -> LossOutput:
         output = self._spec.function(replace(data, running=self.running), **self.settings)
-        if not self.sft_weight:
-            return output
-        likelihood = self.sft_weight * data.chosen.policy_logps / data.chosen.lengths
-        return replace(output, losses=output.losses - likelihood)
+        losses = output.losses
+        if self.sft_weight:
+            losses = losses - self.sft_weight * data.chosen.policy_logps / data.chosen.lengths
+        if self.weight:
+            losses = losses * data.columns[self.weight]
+        return replace(output, losses=losses)
 
     def keep(self, output: LossOutput) -> None:
         """Take over the running means that a training batch led to, once its step was taken."""
@@ -177,9 +184,27 @@ def bind_loss(config: Mapping) -> BoundLoss:
             f"loss.sft_weight={sft_weight} mixes in a likelihood, which loss={name} does not have;"
             " set it to 0"
         )
-    loss = BoundLoss(spec, settings, sft_weight)
+    weight = config.get("weight")
+    if weight is not None:
+        _check_weight(spec, weight)
+    loss = BoundLoss(spec, settings, sft_weight, weight)
     _try_out(loss)
     return loss
+
+
+def _check_weight(spec: LossSpec, weight: Any) -> None:
+    """A column of weights is named, and belongs to a loss that is a mean over pairs."""
+    if not isinstance(weight, str) or not weight:
+        raise ConfigError(
+            f"loss.weight={weight!r} must be the name of a column of the data, or null for none"
+        )
+    reason = ""
+    if spec.examples != "pairs":
+        reason = "is a loss of single responses, and columns of numbers belong to pairs"
+    elif spec.couples_batch:
+        reason = "couples the pairs of a batch, so that no pair has a loss of its own to weight"
+    if reason:
+        raise ConfigError(f"loss.weight={weight}: loss={spec.name} {reason}; set it to null")
 
 
 def _check_settings(spec: LossSpec, settings: Mapping[str, Any], sft_weight: Any) -> None:
