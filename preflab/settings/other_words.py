@@ -82,7 +82,6 @@ OUR_KEYS = {
     "ref_model_mixup_alpha": "reference.rate",
     "ref_model_sync_steps": "reference.every",
     "reward_model_path": "reward.path",
-    "sample_weight": "loss.weight",
     "deepspeed": "trainer",
     "fsdp": "trainer",
     "do_eval": "function",
