@@ -5,8 +5,10 @@ import math
 import pytest
 import torch
 from conftest import final_weights, read_rows, run_here, same_weights, small_run, write_jsonl
+from omegaconf import OmegaConf
 
 from preflab.objective.registry import bind_loss, made_up_batch
+from preflab.objective.types import Pair, Target
 from utils import ConfigError, DataError
 
 EXACT = ("model.policy_dtype=float64", "model.reference_dtype=float64", "sample_during_eval=false")
@@ -112,3 +114,115 @@ def test_a_csv_file_and_a_renamed_column_have_weights_too(llama_folder, tmp_path
         run_here(*small_run(llama_folder, tmp_path / "data", tmp_path / name, *common, *more))
         folders.append(tmp_path / name)
     assert same_weights(*map(final_weights, folders))
+
+
+# --------------------------------------------------------------------------------- sums of losses
+
+BCO = {"name": "bco", "beta": 0.2, "momentum": 0.9}
+SFT = {"name": "sft", "reduction": "mean"}
+TDPO = {"name": "tdpo2", "beta": 0.1, "alpha": 0.5}
+RM = {"name": "bradley_terry"}
+
+
+def weighted_sum(*parts, **more):
+    return bind_loss({"name": "weighted_sum", "parts": list(parts)} | more)
+
+
+def alone(settings, data):
+    """A loss by itself on the same examples, chosen responses where it imitates one."""
+    loss = bind_loss(settings)
+    if loss.examples == "targets" and isinstance(data, Pair):
+        data = Target(**vars(data.chosen))
+    return loss(data)
+
+
+@pytest.mark.parametrize(
+    "parts, weights",
+    [
+        ((DPO, SFT), (1.0, 0.1)),
+        ((DPO, BCO, SFT), (0.8, 0.2, 1.0)),
+        ((TDPO, {"name": "ipo", "beta": 0.1, "average_log_prob": False}), (0.3, 0.0)),
+        ((RM, RM | {"as": "again"}), (0.5, 0.25)),
+        ((SFT, SFT | {"reduction": "sum", "as": "summed"}), (1, 2)),
+    ],
+)
+def test_a_sum_is_the_weighted_sum_of_the_single_losses_with_its_gradient(parts, weights):
+    loss = weighted_sum(*({**p, "weight": w} for p, w in zip(parts, weights, strict=True)))
+    data = made_up_batch(loss, n=6)
+    side = data.chosen if isinstance(data, Pair) else data
+    leaves = [value for value in vars(side).values() if isinstance(value, torch.Tensor)]
+    for leaf in leaves:
+        leaf.requires_grad_(True)
+    singles = [{key: v for key, v in part.items() if key != "as"} for part in parts]
+    expected = sum(w * alone(part, data).losses for part, w in zip(singles, weights, strict=True))
+    assert torch.allclose(loss(data).losses, expected, rtol=0, atol=1e-12)
+    of_sum, of_parts = (
+        torch.autograd.grad(value.sum(), leaves, allow_unused=True)
+        for value in (loss(data).losses, expected)
+    )
+    for a, b in zip(of_sum, of_parts, strict=True):
+        assert (a is None) == (b is None)
+        assert a is None or torch.allclose(a, b, rtol=0, atol=1e-12)
+
+
+def test_a_sum_logs_its_parts_and_the_rewards_of_the_first_that_has_some():
+    loss = weighted_sum(SFT | {"weight": 0.5}, DPO, TDPO | {"as": "t"})
+    assert loss.reads == {"lengths", "reference", "token_kl"} and not loss.couples_batch
+    data = made_up_batch(loss, n=4)
+    output = loss(data)
+    assert torch.equal(output.chosen_rewards, alone(DPO, data).chosen_rewards)
+    assert torch.equal(output.metrics["loss_{split}/sft"], alone(SFT, data).losses)
+    assert torch.equal(output.metrics["loss_{split}/dpo"], alone(DPO, data).losses)
+    assert "kl_{split}/chosen" in output.metrics and "loss_{split}/t" in output.metrics
+
+
+def test_running_means_of_the_parts_are_kept_apart():
+    """Two steps of a sum move each part's mean as the part moves it alone."""
+    one, two = BCO, BCO | {"momentum": 0.5}
+    loss, singles = weighted_sum(one, two | {"as": "fast"}), [bind_loss(one), bind_loss(two)]
+    assert loss.couples_batch
+    for seed in range(2):
+        data = made_up_batch(loss, n=4, seed=seed)
+        assert torch.allclose(
+            loss(data).losses, sum(single(data).losses for single in singles), rtol=0, atol=1e-12
+        )
+        for each in (loss, *singles):
+            each.keep(each(data))
+    slow, fast = (next(iter(single.state_dict().values())) for single in singles)
+    assert slow != fast and sorted(loss.state_dict().values()) == sorted([slow, fast])
+
+
+@pytest.mark.parametrize(
+    "parts, message",
+    [
+        ([], "must be a list of losses"),
+        (["dpo"], r"loss\.parts, dpo: loss=dpo needs loss\.beta"),
+        ([DPO, DPO], "has dpo twice"),
+        ([DPO | {"weight": -1}], "the weight of dpo is -1 and must be at least 0"),
+        ([DPO | {"weight": "w"}], "must be a finite number"),
+        ([DPO | {"as": "a{b}"}], "letters and digits"),
+        ([DPO | {"gamma": 1}], "has no setting gamma"),
+        ([{"name": "dpp"}], "did you mean dpo"),
+        ([DPO, RM], "no model is both"),
+        ([DPO, {"name": "kto_unpaired", "beta": 0.1}], "kto_unpaired reads responses"),
+    ],
+)
+def test_parts_that_do_not_go_together_are_refused(parts, message):
+    with pytest.raises(ConfigError, match=message):
+        weighted_sum(*parts)
+
+
+def test_a_sum_trains_as_its_config_says_and_resumes(train):
+    """Names take the settings of config/loss/; config.yaml has them all."""
+    parts = "loss.parts=[{name: dpo, weight: 0.5, beta: 0.3}, {name: bco, weight: 0.25}, sft]"
+    more = ("loss=weighted_sum", parts, "n_epochs=2", "eval_every=8")
+    whole = train("whole", lambda i: 1.0, *more, "n_examples=24")
+    config = OmegaConf.load(whole / "config.yaml")
+    assert [dict(part)["name"] for part in config.loss.parts] == ["dpo", "bco", "sft"]
+    assert config.loss.parts[0].label_smoothing == 0 and config.loss.parts[1].beta == 0.1
+    row = read_rows(whole / "metrics.jsonl")[0]
+    total = 0.5 * row["loss_train/dpo"] + 0.25 * row["loss_train/bco"] + row["loss_train/sft"]
+    assert row["loss/train"] == pytest.approx(total, rel=1e-9)
+    train("parts", lambda i: 1.0, *more, "n_examples=16")
+    parts = train("parts", lambda i: 1.0, *more, "n_examples=24")
+    assert same_weights(final_weights(whole), final_weights(parts))

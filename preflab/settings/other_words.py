@@ -12,6 +12,7 @@ OUR_KEYS = {
     "beta": "loss.beta",
     "label_smoothing": "loss.label_smoothing",
     "loss_type": "loss",
+    "loss_weights": "loss",
     "num_train_epochs": "n_epochs",
     "num_epochs": "n_epochs",
     "epochs": "n_epochs",
