@@ -17,7 +17,7 @@ from preflab.readers.registry import DATASETS, open_dataset
 from preflab.rewards.registry import all_rewards, check_reward
 from preflab.settings.load import validate
 from preflab.settings.schema import ModelSettings, Settings
-from preflab.settings.values import exists
+from preflab.settings.values import dataset_names, dataset_weights, exists
 from preflab.training.reference_update import check_update
 from preflab.training.registry import find_trainer
 from utils import ConfigError, load_module, nearest
@@ -184,7 +184,9 @@ def _further_numbers(loss: BoundLoss) -> dict[str, str]:
 def _open_datasets(settings: Settings, loss: BoundLoss) -> dict[str, list[Source]]:
     if settings.dataset_module:
         load_module(settings.dataset_module, "dataset_module")
-    for name in settings.datasets:
+    names = dataset_names(settings)
+    dataset_weights(settings)  # all of them have one, or none
+    for name in names:
         if _is_missing_path(name):
             raise ConfigError(
                 f"datasets=[{name}]: no such file or folder; give the path of a file, the id of a"
@@ -211,10 +213,7 @@ def _open_datasets(settings: Settings, loss: BoundLoss) -> dict[str, list[Source
         "eval": ("test",),
         "plan": ("train",),
     }[settings.function]
-    sources = {
-        split: [open_dataset(name, split, **options) for name in settings.datasets]
-        for split in splits
-    }
+    sources = {split: [open_dataset(name, split, **options) for name in names] for split in splits}
     for source in (
         source for split in sources.values() for source in split if settings.function != "online"
     ):

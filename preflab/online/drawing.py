@@ -28,6 +28,7 @@ class PromptLoader:
             seed=settings.seed,
             n_epochs=None,
             n_examples=2**62,  # never reached: online.rounds ends the run
+            mixture=data.mixture,
         )
 
     def __next__(self) -> list[PromptToSample]:

@@ -24,6 +24,7 @@ from preflab.settings.value_types import (
     Refused,
     Text,
     ValueType,
+    Weighted,
     nullable,
     shown,
 )
@@ -211,8 +212,10 @@ class RunSettings:
 class DataSettings:
     """Data."""
 
-    datasets: list[str] = setting(
-        ListOf(PATH, may_be_empty=False), hint="such as datasets=[hh] or datasets=[hh,shp]"
+    datasets: list[str | dict] = setting(
+        ListOf(Either((PATH, Weighted(PATH))), may_be_empty=False),
+        hint="such as datasets=[hh], datasets=[hh,shp] or"
+        ' "datasets=[{name: hh, weight: 0.3}, {name: shp, weight: 0.7}]"',
     )
     dataset_module: str | None = setting(MODULE, null=True)
     data_dir: str = setting(PATH, may_change=ALWAYS)

@@ -174,6 +174,7 @@ def _count_data(plan: Plan, config: Settings, loss, data: PreferenceData) -> Non
         n_epochs=config.n_epochs,
         n_examples=config.n_examples,
         order=config.order,
+        mixture=data.mixture,
     )
     n_epochs, rest = divmod(loader.total, len(data))
     steps_of_epoch = math.ceil(len(data) / config.batch_size)
