@@ -32,6 +32,7 @@ PLAIN = (
     "model.reference_dtype=float64",
 )
 EMA = ("reference.update=ema", "reference.rate=0.3")
+HARD = ("reference.update=hard", "reference.every=2")
 FSDP = "trainer=FSDPTrainer"
 
 
@@ -101,7 +102,7 @@ def assert_same_trajectory(folder, learner, policy, reference, bound):
     [
         (EMA, 1, 0.3),
         ((*EMA, "reference.every=2"), 2, 0.3),
-        (("reference.update=hard", "reference.every=2"), 2, 1.0),
+        (HARD, 2, 1.0),
     ],
 )
 def test_the_trajectory_of_a_plain_loop(run, steps, more, every, rate):
@@ -142,7 +143,7 @@ def full(tensor):
 @pytest.mark.parametrize(
     "more, every, rate",
     [
-        (("reference.update=hard", "reference.every=2"), 2, 1.0),
+        (HARD, 2, 1.0),
         (EMA, 1, 0.3),
         ((*EMA, "trainer=FSDPTrainer"), 1, 0.3),
     ],
@@ -182,7 +183,7 @@ def test_with_lora_weights_are_mixed_and_not_factors(run, monkeypatch, more, eve
 
 @pytest.mark.parametrize(
     "more",
-    [EMA, ("reference.update=hard", "reference.every=2", "model.lora.r=2"), (*EMA, FSDP)],
+    [EMA, (*HARD, "reference.past=[0.5,0.3]", "model.lora.r=2"), (*EMA, FSDP)],
 )
 def test_it_resumes_bit_for_bit(run, monkeypatch, more):
     """Continued with the reference that it was stopped with, also between two updates."""
@@ -252,9 +253,38 @@ def test_a_round_has_the_policy_of_the_round_before(run, monkeypatch):
             assert same_weights(reference, seen[number - 2][0])
 
 
+def test_past_policies_are_weighted_in_the_log_probs(run, steps):
+    """Against a loop that keeps a copy of the policy of every second step."""
+    weights = (0.5, 0.3)
+    more = ("reference.update=hard", "reference.every=2", "reference.past=[0.5,0.3]")
+    folder = run("run", *PLAIN, *more)
+    (learner, start), *batches = steps
+    model, initial = start, copy.deepcopy(start)
+    past = [initial, initial]
+    for number, [(batch, _)] in enumerate(batches, start=1):
+        with torch.no_grad():
+            reference = 0.2 * summed_logps(initial, batch)
+            for weight, policy in zip(weights, past, strict=True):
+                reference = reference + weight * summed_logps(policy, batch)
+        d = summed_logps(model, batch) - reference
+        model.zero_grad()
+        (-F.logsigmoid(0.5 * (d[batch.chosen] - d[batch.rejected])).mean()).backward()
+        with torch.no_grad():
+            for p in model.parameters():
+                p -= 0.05 * p.grad
+        if number % 2 == 0:
+            past = [copy.deepcopy(model), past[0]]
+    trained, expected = final_weights(folder), model.state_dict()
+    assert max((trained[name] - expected[name]).abs().max().item() for name in trained) < 1e-9
+    assert learner.initial_reference is None  # nothing is sampled
+
+
 @pytest.mark.parametrize(
     "more, message",
     [
+        ((*EMA, "reference.past=[0.5]"), "is for reference.update=hard and round"),
+        ((*HARD, "reference.past=[0.5,0.6]"), "adds up to 1.1"),
+        ((*HARD, "reference.past=[0.5]", "loss=tdpo2"), "a weighted sum of log-probs is none"),
         (("reference.update=hard",), "reference.update=hard needs reference.every"),
         (("reference.update=ema",), "needs reference.rate"),
         (("reference.rate=0.5",), "reference.rate=0.5 is for reference.update=ema"),

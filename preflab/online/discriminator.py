@@ -56,7 +56,8 @@ def _own_settings(settings: Settings, loss: BoundLoss):
         gradient_accumulation_steps=1,
         sample_during_eval=False,
         profile_steps=None,
-        reference={"update": "frozen", "every": None, "rate": None},  # those are of the policy's
+        # what is set is for the policy
+        reference={"update": "frozen", "every": None, "rate": None, "past": None},
     )
 
 

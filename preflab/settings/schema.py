@@ -152,6 +152,9 @@ class ReferenceSettings:
     update: str = setting(Choice(("frozen", "hard", "ema", "round")))
     every: int | None = setting(COUNT, null=True)
     rate: float | None = setting(Number(above=0, most=1), null=True)
+    past: list[float] | None = setting(
+        ListOf(Number(above=0, most=1), may_be_empty=False), null=True
+    )
 
 
 @dataclass(frozen=True)

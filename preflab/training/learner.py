@@ -41,7 +41,7 @@ from preflab.training.metrics import Sums
 from preflab.training.optimizer_state import load_optimizer, save_optimizer
 from preflab.training.optimizers import make_optimizer
 from preflab.training.reference import ReferenceSource
-from preflab.training.reference_update import ReferenceUpdate
+from preflab.training.reference_update import PastPolicies, ReferenceUpdate
 from preflab.training.saved_weights import save_weights
 from utils import ConfigError, PrefLabError, first_line
 
@@ -94,7 +94,7 @@ class Learner:
         self.scalar = "scalar_head" in loss.reads  # such a model scores and writes no text
         self.counters = Counters()
         self.state_bytes: dict[str, int] = {}  # empty before the first step
-        self.reference: Scorer | None = None  # the loss reads its log-probs
+        self.reference: Scorer | PastPolicies | None = None  # the loss reads its log-probs
         self.initial_reference: Scorer | None = None  # evaluations compare the policy with it
         self._group = None
         self.policy = build_policy(

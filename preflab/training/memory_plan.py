@@ -117,7 +117,9 @@ def _reference_bytes(config: Settings, uses: ReferencePlan) -> int:
     """Bytes of the reference on a rank, and of the initial one beside a reference that moves. One
     that is the policy without its LoRA adapter takes none."""
     is_shared = bool(config.model.lora.r) and not config.model.reference_archive
-    n_models = uses.moves + (not is_shared and (uses.compared or not uses.moves))
+    past = config.reference.past or [1.0]
+    has_initial = uses.compared or not uses.moves or sum(past) < 1
+    n_models = (len(past) if uses.moves else 0) + (has_initial and not is_shared)
     if not n_models:
         return 0
     weights, gathered = _bytes_on_a_rank(config, False, config.model.reference_dtype, lora=False)

@@ -17,7 +17,7 @@ from preflab.modeling.parallelism import Place
 from preflab.modeling.reference_cache import ReferencePlan, attach_reference, plan_reference
 from preflab.objective.registry import BoundLoss
 from preflab.settings.schema import Settings
-from preflab.training.reference_update import mix_weights
+from preflab.training.reference_update import PastPolicies, mix_weights
 
 logger = logging.getLogger(__name__)
 
@@ -57,7 +57,9 @@ class ReferenceSource:
         self.own_mixed_precision, self.resumed = own_mixed_precision, resumed
         self.plan = reference_plan(settings, loss)
 
-    def build(self, *, at_archive: bool = True) -> tuple[Scorer | None, Scorer | None]:
+    def build(
+        self, *, at_archive: bool = True
+    ) -> tuple[Scorer | PastPolicies | None, Scorer | None]:
         """The reference that the loss reads, and the initial one, which evaluations compare the
         policy with. They are one model unless `reference.update` moves the former; None where
         nothing runs it.
@@ -70,13 +72,23 @@ class ReferenceSource:
         if not self.plan.moves:
             reference = self._new(at_archive) if self.plan.built else None
             return reference, reference
+        return self._build_moving(at_archive)
+
+    def _build_moving(self, at_archive: bool) -> tuple[Scorer | PastPolicies, Scorer | None]:
+        weights = self.settings.reference.past or [1.0]
+        is_shared = shares_weights(self.settings.model, self.policy)
+        has_share = sum(weights) < 1 - 1e-9
         initial = None
-        if self.plan.compared or shares_weights(self.settings.model, self.policy):
+        if self.plan.compared or is_shared or has_share:
             initial = self._new(at_archive)
-        moving = self._new(at_archive, own=True)
-        if initial is not None:  # random weights of model.from_scratch are drawn twice
-            mix_weights(moving, initial, 1.0)
-        return moving, initial
+        models = [self._new(at_archive, own=True) for _ in weights]
+        for model in models:  # random weights of model.from_scratch are drawn anew for each
+            mix_weights(model, initial or models[0], 1.0)
+        reference = models[0]
+        if len(models) > 1 or has_share:
+            reference = PastPolicies(models, weights, initial if has_share else None)
+        # Without samples nothing but the loss reads the initial one.
+        return reference, initial if self.plan.compared or is_shared else None
 
     def cache(
         self,

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
+from preflab.batching.packing import Batch
 from preflab.modeling.fsdp import reshard
 from preflab.modeling.logprobs import Scorer
 from preflab.objective.registry import BoundLoss
@@ -33,6 +34,8 @@ def check_update(settings: Settings, loss: BoundLoss) -> None:
         raise ConfigError(
             f"reference.rate={reference.rate} is for reference.update=ema, not {name}; leave it out"
         )
+    if reference.past is not None:
+        _check_past(reference, loss)
     if reference.update == "frozen":
         if reference.every is not None:
             raise ConfigError(
@@ -64,25 +67,73 @@ def check_update(settings: Settings, loss: BoundLoss) -> None:
         raise ConfigError(f"{name}: loss={loss.name} reads no reference; leave it out")
 
 
+def _check_past(reference: ReferenceSettings, loss: BoundLoss) -> None:
+    total = sum(reference.past)
+    if reference.update not in ("hard", "round"):
+        raise ConfigError(
+            f"reference.past={reference.past} is for reference.update=hard and round, not"
+            f" reference.update={reference.update}; leave it out"
+        )
+    if total > 1 + 1e-9:
+        raise ConfigError(
+            f"reference.past={reference.past} adds up to {total:g}; the weights are shares, and the"
+            " initial reference has what they leave of 1; lower them"
+        )
+    if "token_kl" in loss.reads:
+        raise ConfigError(
+            f"reference.past={reference.past}: loss={loss.name} reads the whole distribution of the"
+            " reference, and a weighted sum of log-probs is none; set it to null"
+        )
+
+
+class PastPolicies:
+    """Past policies read as one reference, log pi_ref = sum_j w_j log pi_j + (1 - sum_j w_j) log
+    pi_0, which is not normalised (MNPO, arXiv:2509.23102; INPO, arXiv:2407.00617).
+
+    models: the policies, the newest first. weights: one for each. initial: pi_0; None where the
+    weights leave nothing for it.
+    """
+
+    def __init__(self, models: list[Scorer], weights: list[float], initial: Scorer | None):
+        self.models, self.weights, self.initial = models, weights, initial
+
+    def token_logps(self, batch: Batch) -> Tensor:
+        """Log-probs of the scored tokens of a batch, (tokens,), without gradient."""
+        terms = [
+            weight * model.token_logps(batch)
+            for model, weight in zip(self.models, self.weights, strict=True)
+        ]
+        if self.initial is not None:
+            terms.append((1 - sum(self.weights)) * self.initial.token_logps(batch))
+        return torch.stack([term.to(terms[0].device) for term in terms]).sum(0)
+
+
 class ReferenceUpdate:
     """Moves a reference after the policy, as `reference.update` says.
 
-    policy: the model that learns. reference: another model of the same architecture, placed alike;
-    None where a run has none. A frozen reference never moves.
+    policy: the model that learns. reference: another model of the same architecture, placed alike,
+    or several past policies; None where a run has none. A frozen reference never moves.
     """
 
-    def __init__(self, settings: ReferenceSettings, policy: Scorer, reference: Scorer | None):
+    def __init__(
+        self,
+        settings: ReferenceSettings,
+        policy: Scorer,
+        reference: Scorer | PastPolicies | None,
+    ):
         self.rule = settings.update if reference is not None else "frozen"
         self.every = settings.every or 1
         self.rate = settings.rate if self.rule == "ema" else 1.0
-        self.policy, self.reference = policy, reference
+        self.policy = policy
+        # Those that move, the newest first.
+        self.models = reference.models if isinstance(reference, PastPolicies) else [reference]
         if self.rule != "frozen":
-            _check_alike(policy, reference, f"reference.update={self.rule}")
+            _check_alike(policy, self.models[0], f"reference.update={self.rule}")
 
     def after_step(self, steps: int) -> None:
         """Move the reference if it is time to; steps: how many the policy has taken."""
         if self.rule in ("hard", "ema") and steps % self.every == 0:
-            mix_weights(self.reference, self.policy, self.rate)
+            self._move()
 
     def before_round(self, number: int) -> None:
         """Make the reference the policy that the round before ended with; number: from 1.
@@ -90,7 +141,18 @@ class ReferenceUpdate:
         The first round has the reference that the run starts with.
         """
         if self.rule == "round" and number > 1 and (number - 1) % self.every == 0:
-            mix_weights(self.reference, self.policy, 1.0)
+            self._move()
+
+    def _move(self) -> None:
+        self.models.insert(0, self.models.pop())  # the oldest is given up
+        mix_weights(self.models[0], self.policy, self.rate)
+
+    def _weights(self) -> dict[str, Tensor]:
+        return {
+            f"{age}.{name}": weight
+            for age, model in enumerate(self.models)
+            for name, weight in _own_weights(model).items()
+        }
 
     def save(self, folder: Path, group=None) -> None:
         """Write the reference's weights into a checkpoint, each rank its shards.
@@ -98,12 +160,12 @@ class ReferenceUpdate:
         group: a process group whose ranks all write; without one this process writes alone.
         """
         if self.rule != "frozen":
-            write_shards(_own_weights(self.reference), folder / FOLDER, group)
+            write_shards(self._weights(), folder / FOLDER, group)
 
     def load(self, folder: Path, *, alone: bool) -> None:
         """Read what `save` wrote. alone: whether this process reads by itself."""
         if self.rule != "frozen":
-            read_shards(_own_weights(self.reference), folder / FOLDER, alone)
+            read_shards(self._weights(), folder / FOLDER, alone)
 
 
 @torch.no_grad()
