@@ -109,14 +109,11 @@ def test_the_trajectory_of_a_plain_loop(run, steps, more, every, rate):
     folder = run("run", *PLAIN, *more)
     (learner, start), *batches = steps
     assert len(batches) == 5
+    frozen, _ = plain_loop(copy.deepcopy(start), batches, lambda *models: None)
     policy, reference = plain_loop(start, batches, mixing(every, rate))
     assert_same_trajectory(folder, learner, policy, reference, 1e-9)
-
-
-def test_a_frozen_reference_ends_elsewhere(run):
-    """The control of the test above."""
-    a, b = final_weights(run("frozen", *PLAIN)), final_weights(run("moved", *PLAIN, *EMA))
-    assert max((a[name] - b[name]).abs().max().item() for name in a) > 1e-5
+    moved = zip(frozen.parameters(), policy.parameters(), strict=True)
+    assert max((a - b).abs().max().item() for a, b in moved) > 1e-5  # the control
 
 
 def test_the_trajectory_with_the_callback_of_trl(run, steps):
@@ -183,7 +180,11 @@ def test_with_lora_weights_are_mixed_and_not_factors(run, monkeypatch, more, eve
 
 @pytest.mark.parametrize(
     "more",
-    [EMA, (*HARD, "reference.past=[0.5,0.3]", "model.lora.r=2"), (*EMA, FSDP)],
+    [
+        EMA,
+        (*HARD, "reference.past=[0.5,0.3]", "model.lora.r=2", "sample_during_eval=false"),
+        (*EMA, FSDP, "sample_during_eval=false"),
+    ],
 )
 def test_it_resumes_bit_for_bit(run, monkeypatch, more):
     """Continued with the reference that it was stopped with, also between two updates."""
@@ -202,7 +203,8 @@ def test_it_resumes_bit_for_bit(run, monkeypatch, more):
             run("broken", *more)
     broken = run("broken", *more)
     assert same_weights(final_weights(whole), final_weights(broken))
-    assert read_rows(whole / "samples.jsonl") == read_rows(broken / "samples.jsonl")
+    if (whole / "samples.jsonl").is_file():
+        assert read_rows(whole / "samples.jsonl") == read_rows(broken / "samples.jsonl")
     rows = [untimed(read_rows(folder / "metrics.jsonl")) for folder in (whole, broken)]
     assert rows[0] == rows[1]
     assert (
@@ -301,6 +303,6 @@ def test_what_cannot_work_is_refused(run, more, message):
 
 
 def test_another_update_is_another_run(run):
-    run("run", "n_examples=8", *EMA)
+    run("run", "n_examples=8", "sample_during_eval=false", *EMA)
     with pytest.raises(ConfigError, match=r"reference\.rate was 0\.3 and is now 0\.5"):
-        run("run", "n_examples=16", "reference.update=ema", "reference.rate=0.5")
+        run("run", "sample_during_eval=false", "reference.update=ema", "reference.rate=0.5")

@@ -57,7 +57,7 @@ def test_the_loss_of_each_pair_is_multiplied_and_nothing_else():
 
 def test_weights_scale_the_step_which_is_a_mean_over_pairs(train):
     """Weights of 1 change no bit, and weights of 2 are a learning rate twice as large."""
-    sgd = ("n_examples=16", *EXACT, "optimizer=SGD", "max_grad_norm=1e9", "layout=padded")
+    sgd = ("n_examples=8", *EXACT, "optimizer=SGD", "max_grad_norm=1e9", "layout=padded")
     plain = final_weights(train("plain", lambda i: 1.0, *sgd))
     ones = train("ones", lambda i: 1, *sgd, "loss.weight=w")
     assert same_weights(plain, final_weights(ones))
