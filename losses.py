@@ -17,6 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+import preflab.objective.sums  # noqa: F401  registers sums of losses
 from preflab.objective.ranges import Between, NonNegative, Positive
 from preflab.objective.registry import register_loss
 from preflab.objective.types import LossOutput, Pair, Target

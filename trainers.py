@@ -75,6 +75,7 @@ class BasicTrainer:
             n_epochs=settings.n_epochs,
             n_examples=settings.n_examples,
             order=settings.order,
+            mixture=data["train"].mixture,
         )
         checkpointer = Checkpointer(
             run_dir, world, keep=settings.keep_checkpoints, enabled=not settings.debug
@@ -87,7 +88,7 @@ class BasicTrainer:
         self.learner.cache_reference(
             data,
             {
-                "train": self.loader.first_epoch(),
+                "train": self.loader.distinct(),
                 "test": evaluation_order(data["test"].groups)[: settings.n_eval_examples],
             },
         )

@@ -101,9 +101,10 @@ class Ours:
     """The project's own trainer, as `python train.py` builds it."""
 
     def __init__(self, job: dict):
-        from preflab.checks import check_config
+        from preflab.checks import check_settings
         from preflab.execution import load_inputs, register_built_in
         from preflab.settings.compose import compose
+        from preflab.settings.load import validate
         from trainers import BasicTrainer
 
         layout, cache = OURS.get(job["variant"]) or (job["variant"].split(",")[0], "auto")
@@ -133,10 +134,11 @@ class Ours:
         config = compose(overrides)
         config.local_run_dir = str(folder / "run")
         (folder / "run").mkdir(exist_ok=True)
-        loss, sources = check_config(config)
-        inputs = load_inputs(config, sources, loss)
+        settings = validate(config)
+        loss, sources = check_settings(settings)
+        inputs = load_inputs(settings, sources, loss)
         self.data = inputs.data["train"]
-        parts = (config, folder / "run", loss, inputs.tokenizer, inputs.data)
+        parts = (settings, folder / "run", loss, inputs.tokenizer, inputs.data)
         self.learner = BasicTrainer(*parts).learner
         self.learner.prepare()
         self.optimizer = self.learner.optimizer

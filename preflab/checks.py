@@ -16,8 +16,9 @@ from preflab.readers.registry import DATASETS, open_dataset
 from preflab.rewards.registry import all_rewards, check_reward
 from preflab.settings.load import validate
 from preflab.settings.schema import ModelSettings, Settings
-from preflab.settings.values import exists
+from preflab.settings.values import dataset_names, dataset_weights, exists
 from preflab.training.optimizers import check_optimizer
+from preflab.training.reference_update import check_update
 from preflab.training.registry import find_trainer
 from preflab.training.schedules import schedule_of
 from utils import ConfigError, load_module
@@ -66,7 +67,9 @@ def check_settings(settings: Settings) -> tuple[BoundLoss, dict[str, list[Source
         cache=settings.reference.cache,
         from_scratch=settings.model.from_scratch,
         draws_samples=draws_samples(settings, loss),
+        update=settings.reference.update,
     )
+    check_update(settings, loss)
     if settings.function == "online":
         check_online(settings, loss)
         schedule_of(settings, None)
@@ -160,10 +163,19 @@ def _is_missing_path(name: str) -> bool:
     return name.startswith(("/", "./", "../", "~")) and not exists(name)
 
 
+def _further_numbers(loss: BoundLoss) -> dict[str, str]:
+    """Columns that are read because the loss asks for them, with what reads each. `magnitude` is
+    always read where it is there."""
+    numbers = {name: f"loss={loss.name}" for name in loss.columns if name != "magnitude"}
+    return numbers | ({loss.weight: f"loss.weight={loss.weight}"} if loss.weight else {})
+
+
 def _open_datasets(settings: Settings, loss: BoundLoss) -> dict[str, list[Source]]:
     if settings.dataset_module:
         load_module(settings.dataset_module, "dataset_module")
-    for name in settings.datasets:
+    names = dataset_names(settings)
+    dataset_weights(settings)  # all of them have one, or none
+    for name in names:
         if _is_missing_path(name):
             raise ConfigError(
                 f"datasets=[{name}]: no such file or folder; give the path of a file, the id of a"
@@ -179,6 +191,7 @@ def _open_datasets(settings: Settings, loss: BoundLoss) -> dict[str, list[Source
         "test_split": settings.test_split,
         "prompt_template": settings.prompt_template,
         "train_on": settings.train_on,
+        "numbers": _further_numbers(loss),
         "columns": {
             ours: theirs for ours, theirs in vars(settings.dataset_columns).items() if theirs
         },
@@ -189,10 +202,7 @@ def _open_datasets(settings: Settings, loss: BoundLoss) -> dict[str, list[Source
         "eval": ("test",),
         "plan": ("train",),
     }[settings.function]
-    sources = {
-        split: [open_dataset(name, split, **options) for name in settings.datasets]
-        for split in splits
-    }
+    sources = {split: [open_dataset(name, split, **options) for name in names] for split in splits}
     for source in (
         source for split in sources.values() for source in split if settings.function != "online"
     ):

@@ -50,6 +50,7 @@ from preflab.settings.run_folder import (
     run_dir_for,
 )
 from preflab.settings.schema import Settings
+from preflab.settings.values import dataset_names, dataset_weights
 from preflab.training.checkpoints import newest_step
 from preflab.training.memory_plan import describe, make_plan
 from preflab.training.metrics import MetricLog
@@ -275,9 +276,10 @@ def load_inputs(settings: Settings, sources: dict[str, list[Source]], loss: Boun
         source.only_prompts for of_split in sources.values() for source in of_split
     )
     kind = "prompts" if only_prompts else loss.examples
-    names = ", ".join(settings.datasets)
+    names = ", ".join(dataset_names(settings))
+    weights = {"train": dataset_weights(settings)}  # held-out data are those of an unweighted mix
     data = {
-        split: PreferenceData(of_split, kind, f"{names} ({split})")
+        split: PreferenceData(of_split, kind, f"{names} ({split})", weights.get(split))
         for split, of_split in stores.items()
     }
     if not only_prompts:
@@ -285,10 +287,12 @@ def load_inputs(settings: Settings, sources: dict[str, list[Source]], loss: Boun
             if remark := examples.check_for(loss):
                 logger.info(f"{split}: {remark}")
     if "train" in data:
+        for line in data["train"].shares():
+            logger.info(line)
         ranks = data_ranks(trainer, settings, world())
         if len(data["train"]) < ranks:
             raise DataError(
-                f"datasets={list(settings.datasets)} (train) holds {len(data['train'])} examples"
+                f"datasets=[{names}] (train) holds {len(data['train'])} examples"
                 f" for {ranks} ranks; start fewer"
             )
     return Inputs(loss, tokenizer, stores, data)

@@ -421,6 +421,7 @@ def loss_that(**fields):
         "name": "some",
         "reads": frozenset(),
         "columns": frozenset(),
+        "weight": None,
         "inspect_scores": lambda *scores: "a remark",
     }
     return SimpleNamespace(**(defaults | fields))

@@ -157,7 +157,7 @@ def test_a_comment_stands_above_every_key_of_config_yaml():
 def test_the_schema_and_config_yaml_have_the_same_keys():
     config = OmegaConf.load(CONFIG_DIR / "config.yaml")
     keys = {key for key in flat_keys(config) if not key.startswith(("hydra", "defaults"))}
-    assert keys - {"loss.module", "loss.sft_weight", "reward.module"} == set(RULES)
+    assert keys - {"loss.module", "loss.sft_weight", "loss.weight", "reward.module"} == set(RULES)
 
 
 def test_every_default_is_valid_and_settings_have_the_names_of_the_config():

@@ -27,6 +27,7 @@ from preflab.objective.types import FIELDS, NEEDS
 from preflab.readers.registry import DATASETS, open_dataset
 from preflab.rewards.registry import REWARDS, all_rewards, check_reward
 from preflab.settings.command_line import check_arguments
+from preflab.settings.load import load_settings
 from utils import DataError
 
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
@@ -148,7 +149,7 @@ def composes(before: list[str], arguments: list[str]) -> None:
     [runs] = BasicSweeper.split_arguments(overrides, max_batch_size=None)
     for run in (runs[0], runs[-1])[: len(runs)]:
         config = compose(*run)
-        bind_loss(OmegaConf.to_container(config.loss, resolve=True))
+        bind_loss(load_settings(config).loss)
         for settings in all_rewards(config).values():
             check_reward(settings)
 

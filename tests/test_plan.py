@@ -15,9 +15,10 @@ from conftest import (
 from hydra import compose, initialize_config_dir
 from transformers import AutoConfig
 
-from preflab.checks import check_config
+from preflab.checks import check_settings
 from preflab.execution import load_inputs
 from preflab.settings.keys import CONFIG_DIR
+from preflab.settings.load import validate
 from preflab.settings.run_folder import register_resolvers
 from preflab.training import memory_plan
 
@@ -26,8 +27,10 @@ def planned(overrides) -> memory_plan.Plan:
     register_resolvers()
     with initialize_config_dir(str(CONFIG_DIR), version_base="1.3"):
         config = compose("config", overrides=[*overrides, "function=plan"])
-    loss, sources = check_config(config)
-    return memory_plan.make_plan(config, loss, load_inputs(config, sources, loss).data["train"])
+    settings = validate(config)
+    loss, sources = check_settings(settings)
+    data = load_inputs(settings, sources, loss).data["train"]
+    return memory_plan.make_plan(settings, loss, data)
 
 
 @pytest.mark.parametrize(
@@ -60,6 +63,23 @@ def test_state_steps_and_tokens_of_a_real_run(imdb_dir, llama_folder, tmp_path, 
     assert (plan.steps, plan.examples) == (summary["steps"], summary["examples"])
     without_reference = {"loss=sft", "loss=bradley_terry", "model.lora.r=4"} & set(more)
     assert (plan.memory.get("reference", 0) == 0) == bool(without_reference)
+
+
+@pytest.mark.parametrize(
+    "more, n_models",
+    [
+        (("reference.update=ema", "reference.rate=0.5"), 2),
+        (("reference.update=ema", "reference.rate=0.5", "sample_during_eval=false"), 1),
+        (("reference.update=ema", "reference.rate=0.5", "model.lora.r=4"), 1),
+        (("reference.update=hard", "reference.every=2", "reference.past=[0.5,0.3]"), 3),
+    ],
+)
+def test_a_reference_that_moves_is_counted_with_the_initial_one(
+    imdb_dir, llama_folder, tmp_path, more, n_models
+):
+    run = small_run(llama_folder, imdb_dir, tmp_path / "run")
+    one, several = (planned([*run, *words]).memory["reference"] for words in ((), more))
+    assert several == n_models * one
 
 
 def test_two_real_ranks(imdb_dir, llama_folder, tmp_path):

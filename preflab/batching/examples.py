@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 import torch
 
-from preflab.batching.loader import evaluation_order
+from preflab.batching.loader import Mixture, evaluation_order
 from preflab.batching.token_store import TokenStore, cut_prompt
 from preflab.readers.messages import Chat
 from utils import DataError
@@ -18,10 +18,17 @@ class PreferenceData:
 
     kind: what an example is. "pairs": a chosen and a rejected response. "targets": a prompt with
     the response to imitate. "responses": a single response. "prompts": a prompt to sample for.
-    groups (examples,): the prompt of each example, numbered through all stores.
+    groups (examples,): the prompt of each example, numbered through all stores. mixture: the shares
+    of the stores in an epoch, by `weights`; None where each example is drawn once.
     """
 
-    def __init__(self, stores: list[TokenStore], kind: str, name: str):
+    def __init__(
+        self,
+        stores: list[TokenStore],
+        kind: str,
+        name: str,
+        weights: list[float] | None = None,
+    ):
         if kind == "responses":  # an example for each, so each is a target
             stores = [replace(store, targets=np.arange(len(store.responses))) for store in stores]
         self.stores, self.kind = stores, kind
@@ -39,9 +46,35 @@ class PreferenceData:
         if not len(self):
             counts = json.dumps([store.counts for store in stores])
             raise DataError(f"datasets: {name} hold no {kind}; counts: {counts}")
+        self.mixture = None if weights is None else self._mixture(weights)
 
     def __len__(self) -> int:
         return int(self.begins[-1])
+
+    def _mixture(self, weights: list[float]) -> Mixture:
+        mixture = Mixture(self.begins, np.array(weights))
+        sizes = np.diff(self.begins)
+        for store, size, quota in zip(self.stores, sizes, mixture.quotas(), strict=True):
+            if not size:
+                raise DataError(f"datasets: {store.name} has a weight and holds no {self.kind}")
+            if not quota:
+                raise DataError(
+                    f"datasets: the weight of {store.name} is less than one of the {len(self):,}"
+                    " examples of an epoch; raise it, or leave the data set out"
+                )
+        return mixture
+
+    def shares(self) -> list[str]:
+        """A line for each store of a mixture, on its share of an epoch."""
+        if self.mixture is None:
+            return []
+        return [
+            f"{store.name}: {quota:,} of the {len(self):,} examples of an epoch, {quota / size:.3g}"
+            " times its size"
+            for store, size, quota in zip(
+                self.stores, np.diff(self.begins), self.mixture.quotas(), strict=True
+            )
+        ]
 
     def _example_prompts(self, store: TokenStore) -> np.ndarray:
         """(examples,): the prompt each example belongs to."""
@@ -87,6 +120,8 @@ class PreferenceData:
                         f"loss={loss.name} reads the column {column!r}, which {store.name} does not"
                         f" have; it has: {columns}"
                     )
+        if loss.weight:
+            self._check_weights(loss.weight)
         if "scores" not in loss.reads:
             return None
         scores = self.pair_scores() if self.kind == "pairs" else [self._target_scores()]
@@ -98,6 +133,24 @@ class PreferenceData:
             return None
         chosen, rejected = map(torch.from_numpy, scores)
         return loss.inspect_scores(chosen, rejected, ExampleNames(self, range(len(self))))
+
+    def _check_weights(self, column: str) -> None:
+        """Raise DataError unless the weights of the pairs are finite and at least 0, and some
+        above."""
+        weights = np.concatenate([np.asarray(store.columns[column]) for store in self.stores])
+        bad = np.flatnonzero(~(np.isfinite(weights) & (weights >= 0)))
+        if len(bad):
+            place = self.describe(int(bad[0]))
+            raise DataError(
+                f"loss.weight={column}: {place} has the weight {weights[bad[0]]:g}; weights must be"
+                " finite and at least 0"
+            )
+        if not weights.any():
+            place = self.stores[0].name
+            raise DataError(
+                f"loss.weight={column}: all weights of {place} are 0, so nothing would be learned;"
+                " set loss.weight=null"
+            )
 
     def pair_scores(self) -> tuple[np.ndarray, np.ndarray]:
         """Scores of the chosen and of the rejected responses, (pairs,) each; NaN where the data

@@ -35,7 +35,8 @@ logger = logging.getLogger(__name__)
 class Evaluator:
     """Measures a policy on the held-out examples `data`.
 
-    rewards: score samples, by name. The reference does not change, so it is sampled only once.
+    rewards: score samples, by name. The initial reference does not change, so it is sampled only
+    once.
     """
 
     def __init__(
@@ -53,18 +54,25 @@ class Evaluator:
         self._reference_samples: dict[Sampling, Samples] = {}
 
     def evaluate(
-        self, policy: Scorer, reference: Scorer | None, layout: Layout, *, examples: int
+        self,
+        policy: Scorer,
+        reference: Scorer | None,
+        layout: Layout,
+        *,
+        initial_reference: Scorer | None,
+        examples: int,
     ) -> dict[str, float]:
         """Held-out losses, and means over samples if the run draws some.
 
-        The samples are appended to samples.jsonl. examples: number of examples that the policy has
-        learned from, a column of the samples.
+        reference: the one that the loss reads. initial_reference: the one that is sampled too, and
+        that KL is measured to. The samples are appended to samples.jsonl. examples: number of
+        examples that the policy has learned from, a column of the samples.
         """
         values = self.held_out_losses(policy, reference, layout)
         if draws_samples(self.settings, self.loss):
             rows, means = self.sample(
                 policy,
-                reference,
+                initial_reference,
                 layout,
                 n=self.settings.n_eval_model_samples,
                 temperature=self.settings.temperature,

@@ -128,15 +128,16 @@ def build_policy(
 
 
 def build_reference(
-    config, policy: Scorer, *, training: bool, place: Place | None = None
+    config, policy: Scorer, *, training: bool, place: Place | None = None, own: bool = False
 ) -> Scorer:
-    """The frozen reference. For a LoRA policy it is the same model with the adapter disabled.
+    """The reference, without gradients. For a LoRA policy it is the same model with the adapter
+    disabled, unless `own` asks for a model of its own.
 
     Its weights are those of `reference_archive`; without it, those of `archive` in training, where
     the policy starts, and those of `name_or_path` otherwise.
     """
     archive = config.reference_archive or (config.archive if training else None)
-    if hasattr(policy.model, "peft_config") and not config.reference_archive:
+    if shares_weights(config, policy) and not own:
         reference = Scorer(policy.model, adapter_off=True, autocast=policy.autocast)
         reference.enter = policy.enter
         reference.placed_on, reference.mixed = policy.placed_on, policy.mixed
@@ -149,6 +150,11 @@ def build_reference(
     model.requires_grad_(False)
     scorer = Scorer(model, autocast=_autocast(config))
     return _ready(scorer, False, place, dtype_of(config.reference_dtype), config)
+
+
+def shares_weights(config, policy: Scorer) -> bool:
+    """Whether the reference is the policy with its LoRA adapter disabled."""
+    return hasattr(policy.model, "peft_config") and not config.reference_archive
 
 
 def _with_archive(

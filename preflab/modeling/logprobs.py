@@ -120,6 +120,11 @@ class Scorer:
         scale /= getattr(config, "logits_scaling", None) or 1.0  # Granite
         return LogitStep(scale, getattr(config, "final_logit_softcapping", None) or None)  # Gemma
 
+    @torch.no_grad()
+    def token_logps(self, batch: Batch) -> Tensor:
+        """Log-probs of the scored tokens of a batch, (T,), without gradient."""
+        return self.run(lambda: _score_tokens(self, batch, _Extras())).logps
+
     def plain_head(self) -> tuple[Tensor, Tensor | None] | None:
         """Weight (V, H) and bias (V,) of the LM head where logits are one linear layer with
         unsharded weights, and then `logit_step`; else None."""
@@ -235,7 +240,8 @@ def score_responses(
     """Log-probs of every response token, under the policy (with gradient, if enabled) and the
     reference (without).
 
-    reference: does not run where the batch has its log-probs already. kl: full-vocabulary KL at
+    reference: does not run where the batch has its log-probs already; without `kl`, anything with
+    `token_logps`. kl: full-vocabulary KL at
     each scored position, with gradient through the policy: "reference||policy" (TDPO) or
     "policy||reference" (evaluation of samples); needs `reference`. entropy: of the policy's
     distribution at each scored position, in nats, without gradient. collision: the log of the
@@ -247,10 +253,7 @@ def score_responses(
         with torch.no_grad():
             reference_hidden = reference.run(lambda: reference.hidden(batch, batch.positions))
     elif reference is not None and reference_token_logps is None:
-        with torch.no_grad():
-            reference_token_logps = reference.run(
-                lambda: _score_tokens(reference, batch, _Extras())
-            ).logps
+        reference_token_logps = reference.token_logps(batch)
     extras = _Extras(kl, entropy, collision, reference if kl else None, reference_hidden)
     tokens = policy.run(lambda: _score_tokens(policy, batch, extras))
     if kl is not None:

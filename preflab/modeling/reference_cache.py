@@ -1,4 +1,4 @@
-"""Log-probs of the frozen reference: computed once for each response, stored on disk, and shared by
+"""Log-probs of a frozen reference: computed once for each response, stored on disk, and shared by
 all runs with the same reference and data.
 
 The log-probs of one token store under one reference are a folder under `cache_dir`/reference, named
@@ -46,16 +46,18 @@ SPOT_CHECKS = 4
 
 @dataclass(frozen=True)
 class ReferencePlan:
-    """How a run uses the frozen reference.
+    """How a run uses the reference.
 
     cached: training steps read its log-probs from disk. built: its model is loaded, to run in
     training steps or to draw samples. not_cached_because: the reason where training steps run it,
-    else empty.
+    else empty. moves: it follows the policy. compared: evaluations sample from the initial one.
     """
 
     cached: bool
     built: bool
     not_cached_because: str = ""
+    moves: bool = False
+    compared: bool = False
 
 
 def plan_reference(
@@ -66,18 +68,22 @@ def plan_reference(
     cache: bool | str,
     from_scratch: bool,
     draws_samples: bool,
+    update: str = "frozen",
 ) -> ReferencePlan:
     """How a run with a loss that reads `reads` uses the reference.
 
-    function, cache, from_scratch: the settings `function`, `reference.cache` (true, false or auto)
-    and `model.from_scratch`. draws_samples: whether its evaluations sample from the reference.
-    Raises ConfigError for `reference.cache=true` where the log-probs cannot be cached.
+    function, cache, from_scratch, update: the settings `function`, `reference.cache` (true, false
+    or auto), `model.from_scratch` and `reference.update`. draws_samples: whether its evaluations
+    sample from the reference. Raises ConfigError for `reference.cache=true` where the log-probs
+    cannot be cached.
     """
     if function == "eval":
         return ReferencePlan(cached=False, built=draws_samples)
     if not any(NEEDS[name].reference for name in reads):
         return ReferencePlan(cached=False, built=False)
-    obstacle = _obstacle(reads, loss_name, function, from_scratch)
+    moves = update != "frozen"
+    obstacle = f"reference.update={update} changes the reference" if moves else ""
+    obstacle = obstacle or _obstacle(reads, loss_name, function, from_scratch)
     if obstacle and cache is True:
         raise ConfigError(
             f"reference.cache=true: {obstacle}, so its log-probs cannot be cached; use"
@@ -85,7 +91,7 @@ def plan_reference(
         )
     if obstacle or cache is False:
         reason = obstacle or "reference.cache=false"
-        return ReferencePlan(cached=False, built=True, not_cached_because=reason)
+        return ReferencePlan(False, True, reason, moves, compared=draws_samples)
     return ReferencePlan(cached=True, built=draws_samples)
 
 

@@ -45,7 +45,7 @@ class Need:
     alone for a model with a scalar head; batch is a `Batch`. made_up: `f(draw)` returns it for a
     made-up side, from a `MadeUp`. source: "text" comes from log-probs, "head" from a scalar head,
     "data" from the batch alone. score_options: further arguments that `score_responses` needs.
-    reference: whether the frozen reference takes part.
+    reference: whether the reference takes part.
     """
 
     name: str

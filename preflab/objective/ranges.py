@@ -4,7 +4,7 @@ import inspect
 import math
 import types
 import typing
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from types import SimpleNamespace
 from typing import Annotated, Any, Literal
@@ -45,6 +45,13 @@ Positive = Between(0, math.inf, "()")
 NonNegative = Between(0, math.inf)
 
 
+@dataclass(frozen=True)
+class Prepare:
+    """The function gets `prepare(key, value)` of what is set; key names it in messages."""
+
+    prepare: Callable[[str, Any], Any]
+
+
 def settings_of(function: Callable) -> dict[str, inspect.Parameter]:
     """The keyword-only parameters of a function, which are its settings, by name."""
     parameters = inspect.signature(function).parameters.values()
@@ -74,6 +81,16 @@ def annotations_of(function: Callable) -> dict[str, Any]:
             f" annotation that cannot be evaluated ({error}); import what it names at the top of"
             " the file, outside of `if TYPE_CHECKING`"
         ) from error
+
+
+def prepared(function: Callable, settings: Mapping[str, Any]) -> dict[str, Any]:
+    """Those of the settings of a loss that are annotated with `Prepare`, prepared."""
+    return {
+        key: extra.prepare(f"loss.{key}", settings[key])
+        for key, annotation in annotations_of(function).items()
+        for extra in getattr(annotation, "__metadata__", ())
+        if isinstance(extra, Prepare) and key in settings
+    }
 
 
 def expected(annotation: Any, value: Any) -> str | None:

@@ -9,26 +9,33 @@ import torch
 from torch import Tensor
 
 from preflab.objective.needs import MadeUp
-from preflab.objective.ranges import NonNegative, annotations_of, expected, settings_of
+from preflab.objective.ranges import (
+    NonNegative,
+    annotations_of,
+    expected,
+    prepared,
+    settings_of,
+)
 from preflab.objective.types import NEEDS, LossOutput, Pair, Side, Target, needs_of
 from utils import ConfigError, load_module, nearest
 
 EXAMPLES = ("pairs", "targets", "responses")
 # Keys of the `loss` group that belong to every loss and are handled here, not by the function.
-COMMON_KEYS = {"name", "module", "sft_weight"}
+COMMON_KEYS = {"name", "module", "sft_weight", "weight"}
 Declared = Iterable[str] | Callable[[dict], Iterable[str]]
 
 
 @dataclass(frozen=True)
 class LossSpec:
-    """What the decorator declares. `reads` and `columns` are functions of the settings."""
+    """What the decorator declares. `reads` and `columns` are functions of the settings; `examples`
+    and `couples_batch` may be."""
 
     name: str
     function: Callable
     reads: Callable[[dict], Iterable[str]]
     columns: Callable[[dict], Iterable[str]]
-    examples: str
-    couples_batch: bool
+    examples: str | Callable[[dict], str]
+    couples_batch: bool | Callable[[dict], bool]
     inspect_scores: Callable | None
 
     @property
@@ -44,8 +51,8 @@ def register_loss(
     *,
     reads: Declared = frozenset(),
     columns: Declared = frozenset(),
-    examples: str = "pairs",
-    couples_batch: bool = False,
+    examples: str | Callable[[dict], str] = "pairs",
+    couples_batch: bool | Callable[[dict], bool] = False,
     inspect_scores: Callable | None = None,
 ) -> Callable[[Callable], Callable]:
     """Register a loss function under `loss=name`.
@@ -58,10 +65,11 @@ def register_loss(
     `eval_batch_size` and is not comparable with other sizes. inspect_scores: `f(chosen_scores,
     rejected_scores, names, **settings) -> str`, called once with the scores of all training pairs
     before a model loads; it raises on data that the loss cannot use and returns a line to print.
+    examples and couples_batch may be functions of the settings, too.
 
     A setting is a keyword-only parameter; its annotation says what is accepted (see `ranges`).
     """
-    if examples not in EXAMPLES:
+    if not callable(examples) and examples not in EXAMPLES:
         raise ValueError(
             f"register_loss({name!r}): examples={examples!r}; accepted: {', '.join(EXAMPLES)}"
         )
@@ -97,18 +105,26 @@ def _source(function: Callable) -> tuple[str, str]:
 class BoundLoss:
     """A loss with its settings, ready to call: `BoundLoss(pair) -> LossOutput`.
 
+    sft_weight: of the likelihood that is added to it. weight: the column of the data by which the
+    loss of each pair is multiplied; None for none.
+
     Calling it changes neither the loss nor its input. A loss with means over the steps has them in
     `running`, which moves by `keep` alone.
     """
 
-    def __init__(self, spec: LossSpec, settings: dict, sft_weight: float = 0.0):
+    def __init__(
+        self, spec: LossSpec, settings: dict, sft_weight: float = 0.0, weight: str | None = None
+    ):
+        def declared(value: Any) -> Any:
+            return value(settings) if callable(value) else value
+
         self.name = spec.name
-        self.examples = spec.examples
-        self.couples_batch = spec.couples_batch
+        self.examples = declared(spec.examples)
+        self.couples_batch = declared(spec.couples_batch)
         self.settings = settings
-        self.sft_weight = sft_weight
+        self.sft_weight, self.weight = sft_weight, weight
         self.reads = frozenset(spec.reads(settings)) | ({"lengths"} if sft_weight else frozenset())
-        self.columns = frozenset(spec.columns(settings))
+        self.columns = frozenset(spec.columns(settings)) | ({weight} if weight else frozenset())
         _check_reads(spec.name, self.reads)
         self._spec = spec
         self.running: dict[str, Tensor] = {}
@@ -121,11 +137,17 @@ class BoundLoss:
         return self._spec.inspect_scores(chosen_scores, rejected_scores, names, **self.settings)
 
     def __call__(self, data: Pair | Target) -> LossOutput:
-        output = self._spec.function(replace(data, running=self.running), **self.settings)
-        if not self.sft_weight:
-            return output
-        likelihood = self.sft_weight * data.chosen.policy_logps / data.chosen.lengths
-        return replace(output, losses=output.losses - likelihood)
+        return self.after(data, self.running)
+
+    def after(self, data: Pair | Target, running: Mapping[str, Tensor]) -> LossOutput:
+        """The loss where `running` are the means over the steps so far."""
+        output = self._spec.function(replace(data, running=running), **self.settings)
+        losses = output.losses
+        if self.sft_weight:
+            losses = losses - self.sft_weight * data.chosen.policy_logps / data.chosen.lengths
+        if self.weight:
+            losses = losses * data.columns[self.weight]
+        return replace(output, losses=losses)
 
     def keep(self, output: LossOutput) -> None:
         """Take over the running means that a training batch led to, once its step was taken."""
@@ -172,14 +194,33 @@ def bind_loss(config: Mapping) -> BoundLoss:
     settings = {key: value for key, value in config.items() if key not in COMMON_KEYS}
     sft_weight = config.get("sft_weight") or 0.0
     _check_settings(spec, settings, sft_weight)
-    if sft_weight and (spec.examples != "pairs" or "scalar_head" in spec.reads(settings)):
+    settings |= prepared(spec.function, settings)
+    weight = config.get("weight")
+    loss = BoundLoss(spec, settings, sft_weight, weight)
+    if sft_weight and (loss.examples != "pairs" or "scalar_head" in loss.reads):
         raise ConfigError(
             f"loss.sft_weight={sft_weight} mixes in a likelihood, which loss={name} does not have;"
             " set it to 0"
         )
-    loss = BoundLoss(spec, settings, sft_weight)
+    if weight is not None:
+        _check_weight(loss)
     _try_out(loss)
     return loss
+
+
+def _check_weight(loss: BoundLoss) -> None:
+    """A column of weights is named, and belongs to a loss that is a mean over pairs."""
+    if not isinstance(loss.weight, str) or not loss.weight:
+        raise ConfigError(
+            f"loss.weight={loss.weight!r} must be the name of a column of the data, or null"
+        )
+    reason = ""
+    if loss.examples != "pairs":
+        reason = "is a loss of single responses, and columns of numbers belong to pairs"
+    elif loss.couples_batch:
+        reason = "couples the pairs of a batch, so that no pair has a loss of its own to weight"
+    if reason:
+        raise ConfigError(f"loss.weight={loss.weight}: loss={loss.name} {reason}; set it to null")
 
 
 def _check_settings(spec: LossSpec, settings: Mapping[str, Any], sft_weight: Any) -> None:

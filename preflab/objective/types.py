@@ -33,7 +33,7 @@ class Side:
         Tensor | None,
         Need(
             "reference",
-            "log-probs under the frozen reference",
+            "log-probs under the reference",
             take=lambda scores, batch: scores.reference_logps,
             made_up=lambda draw: draw.normal() - 4,
             reference=True,

@@ -2,11 +2,9 @@
 
 from collections.abc import Mapping
 
-from omegaconf import OmegaConf
-
 from preflab.objective.registry import BoundLoss, bind_loss
 from preflab.rewards.registry import REWARDS
-from preflab.settings.keys import CONFIG_DIR
+from preflab.settings.load import with_loss_defaults
 from preflab.settings.schema import Settings
 from preflab.settings.values import exists
 from utils import ConfigError
@@ -86,7 +84,4 @@ def discriminator_loss(settings: Settings) -> BoundLoss:
             f"online.discriminator={given} is neither a loss nor {{name: LOSS, setting: value}};"
             " such as bradley_terry, or {name: dpo, beta: 0.1}"
         )
-    given = {"name": given} if isinstance(given, str) else given
-    path = CONFIG_DIR / "loss" / f"{given['name']}.yaml"
-    defaults = OmegaConf.load(path) if path.is_file() else {}
-    return bind_loss(OmegaConf.to_container(OmegaConf.merge(defaults, given), resolve=True))
+    return bind_loss(with_loss_defaults(given))

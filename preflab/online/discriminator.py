@@ -62,6 +62,8 @@ def _own_settings(settings: Settings, loss: BoundLoss):
         gradient_accumulation_steps=1,
         sample_during_eval=False,
         profile_steps=None,
+        # what is set is for the policy
+        reference={"update": "frozen", "every": None, "rate": None, "past": None},
     )
 
 

@@ -28,6 +28,7 @@ class PromptLoader:
             seed=settings.seed,
             n_epochs=None,
             n_examples=2**62,  # never reached: online.rounds ends the run
+            mixture=data.mixture,
         )
 
     def __next__(self) -> list[PromptToSample]:
@@ -44,15 +45,16 @@ class PromptLoader:
 
 
 def build_sampler(settings: Settings, learner: Learner) -> Scorer:
-    """The model of `online.sampler`: the learning policy, the reference, or a model of an archive.
+    """The model of `online.sampler`: the learning policy, the initial reference, or a model of an
+    archive.
 
     Only the policy changes during the run.
     """
     source = settings.online.sampler
     if source is None:
         return learner.policy
-    if source == "reference" and learner.reference is not None:
-        return learner.reference
+    if source == "reference" and learner.initial_reference is not None:
+        return learner.initial_reference
     model = settings.model
     archive = (model.reference_archive or model.archive) if source == "reference" else source
     return build_policy(changed(model, archive=archive), trainable=False, place=learner.place)

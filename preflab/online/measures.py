@@ -83,7 +83,7 @@ class RoundMeasures:
 
     def _kl(self, rollouts: Rollouts) -> dict[str, list[float]]:
         learner = self.learner
-        if learner.reference is None:
+        if learner.initial_reference is None:
             return {}
         prompts, responses = [], []
         for prompt, of_prompt in zip(rollouts.prompt_tokens, rollouts.tokens, strict=True):
@@ -91,7 +91,7 @@ class RoundMeasures:
             responses += of_prompt
         measured = measure_samples(
             learner.policy,
-            learner.reference,
+            learner.initial_reference,
             prompts,
             responses,
             self.settings.eval_batch_size,

@@ -179,6 +179,7 @@ class OnlineTrainer:
         with self.timed("measuring"):
             values = self.measures.measure(rollouts, labels, scores)
         with self.timed("learning"):
+            self.learner.reference_update.before_round(number)
             n_pairs = self._learn(rollouts, labels, bar)
         n_ties = len(rollouts) - n_pairs
         counts = {"round": number, "online/pairs": n_pairs, "online/ties": n_ties}

@@ -2,6 +2,7 @@
 
 import os
 import re
+from collections.abc import Collection
 from pathlib import Path
 
 from preflab.readers.fields import items, number, present, text, type_and_value
@@ -93,10 +94,14 @@ class UserPairs(Reader):
                 f"prompt_template={self.template!r} must have one {{prompt}} or {{question}}, where"
                 " the text of the data goes, as in 'Question: {question}\\n\\nAnswer: '"
             )
+        ours = {theirs: ours for ours, theirs in options.columns.items()}
+        self.numbers = {name: ours.get(name, name) for name in options.numbers}
         rows = self._open(split, options)
         self.all_text = rows.all_text
         if rows.n:
-            self._find_form(self._fields(rows.read(0), rows.where(0)), rows.where(0))
+            first = self._fields(rows.read(0), rows.where(0))
+            self._find_form(first, rows.where(0))
+            self._check_numbers(first, rows.where(0), options.numbers)
         return rows
 
     def _open(self, split: str, options: Options) -> Rows:
@@ -125,7 +130,8 @@ class UserPairs(Reader):
         row = {key: value for key, value in row.items() if key not in taken} | renamed
         if not self.all_text:
             return row
-        return {key: parse_cell(value, key, where) for key, value in row.items()}
+        numbers = (*CSV_NUMBERS, *self.numbers.values())
+        return {key: parse_cell(value, key, where, numbers) for key, value in row.items()}
 
     def _find_form(self, row: dict, where: str) -> None:
         for form, columns in FORMS.items():
@@ -150,8 +156,25 @@ class UserPairs(Reader):
         self.merges = self.form != "targets"
         self.only_prompts = self.form in PROMPT_FORMS
 
+    def _check_numbers(self, row: dict, where: str, wanted: dict[str, str]) -> None:
+        """The form has pairs, and the first row the further numbers that are wanted of each."""
+        for name, reader in wanted.items():
+            if self.form not in (*PAIR_FORMS, *PROMPT_FORMS):
+                raise DataError(
+                    f"{where}: {reader} reads a number of each pair from the column {name!r}, and"
+                    " these rows are no pairs; give prompt, chosen and rejected"
+                )
+            if self.form in PAIR_FORMS and self.numbers[name] not in row:
+                raise DataError(
+                    f"{where}: no column {name!r}, which {reader} reads; columns:"
+                    f" {', '.join(map(str, row))}"
+                )
+
     def prompt(self, row, where):
         row = self._fields(row, where)
+        if self.form in PAIR_FORMS:
+            for key in self.numbers.values():
+                number(row, key, where)
         if self.form in PAIR_FORMS and row.get("magnitude") is not None:
             number(row, "magnitude", where)
         if self.form == "pairs":
@@ -246,6 +269,8 @@ class UserPairs(Reader):
         columns = {}
         if any(row.get("magnitude") is not None for row in rows):
             columns["magnitude"] = [number(row, "magnitude", source) for row in rows]
+        for name, key in self.numbers.items():
+            columns[name] = [number(row, key, source) for row in rows]
         return pairs_record(prompt, pairs, source, columns, scores)
 
 
@@ -270,10 +295,10 @@ def _no_such_path(path: Path) -> DataError:
     return DataError(f"{path}: no such file or folder; in {folder}: {list_folder(folder)}")
 
 
-def parse_cell(value: str, key: str, where: str):
+def parse_cell(value: str, key: str, where: str, numbers: Collection[str] = CSV_NUMBERS):
     """A cell of a CSV file as the number or the JSON list that its column takes, else its text,
-    which the reader may refuse."""
-    if key in CSV_NUMBERS:
+    which the reader may refuse. numbers: the columns of numbers."""
+    if key in numbers:
         try:
             return float(value)
         except ValueError:

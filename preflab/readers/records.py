@@ -51,6 +51,7 @@ class Record:
 class Options:
     """Reading options: the keys of config.yaml of the same names, `columns` is dataset_columns.
 
+    numbers: further columns with a number of each pair, and which setting reads each.
     seed: draws the pairs of pairing=random in the train split; the test split uses HELD_OUT_SEED.
     """
 
@@ -64,6 +65,7 @@ class Options:
     columns: dict = field(default_factory=dict)
     prompt_template: str | None = None
     train_on: str = "last"
+    numbers: dict[str, str] = field(default_factory=dict)
 
 
 class Skip(Exception):  # noqa: N818  control flow of readers, not an error
@@ -144,6 +146,8 @@ class Source:
             shaping.append(options.prompt_template)
         if options.train_on != "last":
             shaping.append(options.train_on)
+        if options.numbers:
+            shaping.append(["numbers", *sorted(options.numbers)])
         if options.train_split or options.test_split:
             shaping.append([options.train_split, options.test_split])
         return content_hash(json.dumps(shaping), self.rows.fingerprint)

@@ -35,12 +35,13 @@ def summary_rows(summary: dict) -> list[tuple[str, str]]:
         return plus_minus(summary.get(name), summary.get(f"{name}_se"), digits)
 
     reward = f" ({summary['reward']})" if summary.get("reward") else ""
+    reference = "initial reference" if summary.get("reference_update") else "reference"
     rate, examples = summary.get("pairs_per_second"), summary.get("examples")
     return [
-        (f"reward of the reference's samples{reward}", with_error("reference_reward")),
+        (f"reward of the {reference}'s samples{reward}", with_error("reference_reward")),
         (f"reward of the policy's samples{reward}", with_error("policy_reward")),
         ("gain, paired by prompt", with_error("reward_gain")),
-        (f"KL to the reference{_along(summary)} (nats)", with_error("kl", digits=2)),
+        (f"KL to the {reference}{_along(summary)} (nats)", with_error("kl", digits=2)),
         ("eval accuracy", plus_minus(summary.get("eval_accuracy"))),
         ("eval loss", plus_minus(summary.get("eval_loss"), digits=4)),
         ("pairs/s in training", f"{rate:.1f}" if rate else "-"),

@@ -1,11 +1,13 @@
 """From a composed config to `Settings`."""
 
 import dataclasses
+from collections.abc import Mapping
 from typing import Any
 
 from omegaconf import DictConfig, OmegaConf, read_write
 from omegaconf.errors import OmegaConfBaseException
 
+from preflab.settings.keys import load_yaml, option_file
 from preflab.settings.overrides import check_keys
 from preflab.settings.schema import RULES, Settings, parse_entry, parse_value
 from utils import ConfigError
@@ -19,7 +21,23 @@ def load_settings(config: DictConfig) -> Settings:
     functions that they name say what they hold.
     """
     check_keys(config)
-    return _load(Settings, _plain(config), "")
+    settings = _load(Settings, _plain(config), "")
+    if isinstance(parts := settings.loss.get("parts"), list):
+        complete = [with_loss_defaults(part) for part in parts]
+        return dataclasses.replace(settings, loss=settings.loss | {"parts": complete})
+    return settings
+
+
+def with_loss_defaults(given: Any) -> Any:
+    """The settings of a loss that is named inside of another setting, by a name or {name: NAME,
+    setting: value}: what is not given is that of config/loss/NAME.yaml. What names no loss there
+    stays as it is."""
+    settings = {"name": given} if isinstance(given, str) else given
+    if not isinstance(settings, Mapping):
+        return given
+    path = option_file("loss", str(settings.get("name")))
+    defaults = OmegaConf.to_container(load_yaml(path), resolve=True) if path else {}
+    return {**defaults, **settings}
 
 
 def _plain(config: DictConfig) -> dict[str, Any]:

@@ -16,6 +16,7 @@ OUR_KEYS = {
     "beta": "loss.beta",
     "label_smoothing": "loss.label_smoothing",
     "loss_type": "loss",
+    "loss_weights": "loss",
     "num_train_epochs": "n_epochs",
     "num_epochs": "n_epochs",
     "epochs": "n_epochs",
@@ -82,6 +83,9 @@ OUR_KEYS = {
     "main_process_port": "fsdp_port",
     "master_port": "fsdp_port",
     "precompute_ref_log_probs": "reference.cache",
+    "sync_ref_model": "reference.update",
+    "ref_model_mixup_alpha": "reference.rate",
+    "ref_model_sync_steps": "reference.every",
     "reward_model_path": "reward.path",
     "deepspeed": "trainer",
     "fsdp": "trainer",
@@ -106,6 +110,7 @@ NOTES = {
     "function": "train or eval",
     "layout": "layout=packed has no padding",
     "reference.cache": "true computes the reference's log-probs once",
+    "reference.update": "hard or ema, with reference.every and reference.rate",
     "datasets": "a list in brackets, such as datasets=[hh]",
 }
 

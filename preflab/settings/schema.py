@@ -24,6 +24,7 @@ from preflab.settings.value_types import (
     Refused,
     Text,
     ValueType,
+    Weighted,
     nullable,
     shown,
 )
@@ -154,7 +155,13 @@ class ModelSettings:
 
 @dataclass(frozen=True)
 class ReferenceSettings:
-    cache: str | bool = setting(AUTO)
+    cache: str | bool = setting(AUTO, may_change=ALWAYS)
+    update: str = setting(Choice(("frozen", "hard", "ema", "round")))
+    every: int | None = setting(COUNT, null=True)
+    rate: float | None = setting(Number(above=0, most=1), null=True)
+    past: list[float] | None = setting(
+        ListOf(Number(above=0, most=1), may_be_empty=False), null=True
+    )
 
 
 @dataclass(frozen=True)
@@ -215,8 +222,10 @@ class RunSettings:
 class DataSettings:
     """Data."""
 
-    datasets: list[str] = setting(
-        ListOf(PATH, may_be_empty=False), hint="such as datasets=[hh] or datasets=[hh,shp]"
+    datasets: list[str | dict] = setting(
+        ListOf(Either((PATH, Weighted(PATH))), may_be_empty=False),
+        hint="such as datasets=[hh], datasets=[hh,shp] or"
+        ' "datasets=[{name: hh, weight: 0.3}, {name: shp, weight: 0.7}]"',
     )
     dataset_module: str | None = setting(MODULE, null=True)
     data_dir: str = setting(PATH, may_change=ALWAYS)
@@ -334,7 +343,7 @@ class Settings(
     )
     dataset_columns: ColumnSettings = group()
     online: OnlineSettings = group()
-    reference: ReferenceSettings = group(may_change=ALWAYS)
+    reference: ReferenceSettings = group()
     wandb: WandbSettings = group(may_change=ALWAYS, part_of_run=False)
     plan: PlanSettings = group(may_change=ALWAYS, part_of_run=False)
 

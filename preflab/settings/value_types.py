@@ -216,6 +216,22 @@ class Mapping:
 
 
 @dataclass(frozen=True)
+class Weighted:
+    """{name: NAME, weight: NUMBER}: a name with its share of a mixture."""
+
+    name: ValueType
+
+    def __str__(self) -> str:
+        return "{name: NAME, weight: NUMBER} with a weight above 0"
+
+    def parse(self, value: Any) -> dict[str, Any]:
+        if not isinstance(value, dict) or set(value) != {"name", "weight"}:
+            raise Refused
+        weight = Number(above=0).parse(value["weight"])
+        return {"name": self.name.parse(value["name"]), "weight": weight}
+
+
+@dataclass(frozen=True)
 class Day:
     """A date as YYYY-MM-DD."""
 

@@ -4,6 +4,8 @@ import dataclasses
 from pathlib import Path
 from typing import Any
 
+from utils import ConfigError
+
 
 def exists(path: str) -> bool:
     try:
@@ -20,6 +22,26 @@ def changed(settings: Any, **values: Any) -> Any:
         if dataclasses.is_dataclass(before) and isinstance(value, dict):
             values[name] = changed(before, **value)
     return dataclasses.replace(settings, **values)
+
+
+def dataset_names(settings) -> list[str]:
+    """The names in `datasets`."""
+    return [entry if isinstance(entry, str) else entry["name"] for entry in settings.datasets]
+
+
+def dataset_weights(settings) -> list[float] | None:
+    """The weights in `datasets`, one for each name; None where they have none. Raises ConfigError
+    where some have one."""
+    entries = settings.datasets
+    plain = [entry for entry in entries if isinstance(entry, str)]
+    if not plain:
+        return [entry["weight"] for entry in entries]
+    if len(plain) < len(entries):
+        raise ConfigError(
+            f"datasets: {', '.join(plain)} without a weight beside data sets with one; give all of"
+            f" them a weight, such as {{name: {plain[0]}, weight: 1.0}}, or none"
+        )
+    return None
 
 
 def truncation(settings) -> dict[str, float | int | None]:

@@ -1,4 +1,4 @@
-"""What learns: a policy, its frozen reference, an optimizer, and one step.
+"""What learns: a policy, its reference, an optimizer, and one step.
 
 A trainer, an online run and a discriminator each have a learner. It knows no loop, no evaluation
 and no run folder.
@@ -41,6 +41,7 @@ from preflab.training.metrics import Sums
 from preflab.training.optimizer_state import load_optimizer, save_optimizer
 from preflab.training.optimizers import make_optimizer, trained_weights
 from preflab.training.reference import ReferenceSource
+from preflab.training.reference_update import PastPolicies, ReferenceUpdate
 from preflab.training.saved_weights import save_weights
 from preflab.training.schedules import schedule_of
 from utils import ConfigError, PrefLabError, first_line
@@ -94,7 +95,8 @@ class Learner:
         self.scalar = "scalar_head" in loss.reads  # such a model scores and writes no text
         self.counters = Counters()
         self.state_bytes: dict[str, int] = {}  # empty before the first step
-        self.reference: Scorer | None = None
+        self.reference: Scorer | PastPolicies | None = None  # the loss reads its log-probs
+        self.initial_reference: Scorer | None = None  # evaluations compare the policy with it
         self._group = None
         self.policy = build_policy(
             settings.model, scalar_head=self.scalar, checkpoint=checkpoint, place=self.place
@@ -123,7 +125,11 @@ class Learner:
 
         at_archive: start at `model.archive`, as the policy does; see `ReferenceSource.build`.
         """
-        self.reference = self._reference_source.build(at_archive=at_archive)
+        built = self._reference_source.build(at_archive=at_archive)
+        self.reference, self.initial_reference = built
+        self.reference_update = ReferenceUpdate(
+            self.settings.reference, self.policy, self.reference
+        )
 
     def cache_reference(
         self, data: dict[str, PreferenceData], needed: dict[str, np.ndarray]
@@ -145,14 +151,7 @@ class Learner:
         """
         settings, model = self.settings, self.policy.model
         self.schedule = schedule_of(settings, total_steps)
-        if settings.activation_checkpointing:
-            model.gradient_checkpointing_enable(
-                gradient_checkpointing_kwargs={"use_reentrant": False}
-            )
-            model.train()  # transformers recomputes only in training mode; dropout rates are 0
-        if settings.compile:
-            for block in find_blocks(self.policy.causal_lm, settings.model.block_name):
-                block.compile(dynamic=True)
+        _prepare_blocks(settings, self.policy)
         trained = trained_weights(model)
         self.parameters, self.parameter_names = list(trained.values()), list(trained)
         self.optimizer, self.optimized_names = make_optimizer(settings, self.policy)
@@ -227,6 +226,7 @@ class Learner:
         self.optimizer.zero_grad(set_to_none=True)
         self.counters.steps += 1
         self.counters.examples += n_examples
+        self.reference_update.after_step(self.counters.steps)
         return self._step_metrics(sums, begun, n_examples, n_tokens) | {
             "grad_norm": grad_norm,
             "lr": lr,
@@ -268,6 +268,7 @@ class Learner:
         sharded = self.placement.shards_state
         optimizer, future = {}, None
         if sharded or self.world.rank == 0:
+            self.reference_update.save(folder, self._writing_group())
             optimizer, future = save_optimizer(
                 self.optimizer, self.optimized_names, folder / "optimizer", self._writing_group()
             )
@@ -299,13 +300,10 @@ class Learner:
         optimizer has other parameters.
         """
         state = _read_state(folder / STATE)
-        load_optimizer(
-            self.optimizer,
-            self.optimized_names,
-            folder / "optimizer",
-            state["optimizer"],
-            alone=self._writing_group() is None,
-        )
+        alone = self._writing_group() is None
+        optimizer = folder / "optimizer", state["optimizer"]
+        load_optimizer(self.optimizer, self.optimized_names, *optimizer, alone=alone)
+        self.reference_update.load(folder, alone=alone)
         if "loss" in state:
             self.loss.load_state_dict(state["loss"])
         self.counters = Counters(**state["counters"])
@@ -317,6 +315,18 @@ class Learner:
         if self.placement.shards_state and self._group is None:
             self._group = torch.distributed.new_group(backend="gloo")
         return self._group
+
+
+def _prepare_blocks(settings: Settings, policy: Scorer) -> None:
+    """Activation checkpointing and compilation of a model's blocks, if asked for."""
+    if settings.activation_checkpointing:
+        policy.model.gradient_checkpointing_enable(
+            gradient_checkpointing_kwargs={"use_reentrant": False}
+        )
+        policy.model.train()  # transformers recomputes only in training mode; dropout rates are 0
+    if settings.compile:
+        for block in find_blocks(policy.causal_lm, settings.model.block_name):
+            block.compile(dynamic=True)
 
 
 def _read_state(path: Path) -> dict:

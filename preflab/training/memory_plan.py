@@ -30,6 +30,7 @@ from preflab.modeling.loading import disable_dropout, dtype_of, fuse_activations
 from preflab.modeling.logprobs import Scorer
 from preflab.modeling.model_source import model_config
 from preflab.modeling.parallelism import bind_place, data_ranks
+from preflab.modeling.reference_cache import ReferencePlan
 from preflab.settings.schema import Settings
 from preflab.training.optimizers import state_slots
 from preflab.training.reference import reference_plan
@@ -91,8 +92,8 @@ def make_plan(config: Settings, loss, data: PreferenceData) -> Plan:
         "optimizer": int(trained_bytes * state_slots(config, model)),
         "gathered weights": gathered,
     }
-    if reference_plan(config, loss).built:
-        plan.memory["reference"] = _reference_bytes(config)
+    if (uses := reference_plan(config, loss)).built:
+        plan.memory["reference"] = _reference_bytes(config, uses)
     plan.memory["activations"] = _activations(config, scalar, plan.largest_microbatch)
     if plan.one_microbatch:
         # Backward frees the activations of a layer before the next layer's gradients are there.
@@ -112,12 +113,17 @@ def _libraries(config: Settings) -> int:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 
-def _reference_bytes(config: Settings) -> int:
-    """Bytes of the reference on a rank; 0 where it is the policy without its LoRA adapter."""
-    if config.model.lora.r and not config.model.reference_archive:
+def _reference_bytes(config: Settings, uses: ReferencePlan) -> int:
+    """Bytes of the reference on a rank, and of the initial one beside a reference that moves. One
+    that is the policy without its LoRA adapter takes none."""
+    is_shared = bool(config.model.lora.r) and not config.model.reference_archive
+    past = config.reference.past or [1.0]
+    has_initial = uses.compared or not uses.moves or sum(past) < 1
+    n_models = (len(past) if uses.moves else 0) + (has_initial and not is_shared)
+    if not n_models:
         return 0
     weights, gathered = _bytes_on_a_rank(config, False, config.model.reference_dtype, lora=False)
-    return sum(size for size, _ in weights) + gathered
+    return n_models * sum(size for size, _ in weights) + gathered
 
 
 def describe(plan: Plan, gpu_gib: float | None) -> str:
@@ -170,6 +176,7 @@ def _count_data(plan: Plan, config: Settings, loss, data: PreferenceData) -> Non
         n_epochs=config.n_epochs,
         n_examples=config.n_examples,
         order=config.order,
+        mixture=data.mixture,
     )
     plan.examples, plan.steps = loader.total, loader.total_steps
     layout = Layout(_layout(config), last_tokens="scalar_head" in loss.reads)

@@ -9,6 +9,7 @@ import yaml
 
 from preflab.objective.registry import LOSSES
 from preflab.settings.schema import Settings
+from preflab.settings.values import dataset_names
 from utils import TRAINING_CONFIG
 
 # Metrics of the last evaluation that a card shows, with what they are.
@@ -35,7 +36,7 @@ def write_model_card(folder: Path, settings: Settings, step: int, metrics: dict)
 
 def _card(settings: Settings, step: int, metrics: dict) -> str:
     base, loss = _name(settings.model.name_or_path or "a random model"), settings.loss["name"]
-    data = [_name(name) for name in settings.datasets]
+    data = [_name(name) for name in dataset_names(settings)]
     head = {
         "library_name": "transformers",
         "tags": ["preflab", "preference-optimization", loss],
@@ -47,7 +48,8 @@ def _card(settings: Settings, step: int, metrics: dict) -> str:
         if metrics.get(key) is not None
     ]
     table = ["| last evaluation | |", "| --- | --- |", *results] if results else []
-    options = {key: value for key, value in settings.loss.items() if key not in ("name", "module")}
+    given = {key: value for key, value in settings.loss.items() if value is not None}
+    options = {key: value for key, value in given.items() if key not in ("name", "module")}
     lines = [
         "---",
         yaml.safe_dump(head, sort_keys=False).strip(),

@@ -63,14 +63,28 @@ def save_optimizer(
     }
     if not tensors:
         return state, None
+    if group is None:
+        write_shards(tensors, folder)
+        return state, None
+    return state, dcp.async_save(tensors, storage_writer=_writer(folder), process_group=group)
+
+
+def write_shards(tensors: dict[str, Tensor], folder: Path, group=None) -> None:
+    """Write tensors to `folder`, each rank its shards, and return when they are written.
+
+    group: a process group whose ranks all write; without one, this process writes alone. Any number
+    of ranks can read the files, by `read_shards`.
+    """
+    with _without_warnings():
+        dcp.save(
+            tensors, storage_writer=_writer(folder), process_group=group, no_dist=group is None
+        )
+
+
+def _writer(folder: Path) -> dcp.FileSystemWriter:
     # Nothing is copied ahead. torch would wait for the copies of one GPU only, and the tensors may
     # be on several; in the background its thread would open the first GPU instead of the rank's.
-    writer = dcp.FileSystemWriter(str(folder), per_thread_copy_ahead=0)
-    if group is None:
-        with _without_warnings():
-            dcp.save(tensors, storage_writer=writer, no_dist=True)
-        return state, None
-    return state, dcp.async_save(tensors, storage_writer=writer, process_group=group)
+    return dcp.FileSystemWriter(str(folder), per_thread_copy_ahead=0)
 
 
 def load_optimizer(optimizer, names: list[str], folder: Path, state: dict, *, alone: bool) -> None:
@@ -96,7 +110,7 @@ def load_optimizer(optimizer, names: list[str], folder: Path, state: dict, *, al
             requires_grad=False,
         )
     if tensors:
-        _read_shards(tensors, folder, alone)
+        read_shards(tensors, folder, alone)
     loaded = {name: dict(values) for name, values in state["small"].items()}
     for key, tensor in tensors.items():
         name, _, slot = key.rpartition("/")
@@ -108,8 +122,9 @@ def load_optimizer(optimizer, names: list[str], folder: Path, state: dict, *, al
     optimizer.load_state_dict({"state": by_index, "param_groups": groups})
 
 
-def _read_shards(tensors: dict[str, Tensor], folder: Path, alone: bool) -> None:
-    """Fill the tensors from the shards in `folder`. Raises ConfigError for damaged ones."""
+def read_shards(tensors: dict[str, Tensor], folder: Path, alone: bool) -> None:
+    """Fill the tensors from the shards in `folder`. alone: whether this process reads by itself.
+    Raises ConfigError for damaged ones."""
     reader = _Reader(str(folder))
     reader.read_metadata()  # here its errors are ours; dcp would wrap them
     try:
@@ -118,8 +133,7 @@ def _read_shards(tensors: dict[str, Tensor], folder: Path, alone: bool) -> None:
     except CheckpointException as failed:
         [(error, _), *_] = failed.failures.values()
         raise ConfigError(
-            f"{folder}: the optimizer's shards cannot be read ({first_line(error)});"
-            f" {_remedy(folder)}"
+            f"{folder}: its shards cannot be read ({first_line(error)}); {_remedy(folder)}"
         ) from failed
 
 
@@ -139,8 +153,7 @@ class _Reader(dcp.FileSystemReader):
         # A file that is damaged or hostile can fail in any way.
         except Exception as error:
             raise ConfigError(
-                f"{path} is not an index of optimizer shards ({first_line(error)});"
-                f" {_remedy(path.parent)}"
+                f"{path} is not an index of shards ({first_line(error)}); {_remedy(path.parent)}"
             ) from error
         if outside := [file for file in files if Path(file).name != file]:
             raise ConfigError(f"{path} names {outside[0]}, which is not a file beside it")

@@ -29,7 +29,7 @@ ROWS = ("metrics.jsonl", "samples.jsonl")
 class Session:
     """A learner in its run folder.
 
-    evaluator: has `evaluate(policy, reference, layout, examples=n) -> dict`. loop_state: returns
+    evaluator: has `evaluate(policy, reference, layout, ...) -> dict`. loop_state: returns
     the state of the loop for a checkpoint, numbers and plain containers. number: returns N of the
     next checkpoint `step-N`, which must grow whenever the state changes. also: further objects with
     a learner's `save` and `load`, by the folder inside a checkpoint that they are saved in.
@@ -82,6 +82,7 @@ class Session:
             learner.policy,
             learner.reference,
             learner.layout,
+            initial_reference=learner.initial_reference,
             examples=learner.counters.examples,
         )
         self.write("eval", values)

@@ -45,6 +45,7 @@ def write_summary(
         for key, value in values.items()
         if key.startswith("samples_eval/")
     }
+    update = settings.reference.update
     rate = counters.examples / counters.train_seconds if counters.train_seconds else None
     summary = {
         "finished": True,
@@ -52,6 +53,7 @@ def write_summary(
         "loss": loss_name,
         "reward": settings.reward["name"],
         **{name: samples.get(name) for name in REWARDS + KLS},
+        **({} if update == "frozen" else {"reference_update": update}),
         "eval_accuracy": values.get("rewards_eval/accuracies"),
         "eval_loss": values.get("loss/eval"),
         **{name: samples[name] for name in MEASURED if name in samples},
