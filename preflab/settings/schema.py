@@ -173,6 +173,7 @@ class OnlineSettings:
     updates_per_round: int = setting(COUNT)
     sampler: str | None = setting(PATH, null=True)
     budget: int | None = setting(Integer(0), null=True, may_change=ALWAYS)
+    oracle: str = setting(Choice(("comparisons", "scores")))
     measure_gold: str | bool = setting(AUTO, may_change=ALWAYS)
     eval_every: int = setting(COUNT, may_change=ALWAYS)
     save_every: int = setting(COUNT, may_change=ALWAYS)
