@@ -17,11 +17,12 @@ classic step.
 The classic step is that of the first DPO code, written out in `step_variants.Classic`: chosen and
 rejected as two padded copies of the prompt, the whole float32 log-softmax of both models, the
 reference run in every step. TRL runs at its defaults (in fp32) and at the best settings we know
-(reference precomputed, no activation checkpointing, fused optimizer). All use AdamW. With
---lists, a step on lists of eight scored responses is compared with one on two of them, and with all
-28 pairs of each prompt; the classic step takes half of the pairs, because 28 do not fit into 16 GiB.
-The command
-writes step-DEVICE.json, step-DEVICE.md (the table of the README) and step-DEVICE.png.
+(reference precomputed, no activation checkpointing, fused optimizer). All use AdamW.
+
+With --lists, a step on lists of eight scored responses is compared with one on two of them and with
+one on all 28 pairs of each prompt. The classic step gets half of the pairs, because it holds 20 GB
+for all. The command writes step-DEVICE.json, step-DEVICE.md (the table of the README) and
+step-DEVICE.png.
 """
 
 import argparse
