@@ -155,10 +155,14 @@ def test_a_comment_stands_above_every_key_of_config_yaml():
 # ------------------------------------------------------------------------------------------- schema
 
 
+# Keys of every loss, and of every reward, that are none of the schema.
+COMMON = {"loss.module", "loss.sft_weight", "loss.all_pairs", "reward.module"}
+
+
 def test_the_schema_and_config_yaml_have_the_same_keys():
     config = OmegaConf.load(CONFIG_DIR / "config.yaml")
     keys = {key for key in flat_keys(config) if not key.startswith(("hydra", "defaults"))}
-    assert keys - {"loss.module", "loss.sft_weight", "reward.module"} == set(RULES)
+    assert keys - COMMON == set(RULES)
 
 
 def test_every_default_is_valid_and_settings_have_the_names_of_the_config():
@@ -287,6 +291,7 @@ def test_no_value_of_any_key_leads_to_an_exception_that_is_not_ours():
     default = compose()
     parser = OverridesParser.create()
     keys = [*sorted(RULES), "loss.beta", "loss.sft_weight", "loss.name", "reward.scale"]
+    keys += ["loss.all_pairs"]
     for key, value in ((key, value) for key in keys for value in rng.sample(WRONG, 4)):
         if key in GROUPS:
             continue
