@@ -18,7 +18,7 @@ import pytest
 from conftest import ROOT, run_command
 from hydra._internal.config_loader_impl import ConfigLoaderImpl
 from hydra.core.override_parser.overrides_parser import OverridesParser
-from omegaconf import OmegaConf
+from omegaconf import OmegaConf, open_dict
 
 import list_losses  # noqa: F401  registers losses
 import losses  # noqa: F401  registers losses
@@ -33,7 +33,7 @@ from preflab.readers.records import PAIRINGS
 from preflab.rewards.registry import REWARDS, check_reward
 from preflab.settings.command_line import check_command_line
 from preflab.settings.help_text import help_text
-from preflab.settings.identity import must_match
+from preflab.settings.identity import must_match, same_settings
 from preflab.settings.keys import CONFIG_DIR, GROUPS, flat_keys, options
 from preflab.settings.load import _load, load_settings
 from preflab.settings.other_words import NOT_SETTINGS, NOTES, OUR_KEYS
@@ -468,6 +468,19 @@ def test_the_command_says_it_in_one_line_and_leaves_no_folder(tmp_path):
         assert result.returncode == 2 and told in result.stderr
         assert result.stderr.startswith("error: ") and "Traceback" not in result.stderr
         assert not folder.exists()
+
+
+def test_a_run_from_before_a_key_was_added_is_the_run_with_its_default():
+    older, now = compose(), compose()
+    for key in ("choose_responses", "loss.all_pairs", "online.oracle", "online"):
+        group, _, last = key.rpartition(".")
+        with open_dict(older):
+            del (OmegaConf.select(older, group) if group else older)[last]
+        must_match(older, now)
+        assert same_settings(older, now), key
+    with pytest.raises(ConfigError, match=r"online\.oracle was comparisons and is now scores"):
+        must_match(older, compose("online.oracle=scores"))
+    assert not same_settings(older, compose("choose_responses=stratified"))
 
 
 def test_must_match_tells_what_differs_and_lets_the_rest_change():
