@@ -59,7 +59,7 @@ OURS = {  # layout and reference.cache of our variants
 
 
 def reads(loss: str) -> set:
-    """What a loss of losses.py reads, by its declaration."""
+    """What a loss of pairs reads, by its declaration."""
     import losses  # noqa: F401  registers the losses
     from preflab.objective.registry import LOSSES
 
@@ -99,6 +99,38 @@ def make_pairs(
     ]
 
 
+def make_lists(prompt: Tokens, response: Tokens, n_prompts: int, k: int) -> list[dict]:
+    """Prompts of random words with K responses each, whose scores differ. The first responses are
+    the same for every K."""
+    rows = []
+    for i in range(n_prompts):
+        texts = make_pairs(prompt, response, 21, 1, seed=i)  # of seven responses to one prompt
+        more = make_pairs(prompt, response, 21, 1, seed=1000 + i)
+        answers = [*dict.fromkeys(t[side] for t in texts + more for side in ("rejected", "chosen"))]
+        scores = [float(j * 7 % 11) for j in range(k)]
+        rows.append({"prompt": texts[0]["prompt"], "responses": answers[:k], "scores": scores})
+    return rows
+
+
+def pairs_of(lists: list[dict]) -> list[dict]:
+    """All pairs of some lists, the higher score chosen."""
+    return [
+        {"prompt": row["prompt"], "chosen": a, "rejected": b}
+        for row in lists
+        for a, s in zip(row["responses"], row["scores"], strict=True)
+        for b, t in zip(row["responses"], row["scores"], strict=True)
+        if s > t
+    ]
+
+
+def write_rows(folder: Path, rows: list[dict]) -> None:
+    """The train and the test split of a data set."""
+    folder.mkdir()
+    for split, part in (("train", rows), ("test", rows[:1])):
+        lines = "".join(json.dumps(row) + "\n" for row in part)
+        (folder / f"{split}.jsonl").write_text(lines, encoding="utf-8")
+
+
 def make_job(
     folder: Path, model: dict, vocabulary: int, loss: str, pairs: list[dict], bf16: bool
 ) -> dict:
@@ -106,10 +138,7 @@ def make_job(
     a variant is started with."""
     folder.mkdir(parents=True)
     linear = _write_models(folder, model, vocabulary)
-    (folder / "pairs").mkdir()
-    for split, rows in (("train", pairs), ("test", pairs[:1])):
-        lines = "".join(json.dumps(row) + "\n" for row in rows)
-        (folder / "pairs" / f"{split}.jsonl").write_text(lines, encoding="utf-8")
+    write_rows(folder / "pairs", pairs)
     size = {
         "linear": linear,
         "head": vocabulary * model["n_embd"],

@@ -17,8 +17,13 @@ classic step.
 The classic step is that of the first DPO code, written out in `step_variants.Classic`: chosen and
 rejected as two padded copies of the prompt, the whole float32 log-softmax of both models, the
 reference run in every step. TRL runs at its defaults (in fp32) and at the best settings we know
-(reference precomputed, no activation checkpointing, fused optimizer). All use AdamW. The command
-writes step-DEVICE.json, step-DEVICE.md (the table of the README) and step-DEVICE.png.
+(reference precomputed, no activation checkpointing, fused optimizer). All use AdamW.
+
+With --lists, a step on lists of eight scored responses is compared with one on two of them and with
+one on all 28 pairs of each prompt. The classic step gets four of the pairs: it would hold 20 GB for
+all, in seven times the time.
+
+The command writes step-DEVICE.json, step-DEVICE.md (the table of the README) and step-DEVICE.png.
 """
 
 import argparse
@@ -43,8 +48,11 @@ from benchmarks.cases import (
     Tokens,
     flop_floor,
     make_job,
+    make_lists,
     make_pairs,
+    pairs_of,
     reads,
+    write_rows,
 )
 from benchmarks.placement import machine
 from benchmarks.step_report import draw, markdown, table
@@ -79,8 +87,14 @@ def main() -> None:
         measured: dict[tuple, dict] = {}
         for quantity in () if arguments.no_curves else GROWTH:
             save("curves", quantity, measure_curve(folder, quantity, bf16, measured))
+        if arguments.lists:
+            for n in (1, 4):
+                key = f"{n} prompts"
+                save("lists", key, measure_lists(folder / key, n, arguments.rounds, bf16))
     for case, result in results["cases"].items():
         print(table(case, result))
+    for case, result in results.get("lists", {}).items():
+        print(lists_table(case, result))
     draw(results, path.with_suffix(".png"))
     path.with_suffix(".md").write_text(markdown(results), encoding="utf-8")
 
@@ -97,6 +111,7 @@ def _parser() -> argparse.ArgumentParser:
         action="store_true",
         help="forward and backward pass in bfloat16, for hardware that has it",
     )
+    parser.add_argument("--lists", action="store_true", help="also measure lists of responses")
     parser.add_argument(
         "--no-curves", action="store_true", help="do not measure how the cost grows"
     )
@@ -146,6 +161,50 @@ def measure_case(folder: Path, name: str, rounds: int, bf16: bool) -> dict:
         "floor_seconds": flop_floor(job) / rate,
         "variants": summarise(measured, 0.02 if bf16 else 1e-4),
     }
+
+
+def measure_lists(folder: Path, n_prompts: int, rounds: int, bf16: bool) -> dict:
+    """Steps on the same prompts with 8 and with 2 responses, and on all 28 pairs of the 8; with one
+    prompt also the classic step on four of the pairs."""
+    prompt, response = LENGTHS["tldr"]
+    lists = {k: make_lists(prompt, response, n_prompts, k) for k in (8, 2)}
+    pairs = pairs_of(lists[8])
+    job = make_job(folder, MODELS["30M"], VOCABULARY, "dpo", pairs, bf16)
+    jobs = {"28 pairs, prefix_shared": (job, "prefix_shared")}
+    if n_prompts == 1:
+        jobs["4 of the pairs, classic"] = (job | {"n_pairs": 4}, "classic")
+    for k, rows in lists.items():
+        write_rows(folder / f"lists-{k}", rows)
+        more = {"loss": "plackett-luce", "data": f"lists-{k}", "n_pairs": n_prompts}
+        jobs[f"lists of {k}"] = (job | more, "prefix_shared")
+    measured: dict[str, list[dict]] = {name: [] for name in jobs}
+    for number in range(rounds):
+        names = list(jobs)
+        for name in names[number % len(names) :] + names[: number % len(names)]:
+            measured[name].append(run(*jobs[name]))
+            print(f"{name}, {measured[name][-1]['seconds']:.2f} s", file=sys.stderr)
+    base = measured["lists of 8"]
+    return {
+        name: {
+            "seconds": statistics.median(one["seconds"] for one in results),
+            "peak_memory": statistics.median(one["peak_memory"] for one in results),
+            "times_lists_of_8": statistics.median(
+                one["seconds"] / eight["seconds"] for one, eight in zip(results, base, strict=True)
+            ),
+        }
+        for name, results in measured.items()
+    }
+
+
+def lists_table(case: str, result: dict) -> str:
+    """The steps of `measure_lists`, for the terminal."""
+    lines = [f"{case}, TL;DR lengths, 30M".ljust(34) + "  seconds   MiB  times the lists of 8"]
+    lines += [
+        f"  {name:<32}{values['seconds']:>9.2f}{values['peak_memory'] / 2**20:>6.0f}"
+        f"{values['times_lists_of_8']:>8.2f}"
+        for name, values in result.items()
+    ]
+    return "\n".join(lines)
 
 
 def matmul_rate(bf16: bool) -> float:

@@ -33,7 +33,7 @@ def measure(job: dict) -> dict:
         handle = variant.optimizer.register_step_pre_hook(
             lambda *_: gradients.update(variant.gradients())
         )
-    variant.step(2)
+    variant.step(min(2, job["n_pairs"]))
     if job["gradients"]:
         handle.remove()
         torch.save(gradients, job["gradients"])
@@ -114,7 +114,7 @@ class Ours:
             f"model.name_or_path={folder / 'model'}",
             f"model.reference_archive={folder / 'reference'}",
             f"model.fsdp_policy_mp={'bfloat16' if job['bf16'] else 'null'}",
-            f"datasets=[{folder / 'pairs'}]",
+            f"datasets=[{folder / job.get('data', 'pairs')}]",
             f"loss={job['loss']}",
             f"loss.beta={BETA}",
             f"layout={layout}",

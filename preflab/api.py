@@ -27,6 +27,8 @@ FROM_THE_RUN = (
     "dataset_columns",
     "pairing",
     "min_gap",
+    "max_responses",
+    "choose_responses",
     "test_fraction",
     "train_split",
     "test_split",

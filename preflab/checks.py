@@ -170,6 +170,27 @@ def _further_numbers(loss: BoundLoss) -> dict[str, str]:
     return numbers | ({loss.weight: f"loss.weight={loss.weight}"} if loss.weight else {})
 
 
+def _reads_lists(settings: Settings, loss: BoundLoss) -> bool:
+    """Whether data are read as lists. Raises ConfigError for keys of the other way to read them."""
+    lists = loss.examples == "lists" and settings.function != "online"
+    if not lists and settings.max_responses is not None:
+        reason = f"loss={loss.name} learns from {loss.examples}"
+        if settings.function == "online":
+            reason = "function=online draws online.responses_per_prompt responses"
+        raise ConfigError(
+            f"max_responses={settings.max_responses} is for losses of lists, and {reason}; set it"
+            " to null"
+        )
+    for key, off in (("pairing", None), ("min_gap", 0)):
+        value = getattr(settings, key)
+        if lists and value != off:
+            raise ConfigError(
+                f"{key}={value} makes pairs, and this run (loss={loss.name}) learns from lists; set"
+                f" {key}={'null' if off is None else off}; max_responses selects responses"
+            )
+    return lists
+
+
 def _open_datasets(settings: Settings, loss: BoundLoss) -> dict[str, list[Source]]:
     if settings.dataset_module:
         load_module(settings.dataset_module, "dataset_module")
@@ -181,6 +202,7 @@ def _open_datasets(settings: Settings, loss: BoundLoss) -> dict[str, list[Source
                 f"datasets=[{name}]: no such file or folder; give the path of a file, the id of a"
                 " hub dataset, or a name that --help lists"
             )
+    lists = _reads_lists(settings, loss)
     options = {
         "data_dir": settings.data_dir,
         "pairing": settings.pairing,
@@ -192,6 +214,9 @@ def _open_datasets(settings: Settings, loss: BoundLoss) -> dict[str, list[Source
         "prompt_template": settings.prompt_template,
         "train_on": settings.train_on,
         "numbers": _further_numbers(loss),
+        "lists": lists,
+        "max_responses": settings.max_responses,
+        "choose_responses": settings.choose_responses,
         "columns": {
             ours: theirs for ours, theirs in vars(settings.dataset_columns).items() if theirs
         },

@@ -17,7 +17,8 @@ from omegaconf import OmegaConf
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-import losses  # noqa: F401  registers the losses
+import list_losses  # noqa: F401  registers losses
+import losses  # noqa: F401  registers losses
 import preference_datasets  # noqa: F401  registers the datasets
 from preflab.objective.registry import BoundLoss, bind_loss
 from preflab.objective.types import Pair, Side

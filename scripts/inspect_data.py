@@ -20,7 +20,8 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-import losses  # noqa: F401  registers the losses
+import list_losses  # noqa: F401  registers losses
+import losses  # noqa: F401  registers losses
 import preference_datasets  # noqa: F401  registers the datasets
 import trainers  # noqa: F401  registers the trainers
 from preflab.batching.chat import chat_of, describe_chat, set_chat

@@ -18,9 +18,10 @@ import pytest
 from conftest import ROOT, run_command
 from hydra._internal.config_loader_impl import ConfigLoaderImpl
 from hydra.core.override_parser.overrides_parser import OverridesParser
-from omegaconf import OmegaConf
+from omegaconf import OmegaConf, open_dict
 
-import losses  # noqa: F401  registers the losses
+import list_losses  # noqa: F401  registers losses
+import losses  # noqa: F401  registers losses
 import preference_datasets  # noqa: F401  registers the datasets
 import trainers  # noqa: F401  registers the trainers
 from preflab.batching.loader import ORDERS
@@ -32,7 +33,7 @@ from preflab.readers.records import PAIRINGS
 from preflab.rewards.registry import REWARDS, check_reward
 from preflab.settings.command_line import check_command_line
 from preflab.settings.help_text import help_text
-from preflab.settings.identity import must_match
+from preflab.settings.identity import must_match, same_settings
 from preflab.settings.keys import CONFIG_DIR, GROUPS, flat_keys, options
 from preflab.settings.load import _load, load_settings
 from preflab.settings.other_words import NOT_SETTINGS, NOTES, OUR_KEYS
@@ -154,10 +155,14 @@ def test_a_comment_stands_above_every_key_of_config_yaml():
 # ------------------------------------------------------------------------------------------- schema
 
 
+# Keys of every loss, and of every reward, that are none of the schema.
+COMMON = {"loss.module", "loss.weight", "loss.sft_weight", "loss.all_pairs", "reward.module"}
+
+
 def test_the_schema_and_config_yaml_have_the_same_keys():
     config = OmegaConf.load(CONFIG_DIR / "config.yaml")
     keys = {key for key in flat_keys(config) if not key.startswith(("hydra", "defaults"))}
-    assert keys - {"loss.module", "loss.sft_weight", "loss.weight", "reward.module"} == set(RULES)
+    assert keys - COMMON == set(RULES)
 
 
 def test_every_default_is_valid_and_settings_have_the_names_of_the_config():
@@ -286,6 +291,7 @@ def test_no_value_of_any_key_leads_to_an_exception_that_is_not_ours():
     default = compose()
     parser = OverridesParser.create()
     keys = [*sorted(RULES), "loss.beta", "loss.sft_weight", "loss.name", "reward.scale"]
+    keys += ["loss.all_pairs"]
     for key, value in ((key, value) for key in keys for value in rng.sample(WRONG, 4)):
         if key in GROUPS:
             continue
@@ -464,6 +470,19 @@ def test_the_command_says_it_in_one_line_and_leaves_no_folder(tmp_path):
         assert not folder.exists()
 
 
+def test_a_run_from_before_a_key_was_added_is_the_run_with_its_default():
+    older, now = compose(), compose()
+    for key in ("choose_responses", "loss.all_pairs", "online.oracle", "online"):
+        group, _, last = key.rpartition(".")
+        with open_dict(older):
+            del (OmegaConf.select(older, group) if group else older)[last]
+        must_match(older, now)
+        assert same_settings(older, now), key
+    with pytest.raises(ConfigError, match=r"online\.oracle was comparisons and is now scores"):
+        must_match(older, compose("online.oracle=scores"))
+    assert not same_settings(older, compose("choose_responses=stratified"))
+
+
 def test_must_match_tells_what_differs_and_lets_the_rest_change():
     before = compose()
     must_match(
@@ -537,7 +556,7 @@ def test_a_new_loss_is_one_function_and_one_yaml(tmp_path, imdb_dir, llama_folde
 def test_no_file_but_the_registry_and_its_yaml_knows_a_losss_name():
     names = [path.stem for path in (CONFIG_DIR / "loss").glob("*.yaml")]
     for file in ROOT.glob("*.py"):
-        if file.name not in ("losses.py", "more_losses.py"):
+        if file.name not in ("losses.py", "list_losses.py"):
             quoted = [n for n in names if re.search(rf"""["']{n}["']""", file.read_text())]
             assert not quoted, f"{file.name} names {quoted}"
 

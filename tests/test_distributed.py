@@ -79,6 +79,7 @@ GROUPS = {
         FEW,
     ),  # each with its own cache
     "scalar head": (("loss=bradley_terry", "optimizer=AdamW"), FEW),
+    "lists": (("loss=plackett-luce",), FEW),  # of four, where the pairs above are of two
     "another seed": (("loss=dpo", "seed=1"), ("one",)),  # the control: what a difference looks like
     "half": (("loss=dpo", "n_epochs=2"), FEW),  # later continued elsewhere
     "half lora": (("loss=dpo", "n_epochs=2", *LORA), FEW),

@@ -26,11 +26,12 @@ from preflab.modeling.logprobs import Scorer, score_responses
 from preflab.objective import registry, types
 from preflab.objective.ranges import Between, NonNegative, Positive, expected
 from preflab.objective.registry import LOSSES, bind_loss, made_up_batch
-from preflab.objective.types import FIELDS, NEEDS, Pair, Side, Target
+from preflab.objective.types import FIELDS, NEEDS, Pair, Ranking, Side, Target
 from preflab.settings.keys import CONFIG_DIR
 from preflab.settings.run_folder import register_resolvers
 from utils import ConfigError, DataError
 
+LOSS_FILES = ("losses", "list_losses")
 YAMLS = sorted(path.stem for path in (CONFIG_DIR / "loss").glob("*.yaml"))
 
 
@@ -762,7 +763,7 @@ def test_cpo_and_slic_without_their_likelihood_are_reference_free_dpo_and_a_hing
 
 
 def test_every_registered_loss_has_a_yaml_of_its_name_and_every_yaml_a_loss():
-    modules = ("losses", "preflab.objective.sums")
+    modules = (*LOSS_FILES, "preflab.objective.sums")
     own = {name for name, spec in LOSSES.items() if spec.function.__module__ in modules}
     assert own == set(YAMLS)
 
@@ -796,7 +797,7 @@ def test_no_other_file_names_a_loss():
     named = {
         path.relative_to(ROOT).as_posix(): losses_named_in(path.read_text(encoding="utf-8"))
         for path in files
-        if path.name != "losses.py"
+        if path.stem not in LOSS_FILES
     }
     assert {path: names for path, names in named.items() if names} == NAMED_ON_PURPOSE
 
@@ -836,7 +837,7 @@ def test_docstring_says_where_it_comes_from(name):
 def test_loss_and_gradient_are_finite_and_inputs_untouched(name, gap):
     loss = bind(name)
     data = shifted(made_up_batch(loss), gap)
-    sides = {"": data} if isinstance(data, Target) else {"w": data.chosen, "l": data.rejected}
+    sides = {"w": data.chosen, "l": data.rejected} if isinstance(data, Pair) else {"": data}
     tensors = {
         (side, f): value
         for side, values in sides.items()
@@ -860,8 +861,14 @@ def test_loss_and_gradient_are_finite_and_inputs_untouched(name, gap):
         assert all(vars(thing)[key] is value for key, value in content.items())
 
 
-def shifted(data: Pair | Target, gap: float) -> Pair | Target:
-    """The examples with this log-ratio, gap of values, or change of a log-prob."""
+def shifted(data: Pair | Target | Ranking, gap: float) -> Pair | Target | Ranking:
+    """The examples with this log-ratio, gap of values, or change of a log-prob; of lists the first
+    response."""
+    if isinstance(data, Ranking):
+        first = torch.tensor([gap, 0, 0, 0], dtype=torch.float64)
+        if data.reference_logps is None:
+            return replace(data, policy_logps=data.policy_logps - first.abs())
+        return replace(data, policy_logps=data.reference_logps + first)
     if isinstance(data, Target):
         base, by = data.policy_logps, -abs(gap)  # a log-prob is never positive
         if data.reference_logps is not None:

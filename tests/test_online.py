@@ -22,7 +22,7 @@ from preflab.distributed.signals import Stopped
 from preflab.objective.registry import LOSSES
 from preflab.online import discriminator, rounds
 from preflab.online.labelers import DiscriminatorLabels, GoldLabels, select
-from preflab.online.ledger import Ledger
+from preflab.online.ledger import Ledger, price
 from preflab.online.measures import logged_rewards
 from preflab.online.rollouts import Rollouts, best_and_worst
 from preflab.online.rounds import OnlineTrainer
@@ -197,23 +197,43 @@ def by_length(prompts, responses):
 
 
 def test_the_ledger_counts_what_was_paid_and_cannot_overspend(tmp_path):
-    ledger = Ledger(tmp_path / "labels.jsonl", 5)
+    ledger = Ledger(tmp_path / "labels.jsonl", 6)
     assert [row["scores"] for row in ledger.buy(requests_for(3), by_length)] == [
         [0.0, 1.0],
         [1.0, 2.0],
         [2.0, 3.0],
     ]
-    assert (
-        ledger.bought == 3 and ledger.affords(1) == 2 and ledger.affords(2) == 1
-    )  # the best and worst of three cost two
+    assert ledger.bought == 3 and ledger.affords(1) == 3 and ledger.affords(2) == 1
     with pytest.raises(
-        RewardError, match="3 comparisons were to be labelled and the budget has room for 2"
+        RewardError, match="4 comparisons were to be labelled and the budget has room for 3"
     ):
-        ledger.buy(requests_for(3), by_length)
-    assert ledger.buy(requests_for(1, 2, k=3), by_length)[0]["cost"] == 2
-    assert ledger.affords(1) == 0 and ledger.bought_until(1) == 3 and ledger.bought_until(2) == 5
-    again = Ledger(tmp_path / "labels.jsonl", 5)
+        ledger.buy(requests_for(4), by_length)
+    assert ledger.buy(requests_for(1, 2, k=3), by_length)[0]["cost"] == 3
+    assert ledger.affords(1) == 0 and ledger.bought_until(1) == 3 and ledger.bought_until(2) == 6
+    again = Ledger(tmp_path / "labels.jsonl", 6)
     assert again.rows == ledger.rows and again.affords(1) == 0
+
+
+def comparisons_for_best_and_worst(scores) -> int:
+    """How many comparisons it takes in pairs: the winners have the best, the losers the worst."""
+    n, pairs = 0, [scores[i : i + 2] for i in range(0, len(scores) - 1, 2)]
+    winners, losers = [max(pair) for pair in pairs], [min(pair) for pair in pairs]
+    n += len(pairs)
+    if len(scores) % 2:
+        winners, losers = [*winners, scores[-1]], [*losers, scores[-1]]
+    n += len(winners) - 1 + len(losers) - 1
+    assert (max(winners), min(losers)) == (max(scores), min(scores))
+    return n
+
+
+@pytest.mark.parametrize("k", range(2, 12))
+def test_labels_cost_what_the_oracle_has_to_be_asked(k):
+    assert price(k, "scores") == price(k, "scores", ranks=True) == k
+    assert price(k, "comparisons") == comparisons_for_best_and_worst([*range(k)])
+    # log2 of the number of orders is the least that any method needs, and up to 11 merge insertion
+    # needs no more.
+    least = math.ceil(math.log2(math.factorial(k)))
+    assert price(k, "comparisons", ranks=True) == least
 
 
 def test_a_gold_that_fails_costs_nothing(tmp_path):
@@ -356,13 +376,58 @@ def test_limits_are_kept_to_the_label(tmp_path, limits, bought):
     assert len(discriminator.learnt) == math.ceil(bought / 2) and len(labels.pairs) == 2
 
 
+@pytest.mark.parametrize(
+    "oracle, ranks, budget, cost",
+    [
+        ("comparisons", False, 20, 4),
+        ("comparisons", True, 23, 5),
+        ("scores", False, 20, 4),
+        ("scores", True, 20, 4),
+    ],
+)
+def test_gold_charges_for_pairs_and_for_lists(tmp_path, oracle, ranks, budget, cost):
+    ledger = Ledger(tmp_path / "l", budget, oracle=oracle)
+    labeller = GoldLabels(by_length, ledger, 4, ranks=ranks)
+    assert labeller.room(1) == budget // cost
+    labels = labeller.label(rollouts(1, [["a", "aaa", "aa", "aaaa"], ["b", "b", "b", "b"]]))
+    assert labels.pairs == [(3, 0), None] and labeller.bought_until(1) == 2 * cost
+
+
+def test_a_gold_tie_makes_two_responses_of_a_list_equal(tmp_path):
+    def label(**more):
+        ledger = Ledger(tmp_path / f"{more}", None)
+        labeller = DiscriminatorLabels(
+            lambda p, r: [1.0] * len(r), ledger, Longest(), Settings(relabel_every=4), 0, **more
+        )
+        return labeller.label(rollouts(1, [["a", "aaa", "aa", "aaaa"]]))
+
+    alone, listed = label(), label(ranks=True)
+    assert alone.pairs == listed.pairs == [None] and alone.scores == [[1, 3, 2, 4]]
+    assert listed.scores == [[2.5, 3, 2, 2.5]]
+    listed.pair_by_scores()
+    assert listed.pairs == [(1, 2)]
+
+
+def test_scores_of_a_pair_are_two_labels(tmp_path):
+    labeller = DiscriminatorLabels(
+        shortest,
+        Ledger(tmp_path / "l", 7, oracle="scores"),
+        Longest(),
+        Settings(relabel_every=4, relabels=2, stop_labels=5),
+        0,
+    )
+    for number in range(1, 4):
+        labeller.label(rollouts(number, [["a", "aa"], ["b", "bbb"]]))
+    assert [row["cost"] for row in labeller.ledger.rows] == [2, 2]  # a third would be six
+
+
 def test_gold_labels_of_best_and_worst(tmp_path):
-    labeller = GoldLabels(by_length, Ledger(tmp_path / "l", 5), 3)
+    labeller = GoldLabels(by_length, Ledger(tmp_path / "l", 7), 3)
     assert labeller.room(1) == 2
     labels = labeller.label(rollouts(1, [["a", "aaa", "aa"], ["b", "b", "b"]]))
     assert (
         labels.pairs == [(1, 0), None]
-        and labeller.bought_until(1) == 4
+        and labeller.bought_until(1) == 6
         and labeller.spent(2)
         and not labeller.spent(1)
     )
@@ -749,6 +814,32 @@ def test_a_sampler_that_stays_as_it_is_writes_the_same_whatever_the_policy_learn
     assert [row["responses"] for row in read_rows(c / "rollouts.jsonl")] == [
         row["responses"] for row in read_rows(d / "rollouts.jsonl")
     ]
+
+
+@pytest.mark.parametrize(
+    "more",
+    [
+        ("loss=plackett-luce", "online.budget=90"),
+        ("loss=dpo", "loss.all_pairs=true", *D2PO),
+    ],
+)
+def test_a_round_is_learned_from_as_lists(go, more):
+    folder = go("lists", "online.responses_per_prompt=4", "online.rounds=2", *more)
+    rows, rollouts = rounds_of(folder), read_rows(folder / "rollouts.jsonl")
+    usable = [len(set(row["scores"])) > 1 for row in rollouts if row["round"] == 1]
+    assert rows[0]["online/pairs"] == sum(usable) > 0
+    steps = [r for r in read_rows(folder / "metrics.jsonl") if r["split"] == "train"]
+    assert all(-1 <= row["ranking_train/kendall_tau"] <= 1 for row in steps)
+    # The order of four costs five comparisons, and a pair one.
+    each = 5 if "online.budget=90" in more else 1
+    assert {row["cost"] for row in read_rows(folder / "labels.jsonl")} == {each}
+    if each == 5:
+        return
+    # Stopped and continued, it is the same run.
+    go("half", "online.responses_per_prompt=4", "online.rounds=1", *more)
+    half = go("half", "online.responses_per_prompt=4", "online.rounds=2", *more)
+    assert same(weights(folder), weights(half))
+    assert read_rows(half / "labels.jsonl") == read_rows(folder / "labels.jsonl")
 
 
 @pytest.mark.parametrize("name", sorted(LOSSES))

@@ -120,6 +120,14 @@ def test_train_without_a_discriminator_is_opo_with_gold(client):
     }
 
 
+def test_a_service_charges_for_the_order_of_all_where_it_is_asked_for(client):
+    http, _ = client("online.responses_per_prompt=4")
+    body = request(1, 1) | {"responses": [["a", "aa", "aaa", "aaaa"]]}
+    assert http.post("/train", json=body).json()["labels_bought"] == 4
+    body = request(2, 1) | {"responses": [["b", "bb", "bbb", "bbbb"]], "ranks": True}
+    assert http.post("/train", json=body).json()["labels_bought"] == 4 + 5
+
+
 def test_a_service_of_pairs_refuses_three_before_it_asks_its_gold(client, tmp_path):
     http, _ = client()
     answer = http.post("/train", json=request(1) | {"responses": [["a", "b", "c"]] * 4})

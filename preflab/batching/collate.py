@@ -33,6 +33,8 @@ def collate(data: PreferenceData, examples: np.ndarray, layout: Layout) -> Batch
         key = _tree_key(data, store, responses)
         members.append([first_response[key] + trees[key][r] for r in responses])
     batch.chosen = torch.tensor([responses[0] for responses in members])
+    if data.kind == "lists":
+        batch.lists, batch.listed = _rectangle(members)
     if data.kind == "pairs":
         batch.rejected = torch.tensor([responses[1] for responses in members])
         batch.columns = _columns(data, examples)
@@ -41,6 +43,15 @@ def collate(data: PreferenceData, examples: np.ndarray, layout: Layout) -> Batch
     if any(store.scored is not None for store in data.stores):
         keep_scored(batch, torch.from_numpy(np.concatenate(scored)))
     return batch
+
+
+def _rectangle(lists: list[list[int]]) -> tuple[torch.Tensor, torch.Tensor]:
+    """Lists as rows of one length, (lists, longest), each with its first entry again behind its
+    end, and where they are no repetition."""
+    longest = max(map(len, lists))
+    rows = [members + members[:1] * (longest - len(members)) for members in lists]
+    sizes = torch.tensor([len(members) for members in lists])
+    return torch.tensor(rows), torch.arange(longest) < sizes[:, None]
 
 
 def _trees(

@@ -17,7 +17,8 @@ class PreferenceData:
     """One or several token stores read as one; `len(data)` counts examples.
 
     kind: what an example is. "pairs": a chosen and a rejected response. "targets": a prompt with
-    the response to imitate. "responses": a single response. "prompts": a prompt to sample for.
+    the response to imitate. "responses": a single response. "lists": all responses of a prompt,
+    which have scores. "prompts": a prompt to sample for.
     groups (examples,): the prompt of each example, numbered through all stores. mixture: the shares
     of the stores in an epoch, by `weights`; None where each example is drawn once.
     """
@@ -43,6 +44,10 @@ class PreferenceData:
             ]
         )
         self._numbers = {id(store): i for i, store in enumerate(stores)}
+        self._ends = [  # where the responses of each prompt begin and the last end
+            np.searchsorted(store.response_prompt, np.arange(len(store.prompts) + 1))
+            for store in stores
+        ]
         if not len(self):
             counts = json.dumps([store.counts for store in stores])
             raise DataError(f"datasets: {name} hold no {kind}; counts: {counts}")
@@ -92,11 +97,21 @@ class PreferenceData:
             yield store, examples[(examples >= begin) & (examples < end)] - begin
 
     def responses_of(self, example: int) -> tuple[TokenStore, list[int]]:
-        """The store and the response indices of an example: [chosen, rejected], or [target]."""
+        """The store and the response indices of an example: [chosen, rejected], [target], or those
+        of a list."""
         store, i = self.locate(example)
+        return store, self.responses_at(store, np.array([i])).tolist()
+
+    def responses_at(self, store: TokenStore, rows: np.ndarray) -> np.ndarray:
+        """The responses of examples, one example after the other, (responses,). rows: as `locate`
+        has them."""
         if self.kind == "pairs":
-            return store, [int(response) for response in store.pairs[i]]
-        return store, [int(store.targets[i])]
+            return np.asarray(store.pairs)[rows].ravel()
+        if self.kind != "lists":
+            return np.asarray(store.targets)[rows]
+        ends = self._ends[self.number_of(store)]
+        parts = [np.arange(ends[row], ends[row + 1]) for row in rows]
+        return np.concatenate([np.zeros(0, dtype=np.int64), *parts])
 
     def number_of(self, store: TokenStore) -> int:
         """The place of a store in `stores`."""
@@ -124,6 +139,8 @@ class PreferenceData:
             self._check_weights(loss.weight)
         if "scores" not in loss.reads:
             return None
+        if self.kind == "lists":
+            return self._check_lists(loss)
         scores = self.pair_scores() if self.kind == "pairs" else [self._target_scores()]
         missing = np.flatnonzero(~np.isfinite(scores).all(axis=0))
         if len(missing):
@@ -151,6 +168,24 @@ class PreferenceData:
                 f"loss.weight={column}: all weights of {place} are 0, so nothing would be learned;"
                 " set loss.weight=null"
             )
+
+    def _check_lists(self, loss) -> str | None:
+        """As `check_for`, of lists: every response has a score."""
+        chosen, rejected, examples = [], [], []
+        for example in range(len(self)):
+            store, responses = self.responses_of(example)
+            scores = np.asarray(store.scores)[responses]
+            if not np.isfinite(scores).all():
+                raise DataError(
+                    f"loss={loss.name} needs scores, but {self.describe(example)} has responses"
+                    " without one"
+                )
+            better, worse = np.nonzero(scores[:, None] > scores)
+            chosen.append(scores[better])
+            rejected.append(scores[worse])
+            examples += [example] * len(better)
+        scores = (torch.from_numpy(np.concatenate(part)) for part in (chosen, rejected))
+        return loss.inspect_scores(*scores, ExampleNames(self, examples))
 
     def pair_scores(self) -> tuple[np.ndarray, np.ndarray]:
         """Scores of the chosen and of the rejected responses, (pairs,) each; NaN where the data
@@ -220,7 +255,7 @@ def prompt_to_sample(data: PreferenceData, example: int, max_prompt_length: int)
         body = cut_prompt(prompt[head:], max_prompt_length - head, truncation)
         prompt = [*prompt[:head], *body]
     chosen = responses[0]
-    if data.kind == "responses":
+    if data.kind in ("responses", "lists"):
         chosen = _best_response(store, chosen)
     begin, end = store.responses[chosen]
     return PromptToSample(

@@ -45,6 +45,8 @@ class Batch:
     ends (responses,): the place of each response's last token, where the layout feeds it.
     lengths (responses,): in scored tokens.
     chosen, rejected (examples,): the responses of each example; rejected is None for targets.
+    lists (examples, longest list): the responses of each list, of which `chosen` is the first, with
+    that one again behind a shorter list. listed: which are no repetition. None without lists.
     scores (responses,): NaN where the data have none.
     attention_mask (rows, width): of padded rows.
     position_ids (1, width) and segments (1, 1, responses, 4): of a packed row; blocks: the segments
@@ -71,6 +73,8 @@ class Batch:
     columns: dict[str, Tensor] = field(default_factory=dict)
     examples: list[int] = field(default_factory=list)
     n_tokens: int = 0
+    lists: Tensor | None = None
+    listed: Tensor | None = None
 
     def to(self, device) -> "Batch":
         """A copy on a device; `segments` stay on the CPU, where attention reads them."""

@@ -192,8 +192,7 @@ def _responses_of(
     parts: dict[str, list[np.ndarray]] = {}
     for split, examples in needed.items():
         for store, rows in data[split].by_store(examples):
-            table = store.pairs if data[split].kind == "pairs" else store.targets
-            parts.setdefault(store.key, []).append(np.asarray(table)[rows].ravel())
+            parts.setdefault(store.key, []).append(data[split].responses_at(store, rows))
     return {key: np.unique(np.concatenate(responses)) for key, responses in parts.items()}
 
 

@@ -123,6 +123,8 @@ def token_weights(batch: Batch, n_real: int) -> Tensor:
     A text is a response of an example behind its prompt, as far as the model reads it.
     """
     members = batch.chosen[:n_real]
+    if batch.lists is not None:
+        members = batch.lists[:n_real][batch.listed[:n_real]]
     if batch.rejected is not None:
         members = torch.cat([members, batch.rejected[:n_real]])
     texts = torch.bincount(members, minlength=len(batch.lengths)).double()

@@ -12,11 +12,12 @@ from torch import Tensor
 class MadeUp:
     """Draws random float64 values for `n` examples, so that a loss can be tried before a run.
 
-    side: which responses they stand for; "single" where examples are not pairs.
+    side: which responses they stand for; "single" where examples are not pairs, "listed" those of
+    lists.
     """
 
     n: int
-    side: Literal["chosen", "rejected", "single"]
+    side: Literal["chosen", "rejected", "single", "listed"]
     generator: torch.Generator
 
     def normal(self, *shape: int) -> Tensor:
@@ -28,10 +29,11 @@ class MadeUp:
         return torch.arange(self.n).remainder(3).double() + (3 if self.side == "rejected" else 2)
 
     def scores(self) -> Tensor:
-        """Chosen above rejected, all positive; 0 and 1 in turn for single responses."""
+        """Chosen above rejected, all positive; 0 and 1 in turn for single responses. Those of lists
+        are the same as of chosen ones."""
         if self.side == "single":
             return torch.arange(self.n).remainder(2).double()
-        if self.side == "chosen":
+        if self.side in ("chosen", "listed"):
             return self.normal().abs() + 2
         return self.normal().abs().clamp(max=1) + 0.5
 

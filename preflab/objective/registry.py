@@ -16,12 +16,13 @@ from preflab.objective.ranges import (
     prepared,
     settings_of,
 )
-from preflab.objective.types import NEEDS, LossOutput, Pair, Side, Target, needs_of
+from preflab.objective.types import NEEDS, LossOutput, Pair, Ranking, Side, Target, needs_of
 from utils import ConfigError, load_module, nearest
 
-EXAMPLES = ("pairs", "targets", "responses")
+EXAMPLES = ("pairs", "targets", "responses", "lists")
 # Keys of the `loss` group that belong to every loss and are handled here, not by the function.
-COMMON_KEYS = {"name", "module", "sft_weight", "weight"}
+COMMON_KEYS = {"name", "module", "sft_weight", "weight", "all_pairs"}
+COMMON = {"sft_weight": Annotated[float, NonNegative], "all_pairs": bool}
 Declared = Iterable[str] | Callable[[dict], Iterable[str]]
 
 
@@ -59,13 +60,14 @@ def register_loss(
 
     reads: names of `NEEDS`, or a function from the settings (a dict) to them. columns: numeric data
     columns read through `pair.columns`, likewise names or a function. examples: "pairs" (the
-    function gets a `Pair`), "targets" (a `Target` with the responses to imitate) or "responses" (a
-    `Target` with any of the data's responses). couples_batch: the loss of an example depends on the
+    function gets a `Pair`), "targets" (a `Target` with the responses to imitate), "responses" (a
+    `Target` with any of the data's responses) or "lists" (a `Ranking` with all responses of each
+    prompt; their scores are always read). couples_batch: the loss of an example depends on the
     others of the batch, so a batch is not split; in evaluation it is computed over batches of
     `eval_batch_size` and is not comparable with other sizes. inspect_scores: `f(chosen_scores,
     rejected_scores, names, **settings) -> str`, called once with the scores of all training pairs
-    before a model loads; it raises on data that the loss cannot use and returns a line to print.
-    examples and couples_batch may be functions of the settings, too.
+    (of lists, every pair in them) before a model loads; it raises on data that the loss cannot use
+    and returns a line to print. examples and couples_batch may be functions of the settings, too.
 
     A setting is a keyword-only parameter; its annotation says what is accepted (see `ranges`).
     """
@@ -102,28 +104,46 @@ def _source(function: Callable) -> tuple[str, str]:
     return function.__code__.co_filename, function.__qualname__
 
 
+def _declared(value: Any, settings: dict) -> Any:
+    """What a loss declares, for its settings where it is a function of them."""
+    return value(settings) if callable(value) else value
+
+
+def _mean_logp_of_best(data: Pair | Ranking) -> Tensor:
+    """pi/n of the chosen response, or of the best of a list, (examples,)."""
+    if isinstance(data, Ranking):
+        return (data.best * data.policy_logps / data.lengths).sum(1)
+    return data.chosen.policy_logps / data.chosen.lengths
+
+
 class BoundLoss:
     """A loss with its settings, ready to call: `BoundLoss(pair) -> LossOutput`.
 
     sft_weight: of the likelihood that is added to it. weight: the column of the data by which the
-    loss of each pair is multiplied; None for none.
+    loss of each pair is multiplied; None for none. all_pairs: a loss of pairs becomes one of lists,
+    the mean over all pairs of a list.
 
     Calling it changes neither the loss nor its input. A loss with means over the steps has them in
     `running`, which moves by `keep` alone.
     """
 
     def __init__(
-        self, spec: LossSpec, settings: dict, sft_weight: float = 0.0, weight: str | None = None
+        self,
+        spec: LossSpec,
+        settings: dict,
+        sft_weight: float = 0.0,
+        weight: str | None = None,
+        all_pairs: bool = False,
     ):
-        def declared(value: Any) -> Any:
-            return value(settings) if callable(value) else value
-
         self.name = spec.name
-        self.examples = declared(spec.examples)
-        self.couples_batch = declared(spec.couples_batch)
+        self.all_pairs = all_pairs
+        self.examples = "lists" if all_pairs else _declared(spec.examples, settings)
+        self.couples_batch = _declared(spec.couples_batch, settings)
         self.settings = settings
         self.sft_weight, self.weight = sft_weight, weight
         self.reads = frozenset(spec.reads(settings)) | ({"lengths"} if sft_weight else frozenset())
+        if self.examples == "lists":
+            self.reads |= {"scores"}
         self.columns = frozenset(spec.columns(settings)) | ({weight} if weight else frozenset())
         _check_reads(spec.name, self.reads)
         self._spec = spec
@@ -136,18 +156,41 @@ class BoundLoss:
             return None
         return self._spec.inspect_scores(chosen_scores, rejected_scores, names, **self.settings)
 
-    def __call__(self, data: Pair | Target) -> LossOutput:
+    def __call__(self, data: Pair | Target | Ranking) -> LossOutput:
         return self.after(data, self.running)
 
-    def after(self, data: Pair | Target, running: Mapping[str, Tensor]) -> LossOutput:
+    def after(self, data: Pair | Target | Ranking, running: Mapping[str, Tensor]) -> LossOutput:
         """The loss where `running` are the means over the steps so far."""
-        output = self._spec.function(replace(data, running=running), **self.settings)
+        call = self._mean_over_pairs if self.all_pairs else self._spec.function
+        output = call(replace(data, running=running), **self.settings)
         losses = output.losses
         if self.sft_weight:
-            losses = losses - self.sft_weight * data.chosen.policy_logps / data.chosen.lengths
+            losses = losses - self.sft_weight * _mean_logp_of_best(data)
         if self.weight:
             losses = losses * data.columns[self.weight]
         return replace(output, losses=losses)
+
+    def _mean_over_pairs(self, ranking: Ranking, **settings: Any) -> LossOutput:
+        """The loss of pairs on all pairs of each list, and its mean over them; 0 without a pair."""
+        pair, lists = ranking.pairs()
+        output = self._spec.function(pair, **settings)
+        n_pairs = torch.bincount(lists, minlength=len(ranking.mask)).clamp(min=1)
+
+        def mean(values: Tensor) -> Tensor:
+            sums = values.new_zeros(len(n_pairs)).index_add(0, lists, values)
+            return sums / n_pairs
+
+        rewards = None
+        if output.chosen_rewards is not None:
+            # A response has one reward, in however many pairs it is.
+            _, better, worse = ranking.better.nonzero(as_tuple=True)
+            rewards = torch.zeros_like(ranking.scores)
+            rewards[lists, better] = output.chosen_rewards.detach()
+            rewards[lists, worse] = output.rejected_rewards.detach()
+        metrics = {name: mean(values) for name, values in output.metrics.items()}
+        return LossOutput(
+            mean(output.losses), metrics=metrics, running=output.running, rewards=rewards
+        )
 
     def keep(self, output: LossOutput) -> None:
         """Take over the running means that a training batch led to, once its step was taken."""
@@ -193,11 +236,23 @@ def bind_loss(config: Mapping) -> BoundLoss:
     spec = LOSSES[name]
     settings = {key: value for key, value in config.items() if key not in COMMON_KEYS}
     sft_weight = config.get("sft_weight") or 0.0
-    _check_settings(spec, settings, sft_weight)
+    all_pairs = config.get("all_pairs") or False
+    _check_settings(spec, settings, {"sft_weight": sft_weight, "all_pairs": all_pairs})
     settings |= prepared(spec.function, settings)
+    examples = _declared(spec.examples, settings)
+    if all_pairs and (examples != "pairs" or spec.columns(settings)):
+        reason = (
+            f"is one of {examples}"
+            if examples != "pairs"
+            else "reads a column, which belongs to pairs that came with the data"
+        )
+        raise ConfigError(
+            f"loss.all_pairs=true is the mean of a loss of pairs over all pairs of a prompt, and"
+            f" loss={name} {reason}; set it to false"
+        )
     weight = config.get("weight")
-    loss = BoundLoss(spec, settings, sft_weight, weight)
-    if sft_weight and (loss.examples != "pairs" or "scalar_head" in loss.reads):
+    loss = BoundLoss(spec, settings, sft_weight, weight, all_pairs)
+    if sft_weight and (loss.examples not in ("pairs", "lists") or "scalar_head" in loss.reads):
         raise ConfigError(
             f"loss.sft_weight={sft_weight} mixes in a likelihood, which loss={name} does not have;"
             " set it to 0"
@@ -216,15 +271,18 @@ def _check_weight(loss: BoundLoss) -> None:
         )
     reason = ""
     if loss.examples != "pairs":
-        reason = "is a loss of single responses, and columns of numbers belong to pairs"
+        reason = f"is a loss of {loss.examples}, and columns of numbers belong to pairs"
     elif loss.couples_batch:
         reason = "couples the pairs of a batch, so that no pair has a loss of its own to weight"
     if reason:
         raise ConfigError(f"loss.weight={loss.weight}: loss={loss.name} {reason}; set it to null")
 
 
-def _check_settings(spec: LossSpec, settings: Mapping[str, Any], sft_weight: Any) -> None:
-    """Every setting is a parameter, none is missing, and each is what its annotation accepts."""
+def _check_settings(spec: LossSpec, settings: Mapping[str, Any], common: Mapping[str, Any]) -> None:
+    """Every setting is a parameter, none is missing, and each is what its annotation accepts.
+
+    common: the values of keys of every loss.
+    """
     accepted = spec.settings
     unknown = [key for key in settings if key not in accepted]
     if unknown:
@@ -240,22 +298,27 @@ def _check_settings(spec: LossSpec, settings: Mapping[str, Any], sft_weight: Any
             f"loss={spec.name} needs {', '.join('loss.' + key for key in missing)}; accepted:"
             f" {', '.join(accepted)}"
         )
-    annotations = annotations_of(spec.function) | {"sft_weight": Annotated[float, NonNegative]}
+    annotations = annotations_of(spec.function) | COMMON
     values = {key: p.default for key, p in accepted.items()} | dict(settings)
-    for key, value in (values | {"sft_weight": sft_weight}).items():
+    for key, value in (values | common).items():
         if text := expected(annotations.get(key), value):
             raise ConfigError(f"loss.{key}={value!r} of loss={spec.name} must be {text}")
 
 
-def made_up_batch(loss: BoundLoss, n: int = 3, seed: int = 0) -> Pair | Target:
+def made_up_batch(loss: BoundLoss, n: int = 3, seed: int = 0) -> Pair | Target | Ranking:
     """Random numbers for exactly what the loss declares to read, as `n` examples; the rest is
-    None."""
+    None. Lists have four responses, and every other one three."""
     generator = torch.Generator().manual_seed(seed)
 
-    def filled(side: str) -> dict[str, Tensor]:
+    def filled(side: str, n: int = n) -> dict[str, Tensor]:
         draw = MadeUp(n, side, generator)
         return {name: need.made_up(draw) for name, need in needs_of(loss.reads).items()}
 
+    if loss.examples == "lists":
+        mask = torch.ones(n, 4, dtype=torch.bool)
+        mask[::2, 3] = False
+        values = filled("listed", 4 * n)
+        return Ranking(**{k: v.reshape(n, 4, *v.shape[1:]) for k, v in values.items()}, mask=mask)
     if loss.examples != "pairs":
         return Target(**filled("single"))
     chosen, rejected = Side(**filled("chosen")), Side(**filled("rejected"))

@@ -5,6 +5,7 @@ from dataclasses import dataclass, field, fields
 from operator import attrgetter
 from typing import Annotated, get_args, get_type_hints
 
+import torch
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
@@ -178,14 +179,75 @@ class Target(Side):
     running: Mapping[str, Tensor] = field(default_factory=dict)
 
 
+@dataclass(frozen=True, eq=False, kw_only=True)
+class Ranking(Side):
+    """A batch of lists: for each prompt its responses, which have scores. Scores may be equal.
+
+    Each field is (lists, longest list), with the shapes of `Side` behind that. mask (lists, longest
+    list): where there is a response; shorter lists repeat their first one behind it, so that all
+    values are finite. names, running: as in `Pair`.
+    """
+
+    mask: Tensor
+    names: Sequence[str] = ()
+    running: Mapping[str, Tensor] = field(default_factory=dict)
+
+    @property
+    def better(self) -> Tensor:
+        """(lists, longest, longest): whether response i has a higher score than response j."""
+        pairs = self.mask[:, :, None] & self.mask[:, None, :]
+        return pairs & (self.scores[:, :, None] > self.scores[:, None, :])
+
+    @property
+    def best(self) -> Tensor:
+        """(lists, longest): equal weights of the responses with the highest score, of sum 1."""
+        return self._share(self.scores)
+
+    @property
+    def worst(self) -> Tensor:
+        """As `best`, of the lowest score."""
+        return self._share(-self.scores)
+
+    def _share(self, values: Tensor) -> Tensor:
+        values = values.masked_fill(~self.mask, -torch.inf)
+        first = (values == values.amax(1, keepdim=True)).double()
+        return first / first.sum(1, keepdim=True)
+
+    def pairs(self) -> tuple[Pair, Tensor]:
+        """All pairs of responses with different scores, and the list of each, (pairs,)."""
+        lists, i, j = self.better.nonzero(as_tuple=True)
+
+        def side(k: Tensor) -> Side:
+            filled = {name: getattr(self, name) for name in FIELDS}
+            return Side(**{name: v[lists, k] for name, v in filled.items() if v is not None})
+
+        names = _NamesOfPairs(self.names, lists) if len(self.names) else ()
+        return Pair(side(i), side(j), names=names, running=self.running), lists
+
+
+@dataclass(frozen=True)
+class _NamesOfPairs(Sequence):
+    """The name of the list that each pair is from, made only when a message asks for it."""
+
+    names: Sequence[str]
+    lists: Tensor
+
+    def __getitem__(self, i: int) -> str:
+        return self.names[int(self.lists[i])]
+
+    def __len__(self) -> int:
+        return len(self.lists)
+
+
 @dataclass
 class LossOutput:
     """Per-example losses (with gradient) and what is logged beside them (taken without gradient).
 
     losses: (examples,). chosen_rewards, rejected_rewards: (pairs,), beta times the log-ratios, so
     that losses can be compared whatever they optimise; without a reference what the paper takes for
-    the reward. metrics: further (examples,) tensors by name, logged as `<name>` with `{split}`
-    filled in, e.g. `kl_{split}/chosen`. running: what `running` is in the next step, by name.
+    the reward. rewards: (lists, longest list), the same of a `Ranking`. metrics: further
+    (examples,) tensors by name, logged as `<name>` with `{split}` filled in, e.g.
+    `kl_{split}/chosen`. running: what `running` is in the next step, by name.
     """
 
     losses: Tensor
@@ -193,3 +255,4 @@ class LossOutput:
     rejected_rewards: Tensor | None = None
     metrics: dict[str, Tensor] = field(default_factory=dict)
     running: dict[str, Tensor] = field(default_factory=dict)
+    rewards: Tensor | None = None

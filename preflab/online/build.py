@@ -56,7 +56,8 @@ def build_parts(
     learner.build_reference()
     drawing = Drawing(settings, build_sampler(settings, learner), tokenizer, world)
     score = next(iter(rewards.values()))  # of the reward that labels
-    labeler = make_labeler(trainer, settings, score, run_dir, world)
+    ranks = loss.examples == "lists"
+    labeler = make_labeler(trainer, settings, score, run_dir, world, ranks=ranks)
     shown = rewards if draws_samples(settings, loss) else {}
     log_interval, is_first = settings.minimum_log_interval_secs, world.rank == 0
     return OnlineParts(
@@ -71,15 +72,23 @@ def build_parts(
 
 
 def make_labeler(
-    trainer: type, settings: Settings, score: Score, run_dir: Path, world: World
+    trainer: type,
+    settings: Settings,
+    score: Score,
+    run_dir: Path,
+    world: World,
+    *,
+    ranks: bool = False,
 ) -> StaticLabels:
-    """The labeler of a run with these settings. score: the scores of `reward`."""
-    ledger = Ledger(run_dir / "labels.jsonl", settings.online.budget, world)
-    if settings.online.discriminator is not None:
+    """The labeler of a run with these settings. score: the scores of `reward`. ranks: whether the
+    run learns from the order of all responses to a prompt."""
+    online = settings.online
+    ledger = Ledger(run_dir / "labels.jsonl", online.budget, world, online.oracle)
+    if online.discriminator is not None:
         discriminator = build_discriminator(trainer, settings, run_dir, world)
-        return DiscriminatorLabels(score, ledger, discriminator, settings.online, settings.seed)
+        return DiscriminatorLabels(score, ledger, discriminator, online, settings.seed, ranks=ranks)
     if hasattr(score, "learn"):
-        return RemoteLabels(score, world, str(run_dir.resolve()))
+        return RemoteLabels(score, world, str(run_dir.resolve()), ranks=ranks)
     if REWARDS[settings.reward["name"]].is_gold:
-        return GoldLabels(score, ledger, settings.online.responses_per_prompt)
+        return GoldLabels(score, ledger, online.responses_per_prompt, ranks=ranks)
     return StaticLabels(score, world)

@@ -1,8 +1,7 @@
 """Labelers: they decide which of a prompt's responses is better, and count what the labels cost.
 
 *Gold* is the oracle, whose labels are limited; a *discriminator* is a model that replaces it most
-of the time (D2PO, arXiv:2405.01511). A label says which of two responses is better, so finding the
-best and the worst of K responses costs K - 1 gold labels.
+of the time (D2PO, arXiv:2405.01511). What the labels of K responses cost is in `ledger.price`.
 """
 
 from typing import Protocol
@@ -34,6 +33,7 @@ class StaticLabels:
 
     labels_by_reward = True  # whether the scores of the labels are those of `reward`
     discriminator: Discriminating | None = None
+    ranks = False  # whether gold puts all responses in order, and not only finds best and worst
 
     def __init__(self, score: Score, world: World):
         self.score, self.world = score, world
@@ -75,16 +75,18 @@ class RemoteLabels(StaticLabels):
     """OPO and D2PO with a service (serve_reward.py), which scores the responses, buys labels and
     learns.
 
-    run: identifies this run among others that use the same service.
+    run: identifies this run among others that use the same service. ranks: see `StaticLabels`.
     """
 
-    def __init__(self, score: Score, world: World, run: str):
+    def __init__(self, score: Score, world: World, run: str, *, ranks: bool = False):
         super().__init__(score, world)
+        self.ranks = ranks
         self.run, self.state = run, {"labels_bought": 0, "room": None}
 
     def label(self, rollouts: Rollouts) -> Labels:
         request = (self.run, rollouts.round, rollouts.prompts, rollouts.responses)
-        answer = on_rank_0(self.world, lambda: self.score.learn(*request))
+        options = {"ranks": True} if self.ranks else {}
+        answer = on_rank_0(self.world, lambda: self.score.learn(*request, **options))
         self.state = {key: answer[key] for key in self.state}
         return Labels(answer["scores"], [tuple(pair) if pair else None for pair in answer["pairs"]])
 
@@ -104,9 +106,9 @@ class RemoteLabels(StaticLabels):
 class GoldLabels(StaticLabels):
     """OPO with gold: the oracle labels every pair, until the budget is spent."""
 
-    def __init__(self, score: Score, ledger: Ledger, k: int):
+    def __init__(self, score: Score, ledger: Ledger, k: int, *, ranks: bool = False):
         super().__init__(score, ledger.world)
-        self.ledger, self.k = ledger, k
+        self.ledger, self.k, self.ranks = ledger, k, ranks
         self.bought_until, self.recorded = ledger.bought_until, ledger.of_round
 
     def state_dict(self) -> dict:
@@ -116,7 +118,7 @@ class GoldLabels(StaticLabels):
         self.ledger.must_have(state["lines"])
 
     def room(self, number: int) -> int | None:
-        n_affordable = self.ledger.affords(self.k - 1)
+        n_affordable = self.ledger.affords(self.ledger.price(self.k, ranks=self.ranks))
         return None if n_affordable is None else n_affordable + len(self.recorded(number))
 
     def label(self, rollouts: Rollouts) -> Labels:
@@ -127,7 +129,8 @@ class GoldLabels(StaticLabels):
             for i, key in enumerate(rollouts.keys)
             if key not in paid
         ]
-        paid |= {row["key"]: row["scores"] for row in self.ledger.buy(rows, self.score)}
+        bought = self.ledger.buy(rows, self.score, ranks=self.ranks)
+        paid |= {row["key"]: row["scores"] for row in bought}
         scores = [paid[key] for key in rollouts.keys]
         return Labels(scores, [best_and_worst(of_prompt) for of_prompt in scores])
 
@@ -148,7 +151,10 @@ class DiscriminatorLabels(StaticLabels):
         discriminator: Discriminating,
         settings: OnlineSettings,
         seed: int,
+        *,
+        ranks: bool = False,
     ):
+        self.ranks = ranks
         self.gold, self.ledger, self.discriminator = gold, ledger, discriminator
         self.settings, self.seed = settings, seed
         self.bought_until = ledger.bought_until
@@ -175,7 +181,7 @@ class DiscriminatorLabels(StaticLabels):
             pool, gathered = [], 0
             self._learn(bought, rollouts.round, self.settings.discriminator_epochs)
             labels.guesses = Labels([list(of_prompt) for of_prompt in scores], list(labels.pairs))
-            _overrule(labels, rollouts, bought)
+            _overrule(labels, rollouts, bought, ranks=self.ranks)
         self.pool, self.gathered = pool, gathered
         return labels
 
@@ -195,12 +201,12 @@ class DiscriminatorLabels(StaticLabels):
         return candidates
 
     def _buy(self, pool: list[dict], number: int, n_labels: int) -> list[dict]:
-        """Up to `n_labels` labels of round `number`: those already in the ledger, then as many
-        pairs of the pool as the limits allow."""
-        paid = self.ledger.of_round(number)
-        limits = [n_labels - len(paid), self.ledger.affords(1)]
+        """Up to `n_labels` labelled pairs of round `number`: those already in the ledger, then as
+        many of the pool as the limits allow."""
+        paid, cost = self.ledger.of_round(number), self.ledger.price(2)
+        limits = [n_labels - len(paid), self.ledger.affords(cost)]
         if self.settings.stop_labels is not None:
-            limits.append(self.settings.stop_labels - self.ledger.bought)
+            limits.append((self.settings.stop_labels - self.ledger.bought) // cost)
         n = min(limit for limit in limits if limit is not None)
         known = {(row["key"], *row["responses"]) for row in paid}
         pool = [row for row in pool if (row["key"], *row["responses"]) not in known]
@@ -247,10 +253,13 @@ def select(pool: list[dict], n: int, strategy: str, seed: list[int]) -> list[int
     return sorted(range(len(pool)), key=lambda i: (abs(pool[i]["gap"]), i))[:n]
 
 
-def _overrule(labels: Labels, rollouts: Rollouts, bought: list[dict]) -> None:
+def _overrule(
+    labels: Labels, rollouts: Rollouts, bought: list[dict], *, ranks: bool = False
+) -> None:
     """Replace the discriminator's label of a pair by the gold label where one was bought.
 
     The two scores are swapped if they disagree with it: they stay on the discriminator's scale.
+    ranks: where gold has a tie, both get the mean of the two.
     """
     positions = {key: i for i, key in enumerate(rollouts.keys)}
     for row in bought:
@@ -259,11 +268,12 @@ def _overrule(labels: Labels, rollouts: Rollouts, bought: list[dict]) -> None:
         if not all(response in texts for response in row["responses"]):
             continue  # of an earlier round
         verdict = best_and_worst(row["scores"])
-        if verdict is None:
-            labels.pairs[i] = None
-            continue
-        better, worse = (texts.index(row["responses"][member]) for member in verdict)
-        labels.pairs[i] = (better, worse)
         scores = labels.scores[i]
+        better, worse = (texts.index(row["responses"][member]) for member in verdict or (0, 1))
+        labels.pairs[i] = (better, worse) if verdict else None
+        if verdict is None and ranks:
+            scores[better] = scores[worse] = (scores[better] + scores[worse]) / 2
+        if verdict is None:
+            continue
         high, low = max(scores[better], scores[worse]), min(scores[better], scores[worse])
         scores[better], scores[worse] = high, low

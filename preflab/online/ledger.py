@@ -14,6 +14,21 @@ from utils import DataError, PrefLabError, drop_incomplete_line
 COLUMNS = {"round", "key", "prompt", "prompt_tokens", "responses", "tokens", "scores", "cost"}
 
 
+def price(k: int, oracle: str, *, ranks: bool = False) -> int:
+    """The labels that an oracle gives for K responses of a prompt.
+
+    oracle: "scores" gives a score for each. "comparisons" says which of two is better: the best and
+    the worst of K are found by ceil(3K/2) - 2 of them at most, and no method needs fewer. ranks:
+    put all K in order, for which merge insertion (Ford and Johnson, 1959) needs the sum over i <= K
+    of ceil(log2(3i/4)) at most.
+    """
+    if oracle == "scores":
+        return k
+    if ranks:
+        return sum(math.ceil(math.log2(3 * i / 4)) for i in range(2, k + 1))
+    return -(-3 * k // 2) - 2
+
+
 def score_shared(
     world: World, score: Score, prompts: list[str], responses: list[str]
 ) -> list[float]:
@@ -53,17 +68,20 @@ def _everywhere(error: PrefLabError) -> PrefLabError:
 
 
 class Ledger:
-    """All bought gold labels, one comparison a line in `labels.jsonl`.
+    """All bought gold labels, those of some responses to a prompt a line in `labels.jsonl`.
 
-    A line holds the compared responses (text and tokens), their scores, the round, and `cost`, the
+    A line holds the responses (text and tokens), their scores, the round, and `cost`, the
     number of labels it took. It is on disk before anything learns from it, and is never bought
     again: a resumed run reads what was bought after its checkpoint.
 
-    budget: the number of labels that may be bought; None for any number.
+    budget: the number of labels that may be bought; None for any number. oracle: what a label is,
+    see `price`.
     """
 
-    def __init__(self, path: Path, budget: int | None, world: World = ALONE):
-        self.path, self.budget, self.world = path, budget, world
+    def __init__(
+        self, path: Path, budget: int | None, world: World = ALONE, oracle: str = "comparisons"
+    ):
+        self.path, self.budget, self.world, self.oracle = path, budget, world, oracle
         self.rows: list[dict] = world.agree(lambda: _read_ledger(path))
 
     @property
@@ -86,24 +104,30 @@ class Ledger:
                 " checkpoint; restore the file, or start in another folder"
             )
 
+    def price(self, k: int, *, ranks: bool = False) -> int:
+        """The labels that K responses of a prompt take; ranks: all in order, not only the best and
+        the worst."""
+        return price(k, self.oracle, ranks=ranks)
+
     def affords(self, cost: int) -> int | None:
-        """How many more comparisons of this cost fit into the budget; None for any number."""
+        """How many more lines of this cost fit into the budget; None for any number."""
         return None if self.budget is None else max(0, self.budget - self.bought) // cost
 
     def of_round(self, number: int) -> list[dict]:
         """The lines of round `number`."""
         return [row for row in self.rows if row["round"] == number]
 
-    def buy(self, rows: list[dict], score: Score) -> list[dict]:
+    def buy(self, rows: list[dict], score: Score, *, ranks: bool = False) -> list[dict]:
         """Score the responses of `rows` with the gold reward, and write them to the ledger.
 
-        rows: as `ledger_row` returns them, all with the same number of responses. Returns them with
+        rows: as `ledger_row` returns them, all with the same number of responses. ranks: as in
+        `price`. Returns them with
         their `scores` and `cost`. Raises RewardError, without buying anything, if the gold reward
         fails or the budget is too small.
         """
         if not rows:
             return []
-        cost = len(rows[0]["responses"]) - 1
+        cost = self.price(len(rows[0]["responses"]), ranks=ranks)
         room = self.affords(cost)
         if room is not None and len(rows) > room:
             raise RewardError(

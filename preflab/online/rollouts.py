@@ -46,6 +46,11 @@ class Labels:
     pairs: list[tuple[int, int] | None]
     guesses: "Labels | None" = None
 
+    def pair_by_scores(self) -> None:
+        """Pair the best and the worst response by the scores, for losses that read the scores of
+        all."""
+        self.pairs = [best_and_worst(scores) for scores in self.scores]
+
     def drop_pairs_without_a_gap(self) -> None:
         """Drop pairs whose scores are not in the order of the label.
 

@@ -174,7 +174,9 @@ class OnlineTrainer:
             with self.timed("labelling"):
                 labels = self.labeler.label(rollouts)
         self.round = number
-        if "scores" in self.loss.reads:
+        if self.loss.examples == "lists":
+            labels.pair_by_scores()
+        elif "scores" in self.loss.reads:
             labels.drop_pairs_without_a_gap()
         with self.timed("measuring"):
             values = self.measures.measure(rollouts, labels, scores)
@@ -190,7 +192,8 @@ class OnlineTrainer:
             self._stop_without_pairs()
 
     def _learn(self, rollouts: Rollouts, labels: Labels, bar: tqdm) -> int:
-        """Train on the pairs of a round, `updates_per_round` times; returns the number of pairs."""
+        """Train on the pairs or lists of a round, `updates_per_round` times; returns their number,
+        at most one for each prompt."""
         settings = self.settings
         trees = list(zip(rollouts.prompt_tokens, rollouts.tokens, strict=True))
         store = store_of(f"round {rollouts.round}", trees, labels.scores, labels.pairs)

@@ -10,7 +10,7 @@ from pathlib import Path
 from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse
-from pydantic import BaseModel, Field, StrictInt, StrictStr
+from pydantic import BaseModel, Field, StrictBool, StrictInt, StrictStr
 from starlette.exceptions import HTTPException
 
 from preflab.batching.chat import PromptText
@@ -44,13 +44,15 @@ class Predict(BaseModel):
 class Train(BaseModel):
     """The body of POST /train: the responses of a round to label, (prompts, K) with K >= 2.
 
-    id: the same for a request that is sent again, which gets the same answer.
+    ranks: whether all K are put in order, and not only the best and the worst found. id: the same
+    for a request that is sent again, which gets the same answer.
     """
 
     id: StrictStr = Field(max_length=200)
     round: StrictInt
     prompts: list[StrictStr] = Field(max_length=MAX_TEXTS)
     responses: list[list[StrictStr]] = Field(max_length=MAX_TEXTS)
+    ranks: StrictBool = False
     messages: list[list[dict]] | None = Field(default=None, max_length=MAX_TEXTS)
 
 
@@ -112,6 +114,7 @@ class Service:
         if request.id in self.answers:
             return self.answers[request.id]
         number = self.state["requests"] + 1
+        self.labeler.ranks = request.ranks
         rollouts = _rollouts_of(request, number)
         k, n = self.settings.online.responses_per_prompt, len(request.responses[0])
         if self.discriminator is None and n != k:

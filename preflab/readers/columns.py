@@ -6,7 +6,7 @@ from collections.abc import Collection
 from pathlib import Path
 
 from preflab.readers.fields import items, number, present, text, type_and_value
-from preflab.readers.files import FILE_TYPES, Rows, file_rows, list_folder
+from preflab.readers.files import FILE_TYPES, Rows, as_object, file_rows, list_folder
 from preflab.readers.hub import TEST_NAMES, folder_rows, hub_rows, is_local_path
 from preflab.readers.json_text import parse_json
 from preflab.readers.messages import (
@@ -34,6 +34,7 @@ FORMS = {
     "j_over_k": ("question", "response_j", "response_k"),
     "scored_rows": ("prompt", "text", "reward"),
     "scored_lists": ("prompt", "responses", "scores"),
+    "completions": ("instruction", "completions"),
     "labelled": ("prompt", "completion", "label"),
     "targets": ("prompt", "chosen"),
     "prompts": ("prompt",),
@@ -43,14 +44,17 @@ FORMS = {
 PROMPT_FORMS = ("prompts", "questions")
 PAIR_FORMS = ("pairs", "j_over_k")
 PAIR_SCORES = ("score_chosen", "score_rejected")  # beside prompt, chosen, rejected
-SCORED_FORMS = ("scored_rows", "scored_lists", "labelled")
+SCORED_FORMS = ("scored_rows", "scored_lists", "completions", "labelled")
+COMPLETION_SCORE = "overall_score"  # of UltraFeedback's completions, beside their response
 
 # A CSV file has text only. Cells of these columns are read as numbers, or as JSON where they match.
 CSV_NUMBERS = ("reward", "magnitude", *PAIR_SCORES)
 CSV_LISTS = ("responses", "scores")
 CSV_JSON = {
     **dict.fromkeys(CSV_LISTS, re.compile(r"\s*\[")),
-    **dict.fromkeys(("prompt", "chosen", "rejected", "completion"), re.compile(r"\s*\[\s*\{")),
+    **dict.fromkeys(
+        ("prompt", "chosen", "rejected", "completion", "completions"), re.compile(r"\s*\[\s*\{")
+    ),
 }
 
 PLACE = re.compile(r"\{(?:prompt|question)\}")
@@ -184,6 +188,9 @@ class UserPairs(Reader):
             return self._framed(_check_j_over_k(row, where), where)
         if self.form == "questions":
             return self._framed(text(row, "question", where), where)
+        if self.form == "completions":
+            self._completions(row, where)
+            return self._framed(text(row, "instruction", where), where)
         if self.form in ("labelled", "targets"):
             key = "completion" if self.form == "labelled" else "chosen"
             if self.form == "labelled":
@@ -195,6 +202,18 @@ class UserPairs(Reader):
         elif self.form == "scored_lists":
             _check_scored_lists(row, where)
         return self._framed(prompt_of(row, where), where)
+
+    def _completions(self, row: dict, where: str) -> tuple[list[str], list[float]]:
+        """The responses and the scores of a row of UltraFeedback."""
+        responses, scores, key = [], [], self.columns.get("scores") or COMPLETION_SCORE
+        for i, entry in enumerate(items(row, "completions", where), 1):
+            place = f"{where}, completion {i}"
+            entry = as_object(entry, place)
+            responses.append(text(entry, "response", place, may_be_empty=True))
+            scores.append(float(number(entry, key, place)))
+        if not responses:
+            raise Skip("no response")
+        return responses, scores
 
     def _conversation(self, row: dict, key: str, where: str) -> tuple[str | Chat, str]:
         if not self.all_turns:
@@ -238,6 +257,11 @@ class UserPairs(Reader):
             if self.form == "scored_rows":
                 responses.append(row["text"])
                 scores.append(float(row["reward"]))
+            elif self.form == "completions":
+                for values, more in zip(
+                    (responses, scores), self._completions(row, source), strict=True
+                ):
+                    values.extend(more)
             elif self.form == "scored_lists":
                 responses.extend(row["responses"])
                 scores.extend(map(float, row["scores"]))

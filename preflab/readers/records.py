@@ -23,6 +23,8 @@ from utils import DataError, content_hash
 
 READER_VERSION = "4"  # raise it when a reader would turn the same rows into other records
 PAIRINGS = ("first_two", "all", "best_worst", "random")
+CHOICES = ("best_worst", "stratified")
+NO_PAIRS = "none"  # the pairing of lists
 # Which prompts are held out, and which random pair of a test prompt is evaluated, does not follow
 # the run's seed: runs with different seeds are compared on one test set.
 HELD_OUT_SEED = 0
@@ -52,7 +54,9 @@ class Options:
     """Reading options: the keys of config.yaml of the same names, `columns` is dataset_columns.
 
     numbers: further columns with a number of each pair, and which setting reads each.
-    seed: draws the pairs of pairing=random in the train split; the test split uses HELD_OUT_SEED.
+    seed: draws the pairs of pairing=random, and the responses of a list, in the train split; the
+    test split uses HELD_OUT_SEED. lists: whether a record is a list of scored responses, without
+    pairs; then max_responses and choose_responses select among them.
     """
 
     data_dir: str = "data"
@@ -66,6 +70,9 @@ class Options:
     prompt_template: str | None = None
     train_on: str = "last"
     numbers: dict[str, str] = field(default_factory=dict)
+    lists: bool = False
+    max_responses: int | None = None
+    choose_responses: str = "best_worst"
 
 
 class Skip(Exception):  # noqa: N818  control flow of readers, not an error
@@ -123,7 +130,7 @@ class Source:
         self.counts: dict = {}
 
     @property
-    def _pairing_seed(self) -> int:
+    def _drawing_seed(self) -> int:
         return self.options.seed if self.split == "train" else HELD_OUT_SEED
 
     def fingerprint(self) -> str:
@@ -138,7 +145,7 @@ class Source:
             self.split,
             options.pairing,
             options.min_gap,
-            self._pairing_seed if is_random else 0,
+            self._drawing_seed if is_random else 0,
             options.test_fraction,
             sorted(options.columns.items()),
         ]
@@ -148,6 +155,11 @@ class Source:
             shaping.append(options.train_on)
         if options.numbers:
             shaping.append(["numbers", *sorted(options.numbers)])
+        if options.lists:
+            chosen = [options.choose_responses, self._drawing_seed]
+            shaping.append(
+                ["lists", options.max_responses, *(chosen if options.max_responses else ())]
+            )
         if options.train_split or options.test_split:
             shaping.append([options.train_split, options.test_split])
         return content_hash(json.dumps(shaping), self.rows.fingerprint)
@@ -157,7 +169,9 @@ class Source:
         counts = dict.fromkeys(("rows", "prompts", "responses", "empty_responses", "pairs"), 0)
         counts["skipped"] = skipped
         policy = self.options.pairing or self.reader.pairing
-        pair = Pairing(policy, self.options.min_gap, self._pairing_seed, skipped)
+        if self.options.lists:
+            policy = NO_PAIRS
+        pair = Pairing(policy, self.options.min_gap, self._drawing_seed, skipped)
         groups, notes = self._groups(skipped)
         if self.options.pairing and self.reader.pairing is None and "pairs" in self.provides:
             notes.append(
@@ -169,10 +183,12 @@ class Source:
             where = self.rows.where(indices[0])
             try:
                 record = self.reader.record(self.reader.prompt(rows[0], where), rows, where, pair)
+                if self.options.lists and not self.only_prompts:
+                    record = list_record(record, self.options, self._drawing_seed, skipped)
             except Skip as reason:
                 skipped[str(reason)] += 1
                 continue
-            if "pairs" in self.provides and not record.pairs:
+            if "pairs" in self.provides and not record.pairs and not self.options.lists:
                 skipped["prompts without a pair"] += 1
             counts["prompts"] += 1
             counts["responses"] += len(record.responses)
@@ -180,6 +196,8 @@ class Source:
                 counts["empty_responses"] += sum(not text.strip() for text in record.responses)
             counts["pairs"] += len(record.pairs)
             yield record
+        if self.options.lists:
+            del counts["pairs"]
         counts["skipped"] = {reason: n for reason, n in skipped.items() if n}
         self.counts = counts | ({"note": "; ".join(notes)} if notes else {})
 
@@ -252,7 +270,8 @@ def _uniform(seed: int, key: bytes) -> float:
 class Pairing:
     """Scored responses to pairs. Equal scores, and gaps below `min_gap`, never form one.
 
-    policy: one of PAIRINGS; None pairs as "all" does. skipped: counts what is dropped, by reason.
+    policy: one of PAIRINGS, or NO_PAIRS; None pairs as "all" does. skipped: counts what is
+    dropped, by reason.
     """
 
     def __init__(self, policy: str | None, min_gap: float, seed: int, skipped: Counter):
@@ -274,6 +293,8 @@ class Pairing:
         return pairs
 
     def _candidates(self, scores: list[float]) -> list[tuple[int, int]]:
+        if self.policy == NO_PAIRS:
+            return []
         indices = range(len(scores))
         if self.policy not in ("first_two", "best_worst"):
             return list(itertools.combinations(indices, 2))
@@ -328,6 +349,44 @@ def scored_record(
         responses, scores = responses[:2], scores[:2]
     best = max(range(len(scores)), key=scores.__getitem__)
     return Record(prompt, responses, pair(prompt, responses, scores), best, scores, {}, source)
+
+
+def list_record(record: Record, options: Options, seed: int, skipped: Counter) -> Record:
+    """A record as a list of scored responses, at most `options.max_responses` of them, without
+    pairs. Raises Skip where no two responses have different scores."""
+    if len(record.responses) < 2:
+        raise Skip("prompts with one response")
+    if len(set(record.scores)) < 2:
+        raise Skip("prompts whose responses all have the same score")
+    members = choose_responses(record, options.max_responses, options.choose_responses, seed)
+    if n := len(record.responses) - len(members):
+        skipped["responses beyond max_responses of a prompt"] += n
+    responses, scores = (
+        [values[i] for i in members] for values in (record.responses, record.scores)
+    )
+    best = max(range(len(scores)), key=scores.__getitem__)
+    return Record(record.prompt, responses, [], best, scores, {}, record.source)
+
+
+def choose_responses(record: Record, n: int | None, choice: str, seed: int) -> list[int]:
+    """The positions of at most `n` responses, ascending: a best one, a worst one, and others.
+
+    choice: "best_worst" draws the others from all that remain, "stratified" one from each of
+    equally large ranges of ranks. A function of (seed, prompt) and of the responses, not of
+    their order.
+    """
+    texts, scores = record.responses, record.scores
+    ranked = sorted(range(len(scores)), key=lambda i: (scores[i], texts[i]))
+    if n is None or len(ranked) <= n:
+        return sorted(ranked)
+    rng = random.Random(f"{seed} {_digest(record.prompt).hex()}")
+    worst, *between, best = ranked
+    if choice == "stratified":
+        ends = [len(between) * k // (n - 2) for k in range(n - 1)] if n > 2 else [0]
+        others = [rng.choice(between[a:b]) for a, b in itertools.pairwise(ends)]
+    else:
+        others = rng.sample(between, n - 2)
+    return sorted([worst, *others, best])
 
 
 def pairs_record(

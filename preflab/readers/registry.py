@@ -8,7 +8,7 @@ from preflab.readers.columns import UserPairs
 from preflab.readers.fields import type_and_value
 from preflab.readers.files import FILE_TYPES, readable
 from preflab.readers.hub import is_local_path
-from preflab.readers.records import PAIRINGS, Options, Reader, Source
+from preflab.readers.records import CHOICES, PAIRINGS, Options, Reader, Source
 from utils import ConfigError, nearest
 
 DATASETS: dict[str, Reader] = {}
@@ -40,6 +40,8 @@ def open_dataset(name: str, split: str, **options) -> Source:
     settings = Options(**options)
     if settings.pairing is not None and settings.pairing not in PAIRINGS:
         raise ConfigError(f"pairing={settings.pairing!r}; {nearest(settings.pairing, PAIRINGS)}")
+    if (choice := settings.choose_responses) not in CHOICES:
+        raise ConfigError(f"choose_responses={choice!r}; {nearest(choice, CHOICES)}")
     with readable(f"datasets=[{name}]"):
         reader = _reader_of(name)
         if (settings.train_split or settings.test_split) and not reader.chooses_splits:

@@ -51,6 +51,14 @@ TRAINING_PANELS = [
         "share of pairs",
         [Curve("rewards_{}/accuracies", "eval")],
     ),
+    Panel(
+        "order of the responses of a list",
+        "agreement with the scores",
+        [
+            Curve("ranking_{}/kendall_tau", "chosen", "Kendall's tau"),
+            Curve("ranking_{}/ndcg", "rejected", "NDCG"),
+        ],
+    ),
     Panel("implicit rewards", "beta x log-ratio", _chosen_and_rejected("rewards_{}")),
     Panel("log-ratios", "log pi - log ref (nats)", _chosen_and_rejected("logratios_{}")),
     Panel("KL along the data's responses", "nats", _chosen_and_rejected("kl_{}")),

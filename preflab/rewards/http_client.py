@@ -35,10 +35,11 @@ def http(
     {"scores": [...]}.
 
     Online learning sends one request per round to URL/train instead: the prompts, a list of
-    responses per prompt, the `round` and an `id`. The answer is {"scores": [[...]], "pairs":
-    [[better, worse] or null], "labels_bought": n, "room": for how many more prompts there can be
-    labels, or null for no limit}. A service that learns returns the same answer for an `id` that it
-    has seen before, so a request may be repeated.
+    responses per prompt, the `round`, an `id`, and "ranks": true where it learns from the order of
+    all responses. The answer is {"scores": [[...]], "pairs": [[better, worse] or null],
+    "labels_bought": n, "room": for how many more prompts there can be labels, or null for no
+    limit}. A service that learns returns the same answer for an `id` that it has seen before, so a
+    request may be repeated.
 
     token_env: environment variable with a bearer token, if the service needs one.
     timeout: seconds per attempt.
@@ -85,9 +86,19 @@ class _ScoringClient:
             values += scores
         return values
 
-    def learn(self, run: str, number: int, prompts: list[str], responses: list[list[str]]) -> dict:
-        """The labels of the responses, (prompts, K), of round `number` of a run."""
+    def learn(
+        self,
+        run: str,
+        number: int,
+        prompts: list[str],
+        responses: list[list[str]],
+        *,
+        ranks: bool = False,
+    ) -> dict:
+        """The labels of the responses, (prompts, K), of round `number` of a run. ranks: of all, not
+        of the best and the worst only."""
         payload = {"round": number, "prompts": prompts, "responses": responses}
+        payload |= {"ranks": True} if ranks else {}
         payload |= _messages(prompts)
         payload["id"] = content_hash(run, json.dumps(payload))
         return self._ask(

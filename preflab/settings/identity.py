@@ -2,14 +2,14 @@
 
 from omegaconf import DictConfig, OmegaConf
 
-from preflab.settings.keys import flat_keys
+from preflab.settings.keys import CONFIG_DIR, flat_keys, load_yaml
 from preflab.settings.schema import may_change, part_of_run
 from utils import ConfigError
 
 
 def must_match(saved: DictConfig, config: DictConfig) -> None:
     """Refuse to continue a run with settings that would train something else."""
-    before, now = (OmegaConf.to_container(c, resolve=True) for c in (saved, config))
+    before, now = (_filled(OmegaConf.to_container(c, resolve=True)) for c in (saved, config))
     different = [
         key
         for key in sorted(flat_keys(OmegaConf.create(before)) | flat_keys(OmegaConf.create(now)))
@@ -32,12 +32,25 @@ def same_settings(saved: DictConfig, config: DictConfig) -> bool:
     before, now = (
         {
             key: value
-            for key, value in OmegaConf.to_container(c, resolve=True).items()
-            if part_of_run(key) and value is not None  # a key that the older config lacks is off
+            for key, value in _filled(OmegaConf.to_container(c, resolve=True)).items()
+            if part_of_run(key) and value is not None
         }
         for c in (saved, config)
     )
     return before == now
+
+
+def _filled(tree: dict, defaults: dict | None = None) -> dict:
+    """A config with the defaults of the keys that it lacks, which are newer than it is."""
+    if defaults is None:
+        defaults = OmegaConf.to_container(load_yaml(CONFIG_DIR / "config.yaml"))
+        defaults = {key: defaults[key] for key in defaults if key not in ("defaults", "hydra")}
+    inner = {
+        key: _filled(tree[key], value)
+        for key, value in defaults.items()
+        if isinstance(value, dict) and isinstance(tree.get(key), dict)
+    }
+    return defaults | tree | inner
 
 
 def _value(tree: dict, key: str):

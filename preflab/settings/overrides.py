@@ -245,9 +245,9 @@ def _unknown(key: str, keys: set[str], chosen: dict[str, list[str]]) -> str:
         return f"unknown key {key}; {advice}"
     group = key.split(".")[0]
     if group in chosen and "." in key:
-        own = sorted(
-            name.removeprefix(f"{group}.") for name in keys if name.startswith(f"{group}.")
-        )
+        common = set(load_yaml(CONFIG_DIR / "config.yaml")[group])  # to every option; said last
+        own = [name.removeprefix(f"{group}.") for name in keys if name.startswith(f"{group}.")]
+        own.sort(key=lambda name: (name in common, name))
         close = difflib.get_close_matches(key.removeprefix(f"{group}."), own, n=3)
         guess = f"did you mean {', '.join(f'{group}.{name}' for name in close)}? " if close else ""
         option = f"{group}={','.join(chosen[group])}"

@@ -9,9 +9,10 @@ from torch import Tensor
 from preflab.batching.examples import ExampleNames, PreferenceData
 from preflab.batching.packing import Batch
 from preflab.modeling.logprobs import ResponseScores, Scorer, score_responses
+from preflab.objective import ranks
 from preflab.objective.needs import Need
 from preflab.objective.registry import BoundLoss
-from preflab.objective.types import LossOutput, Pair, Side, Target, needs_of
+from preflab.objective.types import LossOutput, Pair, Ranking, Side, Target, needs_of
 
 # of a summed log-prob in fp32, relative, when two computations lay its tokens out differently
 ROUNDING = 1e-5
@@ -42,15 +43,18 @@ def _inputs(
     reference: Scorer | None,
     batch: Batch,
     data: PreferenceData | None,
-) -> Pair | Target:
+) -> Pair | Target | Ranking:
     """What the loss reads of a batch, and no more."""
     needs = needs_of(loss.reads)
     scores = _score(needs.values(), policy, reference, batch)
     device = batch.chosen.device
     # (responses, ...) each: a response may take part in several examples
     taken = {name: need.take(scores, batch).to(device) for name, need in needs.items()}
-    chosen = {name: values[batch.chosen] for name, values in taken.items()}
     names = ExampleNames(data, batch.examples)
+    if loss.examples == "lists":
+        listed = {name: values[batch.lists] for name, values in taken.items()}
+        return Ranking(**listed, mask=batch.listed, names=names)
+    chosen = {name: values[batch.chosen] for name, values in taken.items()}
     if loss.examples != "pairs":
         return Target(**chosen, names=names)
     rejected = {name: values[batch.rejected] for name, values in taken.items()}
@@ -71,18 +75,18 @@ def _score(
     return score_responses(policy, batch, reference=reference, **options)
 
 
-def _equal_to_reference(pair: Pair) -> Tensor | bool:
-    """Where the policy has not moved from the reference on either response: all that remains
-    between them is rounding."""
-    sides = (pair.chosen, pair.rejected)
-    if any(side.reference_logps is None or side.policy_logps is None for side in sides):
+def _equal_to_reference(side: Side) -> Tensor | bool:
+    """Where the policy has not moved from the reference: all that remains between them is
+    rounding."""
+    if side.reference_logps is None or side.policy_logps is None:
         return False
-    chosen, rejected = (side.logratio.abs() <= ROUNDING * side.policy_logps.abs() for side in sides)
-    return chosen & rejected
+    return side.logratio.abs() <= ROUNDING * side.policy_logps.abs()
 
 
-def _metrics(inputs: Pair | Target, output: LossOutput, split: str) -> dict[str, Tensor]:
+def _metrics(inputs: Pair | Target | Ranking, output: LossOutput, split: str) -> dict[str, Tensor]:
     metrics = {f"loss/{split}": output.losses}
+    if isinstance(inputs, Ranking):
+        return metrics | _of_lists(inputs, output, split) | _named(output, split)
     if isinstance(inputs, Target):
         name = "chosen" if inputs.scores is None else "all"
         metrics[f"logps_{split}/{name}"] = inputs.policy_logps
@@ -100,10 +104,44 @@ def _metrics(inputs: Pair | Target, output: LossOutput, split: str) -> dict[str,
         metrics[f"rewards_{split}/rejected"] = rejected
         # A tie counts one half: at policy = reference every pair ties, and that is chance, not
         # failure.
-        tie = (chosen == rejected) | _equal_to_reference(inputs)
+        still = _equal_to_reference(inputs.chosen) & _equal_to_reference(inputs.rejected)
+        tie = (chosen == rejected) | still
         metrics[f"rewards_{split}/accuracies"] = torch.where(tie, 0.5, (chosen > rejected).double())
         metrics[f"rewards_{split}/margins"] = chosen - rejected
     return metrics | _named(output, split)
+
+
+def _of_lists(ranking: Ranking, output: LossOutput, split: str) -> dict[str, Tensor]:
+    """What is logged of lists, (lists,) each: by the names of pairs, with the responses of the
+    highest score for the chosen one and those of the lowest for the rejected one."""
+    sides = {"chosen": ranking.best, "rejected": ranking.worst}
+    columns = {}
+    if ranking.policy_logps is not None:
+        columns["logps"] = ranking.policy_logps
+    if ranking.reference_logps is not None:
+        columns["logratios"] = ranking.logratio
+    if output.rewards is not None:
+        columns["rewards"] = output.rewards
+    metrics = {
+        f"{column}_{split}/{name}": (weights * values).sum(1)
+        for column, values in columns.items()
+        for name, weights in sides.items()
+    }
+    if output.rewards is None:
+        return metrics
+    truth = ranks.order_of(ranking.scores, ranking.mask)
+    order = ranks.order_of(output.rewards, ranking.mask)
+    still = _equal_to_reference(ranking)
+    if isinstance(still, Tensor):  # ties, as in pairs
+        order = order.masked_fill(still[:, :, None] & still[:, None, :], 0)
+    gaps = output.rewards[:, :, None] - output.rewards[:, None, :]
+    n_pairs = ranking.better.sum((1, 2)).clamp(min=1)
+    return metrics | {
+        f"rewards_{split}/accuracies": ranks.pair_accuracy(order, truth),
+        f"rewards_{split}/margins": (gaps * ranking.better).sum((1, 2)) / n_pairs,
+        f"ranking_{split}/kendall_tau": ranks.kendall_tau(order, truth),
+        f"ranking_{split}/ndcg": ranks.ndcg(order, ranking.scores, ranking.mask),
+    }
 
 
 def _named(output: LossOutput, split: str) -> dict[str, Tensor]:
