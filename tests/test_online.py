@@ -643,7 +643,7 @@ def test_a_stop_in_the_first_evaluation_buys_nothing_before_it_is_obeyed(go, tmp
 
     def interrupted(self):
         evaluate(self)
-        self.session.stop.received = signal.SIGTERM
+        self.world.stop.received = signal.SIGTERM
 
     monkeypatch.setattr(OnlineTrainer, "_evaluate", interrupted)
     with pytest.raises(Stopped, match="SIGTERM"):

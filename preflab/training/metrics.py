@@ -104,13 +104,13 @@ class MetricLog:
             logger.warning(f"wandb stopped, the run continues without it: {error}")
 
 
-def rewind(path: Path, last: int, by: str = "examples") -> None:
-    """Remove the rows of a JSON-lines file whose column `by` is above `last`, and a last line that
-    a kill cut short."""
+def rewind(path: Path, last: int, by: str = "examples", *, at_most: int | None = None) -> None:
+    """Remove the rows of a JSON-lines file whose column `by` is above `last`, those after the first
+    `at_most` rows, and a last line that a kill cut short."""
     if not path.is_file():
         return
     remaining = []
-    for line in json_lines(path):
+    for line in json_lines(path)[:at_most]:
         try:
             row = json.loads(line)
         except json.JSONDecodeError:

@@ -5,6 +5,8 @@ import inspect
 import torch
 from torch.distributed.tensor import DTensor
 
+from preflab.settings.schema import Settings
+
 
 def make_optimizer(
     name: str, parameters: list[torch.nn.Parameter], *, lr: float
@@ -23,3 +25,12 @@ def make_optimizer(
     if name == "Adagrad" and any(p.device.type == "cuda" for p in parameters):
         has_fused = False
     return cls(parameters, lr=lr, **({"fused": True} if has_fused else {}))
+
+
+def set_learning_rate(optimizer: torch.optim.Optimizer, settings: Settings, steps: int) -> float:
+    """Linear warm-up, then constant: a function of the finished `steps`, so that there is no
+    scheduler state. Returns the learning rate of the next step."""
+    lr = settings.lr * min(1.0, (steps + 1) / (settings.warmup_steps + 1))
+    for group in optimizer.param_groups:
+        group["lr"] = lr
+    return lr
