@@ -5,7 +5,8 @@
     python tests/kill_campaign.py --ranks                             # see below
 
 A third of the kills comes after a random time, a third at a random operation on a file, and a third
-during a save. A run that was killed one to three times is continued to its end; it survives if its
+during a save; every fourth is a SIGTERM, which a run obeys, and the others are SIGKILLs. A run that
+was killed one to three times is continued to its end; it survives if its
 weights, samples, rollouts and metrics are those of the uninterrupted run, bit for bit, nothing half
 written remains, and no label was bought twice or beyond the budget. A folder that is lost is kept,
 and its difference printed.
@@ -49,6 +50,9 @@ from conftest import (
     write_imdb,
 )
 
+from preflab.distributed.process_group import world
+from preflab.distributed.signals import Stopped
+
 # A gold that is paid for: letters a to m in a response.
 GOLD = """
 from rewards import register_reward
@@ -60,6 +64,7 @@ def letters():
     return score
 """
 BUDGET = 20
+HEAD = f"{'kind':8}{'kills':>8}{'survived':>10}{'lost':>6}"
 OFFLINE = ("n_epochs=2", "save_every=16", "eval_batch_size=4", "microbatch_tokens=200")
 ONLINE = (
     "function=online",
@@ -162,6 +167,7 @@ class Campaign:
             operation=self.random.randint(1, whole.operations) if by == "file" else None,
             save=self.random.randint(1, whole.saves) if by == "save" else None,
             delay=self.random.uniform(0, 0.08),
+            signum=self.random.choice((signal.SIGTERM, *[signal.SIGKILL] * 3)),
         )
 
 
@@ -169,13 +175,23 @@ class Campaign:
 class Doom:
     """When a process kills itself. process: its number, None for all of a try. seconds: after its
     start. operation: at which operation on a file of the try. save: in which save, `delay` seconds
-    after it began."""
+    after it began. signum: what it sends to itself."""
 
     process: int | None
     seconds: float | None
     operation: int | None
     save: int | None
-    delay: float = 0.0
+    delay: float
+    signum: int
+
+    def strike(self, seconds: float = 0.0) -> None:
+        """Send the signal, now or later."""
+        if not seconds:
+            os.kill(os.getpid(), self.signum)
+            return
+        timer = threading.Timer(seconds, os.kill, (os.getpid(), self.signum))
+        timer.daemon = True
+        timer.start()
 
 
 @dataclass
@@ -203,8 +219,8 @@ class Outcome:
         for pid in self.pids:
             _, status = os.waitpid(pid, 0)
             code = os.waitstatus_to_exitcode(status)
-            self.killed += code == -signal.SIGKILL
-            if code not in (0, -signal.SIGKILL):
+            self.killed += code in (-signal.SIGKILL, 128 + signal.SIGTERM)
+            if code not in (0, -signal.SIGKILL, 128 + signal.SIGTERM):
                 self.problems.append(f"a process ended with {code}, see {folder}/*.log")
         timer.cancel()
 
@@ -230,14 +246,17 @@ def _child(command: list[str], environment: dict, folder: Path, name: str, doom:
         with open(folder / f"{name}.log", "ab") as log:
             for stream in (1, 2):
                 os.dup2(log.fileno(), stream)
+        signal.signal(signal.SIGTERM, lambda signum, _: setattr(world().stop, "received", signum))
         counts = {"operations": 0, "saves": 0}
         watch_files(folder, counts, doom)
         if doom is not None and doom.seconds is not None:
-            _die_in(doom.seconds)
+            doom.strike(doom.seconds)
         run_here(*command)
         if doom is None and name.endswith("-0"):
             (folder / "counts").write_text(f"{counts['operations']} {counts['saves']}")
         code = 0
+    except Stopped as stopped:
+        code = 128 + stopped.signum
     except BaseException:
         traceback.print_exc()
     finally:
@@ -262,17 +281,11 @@ def watch_files(folder: Path, counts: dict[str, int], doom: Doom | None) -> None
         if event == "os.mkdir" and os.path.basename(path).startswith(".step-"):
             counts["saves"] += 1
             if doom is not None and doom.save == counts["saves"]:
-                _die_in(doom.delay)
+                doom.strike(doom.delay)
         if doom is not None and doom.operation == counts["operations"]:
-            os.kill(os.getpid(), signal.SIGKILL)
+            doom.strike()
 
     sys.addaudithook(hook)
-
-
-def _die_in(seconds: float) -> None:
-    timer = threading.Timer(seconds, os.kill, (os.getpid(), signal.SIGKILL))
-    timer.daemon = True
-    timer.start()
 
 
 def _free_port() -> int:
@@ -322,6 +335,7 @@ def _rows(path: Path) -> list[dict]:
 def campaign(names: Iterable[str], kills: int, seed: int, folder: Path) -> dict[str, list[int]]:
     """Kill runs of some kinds, at least `kills` times each. Returns kills, survived and lost."""
     runs, counts = Campaign(folder, seed), {}
+    print(HEAD, flush=True)
     tqdm.tqdm.monitor_interval = 0  # a process with threads should not fork
     for name in names:
         whole_folder = folder / f"{name}-whole"
@@ -345,13 +359,8 @@ def campaign(names: Iterable[str], kills: int, seed: int, folder: Path) -> dict[
                 if not n and problems:
                     raise SystemExit(f"{name}: a run that nobody killed failed")
         counts[name] = [tried, survived, tried - survived]
+        print(f"{name:8}{tried:8}{survived:10}{tried - survived:6}", flush=True)
     return counts
-
-
-def table(counts: dict[str, list[int]]) -> str:
-    lines = [f"{'kind':8}{'kills':>8}{'survived':>10}{'lost':>6}"]
-    lines += [f"{name:8}{n:8}{ok:10}{lost:6}" for name, (n, ok, lost) in counts.items()]
-    return "\n".join(lines)
 
 
 # ------------------------------------------------------------------------------- a rank that dies
@@ -375,7 +384,8 @@ def die():
         note.write(f"{time.time()} {os.getpid()}")
     if end == "raise":
         raise RuntimeError("this rank is unwell")
-    os.kill(os.getpid(), signal.SIGSTOP if end == "stop" else signal.SIGKILL)
+    ends = {"stop": signal.SIGSTOP, "term": signal.SIGTERM, "kill": signal.SIGKILL}
+    os.kill(os.getpid(), ends[end])
 
 if phase and os.environ.get("RANK") == rank:
     if CALLS[phase] is None:
@@ -406,6 +416,7 @@ DEATHS = [
     ("step", 0, "kill"),
     ("saving", 0, "kill"),
     ("saving", 1, "raise"),
+    ("step", 1, "term"),
     ("step", 1, "stop"),
 ]
 
@@ -446,8 +457,14 @@ class Ranks:
         problems = [f"process {pid} remains" for pid in remaining]
         if not self.note.exists():
             problems.append("the rank did not die: " + errors[-2000:])
-        expected = {"kill": (1, 0, f"worker {rank} was killed by SIGKILL"), "stop": (0, 0, "")}
-        code, traces, message = expected.get(end, (1, 1, f"worker {rank} failed with the error"))
+        code, traces, message = {
+            "kill": (1, 0, f"worker {rank} was killed by SIGKILL"),
+            "raise": (1, 1, f"worker {rank} failed with the error"),
+            "term": (128 + signal.SIGTERM, 0, "stopped by SIGTERM"),  # both ranks save and stop
+            "stop": (0, 0, ""),  # and goes on after a minute
+        }[end]
+        if (phase, end) == ("start", "raise"):  # a module of the user's with an error
+            code, traces, message = 2, 0, "RuntimeError: this rank is unwell"
         if process.returncode != code or message not in errors:
             problems.append(f"code {process.returncode} instead of {code}: {errors[-2000:]}")
         if errors.count("Traceback") != traces:
@@ -522,7 +539,6 @@ def main() -> None:
         lost = len(problems)
     else:
         counts = campaign(names, arguments.kills, arguments.seed, folder)
-        print(table(counts))
         lost = sum(n for _, _, n in counts.values())
     if not lost and not arguments.folder:
         shutil.rmtree(folder)

@@ -244,6 +244,14 @@ def test_a_run_whose_terminal_is_closed_saves(command, tmp_path):
     assert json.loads((tmp_path / "run" / "status.json").read_text())["state"] == "stopped"
 
 
+def test_runs_killed_at_random():
+    """A short version of the campaign, which says what it compares."""
+    result = run_command("tests/kill_campaign.py", "--kills", 2, "--kinds", "dpo,ranks")
+    for kind in ("dpo", "ranks"):
+        [row] = [line.split() for line in result.stdout.splitlines() if line.startswith(kind)]
+        assert int(row[1]) >= 2 and row[1:3] == [row[1], row[1]] and row[3] == "0"
+
+
 def test_a_run_saved_before_its_first_step_does_not_evaluate_twice(command, tmp_path, monkeypatch):
     run_here(*command("whole"))
 

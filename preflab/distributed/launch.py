@@ -59,7 +59,8 @@ def launch(worker: Callable, n: int, port: int | None, arguments: tuple, stop: S
             f" {torch.cuda.device_count()}; lower it"
         )
     # _raise_first_error reports errors instead.
-    logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)
+    for name in ("torch.distributed.elastic", "torch.multiprocessing"):
+        logging.getLogger(name).setLevel(logging.CRITICAL)
     os.environ.setdefault("OMP_NUM_THREADS", str(max(1, len(os.sched_getaffinity(0)) // n)))
     with sheltered():
         resource_tracker.ensure_running()

@@ -220,7 +220,8 @@ class OnlineTrainer:
 
     def _evaluate(self) -> None:
         """Evaluate by the rewards and the KL of samples, because there are no held-out pairs."""
-        bought = self.labeler.bought_until(self.round)
+        begun = self.round > 0 or self.has_initial_labels  # a kill may have left bought labels
+        bought = self.labeler.bought_until(self.round) if begun else 0
         with self.timed("measuring"), self._saved_on_error():
             self.session.evaluate(round=self.round, **{"online/labels_bought": bought})
 
