@@ -69,10 +69,10 @@ def run(config: DictConfig) -> None:
         raise SystemExit(1) from None
     except Stopped as stopped:
         if world().rank == 0:
-            print(
-                f"stopped by {stopped}; the same command, or resume={run_dir}, continues",
-                file=sys.stderr,
-            )
+            begun = (run_dir / "config.yaml").is_file()
+            resume = f", or resume={run_dir}, continues" if begun else " starts again"
+            print(f"stopped by {stopped}; the same command{resume}", file=sys.stderr)
+            remove_if_empty(run_dir)
         _leave_with(128 + stopped.signum, stop)
 
 

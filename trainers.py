@@ -15,7 +15,7 @@ from preflab.batching.examples import PreferenceData
 from preflab.batching.loader import Loader, evaluation_order
 from preflab.batching.packing import Batch
 from preflab.distributed.process_group import ALONE, World
-from preflab.distributed.signals import StopSignals
+from preflab.distributed.signals import Stopped
 from preflab.evaluation.evaluator import Evaluator
 from preflab.evaluation.worklist import draws_samples
 from preflab.modeling.blocks import cast as cast  # for trainers of your own
@@ -41,7 +41,7 @@ class BasicTrainer:
     """Trains in one process: on a CPU, on a GPU, or with a model's layers spread over several GPUs.
 
     settings: those of the run. data: examples by split, "train" and "test". world: the ranks of the
-    run. stop: the signals that ask it to stop.
+    run, with the signals that ask it to stop.
     """
 
     placement: ClassVar[Placement] = Placement()
@@ -64,7 +64,6 @@ class BasicTrainer:
         *,
         world: World = ALONE,
         wandb_run=None,
-        stop: StopSignals | None = None,
     ):
         seed_everything(settings.seed)
         self.settings, self.loss, self.data, self.world = settings, loss, data, world
@@ -100,7 +99,6 @@ class BasicTrainer:
             Evaluator(settings, loss, tokenizer, data["test"], rewards, run_dir, world),
             checkpointer,
             log,
-            stop or StopSignals(),
             loop_state=lambda: {"loader": self.loader.state_dict()},
             number=lambda: self.learner.counters.steps,
         )
@@ -108,21 +106,26 @@ class BasicTrainer:
     def train(self) -> dict:
         """Train to the end of the data, evaluating and saving on the way; returns the summary."""
         settings, session = self.settings, self.session
+        self.world.stop_if_asked()  # there is nothing to save yet
         self.learner.prepare(total_steps=self.loader.total_steps)
         if state := session.resume():
             self.loader.load_state_dict(state["loader"])
-        if self.learner.counters.steps == 0 and not session.last_eval and settings.do_first_eval:
-            session.evaluate()
-        bar = self._progress_bar()
-        for examples, microbatches in self.loader.ahead(self._collate):
-            self.train_step(examples, microbatches, bar)
-            bar.update(len(examples))
-            if self._crossed(settings.eval_every, len(examples)) or self._at_end():
+        is_new = self.learner.counters.steps == 0 and not session.last_eval
+        with session.saved_when_stopped():
+            if session.owes_evaluation or (is_new and settings.do_first_eval):
                 session.evaluate()
-            session.tick()
-            if self._crossed(settings.save_every or settings.eval_every, len(examples)):
-                session.save()
-            session.stop_if_asked()
+                if self.learner.counters.steps:
+                    session.save()  # it may be the best
+            bar = self._progress_bar()
+            for examples, microbatches in self.loader.ahead(self._collate):
+                self.train_step(examples, microbatches, bar)
+                bar.update(len(examples))
+                if self._crossed(settings.eval_every, len(examples)) or self._at_end():
+                    session.evaluate()
+                session.tick()
+                if self._crossed(settings.save_every or settings.eval_every, len(examples)):
+                    session.save()
+                self.world.stop_if_asked()
         bar.close()
         session.profiler.stop()
         return session.finish(temperature=settings.temperature)
@@ -131,12 +134,16 @@ class BasicTrainer:
         return self.learner.microbatches(self.data["train"], examples)
 
     def train_step(self, examples, microbatches: list[tuple[Batch, int]], bar: tqdm) -> None:
-        """One optimizer step on `examples`. One that is not finite ends the run."""
+        """One optimizer step on `examples`. One that is not finite ends the run, and so does a
+        signal in the middle of it."""
         data = self.data["train"]
         try:
             self.session.step(data, microbatches, examples, bar)
-        except NonFiniteStepError as error:
+        except Stopped:
             self.loader.step_back(len(examples))  # they come again when the run continues
+            raise
+        except NonFiniteStepError as error:
+            self.loader.step_back(len(examples))
             self.session.stop_at_non_finite(error, data, examples)
 
     def _crossed(self, every: int, n: int) -> bool:

@@ -93,7 +93,7 @@ def execute(config: DictConfig, run_dir: Path, stop: StopSignals | None = None) 
     register_built_in()
     ranks = world()
     configure_logging(ranks.rank)
-    stop = stop or StopSignals()
+    ranks.stop = stop = stop or StopSignals()
     settings = ranks.first(lambda: validate(config))
     loss, sources = ranks.first(lambda: check_settings(settings))
     if earlier := ranks.agree(lambda: _finished_like(config, settings)):
@@ -184,30 +184,30 @@ def _run_here_or_on_workers(
 ) -> dict:
     workers = local_workers(find_trainer(settings.trainer), settings)
     if world().size > 1 or workers == 1:
-        return _run(settings, run_dir, inputs, stop)
+        return _run(settings, run_dir, inputs)
     launch(work, workers, settings.fsdp_port, (settings, run_dir), stop)
-    if stop.received and not (run_dir / "summary.json").exists():
-        raise Stopped(stop.received)
     return read_summary(run_dir)
 
 
-def work(settings: Settings, run_dir: Path) -> None:
+def work(settings: Settings, run_dir: Path, *, stop: StopSignals) -> None:
     """One of the workers that `execute` starts: everything was checked and tokenised before."""
     register_built_in()
-    stop = StopSignals()
-    stop.listen()
+    world().stop = stop
     configure_logging(world().rank)
     with contextlib.redirect_stdout(None):  # the starting process has printed it
         loss, sources = check_settings(settings)
         inputs = load_inputs(settings, sources, loss)
     with contextlib.ExitStack() as stack:
         world().agree(lambda: stack.enter_context(in_use(run_dir / WORKERS_LOCK)))
-        stack.enter_context(contextlib.suppress(Stopped))  # the starting process says so
-        _run(settings, run_dir, inputs, stop)
+        try:
+            _run(settings, run_dir, inputs)
+        except Stopped:  # all ranks are here
+            leave()
+            raise
     leave()
 
 
-def _run(settings: Settings, run_dir: Path, inputs: Inputs, stop: StopSignals) -> dict:
+def _run(settings: Settings, run_dir: Path, inputs: Inputs) -> dict:
     """Train or evaluate on this rank; returns the summary."""
     ranks, trainer = world(), find_trainer(settings.trainer)
     ranks.peers = trainer.placement.peers(settings)
@@ -216,17 +216,15 @@ def _run(settings: Settings, run_dir: Path, inputs: Inputs, stop: StopSignals) -
         with sheltered():
             wandb_run = start_wandb(settings.wandb, run_dir, dataclasses.asdict(settings))
     if settings.function == "eval":
-        return _evaluate(settings, run_dir, inputs, trainer, wandb_run, stop)
+        return _evaluate(settings, run_dir, inputs, trainer, wandb_run)
     parts = (settings, run_dir, inputs.loss, inputs.tokenizer, inputs.data)
-    shared = {"world": ranks, "wandb_run": wandb_run, "stop": stop}
+    shared = {"world": ranks, "wandb_run": wandb_run}
     if settings.function == "online":
         return OnlineTrainer(*parts, trainer=trainer, **shared).train()
     return trainer(*parts, **shared).train()
 
 
-def _evaluate(
-    settings: Settings, run_dir: Path, inputs: Inputs, trainer: type, wandb_run, stop: StopSignals
-) -> dict:
+def _evaluate(settings: Settings, run_dir: Path, inputs: Inputs, trainer: type, wandb_run) -> dict:
     ranks = world()
     seed_everything(settings.seed)
     remark = says_compared_with_itself(settings.model)
@@ -239,7 +237,7 @@ def _evaluate(
     )
     interval = settings.minimum_log_interval_secs
     log = MetricLog(run_dir, wandb_run, interval, writes=ranks.rank == 0)
-    return evaluate_checkpoints(worklist, evaluator, trainer, log, stop)
+    return evaluate_checkpoints(worklist, evaluator, trainer, log)
 
 
 # ---------------------------------------------------------------------------------- data, reports
@@ -263,6 +261,7 @@ def load_inputs(settings: Settings, sources: dict[str, list[Source]], loss: Boun
                 max_length=settings.max_length,
                 max_prompt_length=settings.max_prompt_length,
                 cache_dir=settings.cache_dir,
+                between_chunks=world().stop_first,
             )
             for source in of_split
         ]

@@ -24,7 +24,7 @@ from transformers import AutoConfig, AutoModelForSequenceClassification
 
 from preflab.batching.packing import Layout
 from preflab.distributed import signals
-from preflab.distributed.signals import StopSignals
+from preflab.distributed.process_group import world
 from preflab.evaluation import samples as samples_module
 from preflab.evaluation.samples import distinct, measure_samples, repetition
 from preflab.evaluation.worklist import expand_archives, says_compared_with_itself
@@ -32,6 +32,7 @@ from preflab.modeling import generation
 from preflab.modeling.generation import InverseCDF, sample
 from preflab.modeling.logprobs import Scorer
 from preflab.rewards.registry import REWARDS, RewardError, build_reward, register_reward
+from preflab.training.metrics import MetricLog
 from utils import ConfigError, mean_and_error
 
 PROMPTS = [[256, *b"hello"], [256], [256, *b"a much longer prompt than these"], [256, *b"mid one"]]
@@ -756,8 +757,14 @@ def test_an_evaluation_stops_when_asked_and_the_same_command_continues(
     two_runs, llama_folder, monkeypatch
 ):
     command = [f"model.archive=[{two_runs}/sweep/a,{two_runs}/sweep/b]", "sample_during_eval=false"]
+    write_row = MetricLog.write_at
+
+    def write_and_ask(self, *row):
+        write_row(self, *row)
+        world().stop.received = 15
+
     with monkeypatch.context() as patch:
-        patch.setattr(StopSignals, "anywhere", lambda self, world: 15)
+        patch.setattr(MetricLog, "write_at", write_and_ask)
         with pytest.raises(signals.Stopped):
             evaluate(two_runs, llama_folder, "stopped", *command)
     folder = two_runs / "stopped"

@@ -6,6 +6,7 @@ import math
 import os
 import shutil
 import signal
+from pkgutil import resolve_name
 
 import numpy as np
 import pytest
@@ -18,6 +19,7 @@ from preflab.batching.collate import collate
 from preflab.batching.examples import PreferenceData
 from preflab.batching.packing import Layout
 from preflab.batching.token_store import store_of
+from preflab.distributed.process_group import world
 from preflab.distributed.signals import Stopped
 from preflab.objective.registry import LOSSES
 from preflab.online import discriminator, rounds
@@ -710,7 +712,7 @@ def test_a_stop_in_the_first_evaluation_buys_nothing_before_it_is_obeyed(go, tmp
 
     def interrupted(self):
         evaluate(self)
-        self.session.stop.received = signal.SIGTERM
+        self.world.stop.received = signal.SIGTERM
 
     monkeypatch.setattr(OnlineTrainer, "_evaluate", interrupted)
     with pytest.raises(Stopped, match="SIGTERM"):
@@ -719,6 +721,47 @@ def test_a_stop_in_the_first_evaluation_buys_nothing_before_it_is_obeyed(go, tmp
     monkeypatch.setattr(OnlineTrainer, "_evaluate", evaluate)
     folder = go("run")
     assert same(weights(whole), weights(folder)) and untimed_rows(whole) == untimed_rows(folder)
+
+
+def test_labels_that_a_kill_left_are_not_counted_before_they_are_used(go, tmp_path, monkeypatch):
+    def dies(self, *arguments, **more):
+        raise RuntimeError
+
+    initial = (*D2PO, "online.initial_labels=4", "online.rounds=1")
+    with monkeypatch.context() as patch:
+        patch.setattr(discriminator.Discriminator, "learn", dies)
+        with pytest.raises(RuntimeError):
+            go("run", *initial)
+    assert len(read_rows(tmp_path / "run" / "labels.jsonl")) == 4
+    rows = read_rows(go("run", *initial) / "metrics.jsonl")
+    assert [row["online/labels_bought"] for row in rows if row["split"] == "eval"] == [0, 4]
+
+
+def test_a_stop_in_a_round_is_obeyed_until_something_has_learned(go, tmp_path, monkeypatch):
+    """The round is undone while it can be, and completed otherwise."""
+    whole = go("whole", *D2PO)
+    places = {
+        ("preflab.online.drawing", "sample", 3): 2,
+        ("preflab.online.measures", "measure_samples", 3): 2,
+        ("preflab.training.session.Session", "step", 6): 3,  # the second step of a round
+    }
+    for (module, name, call), last in places.items():
+        interrupted, calls = resolve_name(module), []
+        function = getattr(interrupted, name)
+
+        def with_signal(*arguments, function=function, calls=calls, call=call, **more):
+            calls.append(1)
+            if len(calls) == call:
+                world().stop.received = signal.SIGTERM
+            return function(*arguments, **more)
+
+        with monkeypatch.context() as patch:
+            patch.setattr(interrupted, name, with_signal)
+            with pytest.raises(Stopped):
+                go(name, *D2PO)
+        assert (tmp_path / name / "LATEST").resolve().name == f"step-{last}"
+        folder = go(name, *D2PO)
+        assert same(weights(whole), weights(folder)) and untimed_rows(whole) == untimed_rows(folder)
 
 
 def test_a_policy_is_no_discriminator_that_is_never_taught(go):

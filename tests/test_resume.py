@@ -10,6 +10,7 @@ import subprocess
 import sys
 import termios
 import time
+from pkgutil import resolve_name
 from unittest import mock
 
 import pytest
@@ -23,10 +24,14 @@ from conftest import (
     same_weights,
     small_run,
     untimed,
+    write_imdb,
     write_jsonl,
 )
 
 import trainers
+from preflab.batching import token_store
+from preflab.distributed.process_group import World, world
+from preflab.distributed.signals import Stopped
 from preflab.training import learner
 from preflab.training.checkpoints import latest_checkpoint, save_checkpoint
 from utils import ConfigError
@@ -134,6 +139,88 @@ def test_a_signal_to_a_running_process(command, tmp_path, signum):
     assert_same_run(tmp_path / "whole", broken)
 
 
+# What a signal interrupts: the function, in which of its calls, and the last finished step.
+PLACES = {
+    "tokenisation": ("preflab.batching.token_store.tokenise", 2, None),
+    "reference pass": ("preflab.modeling.reference_cache._logps_of_groups", 2, None),
+    "first evaluation": ("preflab.evaluation.held_out.compute_loss", 1, 0),
+    "a step": ("preflab.training.learner.compute_loss", 9, 1),
+    "evaluation": ("preflab.evaluation.held_out.compute_loss", 3, 2),
+    "sampling": ("preflab.modeling.generation.InverseCDF.__call__", 12, 2),
+    "saving": ("preflab.training.learner.save_weights", 2, 2),
+}
+
+
+@pytest.fixture(scope="module")
+def accumulated(llama_folder, tmp_path_factory):
+    """Overrides of the same run of three steps, of two microbatches each, in a given folder, and
+    the folder of that run."""
+    folder = tmp_path_factory.mktemp("accumulated")
+    more = ("n_examples=24", "gradient_accumulation_steps=2", "save_every=8", "eval_batch_size=4")
+    more += ("n_eval_model_samples=2", "max_new_tokens=4", "microbatch_tokens=60", "layout=padded")
+
+    def command(run_dir):
+        cache = f"cache_dir={run_dir}-cache"
+        return small_run(
+            llama_folder, folder / "data", run_dir, "keep_checkpoints=null", cache, *more
+        )
+
+    write_imdb(folder / "data")
+    run_here(*command(folder / "whole"))
+    return command, folder / "whole"
+
+
+@pytest.mark.parametrize("place", PLACES)
+def test_a_signal_is_obeyed_between_batches(accumulated, tmp_path, monkeypatch, place):
+    """Whatever was going on is undone: the checkpoint is that of the last finished step, and the
+    resumed run gives what an uninterrupted one does."""
+    command, whole = accumulated
+    broken = tmp_path / "broken"
+    name, call, last = PLACES[place]
+    interrupted = resolve_name(name.rpartition(".")[0])
+    function, states = getattr(interrupted, name.rpartition(".")[2]), []
+
+    def with_signal(*arguments, **more):
+        torch.rand(())  # as a loss or a reward may
+        states.append(torch.get_rng_state())
+        if len(states) == call:
+            world().stop.received = signal.SIGTERM
+        return function(*arguments, **more)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(interrupted, name.rpartition(".")[2], with_signal)
+        patch.setattr(token_store, "CHUNK", 4)
+        with pytest.raises(Stopped, match="SIGTERM"):
+            run_here(*command(broken))
+    assert len(states) == call  # nothing of the kind was begun after the signal
+    if last is None:
+        assert not list(broken.glob("step-*"))
+    else:
+        assert (broken / "LATEST").resolve().name == f"step-{last}"
+        assert json.loads((broken / "status.json").read_text())["state"] == "stopped"
+    if last:
+        step = f"step-{last}"
+        ours, theirs = (torch.load(run / step / learner.STATE) for run in (broken, whole))
+        assert ours["loader"] == theirs["loader"] and str(ours["loss"]) == str(theirs["loss"])
+        assert ours["counters"]["examples"] == 8 * last
+        ours, theirs = (torch.load(run / step / "policy.pt")["state"] for run in (broken, whole))
+        assert same_weights(ours, theirs)
+    if place in ("a step", "evaluation"):  # the first call that is undone is that of the signal
+        saved = torch.load(broken / "LATEST" / learner.STATE)["random"]["torch"]
+        assert torch.equal(saved, states[-2]) and not torch.equal(saved, states[-1])
+    run_here(*command(broken))
+    assert_same_run(whole, broken)
+
+
+def test_a_signal_to_one_rank_stops_all(monkeypatch):
+    one_of_two = World(rank=0, size=2)
+    monkeypatch.setattr(World, "max", lambda self, values: [15.0])
+    with pytest.raises(Stopped, match="SIGTERM"):
+        next(one_of_two.batches([1, 2, 3], 1))
+    one_of_two.stop.held = True
+    assert next(one_of_two.batches([1, 2, 3], 1)) == ([1], 1)
+
+
 def test_a_run_whose_terminal_is_closed_saves(command, tmp_path):
     """The terminal's end is a SIGHUP, and from then on writing to it fails."""
     ours, theirs = pty.openpty()
@@ -155,6 +242,14 @@ def test_a_run_whose_terminal_is_closed_saves(command, tmp_path):
     last = read_rows(tmp_path / "run" / "metrics.jsonl")[-1]["step"]
     assert (tmp_path / "run" / "LATEST").resolve().name == f"step-{last}"
     assert json.loads((tmp_path / "run" / "status.json").read_text())["state"] == "stopped"
+
+
+def test_runs_killed_at_random():
+    """A short version of the campaign, which says what it compares."""
+    result = run_command("tests/kill_campaign.py", "--kills", 2, "--kinds", "dpo,ranks")
+    for kind in ("dpo", "ranks"):
+        [row] = [line.split() for line in result.stdout.splitlines() if line.startswith(kind)]
+        assert int(row[1]) >= 2 and row[1:3] == [row[1], row[1]] and row[3] == "0"
 
 
 def test_a_run_saved_before_its_first_step_does_not_evaluate_twice(command, tmp_path, monkeypatch):

@@ -3,7 +3,7 @@
 import json
 import logging
 import shutil
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -105,10 +105,20 @@ class TokenStore:
 
 
 def prepare(
-    source: Source, tokenizer, *, max_length: int, max_prompt_length: int, cache_dir: str | Path
+    source: Source,
+    tokenizer,
+    *,
+    max_length: int,
+    max_prompt_length: int,
+    cache_dir: str | Path,
+    between_chunks: Callable[[], None] = lambda: None,
 ) -> TokenStore:
     """Tokenise a dataset split, or map the copy that an earlier run stored in `cache_dir` under the
-    hash of its content."""
+    hash of its content.
+
+    between_chunks: called again and again while the split is tokenised; what it raises leaves
+    nothing in `cache_dir`.
+    """
     key = content_hash(
         f"store {STORE_VERSION}",
         source.fingerprint(),
@@ -126,7 +136,9 @@ def prepare(
             if not folder.is_dir():
                 remove_leftovers(folder.parent)
                 with atomic_directory(folder) as temporary:
-                    _write_store(source, tokenizer, max_length, max_prompt_length, temporary)
+                    _write_store(
+                        source, tokenizer, max_length, max_prompt_length, temporary, between_chunks
+                    )
                     write_checksums(temporary)
     return _load_store(folder)
 
@@ -146,7 +158,12 @@ def tokenizer_hash(tokenizer) -> str:
 
 
 def _write_store(
-    source: Source, tokenizer, max_length: int, max_prompt_length: int, folder: Path
+    source: Source,
+    tokenizer,
+    max_length: int,
+    max_prompt_length: int,
+    folder: Path,
+    between_chunks: Callable[[], None],
 ) -> None:
     progress = tqdm(
         desc=f"tokenise {source.name} {source.split}", unit=" prompts", mininterval=1.0, delay=2.0
@@ -154,6 +171,7 @@ def _write_store(
     with open(folder / "tokens.bin", "wb") as out, progress:
         writer = _StoreWriter(out)
         for records in _chunks(source.records(), CHUNK):
+            between_chunks()
             tokenised = tokenise(records, tokenizer)
             for record, prompt, of_prompt, masks in zip(records, *tokenised, strict=True):
                 prompt, of_prompt, (prompt_cut, cuts) = truncate(

@@ -16,7 +16,7 @@ from collections.abc import Callable
 from multiprocessing import resource_tracker
 from pathlib import Path
 
-from preflab.distributed.signals import StopSignals
+from preflab.distributed.signals import Stopped, StopSignals
 from utils import ConfigError, PrefLabError, machine_error
 
 
@@ -42,11 +42,12 @@ class WorkerError(RuntimeError):
 
 
 def launch(worker: Callable, n: int, port: int | None, arguments: tuple, stop: StopSignals) -> None:
-    """Run `worker(*arguments)` in `n` processes with torch's elastic launcher.
+    """Run `worker(*arguments, stop=...)` in `n` processes with torch's elastic launcher.
 
-    port: where the workers meet; None for a free port. Returns when all workers have returned. When
-    one fails, stops the others, and raises PrefLabError with its message if it raised a
-    PrefLabError; otherwise prints its traceback and raises WorkerError.
+    port: where the workers meet; None for a free port. stop: of this process; each worker gets its
+    own. Returns when all workers have returned, and raises Stopped if a signal made them. When one
+    fails, stops the others, and raises PrefLabError with its message if it raised a PrefLabError;
+    otherwise prints its traceback and raises WorkerError.
     """
     import torch
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
@@ -58,7 +59,8 @@ def launch(worker: Callable, n: int, port: int | None, arguments: tuple, stop: S
             f" {torch.cuda.device_count()}; lower it"
         )
     # _raise_first_error reports errors instead.
-    logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)
+    for name in ("torch.distributed.elastic", "torch.multiprocessing"):
+        logging.getLogger(name).setLevel(logging.CRITICAL)
     os.environ.setdefault("OMP_NUM_THREADS", str(max(1, len(os.sched_getaffinity(0)) // n)))
     with sheltered():
         resource_tracker.ensure_running()
@@ -75,10 +77,19 @@ def launch(worker: Callable, n: int, port: int | None, arguments: tuple, stop: S
             rdzv_endpoint=f"localhost:{_free_port(port)}",
             signals_to_handle="SIGQUIT",  # StopSignals handles the others
         )
+        stop.note = Path(folder) / "signal"
         try:
-            elastic_launch(settings, _run_worker)(worker, arguments, folder, os.getpid())
+            if stop.received:
+                raise Stopped(stop.received)
+            start = elastic_launch(settings, _run_worker)
+            by_worker = start(worker, arguments, folder, os.getpid())
         except ChildFailedError as failed:
             _raise_first_error(failed, Path(folder), stop)
+            raise Stopped(stop.received) from None
+        finally:
+            stop.note = None
+    if any(by_worker.values()):
+        raise Stopped(stop.received or max(filter(None, by_worker.values())))
 
 
 def _free_port(port: int | None) -> int:
@@ -95,14 +106,22 @@ def _free_port(port: int | None) -> int:
         return probe.getsockname()[1]
 
 
-def _run_worker(worker: Callable, arguments: tuple, folder: str, launcher: int) -> None:
+def _run_worker(worker: Callable, arguments: tuple, folder: str, launcher: int) -> int | None:
     """Run the worker; write an error to `folder`, where the launching process reads it.
 
-    launcher: its process id. The worker ends with it, however it dies.
+    launcher: its process id. The worker ends with it, however it dies. Returns the signal that
+    stopped the worker, if one did.
     """
     threading.Thread(target=_end_with, args=(launcher,), daemon=True).start()
+    stop = StopSignals()
+    stop.listen()
+    if (note := Path(folder) / "signal").exists():  # it came before this process could hear it
+        stop.received = int(note.read_text(encoding="utf-8") or signal.SIGTERM)
     try:
-        worker(*arguments)
+        worker(*arguments, stop=stop)
+        return None
+    except Stopped as stopped:
+        return stopped.signum
     except SystemExit:  # another rank reports the error
         raise
     except BaseException as error:

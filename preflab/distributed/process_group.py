@@ -10,13 +10,14 @@ import os
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from datetime import timedelta
 from typing import Any
 
 import torch
 import torch.distributed as dist
 
+from preflab.distributed.signals import Stopped, StopSignals
 from utils import ConfigError
 
 # How long a rank waits for another: rank 0 may tokenise a large data set first. When a rank dies,
@@ -30,7 +31,7 @@ class World:
 
     rank, size: of this process among all. local_rank, local_size: among those of this machine.
     peers: size of a tensor-parallel group. Its ranks are consecutive, hold parts of the same layers
-    and see the same examples.
+    and see the same examples. stop: the signals that ask this rank to stop.
     """
 
     rank: int = 0
@@ -38,6 +39,7 @@ class World:
     local_rank: int = 0
     local_size: int = 1
     peers: int = 1
+    stop: StopSignals = field(default_factory=StopSignals, compare=False)
 
     @property
     def device(self) -> torch.device:
@@ -73,12 +75,24 @@ class World:
         """This rank's share of `items` in batches, each with the number of its items that count.
 
         All ranks get the same number of batches, because a sharded model runs on all of them
-        together. A rank with fewer items gets stand-ins, of which 0 items count.
+        together. A rank with fewer items gets stand-ins, of which 0 items count. Raises Stopped
+        before a batch if a rank was asked to stop.
         """
         mine = self.share(items)
         for begin in range(0, self.largest_share(len(items)), size):
+            self.stop_if_asked()
             part = mine[begin : begin + size]
             yield (part, len(part)) if len(part) else (items[:1], 0)
+
+    def stop_if_asked(self) -> None:
+        """Raise Stopped, on all ranks, if one of them received a signal to stop. All call it."""
+        if not self.stop.held and (signum := self.max([self.stop.received or 0])[0]):
+            raise Stopped(int(signum))
+
+    def stop_first(self) -> None:
+        """`stop_if_asked` for what rank 0 does inside `agree` or `first`; nothing on the others."""
+        if self.rank == 0 and self.stop.received:
+            raise Stopped(self.stop.received)
 
     def sum(self, values: list[float]) -> list[float]:
         """Sums over the examples of all ranks, in float64."""
@@ -108,7 +122,7 @@ class World:
     def agree(self, decide: Callable[[], Any]) -> Any:
         """The result of `decide()`, called on rank 0, on every rank.
 
-        An error is raised on rank 0; the others exit without a message.
+        An error is raised on rank 0; the others exit without a message. Stopped is raised on all.
         """
         decided = error = None
         if self.rank == 0:
@@ -117,10 +131,12 @@ class World:
             except Exception as raised:
                 error = raised
         if self.size > 1:
-            box = [decided, error is not None]
+            box = [decided, error is not None, getattr(error, "signum", None)]
             dist.broadcast_object_list(box, src=0)
-            decided = box[0]
-            if box[1] and self.rank > 0:
+            decided, failed, signum = box
+            if signum is not None:
+                raise Stopped(signum)
+            if failed and self.rank > 0:
                 raise SystemExit(2)
         if error is not None:
             raise error

@@ -4,8 +4,7 @@ import multiprocessing
 import os
 import signal
 import threading
-
-from preflab.distributed.process_group import World
+from pathlib import Path
 
 # SIGTERM: preemption, or the end of an allocation. SIGINT: Ctrl-C. SIGUSR1: the warning before a
 # time limit (sbatch --signal=USR1@120). SIGUSR2: the same warning from job launchers such as
@@ -14,20 +13,22 @@ STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2, s
 
 
 class StopSignals:
-    """Records the first signal that asks the run to stop. The loop saves and stops after its step.
+    """Records the first signal that asks the run to stop. `World.stop_if_asked`, which all loops
+    over batches call, obeys it.
 
     A second Ctrl-C stops at once. Signals are sent on to the workers.
+
+    held: True, on all ranks, where what is going on cannot be abandoned: the signal is obeyed
+    later. note: a file for the signal, for workers that have not started yet.
     """
 
     def __init__(self):
         self.received: int | None = None
+        self.held = False
+        self.note: Path | None = None
         self.handlers_before: dict[int, object] = {}
         # Looked up now: a closed terminal is none.
         self._on_terminal = [stream for stream in (0, 1, 2) if os.isatty(stream)]
-
-    def anywhere(self, world: World) -> int:
-        """The signal that some rank received, the same on all ranks; 0 for none."""
-        return int(world.max([self.received or 0])[0])
 
     def listen(self) -> None:
         """Handle the signals until the process ends; does nothing outside the main thread."""
@@ -43,6 +44,8 @@ class StopSignals:
         self.received = self.received or signum
         if signum == signal.SIGHUP:
             self._leave_terminal()
+        if self.note is not None:
+            self.note.write_text(str(signum), encoding="utf-8")
         for worker in multiprocessing.active_children():
             # The terminal sends Ctrl-C to the workers too, and a second SIGINT would kill them.
             os.kill(worker.pid, signal.SIGTERM if signum == signal.SIGINT else signum)
@@ -65,7 +68,8 @@ class StopSignals:
 
 
 class Stopped(Exception):
-    """A signal asked the run to stop. Its state is saved, and the same command continues it."""
+    """A signal asked the run to stop. The loop saves its state on the way out, and the same command
+    continues it."""
 
     def __init__(self, signum: int):
         super().__init__(signal.Signals(signum).name)

@@ -11,7 +11,7 @@ from tqdm import tqdm
 from preflab.batching.examples import PreferenceData
 from preflab.batching.packing import Layout
 from preflab.distributed.process_group import World
-from preflab.distributed.signals import Stopped, StopSignals
+from preflab.distributed.signals import Stopped
 from preflab.evaluation.held_out import evaluate_loss
 from preflab.evaluation.samples import Samples, Sampling, sample_and_measure
 from preflab.evaluation.worklist import Checkpoint, draws_samples, finish_evaluation, temperatures
@@ -140,14 +140,39 @@ def evaluate_checkpoints(
     evaluator: Evaluator,
     trainer: type,
     log: MetricLog,
-    stop: StopSignals,
 ) -> dict:
     """Evaluate every checkpoint at every temperature, and return the summary.
 
     worklist: the evaluations that have no row yet, see `pending`. trainer: the class that declares
     where models live. Each evaluation writes its samples, then a row of eval.jsonl. Raises Stopped
-    after a row if a signal arrived; the same command continues from there.
+    between two batches if a signal arrived; the same command continues after the last row.
     """
+    try:
+        values = _evaluate_all(worklist, evaluator, trainer, log)
+    except Stopped:
+        log.finish()
+        raise
+    summary = write_summary(
+        evaluator.run_dir,
+        evaluator.settings,
+        evaluator.loss.name,
+        values,
+        Counters(),
+        evaluator.world,
+        temperature=temperatures(evaluator.settings)[-1],
+        state_bytes={},
+    )
+    log.finish()
+    return summary
+
+
+def _evaluate_all(
+    worklist: list[tuple[Checkpoint, list[float]]],
+    evaluator: Evaluator,
+    trainer: type,
+    log: MetricLog,
+) -> dict[str, float]:
+    """The rows of a worklist; returns the values of the last."""
     world = evaluator.world
     models = _Models(evaluator, trainer)
     n_rows = sum(len(missing) for _, missing in worklist)
@@ -163,21 +188,8 @@ def evaluate_checkpoints(
                 evaluated = {"checkpoint": checkpoint.path, "temperature": temperature}
                 log.write_at(Counters(), "eval", values | evaluated)
                 bar.update()
-                if signum := stop.anywhere(world):
-                    log.finish()
-                    raise Stopped(signum)
-    summary = write_summary(
-        evaluator.run_dir,
-        evaluator.settings,
-        evaluator.loss.name,
-        values,
-        Counters(),
-        world,
-        temperature=temperatures(evaluator.settings)[-1],
-        state_bytes={},
-    )
-    log.finish()
-    return summary
+                world.stop_if_asked()
+    return values
 
 
 class _Models:

@@ -37,8 +37,15 @@ def evaluate_loss(
     numbers = np.unique(_dataset_numbers(data, examples)).tolist()
     total = Sums()
     by_dataset = {number: Sums() for number in numbers} if len(numbers) > 1 else {}
-    parts = list(world.batches(examples, batch_size))
-    for part, n_real in tqdm(parts, desc="evaluate", leave=False, delay=1.0, disable=world.no_bar):
+    batches = tqdm(
+        world.batches(examples, batch_size),
+        total=-(-world.largest_share(len(examples)) // batch_size),
+        desc="evaluate",
+        leave=False,
+        delay=1.0,
+        disable=world.no_bar,
+    )
+    for part, n_real in batches:
         batch = collate(data, part, layout).to(policy.device)
         metrics = compute_loss(loss, policy, reference, batch, data, "eval")[1]
         total.add(metrics, n_real)

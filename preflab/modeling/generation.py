@@ -102,6 +102,19 @@ class InverseCDF(LogitsProcessor):
         return probabilities
 
 
+class _ObeysStop(LogitsProcessor):
+    """Raises Stopped between two tokens if this process, the only one, was asked to stop. Ranks
+    stop together, between two batches."""
+
+    def __init__(self, world: World):
+        self.world = world
+
+    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
+        if self.world.size == 1:
+            self.world.stop_if_asked()
+        return scores
+
+
 @torch.no_grad()
 def sample(
     policy: Scorer,
@@ -151,6 +164,7 @@ def sample(
                 [prompts[i] for i in rows],
                 torch.from_numpy(uniforms),
                 choose,
+                _ObeysStop(world),
                 synced=world.size > 1,
                 repeated=repeated,
             )
@@ -168,7 +182,8 @@ def _batches(
     this step occurs more than once.
 
     All ranks get the same number of batches and the same answer, because a sharded model runs on
-    all of them together. A rank with fewer batches gets stand-ins, of which 0 prompts count.
+    all of them together. A rank with fewer batches gets stand-ins, of which 0 prompts count. Raises
+    Stopped before a batch if a rank was asked to stop.
     """
     equal: dict[tuple[int, ...], list[int]] = {}
     for i, prompt in enumerate(prompts):
@@ -181,6 +196,7 @@ def _batches(
     for step in itertools.zip_longest(*shares):
         repeated = any(len(group) > 1 for batch in step for group in batch or groups[:1])
         mine = step[world.data_rank]
+        world.stop_if_asked()
         rows = list(itertools.chain(*(mine or groups[:1])))
         yield rows, len(rows) if mine else 0, repeated
 
@@ -233,6 +249,7 @@ def _generate(
     prompts: list[list[int]],
     uniforms: Tensor,
     choose: Callable[..., InverseCDF],
+    obeys_stop: _ObeysStop,
     *,
     synced: bool,
     repeated: bool,
@@ -268,7 +285,7 @@ def _generate(
                 input_ids=input_ids,
                 attention_mask=mask,
                 generation_config=ours,
-                logits_processor=[choose(uniforms.to(device), prompt_width=width)],
+                logits_processor=[choose(uniforms.to(device), prompt_width=width), obeys_stop],
                 synced_gpus=synced,
                 **({} if cache is None else {"past_key_values": cache}),
             )

@@ -254,8 +254,8 @@ class _Cache:
 def _locked(lock: FileLock, world: World) -> Iterator[None]:
     if not world.agree(lambda: _acquire(lock, 0.1)):
         logger.info("another run computes the reference's log-probs; waiting for it")
-        while not world.agree(lambda: _acquire(lock, 20.0)):
-            pass
+        while not world.agree(lambda: _acquire(lock, 1.0)):
+            world.stop_if_asked()
     try:
         yield
     finally:

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from preflab.objective.ranges import NonNegative, Prepare, expected
 from preflab.objective.registry import BoundLoss, bind_loss, register_loss
-from preflab.objective.types import LossOutput, Pair, Side, Target
+from preflab.objective.types import LossOutput, Pair, Ranking, Side, Target
 from utils import ConfigError
 
 
@@ -21,7 +21,7 @@ class Part:
     weight: float
     loss: BoundLoss
 
-    def __call__(self, data: Pair | Target) -> LossOutput:
+    def __call__(self, data: Pair | Target | Ranking) -> LossOutput:
         """The part alone, without its weight. Of pairs, a loss that imitates a response gets the
         chosen ones. Its running means are those of `data` whose names begin with the label."""
         prefix = f"{self.label}/"
@@ -78,7 +78,7 @@ def _examples(settings: Mapping) -> str:
         found = ", ".join(f"{label} reads {kind}" for kind, label in kinds.items())
         raise ConfigError(
             f"loss.parts: {found}; sum losses of pairs, with losses of targets if you like, or"
-            " losses of responses alone"
+            " losses of responses or of lists alone"
         )
     heads = {"scalar_head" in part.loss.reads: part.label for part in parts}
     if len(heads) > 1:
@@ -107,7 +107,7 @@ def _inspect(chosen: Tensor, rejected: Tensor, names, *, parts: list[Part]) -> s
     inspect_scores=_inspect,
 )
 def weighted_sum(
-    data: Pair | Target, *, parts: Annotated[list[Part], Prepare(bind_parts)]
+    data: Pair | Target | Ranking, *, parts: Annotated[list[Part], Prepare(bind_parts)]
 ) -> LossOutput:
     """sum_k weight_k loss_k of losses of the same examples, such as MPO (arXiv:2411.10442).
 
@@ -117,6 +117,7 @@ def weighted_sum(
     outputs = {part.label: part(data) for part in parts}
     losses = sum(part.weight * outputs[part.label].losses for part in parts)
     rewarded = [output for output in outputs.values() if output.chosen_rewards is not None]
+    of_lists = [output.rewards for output in outputs.values() if output.rewards is not None]
     metrics: dict[str, Tensor] = {}
     for label, output in outputs.items():
         metrics = output.metrics | metrics | {f"loss_{{split}}/{label}": output.losses}
@@ -126,4 +127,5 @@ def weighted_sum(
         rewarded[0].rejected_rewards if rewarded else None,
         metrics,
         {name: value for output in outputs.values() for name, value in output.running.items()},
+        rewards=of_lists[0] if of_lists else None,
     )

@@ -194,6 +194,7 @@ class Discriminator:
 
     def _step(self, data: PreferenceData, examples: np.ndarray) -> None:
         learner = self.learner
+        self.world.stop.held = True  # a part of its labels learned cannot be continued
         try:
             metrics = learner.step(data, learner.microbatches(data, examples), len(examples))
         except NonFiniteStepError:

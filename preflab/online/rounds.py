@@ -15,12 +15,12 @@ from tqdm import tqdm
 from preflab.batching.examples import PreferenceData
 from preflab.batching.token_store import store_of
 from preflab.distributed.process_group import ALONE, World
-from preflab.distributed.signals import StopSignals
 from preflab.objective.registry import BoundLoss
 from preflab.online.build import build_parts
 from preflab.online.drawing import PromptLoader, rollouts_file
 from preflab.online.rollouts import Labels, Rollouts
 from preflab.settings.schema import Settings
+from preflab.training.checkpoints import undone_when_stopped
 from preflab.training.learner import NonFiniteStepError
 from preflab.training.metrics import rewind
 from preflab.training.profiling import Stopwatch
@@ -42,7 +42,10 @@ class OnlineTrainer:
     """The loop over rounds: sample responses, label them, learn from them.
 
     settings: those of the run. data: prompts by split, "train" and "test". trainer: the class that
-    declares where models live. world: the ranks of the run. stop: the signals that ask it to stop.
+    declares where models live. world: the ranks of the run, with the signals that ask it to stop.
+
+    A signal is obeyed at once until a model has learned in a round, and after that at the end of
+    the round: what was learned from a part of one cannot be continued.
     """
 
     def __init__(
@@ -56,7 +59,6 @@ class OnlineTrainer:
         trainer: type,
         world: World = ALONE,
         wandb_run=None,
-        stop: StopSignals | None = None,
     ):
         seed_everything(settings.seed)
         self.settings, self.run_dir, self.loss, self.world = settings, run_dir, loss, world
@@ -83,7 +85,6 @@ class OnlineTrainer:
             parts.evaluator,
             parts.checkpointer,
             parts.log,
-            stop or StopSignals(),
             loop_state=self.state_dict,
             # Not the step: a round without a pair takes none, and still changes the labeler.
             number=lambda: self.round,
@@ -99,27 +100,31 @@ class OnlineTrainer:
         after a signal.
         """
         settings, session = self.settings.online, self.session
+        self.world.stop_if_asked()  # there is nothing to save yet
         self._prepare_and_resume()
-        if self.round == 0 and session.last_eval is None and self.settings.do_first_eval:
-            self._evaluate()
-            session.stop_if_asked()
-        if self.round == 0 and settings.initial_labels and not self.has_initial_labels:
-            self._learn_initial_labels()
-        bar = self._progress_bar()
-        reason = None
-        while self.round < settings.rounds and not (reason := self._reason_to_end()):
-            self._learn_from_a_round(bar)
-            bar.update()
-            if self.round % settings.eval_every == 0 or self.round == settings.rounds:
+        is_new = self.round == 0 and session.last_eval is None
+        with session.saved_when_stopped():
+            if session.owes_evaluation or (is_new and self.settings.do_first_eval):
                 self._evaluate()
-            session.tick()
-            if self.round % settings.save_every == 0:
-                session.save()
-            session.stop_if_asked()
-        bar.close()
-        session.profiler.stop()
-        if (session.last_eval or {}).get("round") != self.round:
-            self._evaluate()  # the run ended early, or was stopped in its last evaluation
+                self.world.stop_if_asked()
+            if self.round == 0 and settings.initial_labels and not self.has_initial_labels:
+                self._learn_initial_labels()
+            bar = self._progress_bar()
+            while self.round < settings.rounds and not self._reason_to_end():
+                with self._unchanged_when_stopped():
+                    self._learn_from_a_round(bar)
+                bar.update()
+                if self.round % settings.eval_every == 0 or self.round == settings.rounds:
+                    self._evaluate()
+                session.tick()
+                if self.round % settings.save_every == 0:
+                    session.save()
+                self.world.stop_if_asked()
+            bar.close()
+            session.profiler.stop()
+            if (session.last_eval or {}).get("round") != self.round:
+                self._evaluate()  # the run ended early, or an error ended its last evaluation
+        reason = self._reason_to_end() if self.round < settings.rounds else None
         if reason:
             logger.info(f"ended after {self.round} rounds: {reason}")
         return session.finish(
@@ -151,7 +156,7 @@ class OnlineTrainer:
     def _learn_initial_labels(self) -> None:
         """Buy labels of samples of the initial policy, and train the discriminator on them."""
         n = self.settings.online.initial_labels
-        with self._saved_on_error():
+        with self._unchanged_when_stopped(), self._saved_on_error():
             with self.timed("sampling"):
                 prompts = []
                 while len(prompts) < n:
@@ -215,10 +220,12 @@ class OnlineTrainer:
         except NonFiniteStepError as error:
             # The round cannot be repeated: the policy has learned from a part of it.
             self.session.stop_at_non_finite(error, pairs, examples)
+        self.world.stop.held = True
 
     def _evaluate(self) -> None:
         """Evaluate by the rewards and the KL of samples, because there are no held-out pairs."""
-        bought = self.labeler.bought_until(self.round)
+        begun = self.round > 0 or self.has_initial_labels  # a kill may have left bought labels
+        bought = self.labeler.bought_until(self.round) if begun else 0
         with self.timed("measuring"), self._saved_on_error():
             self.session.evaluate(round=self.round, **{"online/labels_bought": bought})
 
@@ -242,13 +249,24 @@ class OnlineTrainer:
             self.session.save(wait=True)
             raise
 
+    @contextlib.contextmanager
+    def _unchanged_when_stopped(self) -> Iterator[None]:
+        """Go back to the state before a round that a signal interrupts; from the moment on that a
+        model learns in the round, no signal does."""
+        before = self.state_dict()
+        try:
+            with undone_when_stopped(lambda: self._restore(before)):
+                yield
+        finally:
+            self.world.stop.held = False
+
     # --------------------------------------------------------------------------- saving, resuming
 
     def state_dict(self) -> dict:
         """The state of the loop, for a checkpoint."""
         online = {
             "round": self.round,
-            "seconds": self.timed.seconds,
+            "seconds": dict(self.timed.seconds),
             "fruitless": self.rounds_without_pairs,
             "begun": self.has_initial_labels,
             "labels": self.labeler.state_dict(),
@@ -260,12 +278,16 @@ class OnlineTrainer:
         if self.labeler.discriminator is not None:
             self.labeler.discriminator.prepare()
         if state := self.session.resume():
-            self.prompts.load_state_dict(state["loader"])
-            online = state["online"]
-            self.round, self.timed.seconds = online["round"], online["seconds"]
-            self.rounds_without_pairs = online["fruitless"]
-            self.has_initial_labels = online["begun"]
-            self.labeler.load_state_dict(online["labels"])
+            self._restore(state)
         if self.world.rank == 0:
             for path in (self.run_dir / "metrics.jsonl", rollouts_file(self.run_dir)):
                 rewind(path, self.round, by="round")
+
+    def _restore(self, state: dict) -> None:
+        """Return to what `state_dict` returned."""
+        self.prompts.load_state_dict(state["loader"])
+        online = state["online"]
+        self.round, self.timed.seconds = online["round"], online["seconds"]
+        self.rounds_without_pairs = online["fruitless"]
+        self.has_initial_labels = online["begun"]
+        self.labeler.load_state_dict(online["labels"])

@@ -1,5 +1,6 @@
 """Checkpoint folders, each complete or absent, and the state of random generators."""
 
+import contextlib
 import json
 import logging
 import os
@@ -8,7 +9,7 @@ import re
 import shutil
 import tempfile
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from concurrent.futures import Future
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,6 +18,7 @@ import numpy as np
 import torch
 
 from preflab.distributed.process_group import ALONE, World
+from preflab.distributed.signals import Stopped
 from utils import ConfigError, finish_directory, wrong_size
 
 logger = logging.getLogger(__name__)
@@ -217,6 +219,18 @@ def damage_of(folder: Path) -> str:
 def _steps(run_dir: Path) -> list[Path]:
     steps = [path for path in run_dir.glob("step-*") if re.fullmatch(r"step-\d+", path.name)]
     return sorted(steps, key=lambda path: int(path.name.removeprefix("step-")))
+
+
+@contextlib.contextmanager
+def undone_when_stopped(undo: Callable[[], None] = lambda: None) -> Iterator[None]:
+    """Undo what a signal interrupts inside: `undo()`, and the random numbers that were drawn."""
+    before = random_state()
+    try:
+        yield
+    except Stopped:
+        undo()
+        set_random_state(before)
+        raise
 
 
 def random_state() -> dict:

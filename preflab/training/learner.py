@@ -34,8 +34,14 @@ from preflab.modeling.placed_weights import (
 )
 from preflab.modeling.router_loss import RouterLoss
 from preflab.objective.registry import BoundLoss
+from preflab.objective.types import LossOutput
 from preflab.settings.schema import Settings
-from preflab.training.checkpoints import Counters, random_state, set_random_state
+from preflab.training.checkpoints import (
+    Counters,
+    random_state,
+    set_random_state,
+    undone_when_stopped,
+)
 from preflab.training.compute_loss import compute_loss
 from preflab.training.metrics import Sums
 from preflab.training.optimizer_state import load_optimizer, save_optimizer
@@ -68,6 +74,22 @@ class NonFiniteStepError(Exception):
     def __init__(self, what: str, examples: list[int]):
         super().__init__(f"the {what} is not finite")
         self.what, self.examples = what, examples
+
+
+def not_finite(
+    world: World, grad_norm: float, losses: torch.Tensor, seen: list[int]
+) -> NonFiniteStepError | None:
+    """The error of a step, the same on all ranks; None if all that was computed is finite.
+
+    losses, seen: (examples,) of this rank, the loss and the index of each.
+    """
+    finite = torch.isfinite(losses)
+    is_bad = not math.isfinite(grad_norm) or not bool(finite.all())
+    if not world.max([float(is_bad)])[0]:
+        return None
+    by_example = world.gather(list(zip(seen, finite.tolist(), strict=True)))
+    examples = sorted(example for example, is_finite in by_example if not is_finite)
+    return NonFiniteStepError("loss" if examples else "gradient", examples)
 
 
 class Learner:
@@ -188,19 +210,51 @@ class Learner:
         """Take one optimizer step and return its metrics.
 
         The gradient is that of the mean loss over the `n_examples` examples of all ranks, however
-        they are split over ranks and microbatches. Raises NonFiniteStepError, on all ranks, before
-        the weights change.
+        they are split over ranks and microbatches. Raises NonFiniteStepError, or between two
+        microbatches Stopped, on all ranks, before the weights change.
         """
         begun = time.perf_counter()
-        sums, losses, seen, n_tokens = Sums(), [], [], 0
         lr = self.schedule.at(self.counters.steps)
         for group in self.optimizer.param_groups:
             group["lr"] = lr
+        with undone_when_stopped(self.optimizer.zero_grad):
+            output, sums, losses, seen, n_tokens = self._backward(data, microbatches, n_examples)
+        if not self.placement.averages_gradients:
+            sum_over_ranks(self.parameters, self.world)
+        grad_norm = clip_grad_norm(self.parameters, self.settings.max_grad_norm)
+        if bad := not_finite(self.world, grad_norm, losses, seen):
+            self.optimizer.zero_grad()
+            raise bad
+        self.optimizer.step()
+        self.loss.keep(output)  # running means; such a loss gets its batch in one microbatch
+        # Before the gradients are freed; every step holds the same tensors.
+        self.state_bytes = self.state_bytes or largest_state_bytes(
+            self.policy.model, self.optimizer, self.world
+        )
+        self.optimizer.zero_grad()
+        self.counters.steps += 1
+        self.counters.examples += n_examples
+        self.reference_update.after_step(self.counters.steps)
+        return self._step_metrics(sums, begun, n_examples, n_tokens) | {
+            "grad_norm": grad_norm,
+            "lr": lr,
+        }
+
+    def _backward(
+        self, data: PreferenceData, microbatches: list[tuple[Batch, int]], n_examples: int
+    ) -> tuple[LossOutput, Sums, torch.Tensor, list[int], int]:
+        """Add up the gradient of this rank's part of a step.
+
+        Returns the output of the last microbatch, sums of the metrics, the loss of each example,
+        the indices of these examples, and the number of tokens.
+        """
+        sums, losses, seen, n_tokens = Sums(), [], [], 0
         # Where the placement divides gradients by the number of ranks, this factor undoes it.
         scale = self.world.data_ranks if self.placement.averages_gradients else 1
         if self.router_loss:
             self.router_loss.begin(microbatches, self.world)
         for batch, n_real in microbatches:
+            self.world.stop_if_asked()
             batch = batch.to(self.policy.device)
             output, metrics = compute_loss(
                 self.loss, self.policy, self.reference, batch, data, "train"
@@ -213,35 +267,7 @@ class Learner:
             losses.append(output.losses[:n_real].detach())
             seen += batch.examples[:n_real]
             n_tokens += batch.n_tokens if n_real else 0
-        if not self.placement.averages_gradients:
-            sum_over_ranks(self.parameters, self.world)
-        grad_norm = clip_grad_norm(self.parameters, self.settings.max_grad_norm)
-        self._check_finite(grad_norm, torch.cat(losses), seen)
-        self.optimizer.step()
-        self.loss.keep(output)  # running means; such a loss gets its batch in one microbatch
-        # Before the gradients are freed; every step holds the same tensors.
-        self.state_bytes = self.state_bytes or largest_state_bytes(
-            self.policy.model, self.optimizer, self.world
-        )
-        self.optimizer.zero_grad(set_to_none=True)
-        self.counters.steps += 1
-        self.counters.examples += n_examples
-        self.reference_update.after_step(self.counters.steps)
-        return self._step_metrics(sums, begun, n_examples, n_tokens) | {
-            "grad_norm": grad_norm,
-            "lr": lr,
-        }
-
-    def _check_finite(self, grad_norm: float, losses: torch.Tensor, seen: list[int]) -> None:
-        """Raise NonFiniteStepError on all ranks if a loss or the gradient is not finite on one."""
-        finite = torch.isfinite(losses)
-        is_bad = not math.isfinite(grad_norm) or not bool(finite.all())
-        if not self.world.max([float(is_bad)])[0]:
-            return
-        by_example = self.world.gather(list(zip(seen, finite.tolist(), strict=True)))
-        examples = sorted(example for example, is_finite in by_example if not is_finite)
-        self.optimizer.zero_grad(set_to_none=True)
-        raise NonFiniteStepError("loss" if examples else "gradient", examples)
+        return output, sums, torch.cat(losses), seen, n_tokens
 
     def _step_metrics(
         self, sums: Sums, begun: float, n_examples: int, n_tokens: int

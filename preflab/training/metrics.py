@@ -107,11 +107,13 @@ class MetricLog:
             logger.warning(f"wandb stopped, the run continues without it: {error}")
 
 
-def rewind(path: Path, last: int, by: str = "examples") -> None:
-    """Remove the rows of a JSON-lines file whose column `by` is above `last`, and a last line that
-    a kill cut short. Raises DataError for another line that is no row."""
+def rewind(path: Path, last: int, by: str = "examples", *, at_most: int | None = None) -> None:
+    """Remove the rows of a JSON-lines file whose column `by` is above `last`, those after the first
+    `at_most` rows, and a last line that a kill cut short. Raises DataError for another line that is
+    no row."""
     if not path.is_file():
         return
-    remaining = [line for line, row in read_lines(path) if row.get(by) is None or row[by] <= last]
+    lines = read_lines(path)[:at_most]
+    remaining = [line for line, row in lines if row.get(by) is None or row[by] <= last]
     with atomic_write(path) as f:
         f.writelines(line + "\n" for line in remaining)

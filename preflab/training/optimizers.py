@@ -30,7 +30,6 @@ BUILT_IN: dict[str, type[Optimizer]] = {
 # Arguments that choose torch's implementation of a step; a fused one is chosen without them.
 IMPLEMENTATIONS = {"foreach", "fused", "differentiable", "capturable"}
 
-
 # ----------------------------------------------------------------------------- class and arguments
 
 

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from concurrent.futures import Future
 from pathlib import Path
 from typing import Any, NoReturn
@@ -13,12 +14,14 @@ from tqdm import tqdm
 
 from preflab.batching.examples import PreferenceData
 from preflab.batching.packing import Batch
-from preflab.distributed.signals import Stopped, StopSignals
+from preflab.distributed.signals import Stopped
 from preflab.training.checkpointer import Checkpointer
+from preflab.training.checkpoints import undone_when_stopped
 from preflab.training.learner import Learner, NonFiniteLossError, NonFiniteStepError
 from preflab.training.metrics import MetricLog, rewind
 from preflab.training.profiling import Profiler
 from preflab.training.summary import write_summary
+from utils import json_lines
 
 logger = logging.getLogger(__name__)
 
@@ -41,19 +44,19 @@ class Session:
         evaluator: Any,
         checkpointer: Checkpointer,
         log: MetricLog,
-        stop: StopSignals,
         *,
         loop_state: Callable[[], dict],
         number: Callable[[], int],
         also: dict[str, Any] | None = None,
     ):
         self.learner, self.evaluator, self.checkpointer = learner, evaluator, checkpointer
-        self.log, self.stop = log, stop
+        self.log = log
         self.loop_state, self.number, self.also = loop_state, number, also or {}
         self.settings, self.world = learner.settings, learner.world
         self.run_dir = checkpointer.run_dir
         self.last_eval: dict | None = None
         self.best_accuracy = -1.0
+        self.owes_evaluation = False  # whether a signal interrupted the one that was due
         profile_steps = self.settings.profile_steps if self.world.rank == 0 else None
         self.profiler = Profiler(self.run_dir, profile_steps)
         self._started = 0.0
@@ -65,7 +68,7 @@ class Session:
     ) -> None:
         """One optimizer step on `examples` of `data`, and its row of metrics.jsonl.
 
-        Raises NonFiniteStepError before the weights change.
+        Raises NonFiniteStepError and Stopped before the weights change.
         """
         metrics = self.learner.step(data, microbatches, len(examples))
         self.write("train", metrics)
@@ -76,17 +79,23 @@ class Session:
     # ------------------------------------------------------------------------------------ evaluate
 
     def evaluate(self, **more: Any) -> None:
-        """Evaluate the learner's policy, and write a row of metrics.jsonl with `more` first."""
+        """Evaluate the learner's policy, and write a row of metrics.jsonl with `more` first.
+
+        Stopped in between, it leaves no row, and a resumed run owes it.
+        """
         learner = self.learner
-        values = more | self.evaluator.evaluate(
-            learner.policy,
-            learner.reference,
-            learner.layout,
-            initial_reference=learner.initial_reference,
-            examples=learner.counters.examples,
-        )
+        self.owes_evaluation = True
+        with undone_when_stopped():
+            values = more | self.evaluator.evaluate(
+                learner.policy,
+                learner.reference,
+                learner.layout,
+                initial_reference=learner.initial_reference,
+                examples=learner.counters.examples,
+            )
         self.write("eval", values)
         self.last_eval = {"examples": learner.counters.examples, **values}
+        self.owes_evaluation = False
 
     def write(self, split: str, values: dict) -> None:
         """Write a row of metrics.jsonl with the learner's counters."""
@@ -104,6 +113,7 @@ class Session:
         state = self.loop_state() | {
             "last_eval": self.last_eval,
             "best_accuracy": self.best_accuracy,
+            "rows_without_evaluation": self._count_rows() if self.owes_evaluation else None,
         }
         futures = [self.learner.save(folder, state, self.last_eval or {})]
         for name, other in self.also.items():
@@ -111,6 +121,11 @@ class Session:
             futures.append(other.save(folder / name, {}, {}))
         pending = [future for future in futures if future is not None]
         return _All(pending) if pending else None
+
+    def _count_rows(self) -> dict[str, int]:
+        """Rows of each file, to which none of the evaluation that is due was added."""
+        paths = [self.run_dir / name for name in ROWS]
+        return {path.name: len(json_lines(path)) for path in paths if path.is_file()}
 
     def _is_best(self) -> bool:
         """Whether a reward model orders more held-out pairs correctly than at any earlier save.
@@ -132,12 +147,14 @@ class Session:
         Returns the state of the loop; None without a checkpoint. Rows written after the checkpoint
         are deleted, all of them where there is none, and so is summary.json.
         """
-        checkpoint, state = self.learner.checkpoint, None
+        checkpoint, state, rows = self.learner.checkpoint, None, None
         if checkpoint is not None:
             for name, other in self.also.items():
                 other.load(checkpoint / name)
             state = self.learner.load(checkpoint)
             self.last_eval, self.best_accuracy = state["last_eval"], state["best_accuracy"]
+            rows = state.get("rows_without_evaluation")  # unknown to earlier versions
+            self.owes_evaluation = rows is not None
             counters = self.learner.counters
             logger.info(
                 f"continuing {self.run_dir} from step {counters.steps}"
@@ -146,7 +163,8 @@ class Session:
         if self.world.rank == 0:
             last = self.learner.counters.examples if checkpoint is not None else -1
             for name in ROWS:
-                rewind(self.run_dir / name, last)
+                at_most = None if rows is None else rows.get(name, 0)
+                rewind(self.run_dir / name, last, at_most=at_most)
             (self.run_dir / "summary.json").unlink(missing_ok=True)
         self._started = time.perf_counter() - self.learner.counters.seconds
         return state
@@ -173,12 +191,15 @@ class Session:
             " these examples"
         ) from None
 
-    def stop_if_asked(self) -> None:
-        """Save and raise Stopped if any rank received a signal to stop."""
-        if signum := self.stop.anywhere(self.world):
+    @contextlib.contextmanager
+    def saved_when_stopped(self) -> Iterator[None]:
+        """Save before Stopped, raised inside, ends the run."""
+        try:
+            yield
+        except Stopped:
             self.save(wait=True)
             self.log.finish()
-            raise Stopped(signum)
+            raise
 
     def finish(self, *, temperature: float, **more: Any) -> dict:
         """Save, write summary.json and return its content.
