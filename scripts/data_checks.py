@@ -115,7 +115,7 @@ class SplitStatistics:
             self.tokenizer(joined, add_special_tokens=False, verbose=False)["input_ids"]
         )
         tokens = tokenise(chunk, self.tokenizer)
-        for record, prompt, prompt_tokens, responses, masks in zip(
+        for record, prompt, prompt_tokens, responses, masks, _ in zip(
             chunk, prompts, *tokens, strict=True
         ):
             is_chat = not isinstance(record.prompt, str)

@@ -23,6 +23,8 @@ from conftest import (
     small_run,
     write_jsonl,
 )
+from tokenizers import Tokenizer
+from transformers import PreTrainedTokenizerFast
 
 from preflab.batching.chat import (
     ChatSettings,
@@ -188,17 +190,76 @@ def test_a_template_that_cannot_be_split_is_refused_with_the_row(template):
         conversations_ids(tokenizer, [(Chat(chat("hi")), ["ho"], "rows.jsonl:3")])
 
 
-def test_tokens_that_would_join_over_the_border_are_refused(tmp_path):
-    """The shipped tokenizer has a token " the": after a generation prompt that ends in a space, the
-    prompt alone has other ids than in front of the answer."""
-    from transformers import AutoTokenizer
+def joining_tokenizer(template=CHATML):
+    """Of bytes, with one token for two newlines, and one for a newline and an h."""
+    tokenizer = make_tokenizer()
+    backend = json.loads(tokenizer.backend_tokenizer.to_str())
+    model = backend["model"]
+    backend["added_tokens"] = []  # they get the numbers behind the vocabulary again
+    for pair in (("Ċ", "Ċ"), ("Ċ", "h")):
+        model["vocab"]["".join(pair)] = len(model["vocab"])
+        model["merges"].append(list(pair))
+    backend["pre_tokenizer"]["use_regex"] = False
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=Tokenizer.from_str(json.dumps(backend)),
+        eos_token=EOS, bos_token=EOS, pad_token="<|pad|>", chat_template=template,
+    )  # fmt: skip
+    tokenizer.add_special_tokens({"additional_special_tokens": MARKERS})
+    return tokenizer
 
-    from preflab.settings.keys import ROOT
 
-    tokenizer = AutoTokenizer.from_pretrained(ROOT / "data" / "tiny")
-    tokenizer.chat_template = PLAIN.replace("assistant:", "assistant: ")
-    with pytest.raises(DataError, match="the ids of the prompt"):
-        conversations_ids(tokenizer, [(Chat(chat("hi")), ["the end"], "rows.jsonl:3")])
+def test_tokens_that_join_over_the_border_belong_to_the_response(tmp_path):
+    """The prompt of a pair is what it shares with both conversations. The prompt's tokens behind
+    that are not counted, and a sample continues all of the prompt."""
+    tokenizer = joining_tokenizer()
+    prompt = tokenizer.apply_chat_template(chat("q"), tokenize=False, add_generation_prompt=True)
+    full = tokenizer(prompt, add_special_tokens=False)["input_ids"]
+    for answers in (("\nno", "yes"), ("yes", "\nno"), ("ho", "\nno"), ("yes", "no")):
+        [[ids], [responses], [masks], [asked]] = conversations_ids(
+            tokenizer, [(Chat(chat("q")), list(answers), "rows.jsonl:3")]
+        )
+        joins = answers != ("yes", "no")
+        assert asked == full and ids == full[: len(full) - joins]
+        for answer, response, mask in zip(answers, responses, masks, strict=True):
+            whole = tokenizer.apply_chat_template(chat("q", answer), tokenize=False)
+            end = tokenizer(whole, add_special_tokens=False)["input_ids"][:-1]
+            assert ids + response == end
+            apart = joins and answer == "yes"  # its newline is the template's
+            assert mask == ([False] + [True] * (len(response) - 1) if apart else None)
+            assert tokenizer.decode(response[apart:]) == "\n" * (joins and not apart) + answer + (
+                "<|im_end|>"
+            )
+    rows = [{"chosen": chat(f"q{i}", "yes"), "rejected": chat(f"q{i}", "\nno")} for i in "ab"]
+    for split in ("train", "test"):
+        write_jsonl(tmp_path / "data" / f"{split}.jsonl", rows)
+    lengths = {"max_length": 120, "max_prompt_length": 90, "cache_dir": tmp_path / "cache"}
+    store = prepare(open_dataset(str(tmp_path / "data"), "train"), tokenizer, **lengths)
+    sampled = prompt_to_sample(PreferenceData([store], "pairs", "rows"), 0, 90)
+    assert tokenizer.decode(sampled.tokens) == prompt.replace("q", "qa")
+    assert tokenizer.decode(sampled.chosen) == "yes<|im_end|>"
+
+
+def test_turns_that_begin_with_a_newline_are_split_at_their_borders(tmp_path):
+    tokenizer = joining_tokenizer()
+    rows = [
+        {
+            "chosen": chat(f"q{i}", "one", "w", "\ntwo", "w", "three"),
+            "rejected": chat(f"q{i}", "\nno", "w", "\nnot", "w", "\nnever"),
+        }
+        for i in "ab"
+    ]
+    store = turns_store(tmp_path, tokenizer, rows)
+    for response, expected in ((0, ["one", "\n\ntwo", "three"]), (1, ["\n\nno", "\n\nnot"])):
+        tokens = store.tokens[slice(*store.responses[response])]
+        counted = tokens[store.scored_tokens(response)].tolist()
+        answers = tokenizer.decode(counted).split("<|im_end|>")
+        assert answers[: len(expected)] == expected
+
+
+def test_a_prompt_that_joins_the_answer_whole_is_refused_with_the_row():
+    tokenizer = joining_tokenizer("{% for m in messages %}{{ m['content'] }}{% endfor %}")
+    with pytest.raises(DataError, match=r"rows\.jsonl:3: the prompt, .* shares no token"):
+        conversations_ids(tokenizer, [(Chat(chat("\n")), ["ho"], "rows.jsonl:3")])
 
 
 def test_a_response_ends_at_the_end_of_the_turn_in_sampling_too():
@@ -355,7 +416,7 @@ def test_system_tools_and_calls_reach_the_template(tmp_path):
     record, without = records_of([row, other], tmp_path)
     tokenizer = tokenizer_with(TOOLS)
     for one, given in ((record, tools), (without, None)):
-        [prompt], [[chosen, _]], _ = conversations_ids(
+        [prompt], [[chosen, _]], *_ = conversations_ids(
             tokenizer, [(one.prompt, one.responses, one.source)]
         )
         assert tokenizer.decode(prompt + chosen) + "\n" == tokenizer.apply_chat_template(
@@ -604,7 +665,7 @@ def test_all_fields_of_an_answer_reach_the_template(tmp_path):
         tmp_path,
     )
     tokenizer = tokenizer_with(REASONS)
-    _, [[chosen, rejected]], masks = conversations_ids(
+    _, [[chosen, rejected]], masks, _ = conversations_ids(
         tokenizer, [(record.prompt, record.responses, record.source)]
     )
     assert tokenizer.decode(chosen) == "<think>2+2</think>four<|im_end|>"

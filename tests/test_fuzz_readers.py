@@ -159,7 +159,7 @@ def check_record(record, truncation: str) -> None:
         len(values) == len(record.pairs) and all(map(math.isfinite, values))
         for values in record.columns.values()
     )
-    (prompt,), (whole,), _ = tokenise([record], TOKENIZER)
+    (prompt,), (whole,), *_ = tokenise([record], TOKENIZER)
     is_chat = not isinstance(record.prompt, str)
     prompt, responses, (prompt_cut, cuts) = truncate(
         prompt, whole, TOKENIZER, truncation, MAX_LENGTH, MAX_PROMPT_LENGTH, chat=is_chat

@@ -115,18 +115,23 @@ def conversation_ids(
 ) -> tuple[list[int], list[int]]:
     """Token ids of a prompt and of the assistant's response, its end included."""
     chat = Chat(messages, tools, options or {})
-    [prompt], [[ids]], _ = conversations_ids(tokenizer, [(chat, [response], where)])
+    [prompt], [[ids]], *_ = conversations_ids(tokenizer, [(chat, [response], where)])
     return prompt, ids
 
 
 def conversations_ids(
     tokenizer, conversations: list[tuple[Chat, list[str], str]]
-) -> tuple[list[list[int]], list[list[list[int]]], list[list[list[bool] | None]]]:
-    """Token ids of prompts, and of the responses to each, their ends included; and which tokens of
-    a response are the assistant's, None where all are.
+) -> tuple[list[list[int]], list[list[list[int]]], list[list[list[bool] | None]], list[list[int]]]:
+    """Token ids of prompts, and of the responses to each, their ends included; which tokens of a
+    response are the assistant's, None where all are; and the ids of prompts to sample for.
 
-    conversations: (prompt, responses, place for messages). Raises DataError where the ids of a
-    prompt do not begin those of the conversation.
+    A tokenizer may join the end of a prompt with the start of an answer, such as two newlines. A
+    prompt is then the ids that it shares with all of its conversations, so that its responses share
+    them too: a token over the border belongs to the response, and so do the prompt's tokens behind
+    the shared ones, which are not the assistant's. To sample is to continue all of the prompt.
+
+    conversations: (prompt, responses, place for messages). Raises DataError where the text of a
+    prompt does not begin that of a conversation, or where they share no token.
     """
     # What the template itself refuses comes first: its words say more than ours.
     rendered = [
@@ -142,14 +147,29 @@ def conversations_ids(
             texts.append(text)
             spans.append(of_turns)
     ids = iter(zip(_encode(tokenizer, texts), texts, spans, strict=True))
-    prompts, of_prompts, masks = [], [], []
+    prompts, of_prompts, masks, asked = [], [], [], []
     for _, responses, where in conversations:
-        prompt = next(ids)[0]
-        prompts.append(prompt)
-        both = [_split(tokenizer, prompt, *next(ids), where) for _ in responses]
+        whole_prompt = next(ids)[0]
+        wholes = [next(ids) for _ in responses]
+        n = min((_n_shared(whole_prompt, whole) for whole, *_ in wholes), default=None)
+        if n == 0 and whole_prompt:
+            raise DataError(
+                f"{where}: the prompt, {whole_prompt!r} as ids, shares no token with the"
+                " conversation, because the tokenizer joins all of it with the answer; give a"
+                " longer prompt"
+            )
+        both = [_split(tokenizer, whole_prompt, n, *whole) for whole in wholes]
+        prompts.append(whole_prompt[:n])
         of_prompts.append([response for response, _ in both])
         masks.append([mask for _, mask in both])
-    return prompts, of_prompts, masks
+        asked.append(whole_prompt)
+    return prompts, of_prompts, masks, asked
+
+
+def _n_shared(a: list[int], b: list[int]) -> int:
+    """How many ids two lists begin with in common."""
+    pairs = zip(a, b, strict=False)
+    return next((i for i, (x, y) in enumerate(pairs) if x != y), min(len(a), len(b)))
 
 
 def _encode(tokenizer, texts: list[str]) -> list[list[int]]:
@@ -178,43 +198,43 @@ def _whole(
         spans.append((len(begin), len(texts[-1])))
     whole = texts[-1]
     if not all(whole.startswith(text) for text in (prompt, *texts)):
-        raise DataError(f"{where}: {_no_prefix('text')}")
+        raise DataError(f"{where}: {_no_prefix()}")
     return whole, spans
 
 
 def _split(
     tokenizer,
     prompt: list[int],
+    n_shared: int,
     whole: list[int],
     text: str,
     spans: list[tuple[int, int]] | None,
-    where: str,
 ) -> tuple[list[int], list[bool] | None]:
-    """The ids of a response, and which of them are the assistant's."""
-    if whole[: len(prompt)] != prompt:
-        raise DataError(f"{where}: {_no_prefix('ids')}")
+    """The ids of a response, and which of them are the assistant's. n_shared: the ids of the prompt
+    that are not the response's."""
     end = turn_end(tokenizer).token
     if whole == prompt:  # an empty response: the end alone
-        return [tokenizer.eos_token_id if end is None else end], None
-    ends = [] if end is not None else [tokenizer.eos_token_id]
-    response = whole[len(prompt) :] + ends
+        ends = [tokenizer.eos_token_id if end is None else end]
+    else:
+        ends = [] if end is not None else [tokenizer.eos_token_id]
+    response = whole[n_shared:] + ends
     if spans is None:
-        return response, None
+        first = _n_shared(prompt, whole) - n_shared
+        return response, [False] * first + [True] * (len(response) - first) if first else None
     mask = [False] * (len(response) - len(ends)) + [True] * len(ends)
     for begin, end in spans:
-        first, last = (
-            _border(tokenizer, text[:place], whole, where) - len(prompt) for place in (begin, end)
-        )
+        first = _border(tokenizer, text[:begin], whole)[0] - n_shared
+        last = _border(tokenizer, text[:end], whole)[1] - n_shared
         mask[first:last] = [True] * (last - first)
     return response, None if all(mask) else mask
 
 
-def _border(tokenizer, text: str, whole: list[int], where: str) -> int:
-    """After how many of the conversation's tokens the text ends, which begins it."""
+def _border(tokenizer, text: str, whole: list[int]) -> tuple[int, int]:
+    """How many of the conversation's tokens the text that begins it has; without and with a token
+    that it shares with what follows."""
     [ids] = _encode(tokenizer, [text])
-    if whole[: len(ids)] != ids:
-        raise DataError(f"{where}: {_no_prefix('ids')}")
-    return len(ids)
+    n = _n_shared(ids, whole)
+    return n, n + (n < len(ids))
 
 
 def _with_answer(tokenizer, chat: Chat, prompt: str, answer: dict, where: str) -> str:
@@ -222,7 +242,7 @@ def _with_answer(tokenizer, chat: Chat, prompt: str, answer: dict, where: str) -
     answered = replace(chat, messages=[*chat.messages, answer])
     whole = render(tokenizer, answered, generation_prompt=False, where=where)
     if not whole.startswith(prompt):
-        raise DataError(f"{where}: {_no_prefix('text')}")
+        raise DataError(f"{where}: {_no_prefix()}")
     turn = turn_end(tokenizer)
     if not whole.endswith(turn.suffix):
         raise DataError(
@@ -233,12 +253,11 @@ def _with_answer(tokenizer, chat: Chat, prompt: str, answer: dict, where: str) -
     return whole[: len(whole) - len(turn.suffix)] + turn.text
 
 
-def _no_prefix(what: str) -> str:
+def _no_prefix() -> str:
     return (
-        f"the chat template cannot be split: the {what} of the prompt, with its generation prompt,"
+        "the chat template cannot be split: the text of the prompt, with its generation prompt,"
         " does not begin that of the conversation with the answer, so it is unclear which tokens"
-        " the assistant would generate; change the template (it may drop or rewrite earlier turns,"
-        " or end the generation prompt in a space)"
+        " the assistant would generate; change the template (it may drop or rewrite earlier turns)"
     )
 
 

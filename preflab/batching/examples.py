@@ -244,8 +244,7 @@ def prompts_to_sample(data: PreferenceData, n: int, max_prompt_length: int) -> l
 def prompt_to_sample(data: PreferenceData, example: int, max_prompt_length: int) -> PromptToSample:
     """The prompt of an example."""
     store, responses = data.responses_of(example)
-    begin, end = store.prompts[store.response_prompt[responses[0]]]
-    prompt = store.tokens[begin:end].tolist()
+    prompt = store.prompt_to_ask(int(store.response_prompt[responses[0]]))
     chat = store.chat(int(store.response_prompt[responses[0]]))
     if len(prompt) > max_prompt_length:
         truncation = store.truncation if chat is None else "keep_end"
@@ -257,13 +256,18 @@ def prompt_to_sample(data: PreferenceData, example: int, max_prompt_length: int)
     chosen = responses[0]
     if data.kind in ("responses", "lists"):
         chosen = _best_response(store, chosen)
-    begin, end = store.responses[chosen]
     return PromptToSample(
         prompt,
-        store.tokens[begin:end].tolist(),
+        _without_prompt(store, chosen),
         int(data.groups[example]),
         chat,
     )
+
+
+def _without_prompt(store: TokenStore, response: int) -> list[int]:
+    """The tokens of a response from the first that is counted."""
+    begin, end = store.responses[response]
+    return store.tokens[begin + int(store.scored_tokens(response).argmax()) : end].tolist()
 
 
 def _best_response(store: TokenStore, response: int) -> int:

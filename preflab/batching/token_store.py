@@ -40,7 +40,7 @@ ARRAYS = (
     "targets",
     "sources",
 )
-CHATS, CHAT_BEGINS, SCORED = "chats.bin", "chat_begins.npy", "scored.npy"
+CHATS, CHAT_BEGINS, SCORED, ASKED = "chats.bin", "chat_begins.npy", "scored.npy", "asked.npy"
 DTYPES = {"cut": np.bool_, "scores": np.float64, "sources": np.str_}  # the others are int64
 
 
@@ -62,6 +62,8 @@ class TokenStore:
     begins and the last ends, (prompts + 1,); None where all prompts are text.
     scored (all tokens,): whether a loss counts the token, where responses have turns of a user in
     between; None where all tokens of responses are counted.
+    asked (prompts, 2): begin and end in `tokens` of the prompt to sample for, where a tokenizer
+    joins the end of a prompt with a response; None where all are those of `prompts`.
     bos: the id of BOS, None without one.
     counts: what was read, truncated and skipped, and under "content" a hash of the arrays but
     `sources`.
@@ -87,6 +89,12 @@ class TokenStore:
     chats: tuple[np.ndarray, np.ndarray] | None = None
     scored: np.ndarray | None = None
     bos: int | None = None
+    asked: np.ndarray | None = None
+
+    def prompt_to_ask(self, prompt: int) -> list[int]:
+        """The tokens that a response to a prompt is sampled behind."""
+        begin, end = (self.prompts if self.asked is None else self.asked)[prompt]
+        return self.tokens[begin:end].tolist()
 
     def scored_tokens(self, response: int) -> np.ndarray:
         """Whether each token of a response is counted, (tokens,)."""
@@ -173,7 +181,8 @@ def _write_store(
         for records in _chunks(source.records(), CHUNK):
             between_chunks()
             tokenised = tokenise(records, tokenizer)
-            for record, prompt, of_prompt, masks in zip(records, *tokenised, strict=True):
+            for record, prompt, of_prompt, masks, asked in zip(records, *tokenised, strict=True):
+                joined = prompt != asked
                 prompt, of_prompt, (prompt_cut, cuts) = truncate(
                     prompt,
                     of_prompt,
@@ -184,6 +193,7 @@ def _write_store(
                     chat=not isinstance(record.prompt, str),
                 )
                 writer.add(record, prompt, of_prompt, prompt_cut, cuts, masks)
+                writer.ask(asked if joined else None)
             progress.update(len(records))
     counts = {"name": source.name, "split": source.split, **source.counts, **writer.truncated}
     writer.check(source, counts)
@@ -211,6 +221,7 @@ class _StoreWriter:
         self.truncated = {"truncated_prompts": 0, "truncated_responses": 0}
         self.chats: list[bytes] = []
         self.masks: list[tuple[int, list[bool]]] = []  # where each begins in `tokens`
+        self.asked: list[tuple[int, int]] = []
 
     def add(
         self,
@@ -245,6 +256,11 @@ class _StoreWriter:
         self.truncated["truncated_prompts"] += prompt_cut
         self.truncated["truncated_responses"] += sum(cuts)
 
+    def ask(self, asked: list[int] | None) -> None:
+        """The tokens to sample behind for the prompt of before; None: those of the prompt."""
+        prompt = self.rows["prompts"][-1]
+        self.asked.append(prompt if asked is None else self._write(asked))
+
     def _write(self, tokens: list[int]) -> tuple[int, int]:
         """The span that the tokens have in the file."""
         self.out.write(np.asarray(tokens, dtype=np.int32).tobytes())
@@ -277,6 +293,8 @@ class _StoreWriter:
             for begin, mask in self.masks:
                 scored[begin : begin + len(mask)] = mask
             np.save(folder / SCORED, scored)
+        if self.asked != self.rows["prompts"]:
+            np.save(folder / ASKED, np.asarray(self.asked))
 
     def save_arrays(self, folder: Path) -> None:
         for key, values in self.rows.items():
@@ -323,9 +341,14 @@ def _load_store(folder: Path) -> TokenStore:
         key=folder.name,
         chats=chats,
         bos=meta.get("bos"),
-        scored=np.load(folder / SCORED, mmap_mode="r") if (folder / SCORED).is_file() else None,
+        scored=_optional(folder / SCORED),
+        asked=_optional(folder / ASKED),
         **arrays,
     )
+
+
+def _optional(file: Path) -> np.ndarray | None:
+    return np.load(file, mmap_mode="r") if file.is_file() else None
 
 
 def store_of(
@@ -383,9 +406,10 @@ def _chunks(items: Iterator, size: int) -> Iterator[list]:
         yield chunk
 
 
-def tokenise(records: list[Record], tokenizer) -> tuple[list, list, list]:
-    """Token ids of each record's prompt, and of each of its responses, without truncation; and
-    whether each token of a response is counted, None for a response of which all are.
+def tokenise(records: list[Record], tokenizer) -> tuple[list, list, list, list]:
+    """Token ids of each record's prompt, and of each of its responses, without truncation; whether
+    each token of a response is counted, None for a response of which all are; and the ids to sample
+    behind, see `conversations_ids`.
 
     Those of text have no special tokens, which `truncate` adds; those of conversations have all
     that the chat template writes.
@@ -396,11 +420,11 @@ def tokenise(records: list[Record], tokenizer) -> tuple[list, list, list]:
     conversations = [(record.prompt, record.responses, record.source) for record in chats]
     of_chats = iter(zip(*conversations_ids(tokenizer, conversations), strict=True))
     ids = [next(of_texts if isinstance(record.prompt, str) else of_chats) for record in records]
-    prompts, responses, masks = map(list, zip(*ids, strict=True))
-    return prompts, responses, masks
+    prompts, responses, masks, asked = map(list, zip(*ids, strict=True))
+    return prompts, responses, masks, asked
 
 
-def _text_ids(records: list[Record], tokenizer) -> tuple[list, list, list]:
+def _text_ids(records: list[Record], tokenizer) -> tuple[list, list, list, list]:
     strings = [record.prompt for record in records]
     for record in records:
         strings.extend(record.responses)
@@ -409,7 +433,7 @@ def _text_ids(records: list[Record], tokenizer) -> tuple[list, list, list]:
     )
     prompts = [next(ids) for _ in records]
     responses = [[next(ids) for _ in record.responses] for record in records]
-    return prompts, responses, [[None] * len(record.responses) for record in records]
+    return prompts, responses, [[None] * len(record.responses) for record in records], prompts
 
 
 def render_prompt(record: Record, tokenizer) -> str:

@@ -217,7 +217,7 @@ class Discriminator:
         limits = (self.tokenizer, "keep_end", settings.max_length, settings.max_prompt_length)
         trees = [
             truncate(prompt, of_prompt, *limits, chat=isinstance(record.prompt, Chat))[:2]
-            for record, prompt, of_prompt, _ in zip(
+            for record, prompt, of_prompt, *_ in zip(
                 records, *tokenise(records, self.tokenizer), strict=True
             )
         ]
