@@ -16,6 +16,7 @@ from preflab.readers.records import (
     Responses,
     Skip,
     pairs_record,
+    response_text_of,
     scored_record,
     targets_record,
 )
@@ -39,7 +40,7 @@ class ScoredLines(Reader):
         return text(row, "prompt", where)
 
     def record(self, prompt, rows, source, pair):
-        responses = [row["text"] for row in rows]
+        responses = [response_text_of(row, source) for row in rows]
         scores = [float(row["reward"]) for row in rows]
         return scored_record(prompt, responses, scores, source, pair)
 

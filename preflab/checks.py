@@ -191,6 +191,28 @@ def _reads_lists(settings: Settings, loss: BoundLoss) -> bool:
     return lists
 
 
+def _reading_options(settings: Settings, loss: BoundLoss) -> dict:
+    """What `open_dataset` gets beside a name and a split."""
+    return {
+        "data_dir": settings.data_dir,
+        "pairing": settings.pairing,
+        "min_gap": settings.min_gap,
+        "seed": settings.seed,
+        "test_fraction": settings.test_fraction,
+        "train_split": settings.train_split,
+        "test_split": settings.test_split,
+        "prompt_template": settings.prompt_template,
+        "train_on": settings.train_on,
+        "numbers": _further_numbers(loss),
+        "lists": _reads_lists(settings, loss),
+        "max_responses": settings.max_responses,
+        "choose_responses": settings.choose_responses,
+        "columns": {
+            ours: theirs for ours, theirs in vars(settings.dataset_columns).items() if theirs
+        },
+    }
+
+
 def _open_datasets(settings: Settings, loss: BoundLoss) -> dict[str, list[Source]]:
     if settings.dataset_module:
         load_module(settings.dataset_module, "dataset_module")
@@ -202,25 +224,7 @@ def _open_datasets(settings: Settings, loss: BoundLoss) -> dict[str, list[Source
                 f"datasets=[{name}]: no such file or folder; give the path of a file, the id of a"
                 " hub dataset, or a name that --help lists"
             )
-    lists = _reads_lists(settings, loss)
-    options = {
-        "data_dir": settings.data_dir,
-        "pairing": settings.pairing,
-        "min_gap": settings.min_gap,
-        "seed": settings.seed,
-        "test_fraction": settings.test_fraction,
-        "train_split": settings.train_split,
-        "test_split": settings.test_split,
-        "prompt_template": settings.prompt_template,
-        "train_on": settings.train_on,
-        "numbers": _further_numbers(loss),
-        "lists": lists,
-        "max_responses": settings.max_responses,
-        "choose_responses": settings.choose_responses,
-        "columns": {
-            ours: theirs for ours, theirs in vars(settings.dataset_columns).items() if theirs
-        },
-    }
+    options = _reading_options(settings, loss)
     splits = {
         "train": ("train", "test"),
         "online": ("train", "test"),

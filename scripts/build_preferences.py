@@ -5,10 +5,11 @@ write imdb-like files.
         --n_test 200 model=tiny
 
 writes data/reviews-train.jsonl and data/reviews-test.jsonl with one response per line: {"prompt",
-"text", "reward"}. A prompt is text, or a list of chat messages, which goes through the model's chat
-template. Further arguments are overrides, as for train.py: the model, its archive, the reward,
-temperature and seed. Responses are kept in OUTPUT-partial.jsonl as they come, and the same command
-continues after an interruption.
+"text", "reward", "ended"}; `ended` is false for a response that the limit on its length cut, which
+gets no end token in training. A prompt is text, or a list of chat messages, which goes through the
+model's chat template. Further arguments are overrides, as for train.py: the model, its archive, the
+reward, temperature and seed. Responses are kept in OUTPUT-partial.jsonl as they come, and the same
+command continues after an interruption.
 """
 
 import argparse
@@ -22,7 +23,7 @@ from omegaconf import OmegaConf
 from tqdm import tqdm
 
 from preflab.batching.chat import PromptText, chat_of, render, response_text, set_chat
-from preflab.modeling.generation import sample
+from preflab.modeling.generation import end_tokens, ended, sample
 from preflab.modeling.loading import build_policy, load_tokenizer
 from preflab.readers.messages import Chat, messages_of
 from preflab.rewards.registry import build_reward
@@ -118,7 +119,7 @@ def _sample_and_score(config, prompts: list, k: int, done: PartialFile) -> None:
     tokenizer = load_tokenizer(config.model)
     set_chat(tokenizer, chat_of(config))
     policy = build_policy(config.model, trainable=False)
-    score = build_reward(config.reward)
+    score, ends = build_reward(config.reward), end_tokens(tokenizer, policy.causal_lm)
     bar = tqdm(total=len(prompts), desc="prompts", unit="prompts", initial=len(done.rows) // k)
     for begin in range(len(done.rows) // k, len(prompts), PROMPTS_AT_A_TIME):
         part = prompts[begin : begin + PROMPTS_AT_A_TIME]
@@ -139,8 +140,10 @@ def _sample_and_score(config, prompts: list, k: int, done: PartialFile) -> None:
         rewards = score(shown, texts)
         done.add(
             [
-                {"prompt": prompt, "text": text, "reward": reward}
-                for prompt, text, reward in zip(repeated, texts, rewards, strict=True)
+                {"prompt": prompt, "text": text, "reward": reward, "ended": ended(tokens, ends)}
+                for prompt, text, reward, tokens in zip(
+                    repeated, texts, rewards, responses, strict=True
+                )
             ]
         )
         bar.update(len(part))

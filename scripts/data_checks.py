@@ -14,6 +14,7 @@ from preflab.batching.chat import end_of_turn
 from preflab.batching.summary import histogram
 from preflab.batching.token_store import CHUNK, render_prompt, tokenise, truncate
 from preflab.evaluation.win_rates import wilson
+from preflab.readers.messages import Unended
 from preflab.readers.records import Source
 
 
@@ -131,6 +132,7 @@ class SplitStatistics:
                 self.truncation,
                 *self.lengths,
                 chat=is_chat,
+                unended=[isinstance(one, Unended) for one in record.responses],
             )
             self._pairs(record, responses, cut)
             self._sample_example(record, cut, masks)

@@ -31,6 +31,7 @@ from preflab.batching.chat import (
     conversation_ids,
     conversations_ids,
     end_of_turn,
+    response_text,
     set_chat,
     turn_end,
 )
@@ -172,6 +173,8 @@ def test_an_end_that_is_no_token_is_scored_and_eos_follows():
     _, response = conversation_ids(tokenizer, chat("hi"), "ho")
     assert tokenizer.decode(response) == f" ho</turn>{EOS}"
     assert end_of_turn(tokenizer) is None and turn_end(tokenizer).suffix == "</turn>\n"
+    assert response_text(tokenizer, response) == " ho"
+    assert response_text(tokenizer, response[:-1]) == " ho</turn>"  # not ended by EOS
 
 
 @pytest.mark.parametrize(
@@ -260,6 +263,30 @@ def test_a_prompt_that_joins_the_answer_whole_is_refused_with_the_row():
     tokenizer = joining_tokenizer("{% for m in messages %}{{ m['content'] }}{% endfor %}")
     with pytest.raises(DataError, match=r"rows\.jsonl:3: the prompt, .* shares no token"):
         conversations_ids(tokenizer, [(Chat(chat("\n")), ["ho"], "rows.jsonl:3")])
+
+
+@pytest.mark.parametrize("as_chat", [True, False])
+def test_a_response_that_was_cut_where_it_was_written_gets_no_end(tmp_path, as_chat):
+    tokenizer = tokenizer_with(CHATML)
+    prompt = chat("hi") if as_chat else "hi"
+    rows = [
+        {"prompt": prompt, "text": "one more", "reward": 1, "ended": False},
+        {"prompt": prompt, "text": "two", "reward": 0, "ended": True},
+        {"prompt": prompt, "text": "three", "reward": 2},
+    ]
+    for split in ("train", "test"):
+        write_jsonl(tmp_path / "data" / f"{split}.jsonl", rows)
+    source = open_dataset(str(tmp_path / "data"), "train")
+    store = prepare(
+        source, tokenizer, max_length=90, max_prompt_length=60, cache_dir=tmp_path / "cache"
+    )
+    texts = [tokenizer.decode(store.tokens[slice(*span)]) for span in store.responses]
+    end = "<|im_end|>" if as_chat else EOS
+    assert texts == ["one more", "two" + end, "three" + end]
+    assert store.cut.tolist() == [True, False, False]
+    write_jsonl(tmp_path / "data" / "train.jsonl", [rows[0] | {"ended": 1}])
+    with pytest.raises(DataError, match=r"'ended' is int '1', expected true or false"):
+        list(open_dataset(str(tmp_path / "data"), "train").records())
 
 
 def test_a_response_ends_at_the_end_of_the_turn_in_sampling_too():

@@ -12,7 +12,7 @@ import logging
 import re
 from dataclasses import dataclass, field, replace
 
-from preflab.readers.messages import ASSISTANT, Chat, Turns
+from preflab.readers.messages import ASSISTANT, Chat, Turns, Unended
 from utils import DataError, first_line
 
 logger = logging.getLogger(__name__)
@@ -39,7 +39,7 @@ class ChatSettings:
 
 def chat_of(settings) -> ChatSettings:
     """Those of a run."""
-    return ChatSettings(dict(settings.chat_template_kwargs), settings.chat_date)
+    return ChatSettings(dict(settings.chat_template_kwargs or {}), settings.chat_date)
 
 
 def set_chat(tokenizer, settings: ChatSettings) -> None:
@@ -150,7 +150,7 @@ def conversations_ids(
     prompts, of_prompts, masks, asked = [], [], [], []
     for _, responses, where in conversations:
         whole_prompt = next(ids)[0]
-        wholes = [next(ids) for _ in responses]
+        wholes = [(*next(ids), isinstance(one, Unended)) for one in responses]
         n = min((_n_shared(whole_prompt, whole) for whole, *_ in wholes), default=None)
         if n == 0 and whole_prompt:
             raise DataError(
@@ -186,8 +186,11 @@ def _whole(
     if not response:  # there is nothing to format
         return prompt, None
     if not isinstance(response, Turns):
-        answer = {"role": "assistant", "content": response}
-        return _with_answer(tokenizer, chat, prompt, answer, where), None
+        answer = {"role": "assistant", "content": str(response)}
+        whole = _with_answer(tokenizer, chat, prompt, answer, where)
+        if isinstance(response, Unended):
+            whole = whole[: len(whole) - len(turn_end(tokenizer).text)]
+        return whole, None
     spans, texts = [], []
     for number, turn in enumerate(response.messages):
         if turn["role"] not in ASSISTANT:
@@ -209,14 +212,14 @@ def _split(
     whole: list[int],
     text: str,
     spans: list[tuple[int, int]] | None,
+    unended: bool,
 ) -> tuple[list[int], list[bool] | None]:
     """The ids of a response, and which of them are the assistant's. n_shared: the ids of the prompt
     that are not the response's."""
     end = turn_end(tokenizer).token
-    if whole == prompt:  # an empty response: the end alone
+    ends = [] if end is not None or unended else [tokenizer.eos_token_id]
+    if whole == prompt and not unended:  # an empty response: the end alone
         ends = [tokenizer.eos_token_id if end is None else end]
-    else:
-        ends = [] if end is not None else [tokenizer.eos_token_id]
     response = whole[n_shared:] + ends
     if spans is None:
         first = _n_shared(prompt, whole) - n_shared
@@ -340,10 +343,15 @@ def describe_chat(tokenizer) -> str:
 
 def end_of_turn(tokenizer) -> int | None:
     """The id of the special token that ends a turn; None without a template, or without one."""
+    turn = _known_turn_end(tokenizer)
+    return turn.token if turn else None
+
+
+def _known_turn_end(tokenizer) -> TurnEnd | None:
     if not tokenizer.chat_template:
         return None
     try:
-        return turn_end(tokenizer).token
+        return turn_end(tokenizer)
     except DataError:  # a template for other conversations than of a question and an answer
         return None
 
@@ -397,6 +405,11 @@ def messages_of_prompt(prompt: str) -> list[dict]:
 
 def response_text(tokenizer, tokens: list[int]) -> str:
     """A response without special tokens, and without the end of a turn, which need not be one."""
-    if tokens and tokens[-1] == end_of_turn(tokenizer):
+    turn = _known_turn_end(tokenizer)
+    if turn and tokens and tokens[-1] == turn.token:
         tokens = tokens[:-1]
-    return tokenizer.decode(tokens, skip_special_tokens=True)
+    text = tokenizer.decode(tokens, skip_special_tokens=True)
+    # An end that is plain text stands before EOS; a response that was cut has none.
+    if turn and turn.token is None and tokens and tokens[-1] == tokenizer.eos_token_id:
+        text = text.removesuffix(turn.text)
+    return text

@@ -76,6 +76,11 @@ def counts_line(counts: dict) -> str:
     read = ", ".join(f"{counts[key]:,} {key}" for key in keys)
     if counts.get("empty_responses"):
         read += f" ({counts['empty_responses']:,} responses are empty: EOS alone)"
+    if counts.get("joined_prompts"):
+        read += (
+            f" ({counts['joined_prompts']:,} prompts end before a token that joins the generation"
+            " prompt and an answer)"
+        )
     truncated = (
         f"{counts['truncated_prompts']:,} prompts and {counts['truncated_responses']:,} responses"
         " truncated"

@@ -3,7 +3,7 @@
 import json
 import logging
 import shutil
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -12,7 +12,7 @@ import numpy as np
 from tqdm import tqdm
 
 from preflab.batching.chat import chat_settings, conversations_ids, render
-from preflab.readers.messages import Chat
+from preflab.readers.messages import Chat, Unended
 from preflab.readers.records import Record, Source
 from utils import (
     DataError,
@@ -191,6 +191,7 @@ def _write_store(
                     max_length,
                     max_prompt_length,
                     chat=not isinstance(record.prompt, str),
+                    unended=[isinstance(one, Unended) for one in record.responses],
                 )
                 writer.add(record, prompt, of_prompt, prompt_cut, cuts, masks)
                 writer.ask(asked if joined else None)
@@ -199,6 +200,8 @@ def _write_store(
     writer.check(source, counts)
     writer.save_arrays(folder)
     writer.save_chats(folder)
+    if joined := sum(a != b for a, b in zip(writer.asked, writer.rows["prompts"], strict=True)):
+        counts["joined_prompts"] = joined
     counts["content"] = _content(folder, writer.columns)
     meta = {
         "name": source.name,
@@ -452,23 +455,30 @@ def truncate(
     max_prompt_length: int,
     *,
     chat: bool = False,
+    unended: Sequence[bool] | None = None,
 ) -> tuple[list[int], list[list[int]], tuple[bool, list[bool]]]:
     """Add BOS and EOS and cut to length. All responses of a prompt share one truncation of it.
 
     chat: the ids are those of a conversation, which has what begins and ends it; its prompt keeps
-    BOS and its end, with what the template writes before an answer.
+    BOS and its end, with what the template writes before an answer. unended: which responses were
+    cut before they came here, none by default.
 
     The prompt is cut to max_prompt_length only when it and the longest response do not fit into
     max_length; then each response is cut to the remaining length. A response that was cut has no
     end. Returns prompt, responses, (prompt was cut, [response was cut]).
     """
     bos = [tokenizer.bos_token_id] if tokenizer.bos_token_id is not None else []
+    ended = [not cut for cut in unended or [False] * len(responses)]
     if chat:
         truncation = "keep_end"
         bos = bos if prompt[:1] == bos else []
         prompt = prompt[len(bos) :]
     else:
-        responses = [[*response, tokenizer.eos_token_id] for response in responses]
+        eos = [tokenizer.eos_token_id]
+        responses = [
+            response + (eos if ends else [])
+            for response, ends in zip(responses, ended, strict=True)
+        ]
     longest = max(map(len, responses))
     prompt_cut = False
     if len(bos) + len(prompt) + longest > max_length:
@@ -476,7 +486,9 @@ def truncate(
         prompt_cut = len(prompt) < len(whole)
     prompt = [*bos, *prompt]
     room = max_length - len(prompt)
-    cuts = [len(response) > room for response in responses]
+    cuts = [
+        len(response) > room or not ends for response, ends in zip(responses, ended, strict=True)
+    ]
     return prompt, [response[:room] for response in responses], (prompt_cut, cuts)
 
 

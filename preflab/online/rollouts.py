@@ -4,6 +4,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from preflab.objective.registry import BoundLoss
+
 SELECTIONS = ("conf", "rand")
 
 
@@ -45,6 +47,14 @@ class Labels:
     scores: list[list[float]]
     pairs: list[tuple[int, int] | None]
     guesses: "Labels | None" = None
+
+    def suit(self, loss: BoundLoss) -> None:
+        """Make of the labels what a loss learns from: lists, or pairs with a gap where it reads
+        scores."""
+        if loss.examples == "lists":
+            self.pair_by_scores()
+        elif "scores" in loss.reads:
+            self.drop_pairs_without_a_gap()
 
     def pair_by_scores(self) -> None:
         """Pair the best and the worst response by the scores, for losses that read the scores of

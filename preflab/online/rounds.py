@@ -179,10 +179,7 @@ class OnlineTrainer:
             with self.timed("labelling"):
                 labels = self.labeler.label(rollouts)
         self.round = number
-        if self.loss.examples == "lists":
-            labels.pair_by_scores()
-        elif "scores" in self.loss.reads:
-            labels.drop_pairs_without_a_gap()
+        labels.suit(self.loss)
         with self.timed("measuring"):
             values = self.measures.measure(rollouts, labels, scores)
         with self.timed("learning"):

@@ -23,6 +23,7 @@ from preflab.readers.records import (
     Record,
     Skip,
     pairs_record,
+    response_text_of,
     scored_record,
     targets_record,
 )
@@ -255,7 +256,7 @@ class UserPairs(Reader):
         responses, scores = [], []
         for row in rows:
             if self.form == "scored_rows":
-                responses.append(row["text"])
+                responses.append(response_text_of(row, source))
                 scores.append(float(row["reward"]))
             elif self.form == "completions":
                 for values, more in zip(

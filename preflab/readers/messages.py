@@ -47,6 +47,12 @@ def read_part(message: dict) -> dict:
     return {name: message[name] for name in READ if name in message}
 
 
+class Unended(str):
+    """A response that was cut where it was written, by a limit on its length: it has no end."""
+
+    __slots__ = ()
+
+
 class Turns(str):
     """A response of several turns: messages that end with the assistant's, and as text their
     JSON."""

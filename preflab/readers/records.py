@@ -16,12 +16,12 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from preflab.readers.fields import text
+from preflab.readers.fields import text, type_and_value
 from preflab.readers.files import Rows
-from preflab.readers.messages import Chat
+from preflab.readers.messages import Chat, Unended
 from utils import DataError, content_hash
 
-READER_VERSION = "4"  # raise it when a reader would turn the same rows into other records
+READER_VERSION = "5"  # raise it when a reader would turn the same rows into other records
 PAIRINGS = ("first_two", "all", "best_worst", "random")
 CHOICES = ("best_worst", "stratified")
 NO_PAIRS = "none"  # the pairing of lists
@@ -410,6 +410,22 @@ def pairs_record(
     return Record(
         prompt, responses.texts, responses.pairs, target, of_responses, columns or {}, source
     )
+
+
+def response_text_of(row: dict, where: str) -> str:
+    """The `text` of a row with one response. `ended` says whether the model that wrote it had
+    ended it; a response that it had not gets no end token, which nobody chose."""
+    ended = row.get("ended")
+    if ended is None:
+        return row["text"]
+    if not isinstance(ended, bool):
+        raise DataError(f"{where}: 'ended' is {type_and_value(ended)}, expected true or false")
+    if not ended and not row["text"]:
+        raise DataError(
+            f"{where}: 'text' is empty and 'ended' is false, so nothing was written;"
+            " leave the row out"
+        )
+    return row["text"] if ended else Unended(row["text"])
 
 
 def targets_record(prompt, response: str, source: str) -> Record:
