@@ -6,9 +6,9 @@ from collections.abc import Collection
 from pathlib import Path
 
 from preflab.readers.fields import items, number, present, text, type_and_value
-from preflab.readers.files import FILE_TYPES, Rows, as_object, file_rows, list_folder
+from preflab.readers.files import FILE_TYPES, Rows, file_rows, list_folder
 from preflab.readers.hub import TEST_NAMES, folder_rows, hub_rows, is_local_path
-from preflab.readers.json_text import parse_json
+from preflab.readers.json_text import as_object, parse_json
 from preflab.readers.messages import (
     Chat,
     chat,
