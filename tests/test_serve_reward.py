@@ -191,6 +191,28 @@ def test_killed_between_buying_and_saving_nothing_is_bought_twice(
     )
 
 
+def test_another_request_after_a_kill_buys_nothing_twice(client, tmp_path, monkeypatch):
+    _http, killed = client()
+
+    def kill(*arguments, **more):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(Service, "_save", kill)
+    with pytest.raises(KeyboardInterrupt):
+        killed.train(service_module.Train(**request(1)))
+    monkeypatch.undo()
+    again, _ = client()  # and the client of the first request is slower than another one
+    second = again.post("/train", json=request(2)).json()
+    first = again.post("/train", json=request(1)).json()
+    assert (first["labels_bought"], second["labels_bought"]) == (4, 8)
+    rows = read_rows(tmp_path / "state" / "labels.jsonl")
+    assert [row["round"] for row in rows] == [1] * 4 + [2] * 4
+    request_file = tmp_path / "state" / "request.json"
+    assert not request_file.exists()
+    request_file.write_text('{"id": "r3", "rou')  # killed while it was written
+    assert client()[0].post("/train", json=request(3)).json()["labels_bought"] == 12
+
+
 @pytest.mark.parametrize(
     "path, body, status, cause",
     [

@@ -66,8 +66,8 @@ class Service:
     """A labeler, with its state in `folder`.
 
     state.json is written last in every request and names the discriminator's checkpoint that it
-    belongs to. A request that was killed before is not done; the labels it bought are in the ledger
-    for when it is sent again.
+    belongs to. A request that was killed before is in request.json, and the labels it bought are in
+    the ledger: it is done again before any other one, which would buy them again under its number.
     """
 
     def __init__(self, settings: Settings, folder: Path, trainer: type):
@@ -107,6 +107,20 @@ class Service:
         return {row["id"]: row for row in rows}
 
     @property
+    def _begun(self) -> Path:
+        return self.folder / "request.json"
+
+    def _interrupted(self) -> Train | None:
+        """The request that was begun and not done, because of a kill or an error."""
+        if not self._begun.is_file():
+            return None
+        try:
+            request = Train.model_validate_json(self._begun.read_bytes())
+        except ValidationError:  # killed while it was written: nothing had been bought
+            return None
+        return None if request.id in self.answers else request
+
+    @property
     def discriminator(self):
         """The model that scores responses; None where the reward scores them."""
         return self.labeler.discriminator
@@ -131,12 +145,20 @@ class Service:
         """
         if self.is_stale:
             self._restore()
+        if (interrupted := self._interrupted()) and interrupted != request:
+            self._attempt(interrupted)
+        return self._attempt(request)
+
+    def _attempt(self, request: Train) -> dict:
         try:
             return self._train(request)
-        except (DataError, RewardError):  # the state has not changed
-            raise
-        except Exception:
-            self.is_stale = True
+        except Exception as error:
+            n = self.state["requests"]
+            bought = self.labeler.bought_until(n + 1) - self.labeler.bought_until(n)
+            if isinstance(error, (DataError, RewardError)) and not bought:  # nothing has changed
+                self._begun.unlink(missing_ok=True)
+            else:
+                self.is_stale = True
             raise
 
     def _train(self, request: Train) -> dict:
@@ -158,6 +180,10 @@ class Service:
                 f"{len(rollouts)} pairs are to be labelled, and the budget of"
                 f" {self.settings.online.budget} labels has room for {room}"
             )
+        with open(self._begun, "w", encoding="utf-8") as f:
+            json.dump(request.model_dump(), f)
+            f.flush()
+            os.fsync(f.fileno())  # before the first label is bought
         labels = self.labeler.label(rollouts)
         answer = {
             "scores": labels.scores,
@@ -179,6 +205,7 @@ class Service:
             os.fsync(f.fileno())  # the state below promises that the answer is there
         with atomic_write(self.folder / "state.json") as f:
             json.dump(state, f)
+        self._begun.unlink()
         self.state, self.answers[row["id"]] = state, row
 
     def _fill_checkpoint(self, folder: Path) -> None:
