@@ -20,6 +20,7 @@ from preflab.settings.values import exists
 from preflab.training.optimizers import check_optimizer
 from preflab.training.registry import find_trainer
 from preflab.training.schedules import schedule_of
+from preflab.training.trackers import check_tracker
 from utils import ConfigError, load_module
 
 
@@ -70,6 +71,7 @@ def check_settings(settings: Settings) -> tuple[BoundLoss, dict[str, list[Source
     if settings.function == "online":
         check_online(settings, loss)
         schedule_of(settings, None)
+    check_tracker(settings)
     return loss, _open_datasets(settings, loss)
 
 

@@ -21,7 +21,7 @@ from preflab.batching.summary import check_same_data, counts_line, describe_data
 from preflab.batching.token_store import TokenStore, prepare
 from preflab.checks import check_settings
 from preflab.distributed.console import configure_logging
-from preflab.distributed.launch import launch, sheltered
+from preflab.distributed.launch import launch
 from preflab.distributed.process_group import leave, world
 from preflab.distributed.signals import Stopped, StopSignals
 from preflab.evaluation.evaluator import Evaluator, evaluate_checkpoints
@@ -56,7 +56,7 @@ from preflab.training.metrics import MetricLog
 from preflab.training.reference import reference_plan
 from preflab.training.registry import find_trainer
 from preflab.training.schedules import Schedule, check_continues, schedule_of
-from preflab.training.trackers import start_wandb
+from preflab.training.trackers import start_tracker
 from utils import DataError, atomic_write, check_writable, in_use, seed_everything
 
 logger = logging.getLogger(__name__)
@@ -123,8 +123,7 @@ def execute(config: DictConfig, run_dir: Path, stop: StopSignals | None = None) 
         if ranks.rank == 0:
             _begin_folder(config, run_dir, inputs)
         with _status(run_dir, ranks.rank):
-            summary = _run_here_or_on_workers(settings, run_dir, inputs, stop)
-            return _report(run_dir, summary)
+            return _run_here_or_on_workers(settings, run_dir, inputs, stop)
 
 
 def _check_continued(run_dir: Path, inputs: Inputs) -> None:
@@ -207,24 +206,37 @@ def work(settings: Settings, run_dir: Path) -> None:
 
 
 def _run(settings: Settings, run_dir: Path, inputs: Inputs, stop: StopSignals) -> dict:
-    """Train or evaluate on this rank; returns the summary."""
-    ranks, trainer = world(), find_trainer(settings.trainer)
-    ranks.peers = trainer.placement.peers(settings)
-    wandb_run = None
-    if not settings.debug and ranks.rank == 0:
-        with sheltered():
-            wandb_run = start_wandb(settings.wandb, run_dir, dataclasses.asdict(settings))
+    """Train or evaluate on this rank, and report; returns the summary."""
+    ranks = world()
+    ranks.peers = find_trainer(settings.trainer).placement.peers(settings)
+    tracker = None
+    if ranks.rank == 0:
+        tracker = start_tracker(settings, run_dir, dataclasses.asdict(settings))
+    try:
+        summary = _report(run_dir, _train_or_evaluate(settings, run_dir, inputs, tracker, stop))
+        if tracker is not None:
+            tracker.show_report(run_dir)
+        return summary
+    finally:
+        if tracker is not None:
+            tracker.finish()
+
+
+def _train_or_evaluate(
+    settings: Settings, run_dir: Path, inputs: Inputs, tracker, stop: StopSignals
+) -> dict:
+    trainer = find_trainer(settings.trainer)
     if settings.function == "eval":
-        return _evaluate(settings, run_dir, inputs, trainer, wandb_run, stop)
+        return _evaluate(settings, run_dir, inputs, trainer, tracker, stop)
     parts = (settings, run_dir, inputs.loss, inputs.tokenizer, inputs.data)
-    shared = {"world": ranks, "wandb_run": wandb_run, "stop": stop}
+    shared = {"world": world(), "tracker": tracker, "stop": stop}
     if settings.function == "online":
         return OnlineTrainer(*parts, trainer=trainer, **shared).train()
     return trainer(*parts, **shared).train()
 
 
 def _evaluate(
-    settings: Settings, run_dir: Path, inputs: Inputs, trainer: type, wandb_run, stop: StopSignals
+    settings: Settings, run_dir: Path, inputs: Inputs, trainer: type, tracker, stop: StopSignals
 ) -> dict:
     ranks = world()
     seed_everything(settings.seed)
@@ -237,7 +249,7 @@ def _evaluate(
         settings, inputs.loss, inputs.tokenizer, inputs.data["test"], rewards, run_dir, ranks
     )
     interval = settings.minimum_log_interval_secs
-    log = MetricLog(run_dir, wandb_run, interval, writes=ranks.rank == 0)
+    log = MetricLog(run_dir, tracker, interval, writes=ranks.rank == 0)
     return evaluate_checkpoints(worklist, evaluator, trainer, log, stop)
 
 

@@ -156,9 +156,8 @@ def evaluate_checkpoints(
                 log.write_at(Counters(), "eval", values | evaluated)
                 bar.update()
                 if signum := stop.anywhere(world):
-                    log.finish()
                     raise Stopped(signum)
-    summary = write_summary(
+    return write_summary(
         evaluator.run_dir,
         evaluator.settings,
         evaluator.loss.name,
@@ -168,8 +167,6 @@ def evaluate_checkpoints(
         temperature=temperatures(evaluator.settings)[-1],
         state_bytes={},
     )
-    log.finish()
-    return summary
 
 
 class _Models:

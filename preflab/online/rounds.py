@@ -55,7 +55,7 @@ class OnlineTrainer:
         *,
         trainer: type,
         world: World = ALONE,
-        wandb_run=None,
+        tracker=None,
         stop: StopSignals | None = None,
     ):
         seed_everything(settings.seed)
@@ -73,7 +73,7 @@ class OnlineTrainer:
             data,
             trainer=trainer,
             world=world,
-            wandb_run=wandb_run,
+            tracker=tracker,
         )
         self.learner, self.drawing = parts.learner, parts.drawing
         self.labeler, self.measures = parts.labeler, parts.measures

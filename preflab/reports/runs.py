@@ -44,6 +44,7 @@ NOT_SETTINGS = (
     "seed",
     "cache_dir",
     "wandb",
+    "tracker",
     "skip_finished",
 )
 

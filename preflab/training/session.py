@@ -176,7 +176,6 @@ class Session:
         """Save and raise Stopped if any rank received a signal to stop."""
         if signum := self.stop.anywhere(self.world):
             self.save(wait=True)
-            self.log.finish()
             raise Stopped(signum)
 
     def finish(self, *, temperature: float, **more: Any) -> dict:
@@ -185,7 +184,7 @@ class Session:
         temperature: of the samples in the last evaluation. more: further keys of the summary.
         """
         self.save(wait=True)
-        summary = write_summary(
+        return write_summary(
             self.run_dir,
             self.settings,
             self.learner.loss.name,
@@ -197,8 +196,6 @@ class Session:
             save_peaks=self.checkpointer.peaks,
             **more,
         )
-        self.log.finish()
-        return summary
 
 
 class _All:
