@@ -72,6 +72,8 @@ def check_settings(settings: Settings) -> tuple[BoundLoss, dict[str, list[Source
         check_online(settings, loss)
         schedule_of(settings, None)
     check_tracker(settings)
+    if settings.criterion and not Path(settings.criterion).is_file():
+        raise ConfigError(f"criterion={settings.criterion}: no such file")
     return loss, _open_datasets(settings, loss)
 
 

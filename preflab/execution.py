@@ -20,7 +20,7 @@ from preflab.batching.loader import count_steps
 from preflab.batching.summary import check_same_data, counts_line, describe_data
 from preflab.batching.token_store import TokenStore, prepare
 from preflab.checks import check_settings
-from preflab.distributed.console import configure_logging
+from preflab.distributed.console import configure_logging, logged_to
 from preflab.distributed.launch import launch
 from preflab.distributed.process_group import leave, world
 from preflab.distributed.signals import Stopped, StopSignals
@@ -53,6 +53,9 @@ from preflab.settings.schema import Settings
 from preflab.training.checkpoints import newest_step
 from preflab.training.memory_plan import describe, make_plan
 from preflab.training.metrics import MetricLog
+from preflab.training.provenance import NAME as PROVENANCE
+from preflab.training.provenance import describe as describe_provenance
+from preflab.training.provenance import write_provenance
 from preflab.training.reference import reference_plan
 from preflab.training.registry import find_trainer
 from preflab.training.schedules import Schedule, check_continues, schedule_of
@@ -64,6 +67,7 @@ logger = logging.getLogger(__name__)
 # Modules beside this package that add to its registries. They import the package, so that it names
 # them here once and imports them by name.
 BUILT_IN = ("losses", "preference_datasets", "trainers")
+LOG = "train.log"
 
 
 def register_built_in() -> None:
@@ -122,7 +126,7 @@ def execute(config: DictConfig, run_dir: Path, stop: StopSignals | None = None) 
         ranks.agree(lambda: _check_schedule(settings, run_dir, inputs))
         if ranks.rank == 0:
             _begin_folder(config, run_dir, inputs)
-        with _status(run_dir, ranks.rank):
+        with logged_to(run_dir / LOG, writes=ranks.rank == 0), _status(run_dir, ranks.rank):
             return _run_here_or_on_workers(settings, run_dir, inputs, stop)
 
 
@@ -159,9 +163,14 @@ def _begin_folder(config: DictConfig, run_dir: Path, inputs: Inputs) -> None:
         (run_dir / "summary.json").unlink(missing_ok=True)  # that run is not finished any more
     with atomic_write(run_dir / "config.yaml") as f:
         f.write(OmegaConf.to_yaml(config, resolve=True))
+    data = {split: describe_data(stores) for split, stores in inputs.stores.items()}
     with atomic_write(run_dir / "data.json") as f:
-        json.dump({split: describe_data(stores) for split, stores in inputs.stores.items()}, f)
-    logger.info(f"run folder: {run_dir}")
+        json.dump(data, f)
+    different = write_provenance(run_dir, describe_provenance(data, config.get("criterion")))
+    with logged_to(run_dir / LOG):
+        logger.info(f"run folder: {run_dir}")
+        if different:
+            logger.warning(f"since the last start of this run, {different}")
 
 
 def _finished_like(config: DictConfig, settings: Settings) -> Path | None:
@@ -201,6 +210,7 @@ def work(settings: Settings, run_dir: Path) -> None:
     with contextlib.ExitStack() as stack:
         world().agree(lambda: stack.enter_context(in_use(run_dir / WORKERS_LOCK)))
         stack.enter_context(contextlib.suppress(Stopped))  # the starting process says so
+        stack.enter_context(logged_to(run_dir / LOG, writes=world().rank == 0))
         _run(settings, run_dir, inputs, stop)
     leave()
 
@@ -211,7 +221,7 @@ def _run(settings: Settings, run_dir: Path, inputs: Inputs, stop: StopSignals) -
     ranks.peers = find_trainer(settings.trainer).placement.peers(settings)
     tracker = None
     if ranks.rank == 0:
-        tracker = start_tracker(settings, run_dir, dataclasses.asdict(settings))
+        tracker = start_tracker(settings, run_dir, _shown_config(settings, run_dir))
     try:
         summary = _report(run_dir, _train_or_evaluate(settings, run_dir, inputs, tracker, stop))
         if tracker is not None:
@@ -220,6 +230,12 @@ def _run(settings: Settings, run_dir: Path, inputs: Inputs, stop: StopSignals) -
     finally:
         if tracker is not None:
             tracker.finish()
+
+
+def _shown_config(settings: Settings, run_dir: Path) -> dict:
+    """The settings, and the code, packages and hardware, as a tracker shows them."""
+    starts = json.loads((run_dir / PROVENANCE).read_text(encoding="utf-8"))["starts"]
+    return dataclasses.asdict(settings) | {"provenance": starts[-1]}
 
 
 def _train_or_evaluate(

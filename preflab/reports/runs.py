@@ -45,6 +45,7 @@ NOT_SETTINGS = (
     "cache_dir",
     "wandb",
     "tracker",
+    "criterion",
     "skip_finished",
 )
 

@@ -204,6 +204,7 @@ class RunSettings:
         may_change=ALWAYS,
         part_of_run=False,
     )
+    criterion: str | None = setting(PATH, null=True, may_change=ALWAYS, part_of_run=False)
     local_dirs: list[str] = setting(
         ListOf(PATH, may_be_empty=False), may_change=ALWAYS, part_of_run=False
     )
