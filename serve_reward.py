@@ -12,6 +12,7 @@ from it. The service is reachable only from this machine unless `host` is set, a
 token if the environment variable REWARD_TOKEN is set.
 """
 
+import contextlib
 import os
 import sys
 from pathlib import Path
@@ -38,12 +39,11 @@ def main() -> None:
 def run(config: DictConfig) -> None:
     """Serve a composed config."""
     # These import torch, and a mistake on the command line is answered before.
-    import uvicorn
-
     import losses  # noqa: F401  registers the losses
     import preference_datasets  # noqa: F401  registers the datasets
     from preflab.checks import check_service
     from preflab.distributed.console import configure_logging
+    from preflab.online.connections import make_server
     from preflab.online.service import Service, make_app
     from preflab.reports.run_files import read_config
     from preflab.settings.load import validate
@@ -66,12 +66,9 @@ def run(config: DictConfig) -> None:
                 f" {folder}",
                 flush=True,
             )
-            uvicorn.run(
-                make_app(service, os.environ.get("REWARD_TOKEN")),
-                host=settings.host,
-                port=settings.port,
-                log_level="warning",
-            )
+            app = make_app(service, os.environ.get("REWARD_TOKEN"))
+            with contextlib.suppress(KeyboardInterrupt):  # Ctrl-C, after the last answer
+                make_server(app, settings.host, settings.port).run()
     except PrefLabError as error:
         fail(error)
 

@@ -63,7 +63,7 @@ class BasicTrainer:
         data: dict[str, PreferenceData],
         *,
         world: World = ALONE,
-        wandb_run=None,
+        tracker=None,
     ):
         seed_everything(settings.seed)
         self.settings, self.loss, self.data, self.world = settings, loss, data, world
@@ -92,7 +92,7 @@ class BasicTrainer:
             },
         )
         log = MetricLog(
-            run_dir, wandb_run, settings.minimum_log_interval_secs, writes=world.rank == 0
+            run_dir, tracker, settings.minimum_log_interval_secs, writes=world.rank == 0
         )
         self.session = Session(
             self.learner,

@@ -21,6 +21,7 @@ from preflab.training.optimizers import check_optimizer
 from preflab.training.reference_update import check_update
 from preflab.training.registry import find_trainer
 from preflab.training.schedules import schedule_of
+from preflab.training.trackers import check_tracker
 from utils import ConfigError, load_module
 
 
@@ -73,6 +74,9 @@ def check_settings(settings: Settings) -> tuple[BoundLoss, dict[str, list[Source
     if settings.function == "online":
         check_online(settings, loss)
         schedule_of(settings, None)
+    check_tracker(settings)
+    if settings.criterion and not Path(settings.criterion).is_file():
+        raise ConfigError(f"criterion={settings.criterion}: no such file")
     return loss, _open_datasets(settings, loss)
 
 

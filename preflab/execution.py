@@ -20,8 +20,8 @@ from preflab.batching.loader import count_steps
 from preflab.batching.summary import check_same_data, counts_line, describe_data
 from preflab.batching.token_store import TokenStore, prepare
 from preflab.checks import check_settings
-from preflab.distributed.console import configure_logging
-from preflab.distributed.launch import launch, sheltered
+from preflab.distributed.console import configure_logging, logged_to
+from preflab.distributed.launch import launch
 from preflab.distributed.process_group import leave, world
 from preflab.distributed.signals import Stopped, StopSignals
 from preflab.evaluation.evaluator import Evaluator, evaluate_checkpoints
@@ -54,10 +54,13 @@ from preflab.settings.values import dataset_names, dataset_weights
 from preflab.training.checkpoints import newest_step
 from preflab.training.memory_plan import describe, make_plan
 from preflab.training.metrics import MetricLog
+from preflab.training.provenance import NAME as PROVENANCE
+from preflab.training.provenance import describe as describe_provenance
+from preflab.training.provenance import write_provenance
 from preflab.training.reference import reference_plan
 from preflab.training.registry import find_trainer
 from preflab.training.schedules import Schedule, check_continues, schedule_of
-from preflab.training.trackers import start_wandb
+from preflab.training.trackers import start_tracker
 from utils import DataError, atomic_write, check_writable, in_use, seed_everything
 
 logger = logging.getLogger(__name__)
@@ -65,6 +68,7 @@ logger = logging.getLogger(__name__)
 # Modules beside this package that add to its registries. They import the package, so that it names
 # them here once and imports them by name.
 BUILT_IN = ("losses", "list_losses", "preference_datasets", "trainers")
+LOG = "train.log"
 
 
 def register_built_in() -> None:
@@ -123,9 +127,8 @@ def execute(config: DictConfig, run_dir: Path, stop: StopSignals | None = None) 
         ranks.agree(lambda: _check_schedule(settings, run_dir, inputs))
         if ranks.rank == 0:
             _begin_folder(config, run_dir, inputs)
-        with _status(run_dir, ranks.rank):
-            summary = _run_here_or_on_workers(settings, run_dir, inputs, stop)
-            return _report(run_dir, summary)
+        with logged_to(run_dir / LOG, writes=ranks.rank == 0), _status(run_dir, ranks.rank):
+            return _run_here_or_on_workers(settings, run_dir, inputs, stop)
 
 
 def _check_continued(run_dir: Path, inputs: Inputs) -> None:
@@ -161,9 +164,14 @@ def _begin_folder(config: DictConfig, run_dir: Path, inputs: Inputs) -> None:
         (run_dir / "summary.json").unlink(missing_ok=True)  # that run is not finished any more
     with atomic_write(run_dir / "config.yaml") as f:
         f.write(OmegaConf.to_yaml(config, resolve=True))
+    data = {split: describe_data(stores) for split, stores in inputs.stores.items()}
     with atomic_write(run_dir / "data.json") as f:
-        json.dump({split: describe_data(stores) for split, stores in inputs.stores.items()}, f)
-    logger.info(f"run folder: {run_dir}")
+        json.dump(data, f)
+    different = write_provenance(run_dir, describe_provenance(data, config.get("criterion")))
+    with logged_to(run_dir / LOG):
+        logger.info(f"run folder: {run_dir}")
+        if different:
+            logger.warning(f"since the last start of this run, {different}")
 
 
 def _finished_like(config: DictConfig, settings: Settings) -> Path | None:
@@ -200,7 +208,8 @@ def work(settings: Settings, run_dir: Path, *, stop: StopSignals) -> None:
     with contextlib.ExitStack() as stack:
         world().agree(lambda: stack.enter_context(in_use(run_dir / WORKERS_LOCK)))
         try:
-            _run(settings, run_dir, inputs)
+            with logged_to(run_dir / LOG, writes=world().rank == 0):
+                _run(settings, run_dir, inputs)
         except Stopped:  # all ranks are here
             leave()
             raise
@@ -208,23 +217,40 @@ def work(settings: Settings, run_dir: Path, *, stop: StopSignals) -> None:
 
 
 def _run(settings: Settings, run_dir: Path, inputs: Inputs) -> dict:
-    """Train or evaluate on this rank; returns the summary."""
-    ranks, trainer = world(), find_trainer(settings.trainer)
-    ranks.peers = trainer.placement.peers(settings)
-    wandb_run = None
-    if not settings.debug and ranks.rank == 0:
-        with sheltered():
-            wandb_run = start_wandb(settings.wandb, run_dir, dataclasses.asdict(settings))
+    """Train or evaluate on this rank, and report; returns the summary."""
+    ranks = world()
+    ranks.peers = find_trainer(settings.trainer).placement.peers(settings)
+    tracker = None
+    if ranks.rank == 0:
+        tracker = start_tracker(settings, run_dir, _shown_config(settings, run_dir))
+    try:
+        summary = _report(run_dir, _train_or_evaluate(settings, run_dir, inputs, tracker))
+        if tracker is not None:
+            tracker.show_report(run_dir)
+        return summary
+    finally:
+        if tracker is not None:
+            tracker.finish()
+
+
+def _shown_config(settings: Settings, run_dir: Path) -> dict:
+    """The settings, and the code, packages and hardware, as a tracker shows them."""
+    starts = json.loads((run_dir / PROVENANCE).read_text(encoding="utf-8"))["starts"]
+    return dataclasses.asdict(settings) | {"provenance": starts[-1]}
+
+
+def _train_or_evaluate(settings: Settings, run_dir: Path, inputs: Inputs, tracker) -> dict:
+    trainer = find_trainer(settings.trainer)
     if settings.function == "eval":
-        return _evaluate(settings, run_dir, inputs, trainer, wandb_run)
+        return _evaluate(settings, run_dir, inputs, trainer, tracker)
     parts = (settings, run_dir, inputs.loss, inputs.tokenizer, inputs.data)
-    shared = {"world": ranks, "wandb_run": wandb_run}
+    shared = {"world": world(), "tracker": tracker}
     if settings.function == "online":
         return OnlineTrainer(*parts, trainer=trainer, **shared).train()
     return trainer(*parts, **shared).train()
 
 
-def _evaluate(settings: Settings, run_dir: Path, inputs: Inputs, trainer: type, wandb_run) -> dict:
+def _evaluate(settings: Settings, run_dir: Path, inputs: Inputs, trainer: type, tracker) -> dict:
     ranks = world()
     seed_everything(settings.seed)
     remark = says_compared_with_itself(settings.model)
@@ -236,7 +262,7 @@ def _evaluate(settings: Settings, run_dir: Path, inputs: Inputs, trainer: type, 
         settings, inputs.loss, inputs.tokenizer, inputs.data["test"], rewards, run_dir, ranks
     )
     interval = settings.minimum_log_interval_secs
-    log = MetricLog(run_dir, wandb_run, interval, writes=ranks.rank == 0)
+    log = MetricLog(run_dir, tracker, interval, writes=ranks.rank == 0)
     return evaluate_checkpoints(worklist, evaluator, trainer, log)
 
 

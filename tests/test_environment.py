@@ -278,6 +278,13 @@ def test_constraints_pin_what_the_requirements_pin():
     assert tuple(map(int, required["hydra-core"].split("."))) > (1, 3, 3), "CVE-2026-68508"
 
 
+def test_what_is_installed_fits_together():
+    done = subprocess.run([sys.executable, "-m", "pip", "check"], capture_output=True, text=True)
+    if "No module named pip" in done.stderr:
+        pytest.skip("this environment has no pip")
+    assert done.returncode == 0, done.stdout
+
+
 def test_the_package_reads_its_dependencies_from_the_requirements(monkeypatch):
     monkeypatch.chdir(ROOT)
     package = Distribution()

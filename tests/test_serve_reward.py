@@ -1,11 +1,13 @@
 """The scoring service: what it answers, what it refuses, and that killing it loses and repeats
 nothing."""
 
+import contextlib
 import json
 import os
 import socket
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 
@@ -17,7 +19,7 @@ from fastapi.testclient import TestClient
 from hydra import compose, initialize_config_dir
 
 from preflab.checks import check_service
-from preflab.online import rounds, service
+from preflab.online import connections, rounds, service
 from preflab.online import service as service_module
 from preflab.online.service import Service, make_app
 from preflab.rewards.registry import RewardError, build_reward
@@ -197,6 +199,28 @@ def test_killed_between_buying_and_saving_nothing_is_bought_twice(
     )
 
 
+def test_another_request_after_a_kill_buys_nothing_twice(client, tmp_path, monkeypatch):
+    _http, killed = client()
+
+    def kill(*arguments, **more):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(Service, "_save", kill)
+    with pytest.raises(KeyboardInterrupt):
+        killed.train(service_module.Train(**request(1)))
+    monkeypatch.undo()
+    again, _ = client()  # and the client of the first request is slower than another one
+    second = again.post("/train", json=request(2)).json()
+    first = again.post("/train", json=request(1)).json()
+    assert (first["labels_bought"], second["labels_bought"]) == (4, 8)
+    rows = read_rows(tmp_path / "state" / "labels.jsonl")
+    assert [row["round"] for row in rows] == [1] * 4 + [2] * 4
+    request_file = tmp_path / "state" / "request.json"
+    assert not request_file.exists()
+    request_file.write_text('{"id": "r3", "rou')  # killed while it was written
+    assert client()[0].post("/train", json=request(3)).json()["labels_bought"] == 12
+
+
 @pytest.mark.parametrize(
     "path, body, status, cause",
     [
@@ -248,6 +272,136 @@ def test_what_is_not_json_or_too_large_or_of_the_wrong_method(client, monkeypatc
     assert (
         http.post("/predict", content=iter([b"{}"])).status_code == 413
     )  # does not say how long it is
+
+
+CHAT = '{"prompts": ["a"], "responses": ["b"], "messages": %s}'
+
+
+@pytest.mark.parametrize(
+    "path, body, status",
+    [
+        ("/predict", '{"prompts": [], "responses": []}', 200),
+        ("/predict", '{"prompts": [], "responses": [], "messages": []}', 200),
+        ("/predict", '{"prompts": [""], "responses": [""], "messages": null}', 200),
+        ("/predict", r'{"prompts": ["\u0000\n\ud83d\ude00"], "responses": ["<|pad|>"]}', 200),
+        ("/predict", r'{"prompts": ["\ud800"], "responses": ["b"]}', 422),
+        ("/predict", r'{"prompts": ["a"], "responses": ["\udfff\ud800"]}', 422),
+        ("/predict", CHAT % r'[[{"role": "user", "content": "\ud800"}]]', 422),
+        ("/predict", CHAT % r'[[{"role": "user", "content": "a", "\udc00": 1}]]', 422),
+        ("/predict", CHAT % '[[{"role": "user", "content": "a", "more": NaN}]]', 200),
+        ("/predict", CHAT % '[[{"role": "assistant", "content": null, "tool_calls": 5}]]', 200),
+        ("/predict", CHAT % "[[]]", 422),
+        ("/predict", CHAT % f'[[{{"role": "user", "content": {"[" * 9000}{"]" * 9000}}}]]', 422),
+        ("/predict", "null", 422),
+        ("/predict", "[" * 9000 + "]" * 9000, 422),
+        ("/predict", '"\\ud800"', 422),
+        ("/train", '{"id": "1", "round": 1, "prompts": [], "responses": []}', 422),
+        ("/train", '{"id": "1", "round": 1, "prompts": ["a"], "responses": [[]]}', 422),
+        ("/train", '{"id": "", "round": 1, "prompts": ["a"], "responses": [["b", "c"]]}', 422),
+        ("/train", f'{{"id": "1", "round": {"9" * 5000}, "prompts": [], "responses": []}}', 422),
+        ("/train", '{"id": "1", "round": 1e400, "prompts": [], "responses": []}', 422),
+    ],
+)
+@pytest.mark.parametrize("learns", [False, True])
+def test_odd_but_well_formed_json_has_an_answer(odd_clients, learns, path, body, status):
+    answer = odd_clients[learns].post(path, content=body)
+    if learns and "role" in body:
+        status = 422  # the tokenizer of its discriminator has no chat template
+    assert answer.status_code == status, answer.text
+    assert ("scores" if status == 200 else "error") in answer.json()
+
+
+@pytest.fixture(scope="module")
+def odd_clients(small_folder, tmp_path_factory):
+    """Clients of a service without a discriminator and of one with it."""
+
+    def client(*more: str) -> TestClient:
+        settings = settings_of(*service_options(small_folder, None, *more))
+        service = Service(settings, tmp_path_factory.mktemp("state"), BasicTrainer)
+        return TestClient(make_app(service, None), raise_server_exceptions=False)
+
+    return client(), client(*LEARNS)
+
+
+def test_bodies_are_limited_together_and_by_what_they_become(client, monkeypatch):
+    http, _ = client()
+    texts = {"prompts": ["a, [b], {c}" * 9], "responses": ["b"]}
+    monkeypatch.setattr(service, "MAX_VALUES", 20)
+    assert http.post("/predict", json=texts).status_code == 200  # what stands in texts is no value
+    many = http.post("/predict", json={"prompts": [[]] * 20, "responses": []})
+    assert many.status_code == 413 and "at most 20 texts and lists" in many.json()["error"]
+    monkeypatch.setattr(service, "MAX_BYTES_WAITING", 100)
+    full = http.post("/predict", json=texts)
+    assert full.status_code == 503 and "try again later" in full.json()["error"]
+    assert http.post("/predict", json={"prompts": [], "responses": []}).status_code == 200
+
+
+def test_after_an_error_while_saving_nothing_is_bought_or_learnt_twice(
+    client, tmp_path, monkeypatch
+):
+    http, _ = client(*LEARNS)
+    answers = [http.post("/train", json=request(n)).json() for n in range(1, 5)]
+    other, _ = client(*LEARNS, folder=tmp_path / "other")
+    other.post("/train", json=request(1))
+
+    def full(*arguments, **more):
+        raise OSError("No space left on device")
+
+    monkeypatch.setattr(service_module, "save_checkpoint", full)
+    assert "No space left" in other.post("/train", json=request(2)).json()["error"]
+    monkeypatch.undo()
+    assert [other.post("/train", json=request(n)).json() for n in (2, 3, 4)] == answers[1:]
+    assert read_rows(tmp_path / "other" / "labels.jsonl") == read_rows(
+        tmp_path / "state" / "labels.jsonl"
+    )
+
+
+def test_an_id_of_other_texts_is_refused(client):
+    http, _ = client()
+    first = http.post("/train", json=request(1)).json()
+    other = http.post("/train", json=request(2) | {"id": "r1"})
+    assert other.status_code == 422 and "'r1' was sent before" in other.json()["error"]
+    assert http.post("/train", json=request(1)).json() == first
+
+
+@pytest.fixture
+def address(client, monkeypatch):
+    """The address of a service behind a real server, which does not wait long."""
+    monkeypatch.setattr(connections, "SILENT_SECONDS", 0.5)
+    monkeypatch.setattr(connections, "LOOK_SECONDS", 0.05)
+    http, _ = client()
+    server = connections.make_server(http.app, "127.0.0.1", free_port())
+    thread = threading.Thread(target=server.run)
+    thread.start()
+    while not server.started:
+        time.sleep(0.01)
+    yield "127.0.0.1", server.config.port
+    server.should_exit = True
+    thread.join()
+
+
+HEAD = b"POST /predict HTTP/1.1\r\nHost: x\r\n"
+
+
+@pytest.mark.parametrize(
+    "sent",
+    [b"", b"POST /pre", HEAD + b"Content-Length: 50000000\r\n\r\n{", b"GET /health HTTP/1.1\r\n"],
+    ids=["nothing", "part of a line", "part of a body", "part of the headers"],
+)
+def test_half_open_connections_are_closed(address, sent):
+    with socket.create_connection(address, timeout=60) as half_open:
+        half_open.sendall(sent)
+        with contextlib.suppress(ConnectionResetError):
+            assert half_open.recv(100) == b""
+    url = f"http://{address[0]}:{address[1]}/predict"
+    assert httpx.post(url, json={"prompts": ["a"], "responses": ["b"]}).json() == {"scores": [1.0]}
+
+
+def test_a_body_is_not_read_beyond_its_content_length(address):
+    with socket.create_connection(address, timeout=60) as client:
+        client.sendall(HEAD + b"Content-Length: 5\r\nTransfer-Encoding: chunked\r\n\r\n")
+        client.sendall(b"fff\r\n" + b" " * 0xFFF + b"\r\n")
+        assert client.recv(100).startswith(b"HTTP/1.1 400")
 
 
 def test_a_token_is_asked_for_where_there_is_one(client):

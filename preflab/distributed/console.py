@@ -1,7 +1,10 @@
 """What the modules of the package log, as plain lines on the console, from one rank."""
 
+import contextlib
 import logging
 import sys
+from collections.abc import Iterator
+from pathlib import Path
 
 
 class ConsoleHandler(logging.Handler):
@@ -34,3 +37,20 @@ def configure_logging(rank: int = 0) -> None:
     logger.propagate = False
     if not any(isinstance(handler, ConsoleHandler) for handler in logger.handlers):
         logger.addHandler(ConsoleHandler())
+
+
+@contextlib.contextmanager
+def logged_to(path: Path, *, writes: bool = True) -> Iterator[None]:
+    """Inside, messages are added to a file too, with their time. writes: False on other ranks."""
+    if not writes:
+        yield
+        return
+    handler = logging.FileHandler(path, encoding="utf-8")
+    handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
+    logger = logging.getLogger("preflab")
+    logger.addHandler(handler)
+    try:
+        yield
+    finally:
+        logger.removeHandler(handler)
+        handler.close()

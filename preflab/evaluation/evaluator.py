@@ -189,7 +189,16 @@ def _evaluate_all(
                 log.write_at(Counters(), "eval", values | evaluated)
                 bar.update()
                 world.stop_if_asked()
-    return values
+    return write_summary(
+        evaluator.run_dir,
+        evaluator.settings,
+        evaluator.loss.name,
+        values,
+        Counters(),
+        world,
+        temperature=temperatures(evaluator.settings)[-1],
+        state_bytes={},
+    )
 
 
 class _Models:

@@ -42,7 +42,7 @@ def build_parts(
     *,
     trainer: type,
     world: World,
-    wandb_run=None,
+    tracker=None,
 ) -> OnlineParts:
     """Build the models and everything that rounds use.
 
@@ -67,7 +67,7 @@ def build_parts(
         RoundMeasures(settings, learner, rewards, labeler, run_dir, world),
         Evaluator(settings, loss, tokenizer, data["test"], shown, run_dir, world),
         checkpointer,
-        MetricLog(run_dir, wandb_run, log_interval, writes=is_first),
+        MetricLog(run_dir, tracker, log_interval, writes=is_first),
     )
 
 

@@ -58,7 +58,7 @@ class OnlineTrainer:
         *,
         trainer: type,
         world: World = ALONE,
-        wandb_run=None,
+        tracker=None,
     ):
         seed_everything(settings.seed)
         self.settings, self.run_dir, self.loss, self.world = settings, run_dir, loss, world
@@ -75,7 +75,7 @@ class OnlineTrainer:
             data,
             trainer=trainer,
             world=world,
-            wandb_run=wandb_run,
+            tracker=tracker,
         )
         self.learner, self.drawing = parts.learner, parts.drawing
         self.labeler, self.measures = parts.labeler, parts.measures

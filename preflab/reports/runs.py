@@ -44,6 +44,8 @@ NOT_SETTINGS = (
     "seed",
     "cache_dir",
     "wandb",
+    "tracker",
+    "criterion",
     "skip_finished",
 )
 

@@ -28,7 +28,7 @@ def http(
     token_env: str = "REWARD_TOKEN",
     batch_size: int = 64,
     timeout: float = 60.0,
-    retries: int = 5,
+    retries: int = 8,
     backoff: float = 0.5,
 ) -> Score:
     """A scoring service: POST {"prompts": [...], "responses": [...]} to URL/predict returns
@@ -113,7 +113,7 @@ class _ScoringClient:
             if response.status_code != 200:
                 raise ValueError(f"status {response.status_code}")
             return read(response.json())
-        except (ValueError, LookupError, TypeError, OverflowError) as error:
+        except (ValueError, LookupError, TypeError, OverflowError, RecursionError) as error:
             raise RewardError(
                 f"reward.url={self.url}{path} answered {_summary(response)}; expected {expected}"
             ) from error
@@ -122,12 +122,17 @@ class _ScoringClient:
         """The first response that no retry would change."""
         import httpx
 
+        try:
+            content = json.dumps(payload, ensure_ascii=False, allow_nan=False).encode("utf-8")
+        except ValueError as error:
+            raise RewardError(f"reward.url={self.url} cannot be sent the texts: {error}") from error
+        headers = {"Content-Type": "application/json"}
         outcome = "not sent"
         for attempt in range(self.retries + 1):
             if attempt:
                 time.sleep(self.backoff * 2 ** (attempt - 1))
             try:
-                response = self._client.post(path, json=payload)
+                response = self._client.post(path, content=content, headers=headers)
             except httpx.RequestError as error:
                 outcome = f"{type(error).__name__}: {error}"
                 continue

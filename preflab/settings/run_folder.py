@@ -83,7 +83,7 @@ def _new_run_dir(local_dirs: Sequence[str], name: str) -> str:
 
 def name_of_run(overrides: Sequence[str]) -> str:
     """Folder of one run of a sweep: its overrides, made safe for a file name."""
-    hidden = ("local_run_dir=", "local_dirs=", "exp_name=", "wandb.")
+    hidden = ("local_run_dir=", "local_dirs=", "exp_name=", "wandb.", "tracker=", "criterion=")
     named = [override for override in overrides if not override.startswith(hidden)]
     name = ",".join(re.sub(r"[^\w.,=+\-\[\]]+", "_", o) for o in named) or "default"
     if len(name) > 150:

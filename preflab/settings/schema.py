@@ -209,6 +209,12 @@ class RunSettings:
     function: str = setting(Choice(("train", "eval", "online", "plan")))
     exp_name: str = setting(TEXT, may_change=ALWAYS, part_of_run=False)
     debug: bool = setting(FLAG)
+    tracker: str = setting(
+        Choice(("wandb", "trackio", "tensorboard", "mlflow", "none")),
+        may_change=ALWAYS,
+        part_of_run=False,
+    )
+    criterion: str | None = setting(PATH, null=True, may_change=ALWAYS, part_of_run=False)
     local_dirs: list[str] = setting(
         ListOf(PATH, may_be_empty=False), may_change=ALWAYS, part_of_run=False
     )

@@ -1,10 +1,8 @@
 """Means over the examples of a step, and metrics.jsonl."""
 
 import json
-import logging
 import math
 import time
-from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -14,8 +12,6 @@ from preflab.distributed.process_group import World
 from preflab.reports.run_files import read_lines
 from preflab.training.checkpoints import Counters
 from utils import atomic_write, drop_incomplete_line
-
-logger = logging.getLogger(__name__)
 
 
 class Sums:
@@ -48,18 +44,16 @@ class Sums:
 
 
 class MetricLog:
-    """Writes every row to metrics.jsonl, and to wandb except for train rows that follow another row
-    within `interval` seconds.
+    """Writes every row to metrics.jsonl, and to a tracker except for train rows that follow another
+    row within `interval` seconds.
 
-    wandb_run: from `start_wandb`, or None. writes: False on the ranks that write nothing.
+    tracker: from `start_tracker`, or None. writes: False on the ranks that write nothing.
     """
 
-    def __init__(
-        self, run_dir: Path, wandb_run=None, interval: float = 1.0, *, writes: bool = True
-    ):
+    def __init__(self, run_dir: Path, tracker=None, interval: float = 1.0, *, writes: bool = True):
         self.path = run_dir / "metrics.jsonl"
         self.writes = writes
-        self.wandb_run = wandb_run
+        self.tracker = tracker
         self.interval = interval
         self._last = -math.inf
         if writes:
@@ -76,12 +70,12 @@ class MetricLog:
         with open(self.path, "a", encoding="utf-8") as f:
             f.write(json.dumps(row) + "\n")
         now = time.monotonic()
-        if self.wandb_run is not None and (
+        if self.tracker is not None and (
             row.get("split") != "train" or now - self._last >= self.interval
         ):
             self._last = now
             numbers = {key: value for key, value in row.items() if isinstance(value, (int, float))}
-            self._call_wandb(lambda run: run.log(numbers, step=row["step"]))
+            self.tracker.log(numbers, row["step"])
 
     def write_at(self, counters: Counters, split: str, values: dict) -> None:
         """A row that says where the run is: after how many examples and steps."""
@@ -91,20 +85,6 @@ class MetricLog:
             "counters/updates": counters.steps,
         }
         self.write(where | values | progress)
-
-    def finish(self) -> None:
-        self._call_wandb(lambda run: run.finish())
-
-    def _call_wandb(self, call: Callable) -> None:
-        """`call(wandb_run)`. An error of wandb, such as a killed service, ends logging to wandb and
-        not the run."""
-        if self.wandb_run is None:
-            return
-        try:
-            call(self.wandb_run)
-        except Exception as error:
-            self.wandb_run = None
-            logger.warning(f"wandb stopped, the run continues without it: {error}")
 
 
 def rewind(path: Path, last: int, by: str = "examples", *, at_most: int | None = None) -> None:

@@ -198,7 +198,6 @@ class Session:
             yield
         except Stopped:
             self.save(wait=True)
-            self.log.finish()
             raise
 
     def finish(self, *, temperature: float, **more: Any) -> dict:
@@ -207,7 +206,7 @@ class Session:
         temperature: of the samples in the last evaluation. more: further keys of the summary.
         """
         self.save(wait=True)
-        summary = write_summary(
+        return write_summary(
             self.run_dir,
             self.settings,
             self.learner.loss.name,
@@ -219,8 +218,6 @@ class Session:
             save_peaks=self.checkpointer.peaks,
             **more,
         )
-        self.log.finish()
-        return summary
 
 
 class _All:
