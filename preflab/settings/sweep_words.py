@@ -1,4 +1,4 @@
-"""The words of a sweep: grids in one word, the runs that they make, and the names of their folders."""
+"""The words of a sweep: its grids, its runs, and the names of their folders."""
 
 import hashlib
 import re

@@ -82,7 +82,7 @@ def check_runs(runs: Sequence[Sequence[str]]) -> None:
             check_overrides(run, sources)
         except ConfigError as error:
             raise ConfigError(
-                f"the run {' '.join(run)}: {error}. In a sweep, settings that only some losses have"
+                f"{error}. In a sweep, settings that only some losses have"
                 " go with their loss into one word in quotes:"
                 " -m loss=dpo 'loss=odpo loss.alpha=0.5,1.0' seed=0,1"
             ) from error

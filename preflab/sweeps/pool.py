@@ -5,7 +5,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO
@@ -125,26 +125,26 @@ class Pool:
         return result
 
 
-def shares(
-    n: int, cores: Sequence[int], gpus: Sequence[str]
-) -> list[tuple[list[int], list[str]]]:
+def shares(n: int, cores: Sequence[int], gpus: Sequence[str]) -> list[tuple[list[int], list[str]]]:
     """The cores and GPUs of each of `n` runs at a time; several share one where there are fewer."""
     return [(_share(i, n, cores), _share(i, n, gpus)) for i in range(n)]
 
 
 def _share(i: int, n: int, items: Sequence) -> list:
+    if len(items) < n:
+        return [items[i % len(items)]] if items else []
     size = len(items) // n
-    return list(items[i * size : (i + 1) * size]) or [items[i % len(items)]] * bool(items)
+    return list(items[i * size : (i + 1) * size])
 
 
-def visible_gpus(count: Callable[[], int] | None = None) -> list[str]:
+def visible_gpus() -> list[str]:
     """The GPUs that a run may use, as CUDA_VISIBLE_DEVICES names them."""
     given = os.environ.get("CUDA_VISIBLE_DEVICES")
     if given is not None:
         return [gpu for gpu in given.split(",") if gpu not in ("", "-1")]
-    if count is None:
-        from torch.cuda import device_count as count
-    return [str(gpu) for gpu in range(count())]
+    from torch.cuda import device_count
+
+    return [str(gpu) for gpu in range(device_count())]
 
 
 def command_of(overrides: Sequence[str], folder: Path, of_hydra: Sequence[str]) -> list[str]:
