@@ -514,6 +514,8 @@ def map_of(page: str) -> dict[str, list[str]]:
 def map_of_code() -> dict[str, list[str]]:
     """The heading of a package stands for its `__init__.py`."""
     folders: dict[str, list[str]] = {"": [path.name for path in ROOT.glob("*.py")]}
+    plugins = sorted(path.name for path in (ROOT / "hydra_plugins").glob("*.py"))
+    folders["hydra_plugins"] = plugins  # a namespace package, without an __init__.py
     for init in sorted((ROOT / "preflab").rglob("__init__.py")):
         files = [path for path in init.parent.iterdir() if path.is_file() and path != init]
         names = [path.name for path in files if not path.name.startswith(".")]

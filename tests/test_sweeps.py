@@ -64,7 +64,7 @@ def test_names_hold_what_varies_and_need_no_quotes():
         ["loss=odpo", "loss.alpha=0.5", "n_examples=8", "model.archive=/a b/x=1.pt"],
     ]
     names = folder_names(runs)
-    assert names[0] == "loss-dpo_model.archive-a-b-x-1.pt" and len(set(names)) == 3
+    assert names[0] == "loss-dpo_model.archive--a-b-x-1.pt" and len(set(names)) == 3
     for name in [*names, *folder_names([["exp_name=" + "x" * 300], ["exp_name=y"]])]:
         read = OverridesParser.create().parse_override(f"model.archive=DIR/{name}")
         assert read.value() == f"DIR/{name}" and len(name) <= 150

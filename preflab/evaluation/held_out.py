@@ -2,7 +2,6 @@
 
 import numpy as np
 import torch
-from tqdm import tqdm
 
 from preflab.batching.collate import collate
 from preflab.batching.examples import PreferenceData
@@ -13,6 +12,7 @@ from preflab.modeling.logprobs import Scorer
 from preflab.objective.registry import BoundLoss
 from preflab.training.compute_loss import compute_loss
 from preflab.training.metrics import Sums
+from utils import Progress
 
 
 @torch.no_grad()
@@ -38,7 +38,9 @@ def evaluate_loss(
     total = Sums()
     by_dataset = {number: Sums() for number in numbers} if len(numbers) > 1 else {}
     parts = list(world.batches(examples, batch_size))
-    for part, n_real in tqdm(parts, desc="evaluate", leave=False, delay=1.0, disable=world.no_bar):
+    for part, n_real in Progress(
+        parts, desc="evaluate", leave=False, delay=1.0, disable=world.no_bar
+    ):
         batch = collate(data, part, layout).to(policy.device)
         metrics = compute_loss(loss, policy, reference, batch, data, "eval")[1]
         total.add(metrics, n_real)
