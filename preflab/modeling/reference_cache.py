@@ -29,7 +29,14 @@ from preflab.modeling.logprobs import Scorer, score_responses
 from preflab.modeling.model_source import weight_files
 from preflab.modeling.reference_files import CHECKSUMS, ReferenceLogps, make_files, repair_sizes
 from preflab.objective.types import NEEDS
-from utils import ConfigError, DataError, Progress, atomic_directory, content_hash, say_without_locks
+from utils import (
+    ConfigError,
+    DataError,
+    Progress,
+    atomic_directory,
+    content_hash,
+    say_without_locks,
+)
 
 logger = logging.getLogger(__name__)
 
