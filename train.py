@@ -7,9 +7,10 @@ from pathlib import Path
 
 import hydra
 from hydra.core.hydra_config import HydraConfig
+from hydra.types import RunMode
 from omegaconf import DictConfig
 
-from preflab.settings.command_line import check_command_line, run_config
+from preflab.settings.command_line import check_command_line, run_config, words_for_hydra
 from preflab.settings.keys import CONFIG_DIR
 from preflab.settings.overrides import fail
 from preflab.settings.run_folder import register_resolvers, remove_if_empty, saved_config
@@ -31,6 +32,7 @@ def main() -> None:
     )
     if check_command_line(sys.argv[1:]):
         join_ranks()
+    sys.argv[1:] = words_for_hydra(sys.argv[1:])
     run_config(run)
 
 
@@ -45,26 +47,31 @@ def join_ranks() -> None:
 
 
 @hydra.main(version_base="1.3", config_path=str(CONFIG_DIR), config_name="config")
-def run(config: DictConfig) -> None:
+def run(config: DictConfig) -> float | list[float] | None:
+    """Run a config; returns the number that a search optimises, see `objective`."""
     from preflab.distributed.launch import WorkerError
     from preflab.distributed.process_group import leave, world
     from preflab.distributed.signals import Stopped, StopSignals
     from preflab.execution import execute
+    from preflab.sweeps.objective import objective_of
 
     stop = StopSignals()
     stop.listen()
     run_dir = Path(HydraConfig.get().runtime.output_dir)
     try:
         config = saved_config(config, run_dir) if config.resume else config
-        execute(config, run_dir, stop)
+        summary = execute(config, run_dir, stop)
         leave()
+        return objective_of(config.get("objective") or "policy_reward", summary)
     except PrefLabError as error:
         if world().rank == 0:
             remove_if_empty(run_dir)
         if world().rank > 0 and error.everywhere:
             raise SystemExit(2) from None
+        _fail_unless_others_follow(error)
         fail(error)
     except WorkerError as error:
+        _fail_unless_others_follow(error)
         print(f"error: {error}", file=sys.stderr)
         raise SystemExit(1) from None
     except Stopped as stopped:
@@ -74,6 +81,17 @@ def run(config: DictConfig) -> None:
             print(f"stopped by {stopped}; the same command{resume}", file=sys.stderr)
             remove_if_empty(run_dir)
         _leave_with(128 + stopped.signum, stop)
+
+
+def _fail_unless_others_follow(error: Exception) -> None:
+    """In a sweep, raise an error for its end and go on with the next run."""
+    from preflab.distributed.process_group import world
+
+    alone = world().size == 1 or getattr(error, "everywhere", False)
+    if HydraConfig.get().mode is RunMode.MULTIRUN and alone:
+        print(f"error: {error}", file=sys.stderr, flush=True)
+        # The frames of the traceback would keep the models of the run in memory.
+        raise error.with_traceback(None) from None
 
 
 def _leave_with(code: int, stop) -> None:

@@ -4,12 +4,10 @@ A trainer is a class with three things: `placement` declares where its models li
 them there, and `train` is the loop. Trainers differ in the first two; the loop is the same.
 """
 
-import sys
 from pathlib import Path
 from typing import ClassVar
 
 import torch
-from tqdm import tqdm
 
 from preflab.batching.examples import PreferenceData
 from preflab.batching.loader import Loader, evaluation_order
@@ -33,7 +31,7 @@ from preflab.training.learner import Learner, NonFiniteStepError
 from preflab.training.metrics import MetricLog
 from preflab.training.registry import register_trainer
 from preflab.training.session import Session
-from utils import seed_everything
+from utils import Progress, seed_everything
 
 
 @register_trainer
@@ -133,7 +131,7 @@ class BasicTrainer:
     def _collate(self, examples) -> list[tuple[Batch, int]]:
         return self.learner.microbatches(self.data["train"], examples)
 
-    def train_step(self, examples, microbatches: list[tuple[Batch, int]], bar: tqdm) -> None:
+    def train_step(self, examples, microbatches: list[tuple[Batch, int]], bar: Progress) -> None:
         """One optimizer step on `examples`. One that is not finite ends the run, and so does a
         signal in the middle of it."""
         data = self.data["train"]
@@ -154,16 +152,13 @@ class BasicTrainer:
     def _at_end(self) -> bool:
         return self.learner.counters.examples == self.loader.total
 
-    def _progress_bar(self) -> tqdm:
-        interval = self.settings.minimum_log_interval_secs
-        if not sys.stderr.isatty():  # a log file keeps every line
-            interval = max(interval, 10.0)
-        return tqdm(
+    def _progress_bar(self) -> Progress:
+        return Progress(
             total=self.loader.total,
             initial=self.learner.counters.examples,
             unit=f" {self.loss.examples}",
             desc="train",
-            mininterval=interval,
+            mininterval=self.settings.minimum_log_interval_secs,
             disable=self.world.rank > 0,
         )
 

@@ -24,6 +24,9 @@ from types import ModuleType
 
 import numpy as np
 from filelock import FileLock, Timeout
+from tqdm import tqdm
+
+LINES_EVERY = 20.0  # seconds; an update that comes late still makes a line within 30
 
 
 class PrefLabError(ValueError):
@@ -453,3 +456,33 @@ def seed_everything(seed: int) -> None:
     random.seed(seed)
     np.random.seed(seed % 2**32)
     torch.manual_seed(seed)
+
+
+class Progress(tqdm):
+    """The progress of a loop: a bar on a terminal, and a line every LINES_EVERY seconds in a file.
+
+    Takes tqdm's arguments. disable: True on the ranks that show nothing. A loop that ends before
+    the first line prints none.
+    """
+
+    def __init__(self, *args, disable: bool | None = None, **options):
+        self.in_lines = sys.stderr is not None and not sys.stderr.isatty()
+        if self.in_lines:
+            options |= {"delay": LINES_EVERY, "mininterval": LINES_EVERY, "miniters": 1}
+            options |= {"ncols": 100, "ascii": True}
+        super().__init__(
+            *args, disable=bool(disable) or sys.stderr is None, file=sys.stderr, **options
+        )
+
+    def display(self, msg: str | None = None, pos: int | None = None) -> bool:
+        if not self.in_lines:
+            return super().display(msg, pos)
+        print(msg or str(self), file=self.fp, flush=True)
+        return True
+
+    def close(self) -> None:
+        if self.in_lines and not self.disable:
+            self.disable = True  # tqdm would clear the line, for which a file has no way
+            self._decr_instances(self)
+        else:
+            super().close()

@@ -20,7 +20,7 @@ LAYERS = [
     ["utils"],
     ["preflab.objective", "preflab.distributed", "preflab.readers", "preflab.reports"],
     ["losses", "list_losses", "preference_datasets", "preflab.batching", "preflab.settings"],
-    ["preflab.modeling"],
+    ["preflab.modeling", "preflab.sweeps"],
     ["preflab.training", "preflab.rewards"],
     ["preflab.evaluation"],
     ["trainers"],
@@ -28,7 +28,7 @@ LAYERS = [
     ["preflab.checks"],
     ["preflab.execution"],
     ["preflab.api"],
-    ["train"],
+    ["train", "hydra_plugins.preflab"],
     [
         "generate",
         "judge",
@@ -67,7 +67,8 @@ Graph = dict[str, set[str]]  # module: the project modules that it imports
 @cache
 def modules() -> dict[str, Path]:
     """All modules of the project by dotted name; tests, scripts and benchmarks are not layers."""
-    paths = [*ROOT.glob("*.py"), *(ROOT / "preflab").rglob("*.py")]
+    folders = (ROOT / "preflab", ROOT / "hydra_plugins")
+    paths = [*ROOT.glob("*.py"), *(path for folder in folders for path in folder.rglob("*.py"))]
     return {dotted(path): path for path in sorted(paths)}
 
 
@@ -513,6 +514,8 @@ def map_of(page: str) -> dict[str, list[str]]:
 def map_of_code() -> dict[str, list[str]]:
     """The heading of a package stands for its `__init__.py`."""
     folders: dict[str, list[str]] = {"": [path.name for path in ROOT.glob("*.py")]}
+    plugins = sorted(path.name for path in (ROOT / "hydra_plugins").glob("*.py"))
+    folders["hydra_plugins"] = plugins  # a namespace package, without an __init__.py
     for init in sorted((ROOT / "preflab").rglob("__init__.py")):
         files = [path for path in init.parent.iterdir() if path.is_file() and path != init]
         names = [path.name for path in files if not path.name.startswith(".")]

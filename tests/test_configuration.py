@@ -38,7 +38,7 @@ from preflab.settings.keys import CONFIG_DIR, GROUPS, flat_keys, options
 from preflab.settings.load import _load, load_settings
 from preflab.settings.other_words import NOT_SETTINGS, NOTES, OUR_KEYS
 from preflab.settings.overrides import Sources, check_overrides
-from preflab.settings.run_folder import choose_run_dir, name_of_run, register_resolvers
+from preflab.settings.run_folder import choose_run_dir, register_resolvers
 from preflab.settings.schema import RULES, Settings, parse_value
 from utils import ConfigError, DataError
 
@@ -517,15 +517,6 @@ def test_run_dir_is_the_first_usable_of_local_dirs(tmp_path):
     assert Path(named).name.startswith("generate_exp_")
     with pytest.raises(ConfigError, match="none of these can be written"):
         choose_run_dir(None, None, [str(tmp_path / "file")], "exp")
-
-
-def test_names_of_sweep_runs_are_safe_distinct_and_short():
-    a = name_of_run(
-        ["loss=odpo", "loss.alpha=0.5", "model.archive=runs/a/policy.pt", "local_run_dir=/x"]
-    )
-    assert a == "loss=odpo,loss.alpha=0.5,model.archive=runs_a_policy.pt"
-    long = [name_of_run([f"exp={i}" + "x" * 300]) for i in range(2)]
-    assert long[0] != long[1] and max(map(len, long)) <= 150
 
 
 def test_a_new_loss_is_one_function_and_one_yaml(tmp_path, imdb_dir, llama_folder):

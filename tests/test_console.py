@@ -2,11 +2,13 @@
 
 import contextlib
 import io
+import itertools
 import logging
 
 import pytest
 
 from preflab.distributed.console import ConsoleHandler, configure_logging
+from utils import Progress
 
 logger = logging.getLogger("preflab.some.module")
 
@@ -62,3 +64,32 @@ def test_a_replaced_stdout_gets_the_messages_and_none_drops_them(capsys):
         logger.info("dropped")
     logger.info("after")
     assert text.getvalue() == "inside\n" and capsys.readouterr().out == "after\n"
+
+
+@pytest.mark.parametrize(("step", "n_lines"), [(9.0, 9), (0.2, 0)])
+def test_a_loop_prints_a_line_every_30_seconds_into_a_file(step, n_lines, capsys, monkeypatch):
+    now = [1000.0]
+    monkeypatch.setattr("tqdm.std.time", lambda: now[0])
+    printed = []
+    for done in Progress(range(30), desc="evaluate", leave=False):
+        now[0] += step
+        if len(capsys.readouterr().err.splitlines()):
+            printed.append((done, now[0]))
+    rest = capsys.readouterr()
+    assert len(printed) == n_lines and rest.out == "" and rest.err.count("\n") <= bool(n_lines)
+    gaps = [after - before for (_, before), (_, after) in itertools.pairwise(printed)]
+    assert all(gap <= 30 for gap in gaps)
+
+
+def test_a_line_says_where_the_loop_is_and_other_ranks_print_none(capsys, monkeypatch):
+    now = [0.0]
+    monkeypatch.setattr("tqdm.std.time", lambda: now[0])
+    for disable in (False, True):
+        with Progress(total=100, desc="sample", unit=" samples", disable=disable) as bar:
+            now[0] += 25
+            bar.update(10)
+        error = capsys.readouterr().err
+        assert ("10/100" in error and error.startswith("sample") and error.count("\n") == 1) == (
+            not disable
+        )
+        assert "\r" not in error

@@ -9,13 +9,13 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 import numpy as np
-from tqdm import tqdm
 
 from preflab.batching.chat import chat_settings, conversations_ids, render
 from preflab.readers.messages import Chat, Unended
 from preflab.readers.records import Record, Source
 from utils import (
     DataError,
+    Progress,
     atomic_directory,
     content_hash,
     damaged_file,
@@ -173,7 +173,7 @@ def _write_store(
     folder: Path,
     between_chunks: Callable[[], None],
 ) -> None:
-    progress = tqdm(
+    progress = Progress(
         desc=f"tokenise {source.name} {source.split}", unit=" prompts", mininterval=1.0, delay=2.0
     )
     with open(folder / "tokens.bin", "wb") as out, progress:

@@ -49,9 +49,9 @@ class World:
         return torch.device("cuda", self.local_rank % torch.cuda.device_count())
 
     @property
-    def no_bar(self) -> bool | None:
-        """The `disable` of tqdm: rank 0 shows a bar if stderr is a terminal."""
-        return True if self.rank else None
+    def no_bar(self) -> bool:
+        """The `disable` of `Progress`: rank 0 shows the progress of a loop."""
+        return self.rank > 0
 
     @property
     def data_ranks(self) -> int:

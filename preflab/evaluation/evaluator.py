@@ -6,8 +6,6 @@ import gc
 import logging
 from pathlib import Path
 
-from tqdm import tqdm
-
 from preflab.batching.examples import PreferenceData
 from preflab.batching.packing import Layout
 from preflab.distributed.process_group import World
@@ -27,7 +25,7 @@ from preflab.settings.values import changed, truncation, truncation_columns
 from preflab.training.checkpoints import Counters
 from preflab.training.metrics import MetricLog
 from preflab.training.summary import write_summary
-from utils import append_rows
+from utils import Progress, append_rows
 
 logger = logging.getLogger(__name__)
 
@@ -178,7 +176,7 @@ def _evaluate_all(
     n_rows = sum(len(missing) for _, missing in worklist)
     hidden = True if len(worklist) < 2 else world.no_bar
     values: dict = {}
-    with tqdm(total=n_rows, desc="evaluations", disable=hidden) as bar:
+    with Progress(total=n_rows, desc="evaluations", disable=hidden) as bar:
         for checkpoint, missing in worklist:
             models.load(checkpoint)
             losses = evaluator.held_out_losses(models.policy, models.reference, models.layout)

@@ -2,7 +2,6 @@
 
 import numpy as np
 import torch
-from tqdm import tqdm
 
 from preflab.batching.collate import collate
 from preflab.batching.examples import PreferenceData
@@ -13,6 +12,7 @@ from preflab.modeling.logprobs import Scorer
 from preflab.objective.registry import BoundLoss
 from preflab.training.compute_loss import compute_loss
 from preflab.training.metrics import Sums
+from utils import Progress
 
 
 @torch.no_grad()
@@ -37,7 +37,7 @@ def evaluate_loss(
     numbers = np.unique(_dataset_numbers(data, examples)).tolist()
     total = Sums()
     by_dataset = {number: Sums() for number in numbers} if len(numbers) > 1 else {}
-    batches = tqdm(
+    batches = Progress(
         world.batches(examples, batch_size),
         total=-(-world.largest_share(len(examples)) // batch_size),
         desc="evaluate",

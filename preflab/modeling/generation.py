@@ -10,7 +10,6 @@ from collections.abc import Callable, Iterator
 import numpy as np
 import torch
 from torch import Tensor, nn
-from tqdm import tqdm
 from transformers import DynamicCache, GenerationConfig, LogitsProcessor
 from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 from transformers.pytorch_utils import Conv1D
@@ -18,6 +17,7 @@ from transformers.pytorch_utils import Conv1D
 from preflab.batching.chat import end_of_turn
 from preflab.distributed.process_group import ALONE, World
 from preflab.modeling.logprobs import Scorer
+from utils import Progress
 
 logger = logging.getLogger(__name__)
 
@@ -143,7 +143,7 @@ def sample(
     stand in one batch, up to `batch_size`, and the model reads the prompt once for all of them.
     """
     _log_ignored(str(_ignored(policy.causal_lm)))
-    bar = tqdm(
+    bar = Progress(
         total=len(prompts),
         desc=description,
         unit=" samples",

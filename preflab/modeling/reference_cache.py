@@ -20,7 +20,6 @@ import torch
 import transformers
 from filelock import FileLock, Timeout
 from torch import Tensor
-from tqdm import tqdm
 
 from preflab.batching.examples import PreferenceData
 from preflab.batching.packing import Layout, lay_out
@@ -30,7 +29,14 @@ from preflab.modeling.logprobs import Scorer, score_responses
 from preflab.modeling.model_source import weight_files
 from preflab.modeling.reference_files import CHECKSUMS, ReferenceLogps, make_files, repair_sizes
 from preflab.objective.types import NEEDS
-from utils import ConfigError, DataError, atomic_directory, content_hash, say_without_locks
+from utils import (
+    ConfigError,
+    DataError,
+    Progress,
+    atomic_directory,
+    content_hash,
+    say_without_locks,
+)
 
 logger = logging.getLogger(__name__)
 
@@ -300,7 +306,7 @@ def _compute(
         else {}
     )
     batches = _batches(_prompt_groups(stores, missing), microbatch_tokens)
-    bar = tqdm(
+    bar = Progress(
         total=sum(map(len, missing.values())),
         desc="reference",
         unit=" responses",

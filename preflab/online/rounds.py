@@ -5,12 +5,10 @@ The learner, its placement, checkpoints and evaluations are those of offline tra
 
 import contextlib
 import logging
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
-from tqdm import tqdm
 
 from preflab.batching.examples import PreferenceData
 from preflab.batching.token_store import store_of
@@ -25,7 +23,7 @@ from preflab.training.learner import NonFiniteStepError
 from preflab.training.metrics import rewind
 from preflab.training.profiling import Stopwatch
 from preflab.training.session import Session
-from utils import PrefLabError, seed_everything
+from utils import PrefLabError, Progress, seed_everything
 
 logger = logging.getLogger(__name__)
 
@@ -141,14 +139,13 @@ class OnlineTrainer:
             return f"the budget of {self.settings.online.budget} labels is spent"
         return None
 
-    def _progress_bar(self) -> tqdm:
-        return tqdm(
+    def _progress_bar(self) -> Progress:
+        return Progress(
             total=self.settings.online.rounds,
             initial=self.round,
             unit=" rounds",
             desc="online",
-            disable=True if self.world.rank else None,
-            file=sys.stderr,
+            disable=self.world.no_bar,
         )
 
     # --------------------------------------------------------------------------------- the rounds
@@ -166,7 +163,7 @@ class OnlineTrainer:
                 self.labeler.begin(rollouts)
         self.has_initial_labels = True
 
-    def _learn_from_a_round(self, bar: tqdm) -> None:
+    def _learn_from_a_round(self, bar: Progress) -> None:
         number = self.round + 1
         with self._saved_on_error():
             with self.timed("sampling"):
@@ -193,7 +190,7 @@ class OnlineTrainer:
         if self.rounds_without_pairs >= PATIENCE:
             self._stop_without_pairs()
 
-    def _learn(self, rollouts: Rollouts, labels: Labels, bar: tqdm) -> int:
+    def _learn(self, rollouts: Rollouts, labels: Labels, bar: Progress) -> int:
         """Train on the pairs or lists of a round, `updates_per_round` times; returns their number,
         at most one for each prompt."""
         settings = self.settings
@@ -210,7 +207,7 @@ class OnlineTrainer:
                 self._step(pairs, order[begin : begin + settings.batch_size], bar)
         return n_pairs
 
-    def _step(self, pairs: PreferenceData, examples: np.ndarray, bar: tqdm) -> None:
+    def _step(self, pairs: PreferenceData, examples: np.ndarray, bar: Progress) -> None:
         microbatches = self.learner.microbatches(pairs, examples)
         try:
             self.session.step(pairs, microbatches, examples, bar)

@@ -13,9 +13,8 @@ from pathlib import Path
 from random import random
 
 import httpx
-from tqdm import tqdm
 
-from utils import PrefLabError, content_hash
+from utils import PrefLabError, Progress, content_hash
 
 MAX_ANSWER_BYTES = 2**20  # a server that sends more is not answering the question
 MAX_CONSECUTIVE_FAILURES = 8  # then the server counts as down
@@ -132,7 +131,7 @@ class Endpoint:
         """Enter each answer into `result` at the positions of its question, as they arrive."""
         consecutive_failures = 0
         done = as_completed(futures)
-        for future in tqdm(done, total=len(futures), desc=description, leave=False, delay=1.0):
+        for future in Progress(done, total=len(futures), desc=description, leave=False, delay=1.0):
             members = futures[future]
             try:
                 value, cached = future.result()

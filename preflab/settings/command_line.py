@@ -16,6 +16,7 @@ from preflab.settings.keys import CONFIG_DIR, ROOT
 from preflab.settings.other_words import translate
 from preflab.settings.overrides import Sources, check_overrides, fail
 from preflab.settings.schema import RULES
+from preflab.settings.sweep_words import for_hydra, settings_in
 from utils import ConfigError, PrefLabError, machine_error
 
 
@@ -59,7 +60,19 @@ def check_arguments(argv: Sequence[str]) -> None:
     """Refuse flags and overrides that hydra or the schema does not accept. Raises ConfigError."""
     given = parse_flags(argv)
     if not (given.shell_completion or given.hydra_help or given.experimental_rerun):
-        check_overrides(given.overrides, sources_of(given))
+        words = given.overrides
+        if given.multirun:
+            words = [setting for word in words for setting in settings_in(word)]
+        check_overrides(words, sources_of(given))
+
+
+def words_for_hydra(argv: Sequence[str]) -> list[str]:
+    """A checked command line as hydra takes it: the grids of a sweep go to its sweeper."""
+    given = parse_flags(argv)
+    if not given.multirun:
+        return list(argv)
+    flags = [word for word in argv if word not in given.overrides]
+    return [*flags, *for_hydra(given.overrides)]
 
 
 def parse_flags(argv: Sequence[str]) -> argparse.Namespace:

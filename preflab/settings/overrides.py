@@ -125,11 +125,12 @@ def check_overrides(words: Sequence[str], sources: Sources = Sources()) -> None:
     for override in overrides:
         if (group := override.key_or_group) in groups and not override.is_delete():
             accepted = options(group, sources.folders)
-            given[group] = _named(override.value(), accepted)
             value = override.value()
             if isinstance(value, list) and None in value:
                 raise ConfigError(f"{group}={shown(value)}: null names no file in config/{group}/")
-            for name in given[group]:
+            named = _named(value, accepted)
+            given[group] = given.get(group, []) + named
+            for name in named:
                 if name not in accepted:
                     raise ConfigError(
                         f"{group}={shown(name)}: no such file in config/{group}/;"

@@ -2,10 +2,8 @@
 
 import contextlib
 import getpass
-import hashlib
 import itertools
 import os
-import re
 import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -24,7 +22,7 @@ LOCK, WORKERS_LOCK = ".lock", ".lock-workers"
 
 
 def register_resolvers(purpose: str | None = None) -> None:
-    """The `${here:...}`, `${run_dir:...}` and `${run_name:...}` of config.yaml.
+    """The `${here:...}` and `${run_dir:...}` of config.yaml.
 
     purpose: what a new run folder's name begins with, in place of what `function` says.
     """
@@ -34,7 +32,6 @@ def register_resolvers(purpose: str | None = None) -> None:
 
     OmegaConf.register_new_resolver("here", lambda path: str(ROOT / path), replace=True)
     OmegaConf.register_new_resolver("run_dir", run_dir, replace=True, use_cache=True)
-    OmegaConf.register_new_resolver("run_name", name_of_run, replace=True)
 
 
 def choose_run_dir(
@@ -79,16 +76,6 @@ def _new_run_dir(local_dirs: Sequence[str], name: str) -> str:
     raise ConfigError(
         f"local_dirs={list(local_dirs)}: none of these can be written to; give local_run_dir=DIR"
     )
-
-
-def name_of_run(overrides: Sequence[str]) -> str:
-    """Folder of one run of a sweep: its overrides, made safe for a file name."""
-    hidden = ("local_run_dir=", "local_dirs=", "exp_name=", "wandb.", "tracker=", "criterion=")
-    named = [override for override in overrides if not override.startswith(hidden)]
-    name = ",".join(re.sub(r"[^\w.,=+\-\[\]]+", "_", o) for o in named) or "default"
-    if len(name) > 150:
-        name = name[:130] + "-" + hashlib.sha256(name.encode()).hexdigest()[:12]
-    return name
 
 
 def saved_config(config: DictConfig, run_dir: Path) -> DictConfig:

@@ -220,6 +220,9 @@ class RunSettings:
     )
     local_run_dir: str | None = setting(PATH, null=True, may_change=ALWAYS, part_of_run=False)
     skip_finished: str | None = setting(PATH, null=True, may_change=ALWAYS, part_of_run=False)
+    objective: str | list[str] = setting(
+        Either((TEXT, ListOf(TEXT))), may_change=ALWAYS, part_of_run=False
+    )
     resume: str | None = setting(PATH, null=True, may_change=ALWAYS, part_of_run=False)
     save_every: int | None = setting(COUNT, null=True, may_change=ALWAYS)
     keep_checkpoints: int | None = setting(COUNT, null=True, may_change=ALWAYS, part_of_run=False)

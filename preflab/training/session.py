@@ -10,8 +10,6 @@ from concurrent.futures import Future
 from pathlib import Path
 from typing import Any, NoReturn
 
-from tqdm import tqdm
-
 from preflab.batching.examples import PreferenceData
 from preflab.batching.packing import Batch
 from preflab.distributed.signals import Stopped
@@ -21,7 +19,7 @@ from preflab.training.learner import Learner, NonFiniteLossError, NonFiniteStepE
 from preflab.training.metrics import MetricLog, rewind
 from preflab.training.profiling import Profiler
 from preflab.training.summary import write_summary
-from utils import json_lines
+from utils import Progress, json_lines
 
 logger = logging.getLogger(__name__)
 
@@ -64,7 +62,7 @@ class Session:
     # ------------------------------------------------------------------------------------- a step
 
     def step(
-        self, data: PreferenceData, microbatches: list[tuple[Batch, int]], examples, bar: tqdm
+        self, data: PreferenceData, microbatches: list[tuple[Batch, int]], examples, bar: Progress
     ) -> None:
         """One optimizer step on `examples` of `data`, and its row of metrics.jsonl.
 
