@@ -139,7 +139,7 @@ class Campaign:
                 if pid == 0:
                     _child(command, environment, folder, f"{name}-{rank}", mine)
                 outcome.pids.append(pid)
-        outcome.wait(folder)
+        outcome.wait(folder, kind.ranks)
         return outcome
 
     def try_once(self, name: str, whole: "Whole", number: int) -> tuple[int, list[str]]:
@@ -212,13 +212,20 @@ class Outcome:
     killed: int = 0
     problems: list[str] = field(default_factory=list)
 
-    def wait(self, folder: Path) -> None:
-        """Wait for all; a process that outlives the others by ten minutes is a problem."""
+    def wait(self, folder: Path, ranks: int) -> None:
+        """Wait for all; one that takes ten minutes is a problem. As torchrun does, kill the ranks
+        that are there half a minute after another has died: they may wait for it to join them."""
         timer = threading.Timer(600, self._kill_all)
         timer.start()
-        for pid in self.pids:
-            _, status = os.waitpid(pid, 0)
+        running = set(self.pids)
+        while running:
+            pid, status = os.wait()
+            running.discard(pid)
             code = os.waitstatus_to_exitcode(status)
+            if code and ranks > 1 and running:
+                timer.cancel()
+                timer = threading.Timer(30, self._kill, (running,))
+                timer.start()
             self.killed += code in (-signal.SIGKILL, 128 + signal.SIGTERM)
             if code not in (0, -signal.SIGKILL, 128 + signal.SIGTERM):
                 self.problems.append(f"a process ended with {code}, see {folder}/*.log")
@@ -226,7 +233,10 @@ class Outcome:
 
     def _kill_all(self) -> None:
         self.problems.append("a process did not end")
-        for pid in self.pids:
+        self._kill(set(self.pids))
+
+    def _kill(self, pids: set[int]) -> None:
+        for pid in set(pids):
             with contextlib.suppress(ProcessLookupError):
                 os.kill(pid, signal.SIGKILL)
 
