@@ -4,6 +4,7 @@ A trainer is a class with three things: `placement` declares where its models li
 them there, and `train` is the loop. Trainers differ in the first two; the loop is the same.
 """
 
+import logging
 from pathlib import Path
 from typing import ClassVar
 
@@ -32,6 +33,8 @@ from preflab.training.metrics import MetricLog
 from preflab.training.registry import register_trainer
 from preflab.training.session import Session
 from utils import Progress, seed_everything
+
+logger = logging.getLogger(__name__)
 
 
 @register_trainer
@@ -115,18 +118,25 @@ class BasicTrainer:
                 if self.learner.counters.steps:
                     session.save()  # it may be the best
             bar = self._progress_bar()
-            for examples, microbatches in self.loader.ahead(self._collate):
+            steps = self.loader.ahead(self._collate)
+            while not session.best.reason_to_stop() and (step := next(steps, None)):
+                examples, microbatches = step
                 self.train_step(examples, microbatches, bar)
                 bar.update(len(examples))
                 if self._crossed(settings.eval_every, len(examples)) or self._at_end():
                     session.evaluate()
                 session.tick()
-                if self._crossed(settings.save_every or settings.eval_every, len(examples)):
+                save_every = settings.save_every or settings.eval_every
+                if self._crossed(save_every, len(examples)) or session.best.is_unsaved:
                     session.save()
                 self.world.stop_if_asked()
         bar.close()
         session.profiler.stop()
-        return session.finish(temperature=settings.temperature)
+        ended = {}
+        if reason := session.best.reason_to_stop():
+            logger.info(f"ended early: {reason}")
+            ended = {"ended": reason}
+        return session.finish(temperature=settings.temperature, **ended)
 
     def _collate(self, examples) -> list[tuple[Batch, int]]:
         return self.learner.microbatches(self.data["train"], examples)

@@ -17,6 +17,7 @@ from preflab.rewards.registry import all_rewards, check_reward
 from preflab.settings.load import validate
 from preflab.settings.schema import ModelSettings, Settings
 from preflab.settings.values import dataset_names, dataset_weights, exists
+from preflab.training.best import check_best
 from preflab.training.optimizers import check_optimizer
 from preflab.training.reference_update import check_update
 from preflab.training.registry import find_trainer
@@ -71,6 +72,7 @@ def check_settings(settings: Settings) -> tuple[BoundLoss, dict[str, list[Source
         update=settings.reference.update,
     )
     check_update(settings, loss)
+    check_best(settings, scalar="scalar_head" in loss.reads)
     if settings.function == "online":
         check_online(settings, loss)
         schedule_of(settings, None)

@@ -9,7 +9,6 @@ from pathlib import Path
 from preflab.batching.examples import PreferenceData
 from preflab.batching.packing import Layout
 from preflab.distributed.process_group import World
-from preflab.distributed.signals import Stopped
 from preflab.evaluation.held_out import evaluate_loss
 from preflab.evaluation.samples import Samples, Sampling, sample_and_measure
 from preflab.evaluation.worklist import Checkpoint, draws_samples, finish_evaluation, temperatures
@@ -145,23 +144,16 @@ def evaluate_checkpoints(
     where models live. Each evaluation writes its samples, then a row of eval.jsonl. Raises Stopped
     between two batches if a signal arrived; the same command continues after the last row.
     """
-    try:
-        values = _evaluate_all(worklist, evaluator, trainer, log)
-    except Stopped:
-        log.finish()
-        raise
-    summary = write_summary(
+    return write_summary(
         evaluator.run_dir,
         evaluator.settings,
         evaluator.loss.name,
-        values,
+        _evaluate_all(worklist, evaluator, trainer, log),
         Counters(),
         evaluator.world,
         temperature=temperatures(evaluator.settings)[-1],
         state_bytes={},
     )
-    log.finish()
-    return summary
 
 
 def _evaluate_all(
@@ -187,16 +179,7 @@ def _evaluate_all(
                 log.write_at(Counters(), "eval", values | evaluated)
                 bar.update()
                 world.stop_if_asked()
-    return write_summary(
-        evaluator.run_dir,
-        evaluator.settings,
-        evaluator.loss.name,
-        values,
-        Counters(),
-        world,
-        temperature=temperatures(evaluator.settings)[-1],
-        state_bytes={},
-    )
+    return values
 
 
 class _Models:

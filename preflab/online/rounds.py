@@ -115,7 +115,7 @@ class OnlineTrainer:
                 if self.round % settings.eval_every == 0 or self.round == settings.rounds:
                     self._evaluate()
                 session.tick()
-                if self.round % settings.save_every == 0:
+                if self.round % settings.save_every == 0 or session.best.is_unsaved:
                     session.save()
                 self.world.stop_if_asked()
             bar.close()
@@ -137,7 +137,7 @@ class OnlineTrainer:
         """The reason to end before the last round; None for none."""
         if self.labeler.spent(self.round + 1):
             return f"the budget of {self.settings.online.budget} labels is spent"
-        return None
+        return self.session.best.reason_to_stop()
 
     def _progress_bar(self) -> Progress:
         return Progress(

@@ -285,6 +285,8 @@ class EvaluationSettings:
 
     eval_every: int = setting(COUNT, may_change=ALWAYS)
     do_first_eval: bool = setting(FLAG, may_change=ALWAYS)
+    best_metric: str | None = setting(TEXT, null=True)
+    patience: int | None = setting(COUNT, null=True, may_change=ALWAYS)
     n_eval_examples: int = setting(COUNT, may_change=ALWAYS)
     eval_batch_size: int = setting(COUNT, may_change=ALWAYS)
     sample_during_eval: bool = setting(FLAG, may_change=ALWAYS)

@@ -13,6 +13,7 @@ from typing import Any, NoReturn
 from preflab.batching.examples import PreferenceData
 from preflab.batching.packing import Batch
 from preflab.distributed.signals import Stopped
+from preflab.training.best import Best, metric_of
 from preflab.training.checkpointer import Checkpointer
 from preflab.training.checkpoints import undone_when_stopped
 from preflab.training.learner import Learner, NonFiniteLossError, NonFiniteStepError
@@ -53,7 +54,7 @@ class Session:
         self.settings, self.world = learner.settings, learner.world
         self.run_dir = checkpointer.run_dir
         self.last_eval: dict | None = None
-        self.best_accuracy = -1.0
+        self.best = Best(metric_of(self.settings, scalar=learner.scalar), self.settings.patience)
         self.owes_evaluation = False  # whether a signal interrupted the one that was due
         profile_steps = self.settings.profile_steps if self.world.rank == 0 else None
         self.profiler = Profiler(self.run_dir, profile_steps)
@@ -93,6 +94,7 @@ class Session:
             )
         self.write("eval", values)
         self.last_eval = {"examples": learner.counters.examples, **values}
+        self.best = self.world.agree(lambda: self.best.after(values, learner.counters.examples))
         self.owes_evaluation = False
 
     def write(self, split: str, values: dict) -> None:
@@ -103,14 +105,16 @@ class Session:
 
     def save(self, *, wait: bool = False) -> None:
         """Begin a checkpoint. wait: return only when it is complete."""
-        self.checkpointer.begin(self.number(), self._fill, best=self._is_best())
+        is_best = self.best.is_unsaved and self.best.examples == self.learner.counters.examples
+        self.best.is_unsaved = False
+        self.checkpointer.begin(self.number(), self._fill, best=is_best)
         if wait:
             self.checkpointer.finish()
 
     def _fill(self, folder: Path) -> Future | None:
         state = self.loop_state() | {
             "last_eval": self.last_eval,
-            "best_accuracy": self.best_accuracy,
+            "best": self.best.state_dict(),
             "rows_without_evaluation": self._count_rows() if self.owes_evaluation else None,
         }
         futures = [self.learner.save(folder, state, self.last_eval or {})]
@@ -125,20 +129,6 @@ class Session:
         paths = [self.run_dir / name for name in ROWS]
         return {path.name: len(json_lines(path)) for path in paths if path.is_file()}
 
-    def _is_best(self) -> bool:
-        """Whether a reward model orders more held-out pairs correctly than at any earlier save.
-
-        Always False for a policy, which accuracy does not rank.
-        """
-        last = self.last_eval or {}
-        current = last.get("examples") == self.learner.counters.examples
-        if not self.learner.scalar or not current:
-            return False
-        if last["rewards_eval/accuracies"] <= self.best_accuracy:
-            return False
-        self.best_accuracy = last["rewards_eval/accuracies"]
-        return True
-
     def resume(self) -> dict | None:
         """Continue from the checkpoint that the learner was built from.
 
@@ -150,7 +140,9 @@ class Session:
             for name, other in self.also.items():
                 other.load(checkpoint / name)
             state = self.learner.load(checkpoint)
-            self.last_eval, self.best_accuracy = state["last_eval"], state["best_accuracy"]
+            self.last_eval = state["last_eval"]
+            if "best" in state:  # unknown to earlier versions
+                self.best.load_state_dict(state["best"])
             rows = state.get("rows_without_evaluation")  # unknown to earlier versions
             self.owes_evaluation = rows is not None
             counters = self.learner.counters
@@ -214,6 +206,7 @@ class Session:
             temperature=temperature,
             state_bytes=self.learner.state_bytes,
             save_peaks=self.checkpointer.peaks,
+            **self.best.summary(),
             **more,
         )
 
