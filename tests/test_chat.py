@@ -341,6 +341,12 @@ def test_the_date_is_a_setting_and_part_of_the_key(monkeypatch):
         monkeypatch.delenv("TZ")
         time.tzset()
     assert "05 Dec 2031" in make_tokenizer().decode(dated[0])
+    llama = "{% if not date_string is defined %}{% set date_string = '26 Jul 2024' %}{% endif %}"
+    tokenizer = tokenizer_with(llama + "{{ date_string }}\n" + CHATML)
+    for day, shown in (("2024-07-26", "26 Jul 2024"), ("2031-12-05", "05 Dec 2031")):
+        set_chat(tokenizer, ChatSettings(date=day))
+        prompt = conversation_ids(tokenizer, chat("hi"), "ho")[0]
+        assert tokenizer.decode(prompt).startswith(shown)
     assert dated[1] != ids("UTC")[1]
 
 
@@ -368,6 +374,10 @@ def test_the_prompt_is_what_chosen_and_rejected_share_whatever_the_column_says(t
     rows = [
         {"prompt": "first", "chosen": chat(*history, "a"), "rejected": chat(*history, "b")},
         {"prompt": chat("q"), "chosen": chat("q", "a"), "rejected": chat("q", "b")},
+        {
+            "prompt": chat("last"),
+            **{key: chat("q", "r", "last", key) for key in ("chosen", "rejected")},
+        },
         # the answers alone, after a text and after messages
         {"prompt": "text", "chosen": chat("", "a")[1:], "rejected": chat("", "b")[1:]},
         {"prompt": chat(*history), "chosen": chat("", "c")[1:], "rejected": chat("", "d")[1:]},
@@ -380,6 +390,7 @@ def test_the_prompt_is_what_chosen_and_rejected_share_whatever_the_column_says(t
     assert [record.prompt.messages for record in records] == [
         chat(*history),
         chat("q"),
+        chat("q", "r", "last"),
         chat("text"),
         chat("plain"),
         chat("json"),
@@ -405,7 +416,11 @@ def test_the_prompt_is_what_chosen_and_rejected_share_whatever_the_column_says(t
         ),
         (
             {"prompt": "q", "chosen": "a", "rejected": "b", "tools": [{"name": "f"}]},
-            "'tools' are for a chat template",
+            "'tools' is for a chat template",
+        ),
+        (
+            {"prompt": "q", "chosen": "a", "rejected": "b", "system": "Be."},
+            "'system' is for a chat template, and 'prompt' is text",
         ),
         (
             {"prompt": chat("q"), "chosen": "a", "rejected": "b", "tools": "[{"},
@@ -451,6 +466,29 @@ def test_system_tools_and_calls_reach_the_template(tmp_path):
             tools=given,
             tokenize=False,
         )
+
+
+@pytest.mark.parametrize("train_on", ["last", "assistant"])
+def test_a_call_of_a_tool_is_an_answer(tmp_path, train_on):
+    call = {"type": "function", "function": {"name": "clock", "arguments": {"zone": "UTC"}}}
+    calls = {"role": "assistant", "content": None, "tool_calls": [call]}
+    rows = [{"chosen": [*chat("time?"), calls], "rejected": chat("time?", "No idea.")}] * 2
+    for split in ("train", "test"):
+        write_jsonl(tmp_path / "data" / f"{split}.jsonl", rows)
+    tokenizer = tokenizer_with(TOOLS)
+    source = open_dataset(str(tmp_path / "data"), "train", train_on=train_on)
+    store = prepare(
+        source, tokenizer, max_length=220, max_prompt_length=99, cache_dir=tmp_path / "cache"
+    )
+    for number, key in enumerate(("chosen", "rejected")):
+        rendered = tokenizer.apply_chat_template(rows[0][key], tokenize=False)
+        whole = [
+            *store.tokens[slice(*store.prompts[0])],
+            *store.tokens[slice(*store.responses[number])],
+        ]
+        assert whole == tokenizer(rendered, add_special_tokens=False)["input_ids"][: len(whole)]
+        assert tokenizer.decode(whole).endswith("<|im_end|>")
+        assert store.scored_tokens(number).all()
 
 
 def test_further_fields_of_messages_are_read_or_dropped(tmp_path):
@@ -609,7 +647,10 @@ def test_with_the_last_turn_such_rows_are_skipped_and_single_turns_need_no_mask(
     (tmp_path / "turns" / "test.jsonl").write_text(json.dumps(TURNS[0]))
     source = open_dataset(str(tmp_path / "turns"), "test")
     assert not list(source.records())
-    assert source.counts["skipped"] == {"chosen and rejected have different prompts": 1}
+    assert source.counts["skipped"] == {
+        "chosen and rejected have different prompts (train_on=assistant learns from earlier turns"
+        " too)": 1
+    }
 
 
 @pytest.mark.parametrize("layout", ["padded", "packed", "prefix_shared"])

@@ -372,6 +372,7 @@ def test_every_setting_that_takes_a_path_is_known():
     assert set(PATH_KEYS) == {
         *("local_run_dir", "local_dirs", "resume", "skip_finished", "data_dir", "cache_dir"),
         *("datasets", "trainer", "online.sampler", "online.discriminator_path"),
+        *("optimizer", "criterion"),
         *("model.name_or_path", "model.tokenizer_name_or_path"),
         *("model.archive", "model.reference_archive"),
     }

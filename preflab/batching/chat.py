@@ -50,7 +50,8 @@ def set_chat(tokenizer, settings: ChatSettings) -> None:
 
 
 def _writes_date(tokenizer) -> bool:
-    return "strftime_now" in str(tokenizer.chat_template)
+    template = str(tokenizer.chat_template)
+    return "strftime_now" in template or "date_string" in template
 
 
 def chat_settings(tokenizer) -> ChatSettings:
@@ -71,13 +72,14 @@ def render(tokenizer, chat: Chat, *, generation_prompt: bool, where: str = "") -
         )
     settings = chat_settings(tokenizer)
     try:
+        template = tokenizer.get_chat_template(tools=chat.tools)
         return tokenizer.apply_chat_template(
             chat.messages,
             tools=chat.tools,
-            chat_template=_dated(tokenizer.get_chat_template(tools=chat.tools), settings.date),
+            chat_template=_dated(template, settings.date),
             add_generation_prompt=generation_prompt,
             tokenize=False,
-            **{**settings.options, **chat.options},
+            **{**_date_variable(template, settings.date), **settings.options, **chat.options},
         )
     except Exception as error:  # a template is code, and may fail in any way
         raise DataError(
@@ -96,6 +98,13 @@ def _dated(template: str, date: str) -> str:
             "it calls strftime_now with something else than a string, so that no date can be set"
         )
     return dated
+
+
+def _date_variable(template: str, date: str) -> dict[str, str]:
+    """`date_string`, which the templates of Llama 3 read, in their format."""
+    if "date_string" not in template:
+        return {}
+    return {"date_string": datetime.date.fromisoformat(date).strftime("%d %b %Y")}
 
 
 def _reason(error: Exception) -> str:

@@ -373,7 +373,9 @@ def pair_of(row: dict, where: str, *, all_turns: bool) -> tuple[str | Chat, str,
         )
     same = prompt == other if isinstance(prompt, str) else prompt.key() == other.key()
     if not same:
-        raise Skip("chosen and rejected have different prompts")
+        earlier = isinstance(prompt, Chat) and not all_turns
+        hint = " (train_on=assistant learns from earlier turns too)" if earlier else ""
+        raise Skip(f"chosen and rejected have different prompts{hint}")
     return prompt, chosen, rejected
 
 
@@ -414,10 +416,12 @@ def prompt_of(row: dict, where: str) -> str | Chat:
     """The prompt column: text, or messages."""
     if (messages := messages_of(row, "prompt", where)) is not None:
         return chat(row, messages, where)
-    if row.get("tools"):
-        raise DataError(
-            f"{where}: 'tools' are for a chat template, and 'prompt' is text; give it as messages"
-        )
+    for column in ("tools", "system"):
+        if row.get(column):
+            raise DataError(
+                f"{where}: {column!r} is for a chat template, and 'prompt' is text, so it would not"
+                " be read; give 'prompt' as messages, or remove the column"
+            )
     return text(row, "prompt", where)
 
 

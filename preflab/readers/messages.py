@@ -189,7 +189,8 @@ def whole_conversation(row: dict, key: str, where: str) -> list[dict] | None:
         return messages
     before = messages_of(row, "prompt", where)
     if before is not None:
-        if _alike(messages[: len(before)], before):
+        starts = range(len(messages) - len(before) + 1)
+        if any(_alike(messages[i : i + len(before)], before) for i in starts):
             return messages
         if messages[0]["role"] in ASSISTANT:
             return before + messages
@@ -230,10 +231,6 @@ def split_answer(messages: list[dict], key: str, where: str) -> tuple[list[dict]
             f"{where}: the last message of {key!r} is from role {last['role']!r}, expected the"
             " assistant's answer"
         )
-    if last["content"] is None or "tool_calls" in last:
-        raise DataError(
-            f"{where}: the last message of {key!r} calls a tool; the answer must be text"
-        )
     return before, _response([last])
 
 
@@ -260,10 +257,4 @@ def split_turns(
         shared = next((i for i, (a, b) in enumerate(pairs) if not _alike([a], [b])), len(pairs))
     if not shared or messages[shared]["role"] not in ASSISTANT:
         return None
-    turns = messages[shared:]
-    if any(one["content"] is None or "tool_calls" in one for one in turns):
-        raise DataError(
-            f"{where}: a turn of {key!r} calls a tool; with train_on=assistant the turns after the"
-            " prompt must be text"
-        )
-    return messages[:shared], _response(turns)
+    return messages[:shared], _response(messages[shared:])
