@@ -257,7 +257,7 @@ def test_scores_of_all_pairs_are_inspected_before_a_run(data):
     seen = []
 
     class Spy:
-        name, reads, columns = "spy", {"scores"}, ()
+        name, reads, columns, weight = "spy", {"scores"}, (), None
 
         def inspect_scores(self, chosen, rejected, names):
             seen.extend(zip(chosen.tolist(), rejected.tolist(), map(str, names), strict=True))

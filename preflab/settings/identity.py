@@ -33,7 +33,7 @@ def same_settings(saved: DictConfig, config: DictConfig) -> bool:
         {
             key: value
             for key, value in _filled(OmegaConf.to_container(c, resolve=True)).items()
-            if part_of_run(key) and value is not None
+            if part_of_run(key) and value not in (None, {})
         }
         for c in (saved, config)
     )
@@ -54,6 +54,7 @@ def _filled(tree: dict, defaults: dict | None = None) -> dict:
 
 
 def _value(tree: dict, key: str):
+    """The value of a key; None for an empty group, which null stands for in config.yaml."""
     for part in key.split("."):
         tree = tree.get(part) if isinstance(tree, dict) else None
-    return tree
+    return None if tree == {} else tree
