@@ -75,12 +75,10 @@ class World:
         """This rank's share of `items` in batches, each with the number of its items that count.
 
         All ranks get the same number of batches, because a sharded model runs on all of them
-        together. A rank with fewer items gets stand-ins, of which 0 items count. Raises Stopped
-        before a batch if a rank was asked to stop.
+        together. A rank with fewer items gets stand-ins, of which 0 items count.
         """
         mine = self.share(items)
         for begin in range(0, self.largest_share(len(items)), size):
-            self.stop_if_asked()
             part = mine[begin : begin + size]
             yield (part, len(part)) if len(part) else (items[:1], 0)
 

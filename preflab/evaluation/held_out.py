@@ -46,6 +46,7 @@ def evaluate_loss(
         disable=world.no_bar,
     )
     for part, n_real in batches:
+        world.stop_if_asked()
         batch = collate(data, part, layout).to(policy.device)
         metrics = compute_loss(loss, policy, reference, batch, data, "eval")[1]
         total.add(metrics, n_real)

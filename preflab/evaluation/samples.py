@@ -239,6 +239,7 @@ def measure_samples(
     order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]) + len(responses[i]))
     mine = []
     for rows, n_real in world.batches(order, batch_size):
+        world.stop_if_asked()
         batch = lay_out([(prompts[i], [responses[i]]) for i in rows], layout).to(policy.device)
         scores = score_responses(
             policy,

@@ -157,6 +157,7 @@ def sample(
     drawn = []  # (index of the prompt, response) of this rank
     with _packed_weights(policy):
         for rows, n_real, repeated in _batches(prompts, batch_size, world):
+            world.stop_if_asked()
             uniforms = np.stack([_uniforms(seed, keys[i], max_new_tokens) for i in rows])
             responses = _generate(
                 policy,
@@ -182,8 +183,7 @@ def _batches(
     this step occurs more than once.
 
     All ranks get the same number of batches and the same answer, because a sharded model runs on
-    all of them together. A rank with fewer batches gets stand-ins, of which 0 prompts count. Raises
-    Stopped before a batch if a rank was asked to stop.
+    all of them together. A rank with fewer batches gets stand-ins, of which 0 prompts count.
     """
     equal: dict[tuple[int, ...], list[int]] = {}
     for i, prompt in enumerate(prompts):
@@ -196,7 +196,6 @@ def _batches(
     for step in itertools.zip_longest(*shares):
         repeated = any(len(group) > 1 for batch in step for group in batch or groups[:1])
         mine = step[world.data_rank]
-        world.stop_if_asked()
         rows = list(itertools.chain(*(mine or groups[:1])))
         yield rows, len(rows) if mine else 0, repeated
 

@@ -314,6 +314,7 @@ def _compute(
         disable=world.no_bar,
     )
     for [batch], n_real in world.batches(batches, 1):
+        world.stop_if_asked()
         computed = _logps_of_groups(scorer, stores, batch, layout)
         by_store: dict[str, dict[int, np.ndarray]] = {}
         for group, logps in world.gather(computed if n_real else []):

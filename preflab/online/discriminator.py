@@ -161,6 +161,7 @@ class Discriminator:
         order = sorted(range(len(trees)), key=n_tokens.__getitem__)
         learner, mine = self.learner, []
         for rows, n_real in self.world.batches(order, self.settings.eval_batch_size):
+            self.world.stop_if_asked()
             batch = lay_out([trees[i] for i in rows], learner.layout)
             batch.rejected = batch.chosen  # a loss reads pairs; only one side's reward is used
             batch = batch.to(learner.policy.device)

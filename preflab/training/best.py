@@ -85,14 +85,14 @@ def metric_of(settings: Settings, *, scalar: bool) -> Metric | None:
 
 def check_best(settings: Settings, *, scalar: bool) -> None:
     """Raise ConfigError for a metric that the evaluations of a run cannot have."""
-    metric = metric_of(settings, scalar=scalar)
-    if metric is None:
-        if settings.patience is not None:
+    if settings.best_metric is None:
+        if settings.patience is not None and not scalar:
             raise ConfigError(
                 f"patience={settings.patience} counts evaluations without a better best_metric,"
                 f" which is null; set it to one of {', '.join(NUMBERS)}"
             )
         return
+    metric = parse_metric(settings.best_metric)
     online = settings.function == "online"
     problem = ""
     if metric.samples and scalar:
