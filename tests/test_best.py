@@ -6,6 +6,7 @@ import pytest
 from conftest import final_weights, read_rows, same_weights
 
 from preflab.training.best import Best, parse_metric
+from preflab.training.session import _best_of_earlier_version
 from utils import ConfigError
 
 REWARD, KL = "samples_eval/policy_reward", "samples_eval/kl"
@@ -42,6 +43,14 @@ def test_less_is_better_of_a_loss():
         ConfigError, match=r"best_metric=ndcg: .* no ranking_eval/ndcg; .*eval_loss"
     ):
         Best(parse_metric("ndcg"), None).after({"loss/eval": 0.7}, 8)
+
+
+def test_the_best_of_a_run_of_an_earlier_version_stays():
+    best = Best(parse_metric("eval_accuracy"), None)
+    best.load_state_dict(_best_of_earlier_version({"best_accuracy": 0.75}))
+    assert not best.after({"rewards_eval/accuracies": 0.75}, 8).is_unsaved
+    assert best.after({"rewards_eval/accuracies": 0.8}, 16).is_unsaved
+    assert _best_of_earlier_version({"best_accuracy": -1.0})["value"] is None
 
 
 @pytest.mark.parametrize(

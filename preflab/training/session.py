@@ -141,8 +141,7 @@ class Session:
                 other.load(checkpoint / name)
             state = self.learner.load(checkpoint)
             self.last_eval = state["last_eval"]
-            if "best" in state:  # unknown to earlier versions
-                self.best.load_state_dict(state["best"])
+            self.best.load_state_dict(state.get("best") or _best_of_earlier_version(state))
             rows = state.get("rows_without_evaluation")  # unknown to earlier versions
             self.owes_evaluation = rows is not None
             counters = self.learner.counters
@@ -209,6 +208,12 @@ class Session:
             **self.best.summary(),
             **more,
         )
+
+
+def _best_of_earlier_version(state: dict) -> dict:
+    """The state of `Best` in a checkpoint that knew the accuracy of reward models alone."""
+    accuracy = state.get("best_accuracy", -1.0)
+    return {"value": accuracy if accuracy >= 0 else None, "examples": 0, "misses": 0}
 
 
 class _All:
