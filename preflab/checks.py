@@ -10,7 +10,12 @@ from preflab.modeling.parallelism import check_placement_settings, data_ranks
 from preflab.modeling.reference_cache import plan_reference
 from preflab.objective.registry import BoundLoss, bind_loss
 from preflab.online.checks import check_labels, check_online
-from preflab.readers.columns import accepted_columns, columns_with_pairs, columns_with_scores
+from preflab.readers.columns import (
+    accepted_columns,
+    columns_with_pairs,
+    columns_with_scores,
+    columns_with_token_weights,
+)
 from preflab.readers.records import Source
 from preflab.readers.registry import DATASETS, open_dataset
 from preflab.rewards.registry import all_rewards, check_reward
@@ -213,6 +218,7 @@ def _reading_options(settings: Settings, loss: BoundLoss) -> dict:
         "lists": _reads_lists(settings, loss),
         "max_responses": settings.max_responses,
         "choose_responses": settings.choose_responses,
+        "token_weights": "token_weights" in loss.reads,
         "columns": {
             ours: theirs for ours, theirs in vars(settings.dataset_columns).items() if theirs
         },
@@ -249,16 +255,23 @@ def _open_datasets(settings: Settings, loss: BoundLoss) -> dict[str, list[Source
             )
         if source.only_prompts:
             continue  # it is sampled for; there are no losses to measure
-        for need, needed in (
-            ("pairs", loss.examples == "pairs"),
-            ("scores", "scores" in loss.reads),
-        ):
-            if needed and need not in source.provides:
-                able = sorted(name for name, entry in DATASETS.items() if need in entry.provides)
-                columns = columns_with_scores() if need == "scores" else columns_with_pairs()
-                raise ConfigError(
-                    f"loss={loss.name} needs {need}, and datasets=[{source.name}] has none; with"
-                    f" {need}: {', '.join(able)}, and data with the columns {columns}"
-                    " (dataset_columns renames yours)"
-                )
+        _check_provided(source, loss)
     return sources
+
+
+def _check_provided(source: Source, loss: BoundLoss) -> None:
+    """Raise ConfigError unless a data set has what the loss needs of it."""
+    for need, needed, columns in (
+        ("pairs", loss.examples == "pairs", columns_with_pairs()),
+        ("scores", "scores" in loss.reads, columns_with_scores()),
+        ("token_weights", "token_weights" in loss.reads, columns_with_token_weights()),
+    ):
+        if needed and need not in source.provides:
+            able = sorted(name for name, entry in DATASETS.items() if need in entry.provides)
+            named = f"{', '.join(able)}, and " if able else ""
+            more = "; scripts/token_weights.py writes them" if need == "token_weights" else ""
+            raise ConfigError(
+                f"loss={loss.name} needs {need}, and datasets=[{source.name}] has none; with"
+                f" {need}: {named}data with the columns {columns}"
+                f" (dataset_columns renames yours){more}"
+            )

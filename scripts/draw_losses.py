@@ -20,6 +20,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import list_losses  # noqa: F401  registers losses
 import losses  # noqa: F401  registers losses
 import preference_datasets  # noqa: F401  registers the datasets
+import token_losses  # noqa: F401  registers losses
 from preflab.objective.registry import BoundLoss, bind_loss
 from preflab.objective.types import Pair, Side
 from preflab.reports.plot_style import png, style

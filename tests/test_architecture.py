@@ -19,7 +19,14 @@ PAGE = ROOT / "docs" / "architecture.md"
 LAYERS = [
     ["utils"],
     ["preflab.objective", "preflab.distributed", "preflab.readers", "preflab.reports"],
-    ["losses", "list_losses", "preference_datasets", "preflab.batching", "preflab.settings"],
+    [
+        "losses",
+        "list_losses",
+        "token_losses",
+        "preference_datasets",
+        "preflab.batching",
+        "preflab.settings",
+    ],
     ["preflab.modeling", "preflab.sweeps"],
     ["preflab.training", "preflab.rewards"],
     ["preflab.evaluation"],
@@ -42,7 +49,7 @@ LAYERS = [
 # What is optimised, how responses become rows, and where a model lives: no module of one axis
 # imports a module of another.
 AXES = {
-    "objective": ["preflab.objective", "losses", "list_losses"],
+    "objective": ["preflab.objective", "losses", "list_losses", "token_losses"],
     "batching": ["preflab.batching"],
     "parallelism": [
         "preflab.distributed",

@@ -18,7 +18,8 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 import preference_datasets
-from preflab.batching.token_store import prepare, tokenise, truncate
+from preflab.batching.token_store import prepare, tokenise
+from preflab.batching.truncation import truncate
 from preflab.readers.columns import FORMS
 from preflab.readers.files import Rows
 from preflab.readers.registry import DATASETS, open_dataset

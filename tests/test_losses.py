@@ -31,7 +31,7 @@ from preflab.settings.keys import CONFIG_DIR
 from preflab.settings.run_folder import register_resolvers
 from utils import ConfigError, DataError
 
-LOSS_FILES = ("losses", "list_losses")
+LOSS_FILES = ("losses", "list_losses", "token_losses")
 YAMLS = sorted(path.stem for path in (CONFIG_DIR / "loss").glob("*.yaml"))
 
 
@@ -594,7 +594,22 @@ def everything(d_w=0.0, d_l=0.0) -> Pair:
         {"chosen_scores": 1.6, "rejected_scores": 0.4},
         {"chosen_collision": -3, "rejected_collision": -1},
     )
-    return pair(d_w, d_l, **kl, **scores, **collision, **LENGTHS)
+    data = pair(d_w, d_l, **kl, **scores, **collision, **LENGTHS)
+    return replace(data, chosen=with_tokens(data.chosen), rejected=with_tokens(data.rejected))
+
+
+def with_tokens(side: Side) -> Side:
+    """The response with its log-probs spread over its tokens, so that gradients reach them."""
+    n = int(side.lengths.item())
+    shares = torch.arange(1.0, n + 1, dtype=torch.float64)[None] / (n * (n + 1) / 2)
+    longest = [torch.zeros(1, max(map(int, LENGTHS.values())) - n, dtype=torch.float64)]
+    return replace(
+        side,
+        token_logps=torch.cat([side.policy_logps[:, None] * shares, *longest], 1),
+        reference_token_logps=torch.cat([side.reference_logps[:, None] * shares, *longest], 1),
+        token_weights=torch.cat([1 + shares.detach(), *longest], 1),
+        tokens=torch.cat([torch.arange(1, n + 1)[None], longest[0].long()], 1),
+    )
 
 
 PAIRWISE = [name for name in YAMLS if LOSSES[name].examples == "pairs" and name != "bradley_terry"]
@@ -774,6 +789,7 @@ NAMED_ON_PURPOSE = {
     "preflab/objective/sums.py": {"weighted_sum"},  # where it is defined
     "generate.py": {"sft"},  # sampling needs prompts, and sft accepts all data
     "scripts/inspect_data.py": {"sft"},  # it counts all data, with pairs and without
+    "scripts/token_weights.py": {"dpo"},  # it reads pairs, and dpo no more than that
     "scripts/draw_losses.py": {"dpo"},  # a curve of dpo with label smoothing
     "train_risk_preferences.py": {"dpo"},  # the command whose flags it takes trains DPO
 }
@@ -845,14 +861,15 @@ def test_loss_and_gradient_are_finite_and_inputs_untouched(name, gap):
         if (value := getattr(values, f)) is not None
     }
     for t in tensors.values():
-        t.requires_grad_(True)
+        t.requires_grad_(t.is_floating_point())
     before = {key: t.detach().clone() for key, t in tensors.items()}
     contents = [(thing, dict(vars(thing))) for thing in (data, *sides.values())]
     output = loss(data)
     output.losses.sum().backward()
     assert output.losses.shape == (3,)
     assert torch.isfinite(output.losses).all()
-    trained = [t for (_, f), t in tensors.items() if f in ("policy_logps", "values")]
+    models = ("policy_logps", "values", "token_logps")
+    trained = [t for (_, f), t in tensors.items() if f in models and t.grad is not None]
     assert trained and all(torch.isfinite(t.grad).all() for t in trained)
     assert gap != 0 or any(t.grad.abs().sum() > 0 for t in trained)
     for key, t in tensors.items():
@@ -876,6 +893,11 @@ def shifted(data: Pair | Target | Ranking, gap: float) -> Pair | Target | Rankin
         return replace(data, policy_logps=base + by)
     if data.chosen.values is not None:
         return changed(data, {"values": data.chosen.values + gap})
+    if data.chosen.token_logps is not None:  # a log-prob is never positive
+        side = "chosen" if gap < 0 else "rejected"
+        tokens = getattr(data, side).token_logps.clone()
+        tokens[:, 0] -= abs(gap)
+        data = changed(data, **{side: {"token_logps": tokens}})
     if data.chosen.reference_logps is not None:
         return changed(
             data,

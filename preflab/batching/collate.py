@@ -16,15 +16,18 @@ def collate(data: PreferenceData, examples: np.ndarray, layout: Layout) -> Batch
     located = [data.responses_of(int(example)) for example in examples]
     trees = _trees(data, located)
     sequences, scores, reference_logps, scored, first_response = [], [], [], [], {}
+    weights: list[np.ndarray] = []
     for (store_number, prompt), responses in trees.items():
         store = data.stores[store_number]
         first_response[store_number, prompt] = len(scores)
-        tokens = [_tokens(store, store.responses[r]) for r in responses]
-        sequences.append((_tokens(store, store.prompts[prompt]), tokens))
+        tokens = [_span(store.tokens, store.responses[r]) for r in responses]
+        sequences.append((_span(store.tokens, store.prompts[prompt]), tokens))
         scores.extend(float(store.scores[r]) for r in responses)
         scored.extend(store.scored_tokens(r) for r in responses)
         if store.reference is not None:
             reference_logps.extend(store.reference.logps(r) for r in responses)
+        if store.token_weights is not None:
+            weights.extend(_span(store.token_weights, store.responses[r]) for r in responses)
     batch = lay_out(sequences, layout)
     batch.scores = torch.tensor(scores, dtype=torch.float64)
     batch.examples = [int(example) for example in examples]
@@ -40,6 +43,8 @@ def collate(data: PreferenceData, examples: np.ndarray, layout: Layout) -> Batch
         batch.columns = _columns(data, examples)
     if len(reference_logps) == len(scores):
         batch.reference_logps = torch.from_numpy(np.concatenate(reference_logps))
+    if len(weights) == len(scores):
+        batch.token_weights = torch.from_numpy(np.concatenate(weights))
     if any(store.scored is not None for store in data.stores):
         keep_scored(batch, torch.from_numpy(np.concatenate(scored)))
     return batch
@@ -83,5 +88,5 @@ def _columns(data: PreferenceData, examples: np.ndarray) -> dict[str, torch.Tens
     }
 
 
-def _tokens(store: TokenStore, span: np.ndarray) -> np.ndarray:
-    return store.tokens[span[0] : span[1]]
+def _span(values: np.ndarray, span: np.ndarray) -> np.ndarray:
+    return values[span[0] : span[1]]

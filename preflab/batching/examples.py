@@ -8,7 +8,8 @@ import numpy as np
 import torch
 
 from preflab.batching.loader import Mixture, evaluation_order
-from preflab.batching.token_store import TokenStore, cut_prompt
+from preflab.batching.token_store import TokenStore
+from preflab.batching.truncation import cut_prompt
 from preflab.readers.messages import Chat
 from utils import DataError
 
@@ -137,6 +138,11 @@ class PreferenceData:
                     )
         if loss.weight:
             self._check_weights(loss.weight)
+        for store in self.stores if "token_weights" in loss.reads else ():
+            if store.token_weights is None:
+                raise DataError(
+                    f"loss={loss.name} reads weights of tokens, which {store.name} does not have"
+                )
         if "scores" not in loss.reads:
             return None
         if self.kind == "lists":

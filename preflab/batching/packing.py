@@ -52,6 +52,7 @@ class Batch:
     position_ids (1, width) and segments (1, 1, responses, 4): of a packed row; blocks: the segments
     as a table for FlexAttention, where the layout uses it. See packed_attention.py.
     reference_logps (tokens,): log-probs under the frozen reference, where they are known already.
+    token_weights (tokens,): float64 weights that came with the data; None where it has none.
     columns: (examples,) by name. examples: indices into the data. n_tokens: input tokens without
     padding.
     """
@@ -69,6 +70,7 @@ class Batch:
     position_ids: Tensor | None = None
     segments: Tensor | None = None
     reference_logps: Tensor | None = None
+    token_weights: Tensor | None = None
     blocks: tuple[Tensor, ...] | None = None
     columns: dict[str, Tensor] = field(default_factory=dict)
     examples: list[int] = field(default_factory=list)
@@ -133,7 +135,7 @@ def lay_out(trees: list[tuple], layout: Layout) -> Batch:
 def keep_scored(batch: Batch, scored: Tensor) -> None:
     """Leave out tokens of responses that no loss counts, such as a user's turn between two of the
     assistant's. scored (tokens,): whether each token of the batch is counted."""
-    for name in ("positions", "targets", "owners", "reference_logps"):
+    for name in ("positions", "targets", "owners", "reference_logps", "token_weights"):
         if (values := getattr(batch, name)) is not None:
             setattr(batch, name, values[scored])
     batch.lengths = torch.bincount(batch.owners, minlength=len(batch.lengths))

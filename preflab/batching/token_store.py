@@ -3,7 +3,7 @@
 import json
 import logging
 import shutil
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -11,6 +11,8 @@ from typing import Any, BinaryIO
 import numpy as np
 
 from preflab.batching.chat import chat_settings, conversations_ids, render
+from preflab.batching.token_weights import fit_weights, whole_lengths
+from preflab.batching.truncation import truncate
 from preflab.readers.messages import Chat, Unended
 from preflab.readers.records import Record, Source
 from utils import (
@@ -41,6 +43,7 @@ ARRAYS = (
     "sources",
 )
 CHATS, CHAT_BEGINS, SCORED, ASKED = "chats.bin", "chat_begins.npy", "scored.npy", "asked.npy"
+WEIGHTS = "token_weights.npy"
 DTYPES = {"cut": np.bool_, "scores": np.float64, "sources": np.str_}  # the others are int64
 
 
@@ -62,6 +65,8 @@ class TokenStore:
     begins and the last ends, (prompts + 1,); None where all prompts are text.
     scored (all tokens,): whether a loss counts the token, where responses have turns of a user in
     between; None where all tokens of responses are counted.
+    token_weights (all tokens,) float64: those of responses that came with the data, 0 for prompts;
+    None where the data have none or no loss reads them.
     asked (prompts, 2): begin and end in `tokens` of the prompt to sample for, where a tokenizer
     joins the end of a prompt with a response; None where all are those of `prompts`.
     bos: the id of BOS, None without one.
@@ -90,6 +95,7 @@ class TokenStore:
     scored: np.ndarray | None = None
     bos: int | None = None
     asked: np.ndarray | None = None
+    token_weights: np.ndarray | None = None
 
     def prompt_to_ask(self, prompt: int) -> list[int]:
         """The tokens that a response to a prompt is sampled behind."""
@@ -182,7 +188,7 @@ def _write_store(
             between_chunks()
             tokenised = tokenise(records, tokenizer)
             for record, prompt, of_prompt, masks, asked in zip(records, *tokenised, strict=True):
-                joined = prompt != asked
+                joined, whole = prompt != asked, whole_lengths(record, of_prompt)
                 prompt, of_prompt, (prompt_cut, cuts) = truncate(
                     prompt,
                     of_prompt,
@@ -195,6 +201,7 @@ def _write_store(
                 )
                 writer.add(record, prompt, of_prompt, prompt_cut, cuts, masks)
                 writer.ask(asked if joined else None)
+                writer.weigh(record, whole)
             progress.update(len(records))
     counts = {"name": source.name, "split": source.split, **source.counts, **writer.truncated}
     writer.check(source, counts)
@@ -225,6 +232,7 @@ class _StoreWriter:
         self.chats: list[bytes] = []
         self.masks: list[tuple[int, list[bool]]] = []  # where each begins in `tokens`
         self.asked: list[tuple[int, int]] = []
+        self.weights: list[tuple[int, list[float]]] = []  # as masks
 
     def add(
         self,
@@ -264,6 +272,14 @@ class _StoreWriter:
         prompt = self.rows["prompts"][-1]
         self.asked.append(prompt if asked is None else self._write(asked))
 
+    def weigh(self, record: Record, whole: list[int]) -> None:
+        """The weights of the responses of the record of before. whole: their tokens uncut."""
+        spans = self.rows["responses"][len(self.rows["responses"]) - len(whole) :]
+        of_record = record.token_weights or []
+        for values, n_whole, (begin, end) in zip(of_record, whole, spans, strict=bool(of_record)):
+            kept = fit_weights(values, n_whole, end - begin, record.source)
+            self.weights.append((begin, kept))
+
     def _write(self, tokens: list[int]) -> tuple[int, int]:
         """The span that the tokens have in the file."""
         self.out.write(np.asarray(tokens, dtype=np.int32).tobytes())
@@ -286,7 +302,7 @@ class _StoreWriter:
                 )
 
     def save_chats(self, folder: Path) -> None:
-        """What only conversations have."""
+        """What only some data have: conversations, masks, and weights of tokens."""
         if any(self.chats):
             (folder / CHATS).write_bytes(b"".join(self.chats))
             begins = np.cumsum([0, *map(len, self.chats)])
@@ -296,6 +312,11 @@ class _StoreWriter:
             for begin, mask in self.masks:
                 scored[begin : begin + len(mask)] = mask
             np.save(folder / SCORED, scored)
+        if self.weights:
+            weights = np.zeros(self.n_tokens)
+            for begin, values in self.weights:
+                weights[begin : begin + len(values)] = values
+            np.save(folder / WEIGHTS, weights)
         if self.asked != self.rows["prompts"]:
             np.save(folder / ASKED, np.asarray(self.asked))
 
@@ -314,7 +335,7 @@ def _content(folder: Path, columns: Iterable[str]) -> str:
     """Changes with what a run learns from, but not with where, or by which version, it was read."""
     arrays = (f"{key}.npy" for key in ARRAYS if key not in ("tokens", "sources"))
     files = [folder / name for name in ("tokens.bin", *arrays)]
-    files += [path for path in (folder / SCORED,) if path.is_file()]
+    files += [path for path in (folder / SCORED, folder / WEIGHTS) if path.is_file()]
     files += [_column_file(folder, name) for name in sorted(columns)]
     return content_hash(*(part for file in files for part in (file.name, file)))
 
@@ -346,6 +367,7 @@ def _load_store(folder: Path) -> TokenStore:
         bos=meta.get("bos"),
         scored=_optional(folder / SCORED),
         asked=_optional(folder / ASKED),
+        token_weights=_optional(folder / WEIGHTS),
         **arrays,
     )
 
@@ -444,56 +466,3 @@ def render_prompt(record: Record, tokenizer) -> str:
     if isinstance(record.prompt, str):
         return record.prompt
     return render(tokenizer, record.prompt, generation_prompt=True, where=record.source)
-
-
-def truncate(
-    prompt: list[int],
-    responses: list[list[int]],
-    tokenizer,
-    truncation: str,
-    max_length: int,
-    max_prompt_length: int,
-    *,
-    chat: bool = False,
-    unended: Sequence[bool] | None = None,
-) -> tuple[list[int], list[list[int]], tuple[bool, list[bool]]]:
-    """Add BOS and EOS and cut to length. All responses of a prompt share one truncation of it.
-
-    chat: the ids are those of a conversation, which has what begins and ends it; its prompt keeps
-    BOS and its end, with what the template writes before an answer. unended: which responses were
-    cut before they came here, none by default.
-
-    The prompt is cut to max_prompt_length only when it and the longest response do not fit into
-    max_length; then each response is cut to the remaining length. A response that was cut has no
-    end. Returns prompt, responses, (prompt was cut, [response was cut]).
-    """
-    bos = [tokenizer.bos_token_id] if tokenizer.bos_token_id is not None else []
-    ended = [not cut for cut in unended or [False] * len(responses)]
-    if chat:
-        truncation = "keep_end"
-        bos = bos if prompt[:1] == bos else []
-        prompt = prompt[len(bos) :]
-    else:
-        eos = [tokenizer.eos_token_id]
-        responses = [
-            response + (eos if ends else [])
-            for response, ends in zip(responses, ended, strict=True)
-        ]
-    longest = max(map(len, responses))
-    prompt_cut = False
-    if len(bos) + len(prompt) + longest > max_length:
-        whole, prompt = prompt, cut_prompt(prompt, max_prompt_length - len(bos), truncation)
-        prompt_cut = len(prompt) < len(whole)
-    prompt = [*bos, *prompt]
-    room = max_length - len(prompt)
-    cuts = [
-        len(response) > room or not ends for response, ends in zip(responses, ended, strict=True)
-    ]
-    return prompt, [response[:room] for response in responses], (prompt_cut, cuts)
-
-
-def cut_prompt(prompt, limit: int, truncation: str):
-    """At most `limit` tokens of the prompt: its start ("keep_start") or its end ("keep_end")."""
-    if len(prompt) <= limit:
-        return prompt
-    return prompt[:limit] if truncation == "keep_start" else prompt[len(prompt) - limit :]

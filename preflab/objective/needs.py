@@ -28,6 +28,10 @@ class MadeUp:
         """From 2 to 5 tokens; rejected responses are one token longer than chosen ones."""
         return torch.arange(self.n).remainder(3).double() + (3 if self.side == "rejected" else 2)
 
+    def of_tokens(self, values: Tensor) -> Tensor:
+        """Values of tokens (n, 5) with zeros behind the length of each response."""
+        return values * (torch.arange(5) < self.lengths()[:, None])
+
     def scores(self) -> Tensor:
         """Chosen above rejected, all positive; 0 and 1 in turn for single responses. Those of lists
         are the same as of chosen ones."""

@@ -3,13 +3,19 @@
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from operator import attrgetter
-from typing import Annotated, get_args, get_type_hints
+from typing import Annotated, Any, get_args, get_type_hints
 
 import torch
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
 from preflab.objective.needs import Need
+
+
+def _by_response(values: Tensor, batch: Any) -> Tensor:
+    """Values of a batch's scored tokens (tokens,) by response, (responses, longest), 0 behind the
+    end of each."""
+    return pad_sequence(values.split(batch.lengths.tolist()), batch_first=True)
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
@@ -77,10 +83,8 @@ class Side:
         Need(
             "token_logps",
             "log-prob of each response token under the policy",
-            take=lambda scores, batch: pad_sequence(
-                scores.token_logps.double().split(batch.lengths.tolist()), batch_first=True
-            ),
-            made_up=lambda draw: -draw.normal(4).abs(),
+            take=lambda scores, batch: _by_response(scores.token_logps.double(), batch),
+            made_up=lambda draw: draw.of_tokens(-draw.normal(5).abs()),
         ),
     ] = None
     # as token_logps
@@ -89,12 +93,31 @@ class Side:
         Need(
             "reference_token_logps",
             "log-prob of each response token under the frozen reference",
-            take=lambda scores, batch: pad_sequence(
-                scores.reference_token_logps.double().split(batch.lengths.tolist()),
-                batch_first=True,
-            ),
-            made_up=lambda draw: -draw.normal(4).abs(),
+            take=lambda scores, batch: _by_response(scores.reference_token_logps.double(), batch),
+            made_up=lambda draw: draw.of_tokens(-draw.normal(5).abs()),
             reference=True,
+        ),
+    ] = None
+    # int64, shaped as token_logps
+    tokens: Annotated[
+        Tensor | None,
+        Need(
+            "tokens",
+            "ids of the response tokens",
+            take=lambda scores, batch: _by_response(batch.targets, batch),
+            made_up=lambda draw: draw.of_tokens((100 * draw.normal(5).abs()).long()),
+            source="data",
+        ),
+    ] = None
+    # as token_logps
+    token_weights: Annotated[
+        Tensor | None,
+        Need(
+            "token_weights",
+            "weights of the response tokens that came with the data",
+            take=lambda scores, batch: _by_response(batch.token_weights, batch),
+            made_up=lambda draw: draw.of_tokens(draw.normal(5).abs()),
+            source="data",
         ),
     ] = None
     collision: Annotated[

@@ -32,6 +32,11 @@ def check_online(settings: Settings, loss: BoundLoss) -> None:
             else f"reads the column {min(loss.columns)!r}, which rollouts do not have"
         )
         raise ConfigError(f"function=online: loss={loss.name} {what}; take another loss")
+    if "token_weights" in loss.reads:
+        raise ConfigError(
+            f"function=online: loss={loss.name} reads weights of tokens, which rollouts do not"
+            " have; take another loss"
+        )
     if online.sampler not in (None, "reference") and not exists(online.sampler):
         raise ConfigError(
             f"online.sampler={online.sampler}: no such file or folder; give an archive,"

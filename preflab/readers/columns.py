@@ -45,12 +45,13 @@ FORMS = {
 PROMPT_FORMS = ("prompts", "questions")
 PAIR_FORMS = ("pairs", "j_over_k")
 PAIR_SCORES = ("score_chosen", "score_rejected")  # beside prompt, chosen, rejected
+TOKEN_WEIGHTS = ("chosen_token_weights", "rejected_token_weights")  # beside chosen, rejected
 SCORED_FORMS = ("scored_rows", "scored_lists", "completions", "labelled")
 COMPLETION_SCORE = "overall_score"  # of UltraFeedback's completions, beside their response
 
 # A CSV file has text only. Cells of these columns are read as numbers, or as JSON where they match.
 CSV_NUMBERS = ("reward", "magnitude", *PAIR_SCORES)
-CSV_LISTS = ("responses", "scores")
+CSV_LISTS = ("responses", "scores", *TOKEN_WEIGHTS)
 CSV_JSON = {
     **dict.fromkeys(CSV_LISTS, re.compile(r"\s*\[")),
     **dict.fromkeys(
@@ -74,6 +75,11 @@ def columns_with_pairs() -> str:
     sets = [("prompt", *FORMS["pairs"]), FORMS["j_over_k"]]
     sets += [FORMS[form] for form in SCORED_FORMS]
     return "; ".join(", ".join(columns) for columns in sets)
+
+
+def columns_with_token_weights() -> str:
+    """The columns that hold weights of tokens, for messages."""
+    return ", ".join(("prompt", *FORMS["pairs"], *TOKEN_WEIGHTS))
 
 
 def columns_with_scores() -> str:
@@ -101,6 +107,7 @@ class UserPairs(Reader):
             )
         ours = {theirs: ours for ours, theirs in options.columns.items()}
         self.numbers = {name: ours.get(name, name) for name in options.numbers}
+        self.weighs = options.token_weights
         rows = self._open(split, options)
         self.all_text = rows.all_text
         if rows.n:
@@ -150,13 +157,15 @@ class UserPairs(Reader):
                 f"{where}: columns {', '.join(map(str, row))}; accepted sets: {accepted_columns()};"
                 " dataset_columns renames yours"
             )
-        self.scores_pairs = self.form == "pairs" and _has_scores(row)
+        self.scores_pairs = self.form == "pairs" and _has_all(row, PAIR_SCORES)
         if self.form in PAIR_FORMS and not self.scores_pairs:
             self.provides = frozenset({"pairs"})
         elif self.form in (*PAIR_FORMS, *SCORED_FORMS):
             self.provides = frozenset({"pairs", "scores"})
         else:
             self.provides = frozenset()
+        if self.form == "pairs" and _has_all(row, TOKEN_WEIGHTS):
+            self.provides |= {"token_weights"}
         self.pairing = "all" if self.form in SCORED_FORMS else None
         self.merges = self.form != "targets"
         self.only_prompts = self.form in PROMPT_FORMS
@@ -184,6 +193,8 @@ class UserPairs(Reader):
             number(row, "magnitude", where)
         if self.form == "pairs":
             self._check_pair_scores(row, where)
+            for key in TOKEN_WEIGHTS if self.weighs else ():
+                _check_token_weights(row, key, where)
             return self._framed(check_pair(row, where, all_turns=self.all_turns), where)
         if self.form == "j_over_k":
             return self._framed(_check_j_over_k(row, where), where)
@@ -236,7 +247,7 @@ class UserPairs(Reader):
         if self.scores_pairs:
             for key in PAIR_SCORES:
                 number(row, key, where)
-        elif _has_scores(row):
+        elif _has_all(row, PAIR_SCORES):
             raise DataError(
                 f"{where}: {' and '.join(PAIR_SCORES)}, which the first row does not have; give"
                 " them for all rows or none"
@@ -296,11 +307,20 @@ class UserPairs(Reader):
             columns["magnitude"] = [number(row, "magnitude", source) for row in rows]
         for name, key in self.numbers.items():
             columns[name] = [number(row, key, source) for row in rows]
-        return pairs_record(prompt, pairs, source, columns, scores)
+        weights = None
+        if self.weighs and self.form == "pairs":
+            weights = [tuple(tuple(row[key]) for key in TOKEN_WEIGHTS) for row in rows]
+        return pairs_record(prompt, pairs, source, columns, scores, weights)
 
 
-def _has_scores(row: dict) -> bool:
-    return all(row.get(key) is not None for key in PAIR_SCORES)
+def _has_all(row: dict, keys: tuple) -> bool:
+    return all(row.get(key) is not None for key in keys)
+
+
+def _check_token_weights(row: dict, key: str, where: str) -> None:
+    for i, weight in enumerate(items(row, key, where), 1):
+        if number({key: weight}, key, f"{where}, weight {i}") < 0:
+            raise DataError(f"{where}, weight {i}: {key!r} is {weight}, expected at least 0")
 
 
 def _gap(row: dict) -> float:

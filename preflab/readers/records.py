@@ -37,7 +37,8 @@ class Record:
     prompt: text, or a conversation for the tokenizer's chat template. pairs: (chosen, rejected)
     indices into `responses`; empty for data without preferences. sft_target: index of the response
     to imitate. scores: one for each response, or None. columns: further numbers, one for each pair.
-    source: the file and line of the first row, for messages.
+    source: the file and line of the first row, for messages. token_weights: of each response, those
+    of its tokens, or None.
     """
 
     prompt: str | Chat
@@ -47,6 +48,7 @@ class Record:
     scores: list[float] | None
     columns: dict[str, list[float]]
     source: str
+    token_weights: list[tuple[float, ...]] | None = None
 
 
 @dataclass(frozen=True)
@@ -56,7 +58,8 @@ class Options:
     numbers: further columns with a number of each pair, and which setting reads each.
     seed: draws the pairs of pairing=random, and the responses of a list, in the train split; the
     test split uses HELD_OUT_SEED. lists: whether a record is a list of scored responses, without
-    pairs; then max_responses and choose_responses select among them.
+    pairs; then max_responses and choose_responses select among them. token_weights: whether the
+    weights of the tokens of pairs are read.
     """
 
     data_dir: str = "data"
@@ -73,6 +76,7 @@ class Options:
     lists: bool = False
     max_responses: int | None = None
     choose_responses: str = "best_worst"
+    token_weights: bool = False
 
 
 class Skip(Exception):  # noqa: N818  control flow of readers, not an error
@@ -84,7 +88,7 @@ class Reader:
     """One dataset format: subclasses define `rows`, `prompt` and `record`.
 
     truncation: the end of a long prompt that is kept, "keep_start" or "keep_end".
-    provides: the fields a loss may ask for, of "pairs" and "scores".
+    provides: the fields a loss may ask for, of "pairs", "scores" and "token_weights".
     pairing: the dataset's published way to pair scored responses; None where pairs come with the
     data.
     merges: rows of one prompt make one record; else each makes its own, as for SFT data, where
@@ -155,6 +159,8 @@ class Source:
             shaping.append(options.train_on)
         if options.numbers:
             shaping.append(["numbers", *sorted(options.numbers)])
+        if options.token_weights:
+            shaping.append("token_weights")
         if options.lists:
             chosen = [options.choose_responses, self._drawing_seed]
             shaping.append(
@@ -395,20 +401,29 @@ def pairs_record(
     source: str,
     columns: dict | None = None,
     scores: list[tuple[float, float]] | None = None,
+    token_weights: list[tuple[tuple, tuple]] | None = None,
 ) -> Record:
     """A record of (chosen, rejected) texts; the first chosen one is the SFT target.
 
-    scores: those of (chosen, rejected) for each pair; they do not change the pairs.
+    scores: those of (chosen, rejected) for each pair; they do not change the pairs. token_weights:
+    likewise; the same text with other weights is another response.
     """
-    responses = Responses()
-    for (chosen, rejected), (high, low) in zip(
-        pairs, scores or [(None, None)] * len(pairs), strict=True
+    responses, none = Responses(), [(None, None)] * len(pairs)
+    for (chosen, rejected), of_scores, of_weights in zip(
+        pairs, scores or none, token_weights or none, strict=True
     ):
-        responses.prefer(chosen, rejected, high, low)
+        responses.prefer(chosen, rejected, *zip(of_scores, of_weights, strict=True))
     target = responses.pairs[0][0]
-    of_responses = responses.scores if scores else None
+    of_responses, weights = map(list, zip(*responses.scores, strict=True))
     return Record(
-        prompt, responses.texts, responses.pairs, target, of_responses, columns or {}, source
+        prompt,
+        responses.texts,
+        responses.pairs,
+        target,
+        of_responses if scores else None,
+        columns or {},
+        source,
+        weights if token_weights else None,
     )
 
 

@@ -110,6 +110,8 @@ class ColumnSettings:
     rejected: str | None = setting(TEXT, null=True)
     score_chosen: str | None = setting(TEXT, null=True)
     score_rejected: str | None = setting(TEXT, null=True)
+    chosen_token_weights: str | None = setting(TEXT, null=True)
+    rejected_token_weights: str | None = setting(TEXT, null=True)
     text: str | None = setting(TEXT, null=True)
     reward: str | None = setting(TEXT, null=True)
     responses: str | None = setting(TEXT, null=True)
