@@ -12,8 +12,7 @@ from tqdm import tqdm
 
 from preflab.batching.chat import end_of_turn
 from preflab.batching.summary import histogram
-from preflab.batching.token_store import CHUNK, render_prompt, tokenise
-from preflab.batching.truncation import truncate
+from preflab.batching.token_store import CHUNK, render_prompt, tokenise, truncate
 from preflab.evaluation.win_rates import wilson
 from preflab.readers.messages import Unended
 from preflab.readers.records import Source

@@ -14,9 +14,10 @@ response has the negative of that. The methods turn rewards r into weights:
             others: of a chosen response the best, of a rejected one the worst (as SePO selects)
 
 FOLDER gets train.jsonl and test.jsonl: prompt, chosen, rejected, chosen_token_weights,
-rejected_token_weights, and the scores and numbers that the pairs have. Train with
-datasets=[FOLDER], and with the tokenizer, chat template, max_length and max_prompt_length of this
-command, because the weights belong to the tokens. Further arguments are overrides, as for train.py.
+rejected_token_weights, and the scores and numbers that the pairs have. Pairs with an empty
+response, which data of pairs may not have, are left out and counted. Train with datasets=[FOLDER],
+and with the tokenizer, chat template, max_length and max_prompt_length of this command, because the
+weights belong to the tokens. Further arguments are overrides, as for train.py.
 """
 
 import argparse
@@ -59,7 +60,9 @@ def main() -> None:
         counts = write_weights(arguments, overrides)
     except (PrefLabError, OSError) as error:
         fail(machine_error(error) or error)
-    print(f"{arguments.output}: {', '.join(f'{n:,} {split} pairs' for split, n in counts.items())}")
+    for split, (written, left_out) in counts.items():
+        more = f", {left_out:,} with an empty response left out" if left_out else ""
+        print(f"{arguments.output}: {written:,} {split} pairs{more}")
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -78,8 +81,9 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
-def write_weights(arguments: argparse.Namespace, overrides: list[str]) -> dict[str, int]:
-    """Write the folder, complete or not at all; returns the pairs of each split."""
+def write_weights(arguments: argparse.Namespace, overrides: list[str]) -> dict[str, tuple]:
+    """Write the folder, complete or not at all; returns for each split how many pairs are written
+    and how many are left out."""
     register_built_in()
     register_resolvers()
     archives = [f"model.archive={quoted(arguments.positive)}"]
@@ -98,11 +102,12 @@ def write_weights(arguments: argparse.Namespace, overrides: list[str]) -> dict[s
             [store] = inputs.stores[split]
             rewards = token_rewards(positive, negative, store, inputs.tokenizer.pad_token_id, split)
             with open(folder / f"{split}.jsonl", "w", encoding="utf-8") as f:
-                counts[split] = 0
+                n_written = n_pairs = 0
                 for record, of_prompt in zip(source.records(), rewards, strict=True):
                     rows = weighted_rows(record, of_prompt, arguments.method, arguments.share)
                     f.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
-                    counts[split] += len(rows)
+                    n_written, n_pairs = n_written + len(rows), n_pairs + len(record.pairs)
+            counts[split] = n_written, n_pairs - n_written
     return counts
 
 
@@ -139,6 +144,8 @@ def weighted_rows(
         prompt = prompt.messages
     rows = []
     for i, (chosen, rejected) in enumerate(record.pairs):
+        if not (record.responses[chosen].strip() and record.responses[rejected].strip()):
+            continue
         row = {"prompt": prompt, **more}
         for side, response, sign in (("chosen", chosen, 1), ("rejected", rejected, -1)):
             text = record.responses[response]

@@ -21,6 +21,7 @@ from preflab.batching.token_store import prepare
 from preflab.checks import check_config
 from preflab.modeling.logprobs import Scorer
 from preflab.objective.types import Pair, Side
+from preflab.readers.records import Record
 from preflab.readers.registry import open_dataset
 from preflab.settings.compose import compose
 from preflab.training.compute_loss import compute_loss
@@ -455,7 +456,7 @@ def test_the_script_weighs_tokens_by_the_ratio_of_two_models(
     call, models = weighing
     output = tmp_path / "weighted"
     call(monkeypatch, output, "--method", "scale")
-    assert "4 train pairs, 4 test pairs" in capsys.readouterr().out
+    assert f"{output}: 4 train pairs\n{output}: 4 test pairs\n" in capsys.readouterr().out
     lines = (output / "train.jsonl").read_text(encoding="utf-8").splitlines()
     rows = list(map(json.loads, lines))
     assert [r["chosen"] for r in rows] == [r["chosen"] for r in ROWS]
@@ -477,6 +478,22 @@ def test_the_script_weighs_tokens_by_the_ratio_of_two_models(
     with pytest.raises(SystemExit):
         call(monkeypatch, output, "--method", "rank")
     assert "exists; take another name" in capsys.readouterr().err
+
+
+def test_pairs_with_an_empty_response_are_no_rows():
+    record = Record("p", [" a", " ", " b"], [(0, 1), (0, 2)], 0, [2.0, 0.0, 1.0], {"n": [5, 6]}, "")
+    rewards = [np.array([0.5, -0.5]), np.array([1.0]), np.array([0.25, 1.0])]
+    [row] = token_weights.weighted_rows(record, rewards, "top", 0.5)
+    assert row == {
+        "prompt": "p",
+        "chosen": " a",
+        "chosen_token_weights": [1, 0],
+        "score_chosen": 2.0,
+        "rejected": " b",
+        "rejected_token_weights": [1, 0],
+        "score_rejected": 1.0,
+        "n": 6,
+    }
 
 
 def test_the_script_writes_nothing_where_it_cannot_weigh(weighing, tmp_path, monkeypatch, capsys):

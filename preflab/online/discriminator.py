@@ -13,8 +13,7 @@ from transformers import AutoConfig
 from preflab.batching.chat import chat_of, set_chat
 from preflab.batching.examples import PreferenceData
 from preflab.batching.packing import lay_out
-from preflab.batching.token_store import store_of, tokenise
-from preflab.batching.truncation import truncate
+from preflab.batching.token_store import store_of, tokenise, truncate
 from preflab.distributed.process_group import World
 from preflab.modeling.loading import load_tokenizer
 from preflab.modeling.model_checks import check_texts, vocabulary_rows
