@@ -150,7 +150,7 @@ def make_job(
         "loss": loss,
         "n_pairs": len(pairs),
         "bf16": bf16,
-        "tokens": _token_counts(pairs),
+        "tokens": token_counts(pairs),
         "size": size,
     }
 
@@ -180,7 +180,7 @@ def _write_models(folder: Path, model: dict, vocabulary: int) -> int:
     return sum(p.numel() for p in policy.transformer.h.parameters() if p.ndim == 2)
 
 
-def _token_counts(pairs: list[dict]) -> dict:
+def token_counts(pairs: list[dict]) -> dict:
     """padded: tokens of the padded rows, prompt and response for each side of a pair; distinct:
     without repeating prompts and responses; scored: tokens of the responses, with EOS; attended:
     the lengths of each prompt and of its responses."""

@@ -19,11 +19,14 @@ rejected as two padded copies of the prompt, the whole float32 log-softmax of bo
 reference run in every step. TRL runs at its defaults (in fp32) and at the best settings we know
 (reference precomputed, no activation checkpointing, fused optimizer). All use AdamW.
 
-With --lists, a step on lists of eight scored responses is compared with one on two of them and with
-one on all 28 pairs of each prompt. The classic step gets four of the pairs: it would hold 20 GB for
-all, in seven times the time.
-
 The command writes step-DEVICE.json, step-DEVICE.md (the table of the README) and step-DEVICE.png.
+
+    python benchmarks/step.py --lists --output benchmarks/results [--rounds 3]
+
+compares a step on lists of eight scored responses with one on two of them, and with one on all 28
+pairs of each prompt, and writes lists-DEVICE.json. The classic step gets four of the pairs: it
+would hold 20 GB for all, in seven times the time. Times are those of the processor, which other
+work on the machine changes less than those of a clock.
 """
 
 import argparse
@@ -52,6 +55,7 @@ from benchmarks.cases import (
     make_pairs,
     pairs_of,
     reads,
+    token_counts,
     write_rows,
 )
 from benchmarks.placement import machine
@@ -71,8 +75,11 @@ def main() -> None:
     arguments = _parser().parse_args()
     arguments.output.mkdir(parents=True, exist_ok=True)
     here = machine()
-    name = "step-" + ("cuda" if here["gpus"] else "cpu") + ("-bf16" if arguments.bf16 else "")
-    path = arguments.output / f"{name}.json"
+    device = ("cuda" if here["gpus"] else "cpu") + ("-bf16" if arguments.bf16 else "")
+    if arguments.lists:
+        compare_lists(arguments.output / f"lists-{device}.json", here, arguments)
+        return
+    path = arguments.output / f"step-{device}.json"
     results = _earlier_results(path, here) or {"machine": here, "cases": {}}
 
     def save(part: str, key: str, value) -> None:
@@ -87,14 +94,8 @@ def main() -> None:
         measured: dict[tuple, dict] = {}
         for quantity in () if arguments.no_curves else GROWTH:
             save("curves", quantity, measure_curve(folder, quantity, bf16, measured))
-        if arguments.lists:
-            for n in (1, 4):
-                key = f"{n} prompts"
-                save("lists", key, measure_lists(folder / key, n, arguments.rounds, bf16))
     for case, result in results["cases"].items():
         print(table(case, result))
-    for case, result in results.get("lists", {}).items():
-        print(lists_table(case, result))
     draw(results, path.with_suffix(".png"))
     path.with_suffix(".md").write_text(markdown(results), encoding="utf-8")
 
@@ -111,7 +112,7 @@ def _parser() -> argparse.ArgumentParser:
         action="store_true",
         help="forward and backward pass in bfloat16, for hardware that has it",
     )
-    parser.add_argument("--lists", action="store_true", help="also measure lists of responses")
+    parser.add_argument("--lists", action="store_true", help="measure lists of responses only")
     parser.add_argument(
         "--no-curves", action="store_true", help="do not measure how the cost grows"
     )
@@ -163,6 +164,17 @@ def measure_case(folder: Path, name: str, rounds: int, bf16: bool) -> dict:
     }
 
 
+def compare_lists(path: Path, here: dict, arguments: argparse.Namespace) -> None:
+    """Measure steps on lists, and write and print what they take."""
+    results = {"machine": here, "model": "30M", "lengths": "tldr", "rounds": arguments.rounds}
+    with tempfile.TemporaryDirectory() as folder:
+        for n in (1, 4):
+            key = "1 prompt" if n == 1 else f"{n} prompts"
+            results[key] = measure_lists(Path(folder) / key, n, arguments.rounds, arguments.bf16)
+            path.write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
+            print(lists_table(key, results[key]))
+
+
 def measure_lists(folder: Path, n_prompts: int, rounds: int, bf16: bool) -> dict:
     """Steps on the same prompts with 8 and with 2 responses, and on all 28 pairs of the 8; with one
     prompt also the classic step on four of the pairs."""
@@ -173,34 +185,40 @@ def measure_lists(folder: Path, n_prompts: int, rounds: int, bf16: bool) -> dict
     jobs = {"28 pairs, prefix_shared": (job, "prefix_shared")}
     if n_prompts == 1:
         jobs["4 of the pairs, classic"] = (job | {"n_pairs": 4}, "classic")
+    operations = {}
     for k, rows in lists.items():
         write_rows(folder / f"lists-{k}", rows)
         more = {"loss": "plackett-luce", "data": f"lists-{k}", "n_pairs": n_prompts}
         jobs[f"lists of {k}"] = (job | more, "prefix_shared")
+        operations[f"lists of {k}"] = flop_floor(job | {"tokens": token_counts(pairs_of(rows))})
     measured: dict[str, list[dict]] = {name: [] for name in jobs}
     for number in range(rounds):
         names = list(jobs)
         for name in names[number % len(names) :] + names[: number % len(names)]:
             measured[name].append(run(*jobs[name]))
-            print(f"{name}, {measured[name][-1]['seconds']:.2f} s", file=sys.stderr)
-    base = measured["lists of 8"]
+            print(f"{name}, {measured[name][-1]['cpu_seconds']:.2f} s", file=sys.stderr)
     return {
-        name: {
-            "seconds": statistics.median(one["seconds"] for one in results),
-            "peak_memory": statistics.median(one["peak_memory"] for one in results),
-            "times_lists_of_8": statistics.median(
-                one["seconds"] / eight["seconds"] for one, eight in zip(results, base, strict=True)
-            ),
-        }
+        name: _of_lists(results, measured["lists of 8"], operations.get(name))
         for name, results in measured.items()
     }
 
 
+def _of_lists(results: list[dict], eight: list[dict], operations: float | None) -> dict:
+    """Medians over rounds of a variant of `measure_lists`, and of its ratio to lists of 8."""
+    ratios = [a["cpu_seconds"] / b["cpu_seconds"] for a, b in zip(results, eight, strict=True)]
+    summary = {
+        key: statistics.median(one[key] for one in results)
+        for key in ("seconds", "cpu_seconds", "peak_memory")
+    }
+    summary["times_lists_of_8"] = statistics.median(ratios)
+    return summary if operations is None else summary | {"operations": operations}
+
+
 def lists_table(case: str, result: dict) -> str:
     """The steps of `measure_lists`, for the terminal."""
-    lines = [f"{case}, TL;DR lengths, 30M".ljust(34) + "  seconds   MiB  times the lists of 8"]
+    lines = [f"{case}, TL;DR lengths, 30M".ljust(34) + "  cpu s   MiB  times the lists of 8"]
     lines += [
-        f"  {name:<32}{values['seconds']:>9.2f}{values['peak_memory'] / 2**20:>6.0f}"
+        f"  {name:<32}{values['cpu_seconds']:>7.2f}{values['peak_memory'] / 2**20:>6.0f}"
         f"{values['times_lists_of_8']:>8.2f}"
         for name, values in result.items()
     ]
