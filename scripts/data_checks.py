@@ -5,6 +5,7 @@ import itertools
 import random
 from array import array
 from collections import Counter
+from dataclasses import replace
 from typing import NamedTuple
 
 import numpy as np
@@ -15,7 +16,7 @@ from preflab.batching.summary import histogram
 from preflab.batching.token_store import CHUNK, render_prompt, tokenise, truncate
 from preflab.evaluation.win_rates import wilson
 from preflab.readers.messages import Unended
-from preflab.readers.records import Source
+from preflab.readers.records import Record, Source
 
 
 class Check(NamedTuple):
@@ -91,19 +92,33 @@ class SplitStatistics:
         self.prompt_tokens, self.response_tokens, self.gaps = array("i"), array("i"), array("d")
         # Pairs whose chosen response has more (1), as many (0) or fewer (-1) tokens.
         self.longer: Counter = Counter()
-        self.prompts_with_pairs = self.chats = 0
+        self.prompts_with_pairs = self.chats = self.ties = 0
+        self.lists: array | None = None  # how many responses each has
         self.examples, self.n_examples, self.rng = [], n_examples, random.Random(seed)
 
     def read(self, source: Source) -> None:
         self.has_pairs, self.truncation = "pairs" in source.provides, source.truncation
         records = source.records()
+        if source.options.lists:
+            self.lists, records = array("i"), map(self._as_pairs, records)
         name = f"{source.name} {source.split}"
         with tqdm(desc=name, unit=" prompts", mininterval=1.0, delay=2.0) as bar:
             for chunk in iter(lambda: list(itertools.islice(records, CHUNK)), []):
                 self._read_chunk(chunk)
                 bar.update(len(chunk))
-        self.counts.update({key: source.counts[key] for key in (*COUNTED, "empty_responses")})
+        lists = {} if self.lists is None else {"pairs": len(self.gaps)}
+        of_source = source.counts | lists
+        self.counts.update({key: of_source[key] for key in (*COUNTED, "empty_responses")})
         self.skipped, self.note = source.counts["skipped"], source.counts.get("note")
+
+    def _as_pairs(self, record: Record) -> Record:
+        """A list with all pairs of responses whose scores differ."""
+        scores = record.scores
+        indices = range(len(scores))
+        pairs = [(a, b) for a in indices for b in indices if scores[a] > scores[b]]
+        self.lists.append(len(scores))
+        self.ties += len(scores) * (len(scores) - 1) // 2 - len(pairs)
+        return replace(record, pairs=pairs)
 
     def _read_chunk(self, chunk: list) -> None:
         prompts = [render_prompt(record, self.tokenizer) for record in chunk]
@@ -218,6 +233,9 @@ class SplitStatistics:
             place = self.rng.randrange(self.counts["candidates"])
         if place < self.n_examples:
             members = self.rng.choice(record.pairs) if self.has_pairs else (record.sft_target,)
+            if self.lists is not None:
+                order = sorted(range(len(record.scores)), key=lambda i: -record.scores[i])
+                members = tuple(order)
             self.examples[place : place + 1] = [(record, cut, masks, members)]
 
     def numbers(self) -> dict:
@@ -233,6 +251,8 @@ class SplitStatistics:
             "response_tokens": quantiles(self.response_tokens),
             "longer_wins": self._longer_wins(),
             "score_gap": self._score_gap(),
+            "list_length": quantiles(self.lists or array("i")),
+            "tied_pairs": self.ties,
         }
 
     def _longer_wins(self) -> dict | None:

@@ -9,6 +9,9 @@ The numbers describe the train and the test split as training would read, tokeni
 finding is an error where it spoils training or evaluation, else a warning. The exit code is 0, or 1
 with an error, or 2 where the data cannot be read. Examples are shown token by token; the tokens
 that the loss counts are coloured, or in brackets where there is no terminal or NO_COLOR is set.
+
+--lists reads the data as losses of lists do: how many responses a prompt has, how many pairs of
+them are tied, and examples as whole lists, the best response first. max_responses=4 limits them.
 """
 
 import argparse
@@ -28,6 +31,7 @@ import trainers  # noqa: F401  registers the trainers
 from preflab.batching.chat import chat_of, describe_chat, set_chat
 from preflab.checks import check_config
 from preflab.modeling.loading import check_model, load_tokenizer
+from preflab.objective.registry import LOSSES
 from preflab.settings.compose import compose
 from preflab.settings.overrides import fail, model_overrides
 from preflab.settings.run_folder import register_resolvers
@@ -81,6 +85,7 @@ def _parser() -> argparse.ArgumentParser:
         " default: that of the model's settings",
     )
     parser.add_argument("--n", type=int, default=3, help="examples to show")
+    parser.add_argument("--lists", action="store_true", help="read lists of scored responses")
     parser.add_argument(
         "--tolerate",
         type=float,
@@ -106,7 +111,9 @@ def inspect(arguments, overrides: list[str]) -> tuple[dict, list, object]:
     ]
     register_resolvers()  # the models of config/model/ name their folders by them
     # loss=sft accepts all data, with pairs and without.
-    config = compose(["loss=sft", *model_overrides(arguments.model), *lengths, *overrides])
+    of_lists = next(name for name, loss in LOSSES.items() if loss.examples == "lists")
+    loss = f"loss={of_lists}" if arguments.lists else "loss=sft"
+    config = compose([loss, *model_overrides(arguments.model), *lengths, *overrides])
     config.datasets = [arguments.data]
     sources = {split: several[0] for split, several in check_config(config)[1].items()}
     rows = check_model(config, find_trainer(config.trainer))
@@ -145,10 +152,12 @@ def table(statistics: dict) -> str:
         for reason in skipped
     ]
     rows += [(_title(check), [f"{n[check]:,}" for n in splits]) for check in present]
-    for quantity in ("prompt_tokens", "response_tokens", "score_gap"):
+    for quantity in ("prompt_tokens", "response_tokens", "score_gap", "list_length"):
         if any(n[quantity] for n in splits):
             cells = [_quantiles_cell(n[quantity]) for n in splits]
             rows.append((f"{_title(quantity)}: 5%, median, 95%, max", cells))
+    if any(n["list_length"] for n in splits):
+        rows.append(("pairs of equal score", [f"{n['tied_pairs']:,}" for n in splits]))
     cells = [_interval_cell(n["longer_wins"]) for n in splits]
     rows.append(("longer response chosen, 95% interval", cells))
 
@@ -194,12 +203,13 @@ def show(examples: list, tokenizer, colours: bool) -> None:
     for record, (prompt, responses, (prompt_cut, cuts)), masks, members in examples:
         print(f"\n{record.source}{' (prompt cut)' if prompt_cut else ''}")
         print("  prompt: " + painted(prompt, tokenizer, "plain", colours))
-        roles = ("chosen", "rejected") if len(members) == 2 else ("target",)
-        for role, member in zip(roles, members, strict=True):
+        roles = ("chosen", *["rejected"] * (len(members) - 1)) if len(members) > 1 else ("target",)
+        for place, (role, member) in enumerate(zip(roles, members, strict=True), 1):
+            label = role if len(members) < 3 else f"response {place} of {len(members)}"
             score = f", score {record.scores[member]:.4g}" if record.scores else ""
             ending = " (cut, so without its end)" if cuts[member] else ""
             text = painted_turns(responses[member], masks[member], tokenizer, role, colours)
-            print(f"  {role}{score}: {text}{ending}")
+            print(f"  {label}{score}: {text}{ending}")
 
 
 # ANSI colours of the tokens of each role: two shades, for neighbours.

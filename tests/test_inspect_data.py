@@ -2,6 +2,7 @@
 
 import json
 import math
+import re
 import sys
 from pathlib import Path
 from unittest import mock
@@ -352,3 +353,31 @@ def test_a_bad_row_is_no_finding_but_a_refusal(look, tmp_path):
         )
     )
     assert code == 2 and report is None and "bad.jsonl:2: 'chosen' is int '3'" in message
+
+
+SMALL = ("--max_length", "40", "--max_prompt_length", "20")
+
+
+def test_lists_are_counted_and_shown_as_lists(tmp_path, monkeypatch, capsys):
+    model = save_model(tmp_path / "model")
+    rows = [
+        {"prompt": "one", "responses": [" a", " bb", " ccc", " d"], "scores": [1.0, 3.0, 2.0, 1.0]},
+        {"prompt": "two", "responses": [" e", " ff"], "scores": [0.5, 0.25]},
+        {"prompt": "three", "responses": [" g"], "scores": [1.0]},
+    ]
+    write_jsonl(tmp_path / "data" / "train.jsonl", rows)
+    held_out = [row | {"prompt": f"not {row['prompt']}"} for row in rows]
+    write_jsonl(tmp_path / "data" / "test.jsonl", held_out)
+    report = tmp_path / "report.json"
+    arguments = (tmp_path / "data", "--model", model, "--lists", "--n", "2", "--json", report)
+    assert call(monkeypatch, inspect_data, *arguments, *SMALL) == 0
+    numbers = json.loads(report.read_text(encoding="utf-8"))["splits"]["train"]
+    assert (numbers["prompts"], numbers["responses"], numbers["pairs"]) == (2, 6, 5 + 1)
+    assert numbers["tied_pairs"] == 1 and numbers["skipped"] == {"prompts with one response": 1}
+    assert (numbers["list_length"]["min"], numbers["list_length"]["max"]) == (2, 4)
+    # Of the six pairs, " bb" over " a" and " d", and " ccc" over both, are won by the longer one.
+    assert numbers["longer_wins"]["share"] == pytest.approx(4 / 6)
+    out = capsys.readouterr().out
+    shown = re.findall(r"response (\d) of 4, score ([\d.]+)", out)
+    assert shown == [("1", "3"), ("2", "2"), ("3", "1"), ("4", "1")]
+    assert "chosen, score 0.5" in out and "pairs of equal score" in out
