@@ -5,9 +5,12 @@ from collections import Counter, defaultdict
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
+import numpy as np
 from matplotlib.figure import Figure
 
 from preflab.reports import plots, sweep_plots
+from preflab.reports.ceiling import reference_rewards
+from preflab.reports.ceiling_table import ceiling_table
 from preflab.reports.page import sample_columns, save_figures, write_page
 from preflab.reports.run import write_report
 from preflab.reports.run_files import is_number
@@ -84,8 +87,12 @@ def write_comparison(
     evaluations = [row for run in runs if run.is_evaluation for row in run.evaluations]
     rewards = {run.reward for run in runs if run.is_evaluation}
     winrates = [rate for run in runs for rate in run.winrates]
+    samples = (
+        reference_rewards(runs) if len(rewards | {run.reward for run in trained}) == 1 else None
+    )
     tables = [
         *(_write_group_tables(folder, groups, baseline) if groups else []),
+        ceiling_table(groups, samples),
         evaluation_table(evaluations, rewards.pop() if len(rewards) == 1 else None),
         winrate_table(winrates),
     ]
@@ -97,7 +104,7 @@ def write_comparison(
         subtitle=", ".join(f"{n} {state}" for state, n in states.items()),
         problems=problems,
         tables=tables,
-        pictures=save_figures(folder, _figures(groups, evaluations, winrates)),
+        pictures=save_figures(folder, _figures(groups, evaluations, winrates, samples)),
         samples=_samples_side_by_side(groups),
     )
     return "\n\n".join([*problems, *(f"{table.title}\n{table.as_text()}" for table in tables)])
@@ -137,13 +144,16 @@ def _warnings(runs: list[Run]) -> list[str]:
 
 
 def _figures(
-    groups: list[Group], evaluations: list[dict], winrates: list[dict]
+    groups: list[Group],
+    evaluations: list[dict],
+    winrates: list[dict],
+    samples: np.ndarray | None,
 ) -> dict[str, tuple[str, Figure | None]]:
     """{file name: (title, figure)}, in the order of the page."""
     figures = {}
     if groups:
         figures = {
-            "frontier": ("Reward-KL frontier", sweep_plots.frontier_figure(groups)),
+            "frontier": ("Reward-KL frontier", sweep_plots.frontier_figure(groups, samples)),
             "bands": ("Over training", sweep_plots.bands_figure(groups)),
             "lengths": ("Length and reward", sweep_plots.length_figure(groups)),
         }

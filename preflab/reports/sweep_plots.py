@@ -7,9 +7,11 @@ from collections import defaultdict
 from itertools import pairwise
 from typing import NamedTuple
 
+import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
+from preflab.reports.ceiling import best_of_n, ceiling
 from preflab.reports.plot_style import (
     KL_LABEL,
     kl_label,
@@ -29,9 +31,13 @@ N_LENGTH_BINS = 6
 N_GRID = 100  # steps along the KL axis at which envelopes are averaged
 
 
-def frontier_figure(groups: list[Group]) -> Figure | None:
+def frontier_figure(groups: list[Group], rewards: np.ndarray | None = None) -> Figure | None:
     """Reward against KL: every sampled evaluation as a point, and for each loss its envelope, mean
-    and range over seeds."""
+    and range over seeds.
+
+    rewards: (prompts, samples) of the reference's samples, from which the highest possible reward
+    is drawn.
+    """
     families: dict[str, list[Run]] = defaultdict(list)
     for group in groups:
         families[group.family] += [run for run in group.runs if run.frontier()]
@@ -44,6 +50,8 @@ def frontier_figure(groups: list[Group]) -> Figure | None:
     grid = [max_kl * i / N_GRID for i in range(N_GRID + 1)]
     for i, (name, runs) in enumerate(families.items()):
         _draw_envelope(ax, name, runs, grid, style(i))
+    if rewards is not None:
+        _draw_ceiling(ax, rewards, max_kl)
     title = "reward against KL; lines: best reward within a KL, mean over seeds"
     note = left_out(sum(run.n_beside_frontier() for group in groups for run in group.runs))
     label_axes(ax, "\n".join(filter(None, [title, note])), KL_LABEL, "reward of samples")
@@ -81,6 +89,19 @@ def _draw_envelope(
         alpha=0.15,
         linewidth=0,
     )
+
+
+def _draw_ceiling(ax: Axes, rewards: np.ndarray, max_kl: float) -> None:
+    """The highest possible reward, as far as its estimate is to be trusted, and the best of n."""
+    highest = ceiling(rewards)
+    if highest is None:
+        return
+    shown = highest.kls <= 1.1 * max_kl
+    label = f"highest possible ({highest.n_samples} samples a prompt)"
+    ax.plot(highest.kls[shown], highest.start + highest.gains[shown], "k--", lw=1.2, label=label)
+    points = [point for point in best_of_n(rewards, (1, 2, 4, 8, 16, 32)) if point[1] <= max_kl]
+    gains = [highest.start + gain for _, _, gain in points]
+    ax.plot([kl for _, kl, _ in points], gains, "kx", markersize=5, label="best of 1, 2, 4, ...")
 
 
 class Panel(NamedTuple):
