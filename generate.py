@@ -14,9 +14,9 @@ from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig
 
 from preflab.settings.command_line import check_command_line, run_config
-from preflab.settings.overrides import fail
+from preflab.settings.refused import errors_in_one_line
 from preflab.settings.run_folder import register_resolvers
-from utils import ConfigError, PrefLabError
+from utils import ConfigError, check_writable
 
 
 def main() -> None:
@@ -30,10 +30,8 @@ def main() -> None:
 
 @hydra.main(version_base="1.3", config_path="config", config_name="config")
 def run(config: DictConfig) -> None:
-    try:
+    with errors_in_one_line():
         print(f"samples: {generate(config, Path(HydraConfig.get().runtime.output_dir))}")
-    except PrefLabError as error:
-        fail(error)
 
 
 def generate(config: DictConfig, run_dir: Path) -> Path:
@@ -65,8 +63,9 @@ def generate(config: DictConfig, run_dir: Path) -> Path:
                 " temperature; use train.py function=eval"
             )
     one = changed(settings, temperature=temperatures(settings)[0], model={"archive": archives[0]})
-    inputs = load_inputs(one, sources, loss)
     path = run_dir / "generations.jsonl"
+    check_writable(run_dir, "local_run_dir")
+    inputs = load_inputs(one, sources, loss)
     write_generations(path, one, inputs.tokenizer, inputs.data["test"])
     return path
 

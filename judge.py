@@ -37,18 +37,16 @@ from preflab.evaluation.win_rates import (
 )
 from preflab.reports.run_files import read_jsonl, read_winrates
 from preflab.rewards.llm_client import Endpoint
-from utils import DataError, PrefLabError, machine_error
+from preflab.settings.refused import errors_in_one_line
+from utils import DataError, check_writable
 
 ROOT = Path(__file__).resolve().parent
 
 
 def main() -> None:
     arguments = _parser().parse_args()
-    try:
+    with errors_in_one_line():
         rates = judge(arguments)
-    except (PrefLabError, OSError) as error:
-        print(f"error: {machine_error(error) or error}", file=sys.stderr)
-        raise SystemExit(2) from None
     print(table(rates))
     if any(rate["unjudged"] for rate in rates):
         print(
@@ -103,6 +101,7 @@ def judge(arguments) -> list[dict]:
     """Judge the pairs that the command line selects; returns the win rates that it adds to
     winrates.json."""
     rows = latest_samples(arguments.folder)
+    check_writable(arguments.folder, "FOLDER")
     pairs = [pair for against in arguments.against for pair in pair_up(rows, against)]
     verdicts, counts, by = _verdicts(pairs, arguments)
     for pair, verdict in zip(pairs, verdicts, strict=True):

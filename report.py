@@ -13,18 +13,18 @@ by seed). The command does not import torch and starts in about a second.
 """
 
 import argparse
-import sys
+import contextlib
 import time
 from pathlib import Path
 
 from preflab.reports.sweep import report_folder
-from utils import PrefLabError, machine_error
+from preflab.settings.refused import errors_in_one_line
 
 
 def main() -> None:
     arguments = parse_arguments()
     baseline = dict(pair.partition("=")[::2] for pair in arguments.baseline)
-    try:
+    with contextlib.suppress(KeyboardInterrupt), errors_in_one_line():
         while True:
             text, is_running = report_folder(arguments.folder, baseline)
             print(text)
@@ -32,11 +32,6 @@ def main() -> None:
             if not (arguments.watch and is_running):
                 break
             time.sleep(arguments.watch)
-    except KeyboardInterrupt:
-        pass
-    except (PrefLabError, OSError) as error:
-        print(f"error: {machine_error(error) or error}", file=sys.stderr)
-        raise SystemExit(2) from None
 
 
 def parse_arguments() -> argparse.Namespace:

@@ -22,9 +22,9 @@ from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig, OmegaConf
 
 from preflab.settings.command_line import check_command_line, run_config
-from preflab.settings.overrides import fail
+from preflab.settings.refused import errors_in_one_line
 from preflab.settings.run_folder import register_resolvers
-from utils import ConfigError, PrefLabError, atomic_write, in_use, remove_leftovers
+from utils import ConfigError, atomic_write, in_use, remove_leftovers
 
 
 def main() -> None:
@@ -51,7 +51,7 @@ def run(config: DictConfig) -> None:
 
     configure_logging()
     folder = Path(HydraConfig.get().runtime.output_dir)
-    try:
+    with errors_in_one_line():
         settings = validate(config)
         check_service(settings)
         if (before := folder / "config.yaml").is_file():
@@ -69,8 +69,6 @@ def run(config: DictConfig) -> None:
             app = make_app(service, os.environ.get("REWARD_TOKEN"))
             with contextlib.suppress(KeyboardInterrupt):  # Ctrl-C, after the last answer
                 make_server(app, settings.host, settings.port).run()
-    except PrefLabError as error:
-        fail(error)
 
 
 def _same_service(before: DictConfig, config: DictConfig, folder: Path) -> None:

@@ -13,6 +13,7 @@ from omegaconf import DictConfig
 from preflab.settings.command_line import check_command_line, run_config, words_for_hydra
 from preflab.settings.keys import CONFIG_DIR
 from preflab.settings.overrides import fail
+from preflab.settings.refused import machine_errors_named
 from preflab.settings.run_folder import register_resolvers, remove_if_empty, saved_config
 from utils import PrefLabError
 
@@ -60,7 +61,8 @@ def run(config: DictConfig) -> float | list[float] | None:
     run_dir = Path(HydraConfig.get().runtime.output_dir)
     try:
         config = saved_config(config, run_dir) if config.resume else config
-        summary = execute(config, run_dir, stop)
+        with machine_errors_named():
+            summary = execute(config, run_dir, stop)
         leave()
         return objective_of(config.get("objective") or "policy_reward", summary)
     except PrefLabError as error:

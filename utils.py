@@ -94,6 +94,8 @@ def check_writable(folder: Path, key: str) -> None:
             f.write(b"x")
             f.flush()
     except OSError as error:
+        if error.filename and Path(error.filename).parent == folder:
+            error.filename = None  # of the trial, which nobody asked for
         raise ConfigError(f"{key}={folder}: {machine_error(error) or first_line(error)}") from error
 
 

@@ -28,17 +28,17 @@ from preflab.modeling.loading import build_policy, load_tokenizer
 from preflab.readers.messages import Chat, messages_of
 from preflab.rewards.registry import build_reward
 from preflab.settings.compose import compose
-from preflab.settings.overrides import fail
+from preflab.settings.refused import errors_in_one_line
 from preflab.settings.values import truncation
 from scripts.partial_file import PartialFile
-from utils import DataError, PrefLabError, atomic_write, content_hash, machine_error
+from utils import DataError, atomic_write, content_hash
 
 PROMPTS_AT_A_TIME = 64
 
 
 def main() -> None:
     arguments, overrides = _parser().parse_known_args()
-    try:
+    with errors_in_one_line():
         config = compose(overrides, arguments.config_dir)
         prompts = _read_prompts(arguments.prompts)
         partial = Path(f"{arguments.output}-partial.jsonl")
@@ -49,8 +49,6 @@ def main() -> None:
                 f.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in split_rows)
             print(f"{path}: {len(split_rows):,} responses")
         partial.unlink(missing_ok=True)
-    except (PrefLabError, OSError) as error:
-        fail(machine_error(error) or error)
 
 
 def _parser() -> argparse.ArgumentParser:

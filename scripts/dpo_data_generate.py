@@ -23,7 +23,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from preflab.readers.fields import present, text, type_and_value
 from preflab.readers.files import FILE_TYPES, check_file, file_rows
 from preflab.readers.json_text import as_object, decode, parse_json
-from utils import ConfigError, DataError, PrefLabError, atomic_write
+from preflab.settings.refused import errors_in_one_line
+from utils import ConfigError, DataError, atomic_write
 
 ANSWERS = ("exact", "variants", "both")
 
@@ -49,14 +50,11 @@ def main() -> None:
         help="the labels, other spellings of them, or either",
     )
     arguments = parser.parse_args()
-    try:
+    with errors_in_one_line():
         situations = read_situations(arguments.input)
         pairs = make_pairs(situations, arguments.sample_size, arguments.seed, arguments.answers)
         with atomic_write(arguments.output) as f:
             json.dump(pairs, f, ensure_ascii=False, indent=1)
-    except (PrefLabError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        raise SystemExit(2) from None
     print(
         f"{arguments.output}: {len(pairs):,} pairs, of {len(situations):,} situations in"
         f" {arguments.input}"

@@ -25,6 +25,7 @@ from preflab.objective.registry import BoundLoss, bind_loss
 from preflab.objective.types import Pair, Side
 from preflab.reports.plot_style import png, style
 from preflab.settings.keys import CONFIG_DIR
+from preflab.settings.refused import errors_in_one_line
 from utils import atomic_write
 
 GAPS = torch.linspace(-40, 40, 801, dtype=torch.float64)
@@ -97,4 +98,5 @@ def draw(bound: dict[str, BoundLoss]) -> Figure:
 
 
 if __name__ == "__main__":
-    main()
+    with errors_in_one_line():
+        main()

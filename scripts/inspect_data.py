@@ -33,23 +33,22 @@ from preflab.checks import check_config
 from preflab.modeling.loading import check_model, load_tokenizer
 from preflab.objective.registry import LOSSES
 from preflab.settings.compose import compose
-from preflab.settings.overrides import fail, model_overrides
+from preflab.settings.overrides import model_overrides
+from preflab.settings.refused import errors_in_one_line
 from preflab.settings.run_folder import register_resolvers
 from preflab.training.registry import find_trainer
 from scripts.data_checks import CHECKS, COUNTED, SplitStatistics, findings_of
-from utils import ConfigError, PrefLabError, atomic_write
+from utils import ConfigError, atomic_write
 
 
 def main() -> None:
     arguments, overrides = _parser().parse_known_args()
-    try:
+    with errors_in_one_line():
         statistics, examples, tokenizer = inspect(arguments, overrides)
         findings = findings_of(statistics, arguments.tolerate)
         if arguments.json:
             with atomic_write(arguments.json) as f:
                 json.dump({**statistics, "findings": findings}, f, indent=1)
-    except (PrefLabError, OSError) as error:
-        fail(error)
     sys.stdout.reconfigure(errors="backslashreplace")
     print(table(statistics))
     for level in ("error", "warning"):

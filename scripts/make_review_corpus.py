@@ -31,6 +31,7 @@ from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+from preflab.settings.refused import errors_in_one_line
 from utils import ConfigError, atomic_write
 
 AGREE = 0.85
@@ -256,4 +257,5 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    with errors_in_one_line():
+        main()

@@ -19,6 +19,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+from preflab.settings.refused import errors_in_one_line
 from utils import ConfigError, DataError, atomic_directory
 
 # BOS and EOS are one token, as in GPT-2; padding has its own, so that a mask made from the ids
@@ -121,4 +122,5 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    with errors_in_one_line():
+        main()

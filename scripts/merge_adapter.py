@@ -24,14 +24,8 @@ from transformers import (
 from transformers.utils import logging
 
 from preflab.modeling.adapters import add_adapter, read_adapter
-from preflab.settings.overrides import fail
-from utils import (
-    ConfigError,
-    PrefLabError,
-    atomic_directory,
-    machine_error,
-    model_folder,
-)
+from preflab.settings.refused import errors_in_one_line
+from utils import ConfigError, atomic_directory, check_writable, model_folder
 
 MODEL_CLASSES = {
     "CAUSAL_LM": (AutoModelForCausalLM, {}),
@@ -56,10 +50,8 @@ def main() -> None:
     # transformers would warn about a new head, although the adapter has its weights.
     logging.set_verbosity_error()
     logging.disable_progress_bar()
-    try:
+    with errors_in_one_line():
         merge(arguments.adapter_model_name, arguments.base_model_name, arguments.output_name)
-    except (PrefLabError, OSError) as error:
-        fail(machine_error(error) or error)
     print(
         f"{arguments.output_name}: {arguments.base_model_name} with"
         f" {arguments.adapter_model_name} merged into it"
@@ -75,6 +67,7 @@ def merge(adapter: Path, base: str, output: Path) -> None:
     """
     if output.exists():
         raise ConfigError(f"--output_name {output} exists; take another name")
+    check_writable(output.parent, "--output_name")
     name, base_name = f"--adapter_model_name {adapter}", f"--base_model_name {base}"
     settings, weights = read_adapter(adapter, name)
     model = _read_base(base, settings, weights)

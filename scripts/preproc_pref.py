@@ -26,7 +26,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from preflab.readers.fields import items, number, present, text
 from preflab.readers.json_text import as_object, streamed_rows
 from preflab.readers.records import Skip
-from utils import DataError, PrefLabError, atomic_write
+from preflab.settings.refused import errors_in_one_line
+from utils import DataError, atomic_write
 
 ROOT = Path(__file__).resolve().parent.parent
 SPLITS = ("train", "test")
@@ -79,12 +80,9 @@ def run(description: str, default: Path, make: Callable[[dict, str], dict]) -> N
         "--output", type=Path, default=default, help="folder to write train.json and test.json to"
     )
     arguments = parser.parse_args()
-    try:
+    with errors_in_one_line():
         for summary in convert(arguments.folder, arguments.output, make):
             print(summary)
-    except (PrefLabError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        raise SystemExit(2) from None
 
 
 def convert(folder: Path, output: Path, make: Callable[[dict, str], dict]) -> list[str]:

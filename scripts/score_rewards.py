@@ -25,9 +25,9 @@ from preflab.batching.chat import PromptText
 from preflab.readers.messages import messages_of
 from preflab.rewards.registry import build_reward
 from preflab.settings.compose import compose
-from preflab.settings.overrides import fail
+from preflab.settings.refused import errors_in_one_line
 from scripts.partial_file import PartialFile
-from utils import DataError, PrefLabError, atomic_write, content_hash, machine_error, mean_and_error
+from utils import DataError, atomic_write, content_hash, mean_and_error
 
 ROWS_AT_A_TIME = 256
 
@@ -35,7 +35,7 @@ ROWS_AT_A_TIME = 256
 def main() -> None:
     arguments, overrides = _parser().parse_known_args()
     output = arguments.output or arguments.fname.with_suffix(".scored.jsonl")
-    try:
+    with errors_in_one_line():
         config = compose([*overrides, f"reward={arguments.reward}"], arguments.config_dir)
         if output.resolve() == arguments.fname.resolve():
             raise DataError(
@@ -54,8 +54,6 @@ def main() -> None:
         with atomic_write(output.with_suffix(".summary.json")) as f:
             f.write(json.dumps(summary, indent=1, ensure_ascii=False) + "\n")
         done.remove()
-    except (PrefLabError, OSError) as error:
-        fail(machine_error(error) or error)
     error = "" if summary["standard_error"] is None else f" ± {summary['standard_error']:.4g}"
     print(
         f"{output}: {len(scored):,} responses, {arguments.reward} {summary['mean']:.4g}{error},"

@@ -3,19 +3,33 @@ no file handles. One line, exit code 2, and what was written stays usable."""
 
 import contextlib
 import errno
+import json
 import os
 import resource
+import runpy
 import shutil
 import subprocess
+import sys
 
 import pytest
 import torch
-from conftest import final_weights, run_command, run_here, same_weights, small_run, write_imdb
+from conftest import (
+    ROOT,
+    final_weights,
+    run_command,
+    run_here,
+    same_weights,
+    save_model,
+    small_run,
+    write_imdb,
+    write_jsonl,
+)
 
 from preflab.reports.run import write_report
-from preflab.settings.command_line import run_config
+from preflab.settings.command_line import check_command_line, run_config
 from preflab.training.checkpoints import damage_of
-from utils import ConfigError, check_writable, in_use, machine_error
+from scripts.partial_file import PartialFile
+from utils import ConfigError, DataError, check_writable, in_use, machine_error
 
 
 @pytest.fixture
@@ -147,3 +161,111 @@ def test_what_libraries_say_of_a_full_disk_is_understood(tmp_path):
     wrapped.__cause__ = ValueError("I/O error: No space left on device (os error 28)")
     assert "No space left" in machine_error(wrapped)
     assert machine_error(RuntimeError("a mistake")) == ""
+
+
+# ----------------------------------------------------------------------------- every other program
+
+
+@pytest.fixture(scope="module")
+def material(tmp_path_factory):
+    """What the programs read, and a finished run without its checkpoints."""
+    folder = tmp_path_factory.mktemp("material")
+    data = write_imdb(folder / "data")
+    run_here(*small_run(save_model(folder / "llama"), data, folder / "whole", "n_examples=8"))
+    shutil.copytree(
+        folder / "whole", folder / "run", ignore=shutil.ignore_patterns("step-*", "LATEST")
+    )
+    rows = [{"prompt": f"prompt number {i}", "response": "x " * 200} for i in range(40)]
+    write_jsonl(folder / "generations.jsonl", rows)
+    comparison = {
+        "info": {"subreddit": "a", "title": "t", "post": "p" * 400},
+        "summaries": [{"text": "one"}, {"text": "two"}],
+        "choice": 1,
+    }
+    for split in ("train", "test"):
+        (folder / f"{split}.json").write_text(json.dumps([comparison] * 40))
+    return folder
+
+
+def programs(material, output):
+    """The command line of each program that writes to `output`."""
+    return {
+        "generate.py": small_run(
+            material / "llama", material / "data", output / "new", "samples_per_prompt=40"
+        ),
+        "judge.py": [output / "run", "--by", "reward", "--reward", "length"],
+        "report.py": [output / "run"],
+        "scripts/score_rewards.py": [
+            *("--fname", material / "generations.jsonl", "--reward", "length"),
+            *("--output", output / "scored.jsonl"),
+        ],
+        "scripts/preproc_pref.py": [material, "--output", output / "new"],
+        "scripts/make_math_prompts.py": ["--output", output / "prompts.jsonl"],
+    }
+
+
+@pytest.mark.parametrize("refusal", ["full", "read-only"])
+@pytest.mark.parametrize("program", programs(ROOT, ROOT))
+def test_programs_end_in_a_line_and_leave_what_was_there(
+    program, refusal, material, tmp_path, monkeypatch, capsys
+):
+    with disk(tmp_path / "disk", 2000) as small:
+        shutil.copytree(material / "run", small / "run")
+        before = {path: path.read_bytes() for path in (small / "run").iterdir() if path.is_file()}
+        if refusal == "full":
+            with contextlib.suppress(OSError):
+                (small / "filled").write_bytes(bytes(3_000_000))
+        else:
+            subprocess.run(["mount", "-o", "remount,ro", str(small)], check=True)
+        arguments = programs(material, small)[program]
+        monkeypatch.setattr(sys, "argv", [program, *map(str, arguments)])
+        monkeypatch.setattr(sys, "path", [str((ROOT / program).parent), *sys.path])
+        with pytest.raises(SystemExit) as ended:
+            runpy.run_path(str(ROOT / program), run_name="__main__")
+        errors = capsys.readouterr().err
+        assert ended.value.code == 2, errors
+        number = errno.ENOSPC if refusal == "full" else errno.EROFS
+        assert errors.count("error: ") == 1 and "Traceback" not in errors
+        [line] = [line for line in errors.splitlines() if "error: " in line]
+        assert os.strerror(number) in line
+        assert {path: path.read_bytes() for path in before} == before
+        assert not list(small.rglob(".*.????????"))  # no half of a file
+
+
+def test_a_folder_for_temporary_files_that_cannot_be_used(tmp_path, monkeypatch, capsys):
+    def refused():
+        with pytest.raises(SystemExit) as ended:
+            check_command_line(["lr=1e-5"])
+        assert ended.value.code == 2
+        [line] = capsys.readouterr().err.splitlines()
+        return line
+
+    monkeypatch.setenv("TMPDIR", str(tmp_path / "none"))
+    assert refused() == (
+        f"error: TMPDIR={tmp_path / 'none'}: no such folder; make it, or set TMPDIR to another one"
+    )
+    assert not check_command_line(["--cfg", "job"])  # hydra answers, and no run follows
+    with disk(tmp_path / "disk", 4) as small:
+        monkeypatch.setenv("TMPDIR", str(small))
+        assert check_command_line(["lr=1e-5"])
+        (small / "filled").write_bytes(bytes(4096))
+        assert refused().startswith(f"error: TMPDIR={small}: {os.strerror(errno.ENOSPC)}; free")
+        subprocess.run(["mount", "-o", "remount,ro", str(small)], check=True)
+        assert refused().startswith(f"error: TMPDIR={small}: {os.strerror(errno.EROFS)}; name")
+
+
+def test_rows_kept_meanwhile_have_one_writer_and_their_damage_is_named(tmp_path):
+    path = tmp_path / "out-partial.jsonl"
+    PartialFile(path, {"k": 1})
+    assert not path.exists()  # nothing was written yet
+    first = PartialFile(path, {"k": 1})
+    first.add([{"text": "one"}, {"text": "two"}])
+    with pytest.raises(DataError, match=r"out-partial\.jsonl is being written by another process"):
+        PartialFile(path, {"k": 1})
+    del first
+    with open(path, "a") as f:
+        f.write('{"text": "thr')  # a kill
+    assert PartialFile(path, {"k": 1}).rows == [{"text": "one"}, {"text": "two"}]
+    path.write_bytes(path.read_bytes().replace(b'"two"', b'"tw'))
+    with pytest.raises(DataError, match=r"out-partial\.jsonl:3: not a row that was written"):
+        PartialFile(path, {"k": 1})

@@ -15,9 +15,10 @@ from preflab.settings.help_text import help_text
 from preflab.settings.keys import CONFIG_DIR, ROOT
 from preflab.settings.other_words import translate
 from preflab.settings.overrides import Sources, check_overrides, fail
+from preflab.settings.refused import check_temporary_folder, errors_in_one_line
 from preflab.settings.schema import RULES
 from preflab.settings.sweep_words import for_hydra, settings_in
-from utils import ConfigError, PrefLabError, machine_error
+from utils import ConfigError, PrefLabError
 
 
 def check_command_line(argv: Sequence[str], program: str = "train.py") -> bool:
@@ -32,28 +33,24 @@ def check_command_line(argv: Sequence[str], program: str = "train.py") -> bool:
             print(help_text(program, given.overrides, sources_of(given)))
             raise SystemExit(0)
         check_arguments(argv)
+        runs = not (given.cfg or given.info or given.shell_completion or given.hydra_help)
+        if runs:
+            check_temporary_folder()
+        return runs
     except PrefLabError as error:
         fail(error)
-    return not (given.cfg or given.info or given.shell_completion or given.hydra_help)
 
 
 def run_config(run: Callable[[], None]) -> None:
     """Call a function of `hydra.main`. What hydra or the machine refuses ends the process with exit
     code 2 and one line; any other error has its whole traceback."""
     os.environ["HYDRA_FULL_ERROR"] = "1"  # hydra raises errors, and prints none
-    try:
-        run()
-    except PrefLabError as error:  # of a resolver
-        fail(error)
-    except HydraException as error:
-        causes = (str(cause).splitlines()[0] for cause in (error, error.__cause__) if cause)
-        fail(ConfigError("; ".join(causes)))
-    except (SystemExit, KeyboardInterrupt):
-        raise
-    except BaseException as error:  # an error of torch's checkpoints is no Exception
-        if not (refused := machine_error(error)):
-            raise
-        fail(ConfigError(refused))
+    with errors_in_one_line():
+        try:
+            run()
+        except HydraException as error:
+            causes = (str(cause).splitlines()[0] for cause in (error, error.__cause__) if cause)
+            raise ConfigError("; ".join(causes)) from error
 
 
 def check_arguments(argv: Sequence[str]) -> None:
