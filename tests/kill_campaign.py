@@ -20,6 +20,7 @@ minute, or finds its port taken; after each, no process may remain and the run m
 
 import argparse
 import contextlib
+import gc
 import os
 import random
 import shutil
@@ -214,7 +215,7 @@ class Outcome:
 
     def wait(self, folder: Path, ranks: int) -> None:
         """Wait for all; one that takes ten minutes is a problem. As torchrun does, kill the ranks
-        that are there half a minute after another has died: they may wait for it to join them."""
+        that are there some seconds after another has died: they may wait for it to join them."""
         timer = threading.Timer(600, self._kill_all)
         timer.start()
         running = set(self.pids)
@@ -224,7 +225,7 @@ class Outcome:
             code = os.waitstatus_to_exitcode(status)
             if code and ranks > 1 and running:
                 timer.cancel()
-                timer = threading.Timer(30, self._kill, (running,))
+                timer = threading.Timer(5, self._kill, (running,))
                 timer.start()
             self.killed += code in (-signal.SIGKILL, 128 + signal.SIGTERM)
             if code not in (0, -signal.SIGKILL, 128 + signal.SIGTERM):
@@ -347,6 +348,7 @@ def campaign(names: Iterable[str], kills: int, seed: int, folder: Path) -> dict[
     runs, counts = Campaign(folder, seed), {}
     print(HEAD, flush=True)
     tqdm.tqdm.monitor_interval = 0  # a process with threads should not fork
+    gc.freeze()  # what was imported: no run has to look through it
     for name in names:
         whole_folder = folder / f"{name}-whole"
         begun = time.perf_counter()

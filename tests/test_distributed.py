@@ -11,6 +11,7 @@ import socket
 import subprocess
 import sys
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -33,7 +34,7 @@ from conftest import (
 from omegaconf import OmegaConf
 
 import trainers
-from preflab.distributed import launch, signals
+from preflab.distributed import launch, process_group, signals
 from preflab.distributed.process_group import World
 from preflab.modeling.blocks import find_blocks
 from preflab.modeling.fsdp import layer_plan, shard
@@ -802,6 +803,33 @@ def test_torchrun_and_srun_are_recognised(monkeypatch):
     }.items():
         monkeypatch.setenv(key, value)
     assert ranks_given() == (3, 4, 1, 2)
+
+
+def test_ranks_that_nobody_watches_name_the_one_that_does_not_come(monkeypatch):
+    def meet(rank, size):
+        try:
+            process_group._meet(rank, size).set(f"met {rank}", "")
+        except ConfigError as error:
+            return str(error)
+
+    for key in ("SLURM_PROCID", "MASTER_PORT"):
+        monkeypatch.delenv(key, raising=False)
+    monkeypatch.setenv("MASTER_ADDR", "localhost")
+    monkeypatch.setattr(process_group, "WAIT_BY_HAND", 0.5)
+    assert "MASTER_PORT=None do not say where the ranks meet" in meet(0, 2)
+    for ranks, missing in (((0, 1), "2"), ((1, 2), "0"), ((0,), "1, 2"), ((0, 1, 2), None)):
+        with socket.socket() as free:
+            free.bind(("localhost", 0))
+            port = free.getsockname()[1]
+        monkeypatch.setenv("MASTER_PORT", str(port))
+        with ThreadPoolExecutor() as pool:
+            said = list(pool.map(meet, ranks, [3] * len(ranks)))
+        if missing is None:
+            assert said == [None] * 3
+            continue
+        for rank, line in zip(ranks, said, strict=True):
+            assert line.startswith(f"rank {rank} of 3 waited up to 0 s at localhost:{port} for")
+            assert f"for rank {missing}, which has not come" in line
 
 
 def test_an_error_of_rank_0_ends_the_others_silently():

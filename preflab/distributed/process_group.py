@@ -6,9 +6,12 @@ joins the process group.
 """
 
 import atexit
+import contextlib
 import os
+import socket
 import subprocess
 import sys
+import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from datetime import timedelta
@@ -23,6 +26,10 @@ from utils import ConfigError
 # How long a rank waits for another: rank 0 may tokenise a large data set first. When a rank dies,
 # the others fail at once.
 TIMEOUT = timedelta(hours=3)
+# Seconds that a rank waits for the others to start. torchrun ends the others when one has died;
+# srun may not, and starts ranks on machines of which some read slowly; nobody watches ranks that
+# were started by hand.
+WAIT_BY_HAND, WAIT_OF_SRUN = 60.0, 600.0
 
 
 @dataclass
@@ -209,7 +216,9 @@ def _join() -> World:
         os.environ.setdefault("MASTER_PORT", str(_port_of_command_line() or 20_000 + job % 20_000))
     joined = World(rank, size, local_rank, local_size)
     try:
-        _init_process_group(rank=rank, world_size=size, device=joined.device)
+        watched = "TORCHELASTIC_RUN_ID" in os.environ
+        more = {} if watched else {"store": _meet(rank, size)}
+        _init_process_group(rank=rank, world_size=size, device=joined.device, **more)
     except dist.DistNetworkError as error:
         where = f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}"
         raise ConfigError(
@@ -217,6 +226,60 @@ def _join() -> World:
             " free port"
         ) from error
     return joined
+
+
+def _meet(rank: int, size: int) -> dist.Store:
+    """The store of a run that torchrun does not watch, once all ranks have come to it.
+
+    Raises ConfigError, with the ranks that are missing, where they have not come in time.
+    """
+    seconds = WAIT_OF_SRUN if "SLURM_PROCID" in os.environ else WAIT_BY_HAND
+    host, port = os.environ.get("MASTER_ADDR"), os.environ.get("MASTER_PORT")
+    if not host or not (port or "").isdigit():
+        raise ConfigError(
+            f"RANK and WORLD_SIZE are set, and MASTER_ADDR={host} and MASTER_PORT={port} do not say"
+            " where the ranks meet; set them, or start the command with torchrun"
+        )
+    end = time.monotonic() + seconds
+    missing = [] if rank == 0 or _answers(host, int(port), end) else ["0"]
+    if not missing:
+        store = dist.TCPStore(
+            host, int(port), size, rank == 0, timedelta(seconds=seconds), wait_for_workers=False
+        )
+        store.set(f"here/{rank}", "")
+        missing = _missing(store, rank, size, end)
+    if missing:
+        raise ConfigError(
+            f"rank {rank} of {size} waited up to {seconds:.0f} s at {host}:{port} for rank"
+            f" {', '.join(missing)}, which has not come; look for its error, and start all ranks"
+            " together"
+        )
+    return dist.PrefixStore("ranks", store)
+
+
+def _answers(host: str, port: int, end: float) -> bool:
+    """Wait until somebody listens at a port, at most until `end`; returns whether one does."""
+    while True:
+        with contextlib.suppress(OSError), socket.create_connection((host, port), timeout=5.0):
+            return True
+        if time.monotonic() > end:
+            return False
+        time.sleep(0.2)
+
+
+def _missing(store: dist.Store, rank: int, size: int, end: float) -> list[str]:
+    """Wait until all ranks have come to the store; returns those that have not when rank 0's time
+    is over."""
+    others = [str(other) for other in range(size) if other != rank]
+    while others := [other for other in others if not store.check([f"here/{other}"])]:
+        if rank == 0 and time.monotonic() > end:
+            store.set("missing", ",".join(others))
+            time.sleep(2.0)  # the others read it: the store ends with this process
+            return others
+        if rank > 0 and store.check(["missing"]):
+            return store.get("missing").decode().split(",")
+        time.sleep(0.05)
+    return []
 
 
 def join_alone() -> None:
