@@ -34,6 +34,7 @@ from preflab.evaluation.worklist import (
 from preflab.modeling.loading import check_model, load_tokenizer
 from preflab.modeling.model_checks import check_ids
 from preflab.modeling.parallelism import data_ranks, local_workers
+from preflab.modeling.reference_cache import cannot_write
 from preflab.objective.registry import BoundLoss
 from preflab.online.rounds import OnlineTrainer
 from preflab.readers.records import Source
@@ -61,7 +62,7 @@ from preflab.training.reference import reference_plan
 from preflab.training.registry import find_trainer
 from preflab.training.schedules import Schedule, check_continues, schedule_of
 from preflab.training.trackers import start_tracker
-from utils import DataError, atomic_write, check_writable, in_use, seed_everything
+from utils import DataError, atomic_write, in_use, seed_everything
 
 logger = logging.getLogger(__name__)
 
@@ -121,7 +122,7 @@ def execute(config: DictConfig, run_dir: Path, stop: StopSignals | None = None) 
     with contextlib.ExitStack() as stack:
         ranks.agree(lambda: stack.enter_context(owned(run_dir)))
         if reference_plan(settings, loss).cached:
-            ranks.agree(lambda: check_writable(Path(settings.cache_dir), "cache_dir"))
+            ranks.agree(lambda: cannot_write(Path(settings.cache_dir)))
         inputs = ranks.first(lambda: load_inputs(settings, sources, loss))
         ranks.agree(lambda: _check_continued(run_dir, inputs))
         ranks.agree(lambda: _check_schedule(settings, run_dir, inputs))

@@ -109,6 +109,27 @@ def test_a_read_only_disk_is_refused_at_the_start(refused, tmp_path, key):
     assert not (tmp_path / "run").exists()
 
 
+def test_a_complete_cache_on_a_read_only_disk_is_read(refused, llama_folder, tmp_path):
+    def command(name, cache, *more):
+        given = ("sample_during_eval=false", f"cache_dir={cache}", "n_examples=8", *more)
+        return small_run(llama_folder, tmp_path / "data", tmp_path / name, *given)
+
+    with disk(tmp_path / "disk", 2000) as small:
+        run_here(*command("first", small))
+        subprocess.run(["mount", "-o", "remount,ro", str(small)], check=True)
+        run_here(*command("second", small))
+        line = refused(tmp_path / "third", f"cache_dir={small}", "n_examples=16")
+        assert line.startswith(f"error: cache_dir={small}: {os.strerror(errno.EROFS)}; name")
+        assert "or use reference.cache=false: the reference's log-probs of" in line
+        [logps] = [folder / "logps" for folder in small.glob("reference/*/")][:1]
+        subprocess.run(["mount", "-o", "remount,rw", str(small)], check=True)
+        os.truncate(logps, logps.stat().st_size - 4)
+        subprocess.run(["mount", "-o", "remount,ro", str(small)], check=True)
+        line = refused(tmp_path / "fourth", f"cache_dir={small}", "n_examples=8")
+        assert "are not there, or damaged" in line
+    assert same_weights(final_weights(tmp_path / "first"), final_weights(tmp_path / "second"))
+
+
 @pytest.mark.parametrize("key", ["local_run_dir", "cache_dir"])
 def test_a_file_in_place_of_a_folder_is_refused_at_the_start(refused, tmp_path, key):
     (tmp_path / "file").touch()

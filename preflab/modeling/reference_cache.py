@@ -27,13 +27,20 @@ from preflab.batching.token_store import TokenStore
 from preflab.distributed.process_group import World
 from preflab.modeling.logprobs import Scorer, score_responses
 from preflab.modeling.model_source import weight_files
-from preflab.modeling.reference_files import CHECKSUMS, ReferenceLogps, make_files, repair_sizes
+from preflab.modeling.reference_files import (
+    CHECKSUMS,
+    ReferenceLogps,
+    make_files,
+    repair_sizes,
+    wrong_sizes,
+)
 from preflab.objective.types import NEEDS
 from utils import (
     ConfigError,
     DataError,
     Progress,
     atomic_directory,
+    check_writable,
     content_hash,
     say_without_locks,
 )
@@ -45,6 +52,8 @@ VERSION = 1
 
 # Responses of each data set whose log-probs are computed again when a run reads them from disk.
 SPOT_CHECKS = 4
+
+FOLDER = "reference"  # in cache_dir
 
 
 # ------------------------------------------------------------------- whether a run has a reference
@@ -143,6 +152,18 @@ def _weights_dtype(model) -> str:
 # ----------------------------------------------------------------------- what a run reads and adds
 
 
+def cannot_write(cache_dir: Path) -> str:
+    """Why the log-probs in `cache_dir` can only be read; empty where more can be written to it.
+    Raises ConfigError where there are none either."""
+    try:
+        check_writable(cache_dir, "cache_dir")
+    except ConfigError as error:
+        if not (cache_dir / FOLDER).is_dir():
+            raise
+        return str(error)
+    return ""
+
+
 def attach_reference(
     data: dict[str, PreferenceData],
     needed: dict[str, np.ndarray],
@@ -168,11 +189,12 @@ def attach_reference(
     stores = {store.key: store for split in data.values() for store in split.stores}
     responses = _responses_of(data, needed)
     dtype = "float64" if _weights_dtype(model) == "float64" else "float32"
-    cache = _Cache(Path(cache_dir) / "reference", key, stores, dtype)
+    cache = _Cache(Path(cache_dir), key, stores, dtype)
     with cache.locked(world):
         # Rank 0 decides: a later look of another rank could already see new values.
         on_disk, missing = world.agree(lambda: cache.split_by_known(responses))
         if any(map(len, missing.values())):
+            world.agree(lambda: cache.refuse_to_write(missing))
             _compute(missing, cache, build_scorer(), layout, microbatch_tokens, world)
         world.barrier()
     n_responses, n_on_disk = (sum(map(len, lists.values())) for lists in (responses, on_disk))
@@ -205,17 +227,21 @@ def _responses_of(
 class _Cache:
     """The folders of one reference's log-probs, one for each token store, by the store's key."""
 
-    def __init__(self, root: Path, key: str, stores: dict[str, TokenStore], dtype: str):
-        self.root, self.stores, self.dtype = root, stores, dtype
-        self.folders = {name: root / content_hash(key, name) for name in stores}
+    def __init__(self, cache_dir: Path, key: str, stores: dict[str, TokenStore], dtype: str):
+        self.root, self.stores, self.dtype = cache_dir / FOLDER, stores, dtype
+        self.folders = {name: self.root / content_hash(key, name) for name in stores}
+        self.obstacle = ""
 
     @contextlib.contextmanager
     def locked(self, world: World) -> Iterator[None]:
         """Keep other runs from computing the same log-probs. Rank 0 holds a lock for each store, in
-        one order in all runs: runs may share some of their stores."""
-        world.agree(lambda: self.root.mkdir(parents=True, exist_ok=True))
+        one order in all runs: runs may share some of their stores. Where this run cannot write, it
+        needs no lock: a reader takes nothing that is half written."""
+        self.obstacle = world.agree(lambda: cannot_write(self.root.parent))
+        if not self.obstacle:
+            world.agree(lambda: self.root.mkdir(parents=True, exist_ok=True))
         with contextlib.ExitStack() as stack:
-            for folder in sorted(self.folders.values()):
+            for folder in () if self.obstacle else sorted(self.folders.values()):
                 stack.enter_context(
                     _locked(FileLock(folder.with_name(f"{folder.name}.lock")), world)
                 )
@@ -238,22 +264,38 @@ class _Cache:
         """
         on_disk, missing = {}, {}
         for name, store in self.stores.items():
+            if self.obstacle and not self._is_whole(name):
+                on_disk[name], missing[name] = responses[name][:0], responses[name]
+                continue
             folder = self.folders[name]
             if not folder.is_dir():
                 with atomic_directory(folder) as temporary:
                     make_files(temporary, store, self.dtype)
-            damages = repair_sizes(folder, store, self.dtype)
+            damages = [] if self.obstacle else repair_sizes(folder, store, self.dtype)
             files, needed = self.open(store), responses[name]
             known, intact = files.known(needed), files.intact(needed)
             if changed := int((known & ~intact).sum()):
                 damages.append(f"{changed:,} responses differ from their checksums")
             on_disk[name], missing[name] = needed[intact], needed[~intact]
-            if damages:
+            if damages and not self.obstacle:
                 logger.warning(
                     f"{folder}: {', '.join(damages)}; the reference's log-probs of"
                     f" {len(missing[name]):,} of {len(needed):,} responses are computed again"
                 )
         return on_disk, missing
+
+    def _is_whole(self, name: str) -> bool:
+        """Whether the files of a store have their sizes."""
+        return not wrong_sizes(self.folders[name], self.stores[name], self.dtype)
+
+    def refuse_to_write(self, missing: dict[str, np.ndarray]) -> None:
+        """Raise ConfigError where log-probs are missing, and this run cannot write them."""
+        if self.obstacle:
+            n = sum(map(len, missing.values()))
+            raise ConfigError(
+                f"{self.obstacle}, or use reference.cache=false: the reference's log-probs of"
+                f" {n:,} responses are not there, or damaged"
+            )
 
 
 @contextlib.contextmanager

@@ -92,13 +92,17 @@ def make_files(folder: Path, store: TokenStore, dtype: str) -> None:
 def repair_sizes(folder: Path, store: TokenStore, dtype: str) -> list[str]:
     """Give the files of a store the sizes that they were made with; returns what was wrong. What
     was lost reads as zeros, which fit no checksum."""
-    damages = []
-    for name, size in _sizes(store, dtype).items():
-        if damage := wrong_size(folder, name, size):
-            damages.append(damage)
-            _resize(folder / name, size)
+    damages = wrong_sizes(folder, store, dtype)
+    for name in damages:
+        _resize(folder / name, _sizes(store, dtype)[name])
     (folder / "known").unlink(missing_ok=True)  # of a version without checksums
-    return damages
+    return list(damages.values())
+
+
+def wrong_sizes(folder: Path, store: TokenStore, dtype: str) -> dict[str, str]:
+    """What is wrong with the sizes of the files of a store, by the name of the file."""
+    sizes = _sizes(store, dtype).items()
+    return {name: wrong for name, size in sizes if (wrong := wrong_size(folder, name, size))}
 
 
 def _sizes(store: TokenStore, dtype: str) -> dict[str, int]:
