@@ -189,7 +189,7 @@ def attach_reference(
     stores = {store.key: store for split in data.values() for store in split.stores}
     responses = _responses_of(data, needed)
     dtype = "float64" if _weights_dtype(model) == "float64" else "float32"
-    cache = _Cache(Path(cache_dir), key, stores, dtype)
+    cache = _Cache(Path(cache_dir) / FOLDER, key, stores, dtype)
     with cache.locked(world):
         # Rank 0 decides: a later look of another rank could already see new values.
         on_disk, missing = world.agree(lambda: cache.split_by_known(responses))
@@ -227,9 +227,9 @@ def _responses_of(
 class _Cache:
     """The folders of one reference's log-probs, one for each token store, by the store's key."""
 
-    def __init__(self, cache_dir: Path, key: str, stores: dict[str, TokenStore], dtype: str):
-        self.root, self.stores, self.dtype = cache_dir / FOLDER, stores, dtype
-        self.folders = {name: self.root / content_hash(key, name) for name in stores}
+    def __init__(self, root: Path, key: str, stores: dict[str, TokenStore], dtype: str):
+        self.root, self.stores, self.dtype = root, stores, dtype
+        self.folders = {name: root / content_hash(key, name) for name in stores}
         self.obstacle = ""
 
     @contextlib.contextmanager
