@@ -1,10 +1,14 @@
 """Sweeps: grids for each loss, names of folders, runs that fail beside runs that do not, and shares
 of a machine."""
 
+import signal
+import subprocess
 import sys
+import time
+from pathlib import Path
 
 import pytest
-from conftest import run_command, small_run
+from conftest import ROOT, run_command, small_run
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from omegaconf import OmegaConf
 
@@ -105,3 +109,63 @@ def test_a_refused_run_does_not_stop_the_others(launcher, imdb_dir, llama_folder
     assert finished == ["batch_size-8_loss-dpo"]
     assert "1 of 2 runs did not finish" in done.stderr and "must be divisible" in done.stderr
     assert "Final evaluations" in done.stdout
+
+
+POOL = """
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+from preflab.sweeps import pool
+
+RUN = "import os, time; print(os.getpid(), flush=True); time.sleep(600)"
+pool.command_of = lambda *_: [sys.executable, "-c", RUN]
+pool.visible_gpus = list
+folder = Path(sys.argv[1])
+
+def load(config, overrides):
+    sweep = SimpleNamespace(dir=str(folder), subdir=overrides[0])
+    return SimpleNamespace(hydra=SimpleNamespace(sweep=sweep))
+
+hydra = SimpleNamespace(overrides=SimpleNamespace(hydra=[]))
+loader = SimpleNamespace(load_sweep_config=load)
+runs = pool.Pool(2)
+runs.setup(
+    hydra_context=SimpleNamespace(config_loader=loader),
+    task_function=None,
+    config=SimpleNamespace(hydra=hydra),
+)
+runs.launch([["one"], ["two"], ["three"]], 0)
+"""
+
+
+@pytest.mark.parametrize("signum", [signal.SIGKILL, signal.SIGTERM, signal.SIGINT])
+def test_runs_end_with_the_pool_that_started_them(signum, tmp_path):
+    logs = [tmp_path / f"{name}.log" for name in ("one", "two")]
+    pool = subprocess.Popen(
+        [sys.executable, "-c", POOL, str(tmp_path)], cwd=ROOT, stderr=subprocess.PIPE, text=True
+    )
+    _wait(lambda: all(log.is_file() and log.read_text().endswith("\n") for log in logs))
+    runs = [int(log.read_text()) for log in logs]
+    assert all(map(_is_alive, runs))
+    pool.send_signal(signum)
+    _, errors = pool.communicate(timeout=60)
+    _wait(lambda: not any(map(_is_alive, runs)))
+    assert not (tmp_path / "three.log").exists()
+    if signum != signal.SIGKILL:
+        assert pool.returncode == 128 + signum and "1 runs were not started" in errors
+
+
+def _is_alive(pid: int) -> bool:
+    """Whether a process runs; one that ended and that nobody has asked for does not."""
+    try:
+        state = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
+    except OSError:
+        return False
+    return state != "Z"
+
+
+def _wait(condition) -> None:
+    deadline = time.monotonic() + 60
+    while not condition():
+        assert time.monotonic() < deadline
+        time.sleep(0.05)

@@ -144,11 +144,16 @@ def _end_with(launcher: int) -> None:
     Nobody would read the worker's errors, and the next start of the run would find it at work.
     A kill is safe at any moment: checkpoints are complete or absent.
     """
-    if sys.platform == "linux":  # at once, also while this thread cannot run
-        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
+    die_with_parent()  # at once, also while this thread cannot run
     while os.getppid() == launcher:
         time.sleep(0.5)
     os.kill(os.getpid(), signal.SIGKILL)
+
+
+def die_with_parent() -> None:
+    """Have the kernel kill this process when the one that started it dies. Linux only."""
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
 
 
 def _raise_first_error(failed, folder: Path, stop: StopSignals) -> None:

@@ -1,5 +1,6 @@
 """The launcher `hydra/launcher=local`: runs of a sweep side by side, each in its own process."""
 
+import functools
 import os
 import signal
 import subprocess
@@ -13,6 +14,7 @@ from typing import IO
 from hydra.core.utils import JobReturn, JobStatus, filter_overrides
 from omegaconf import DictConfig
 
+from preflab.distributed.launch import die_with_parent
 from preflab.settings.command_line import parse_flags
 from preflab.settings.overrides import quoted
 from preflab.sweeps.objective import objective_of_run
@@ -44,7 +46,8 @@ class Pool:
     """Starts a process for each run, `n_jobs` at a time, each with its share of cores and GPUs.
 
     What a run prints goes to NAME.log beside its folder NAME. A run that fails, or is killed, stops
-    no other. A signal goes to all running ones, which save; no further run starts then.
+    no other. A signal goes to all running ones, which save; no further run starts then. Where this
+    process is killed, so are they; the same command continues them.
     """
 
     def __init__(self, n_jobs: int | None):
@@ -102,6 +105,7 @@ class Pool:
             stderr=subprocess.STDOUT,
             env=os.environ | ({"CUDA_VISIBLE_DEVICES": ",".join(gpus)} if gpus else {}),
             start_new_session=True,  # Ctrl-C reaches this process, which sends it on
+            preexec_fn=functools.partial(_end_with, os.getpid()),
         )
         # Torch's threads follow it, those of the workers of a distributed trainer too.
         os.sched_setaffinity(process.pid, cores)
@@ -123,6 +127,13 @@ class Pool:
         state = "finished" if code == 0 else f"failed with exit code {code}:"
         print(f"{state} {run.folder.name} after {seconds:.0f} s", flush=True)
         return result
+
+
+def _end_with(pool: int) -> None:
+    """In a run's process, before its command: end with the pool, also where it has died already."""
+    die_with_parent()
+    if os.getppid() != pool:
+        os.kill(os.getpid(), signal.SIGKILL)
 
 
 def shares(n: int, cores: Sequence[int], gpus: Sequence[str]) -> list[tuple[list[int], list[str]]]:
