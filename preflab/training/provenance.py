@@ -91,7 +91,7 @@ def write_provenance(run_dir: Path, now: dict) -> str:
     try:
         starts = json.loads(path.read_text(encoding="utf-8"))["starts"]
         different = differences(starts[-1], now)
-    except (OSError, ValueError, TypeError, LookupError, AttributeError):
+    except (OSError, ValueError, TypeError, LookupError, AttributeError, RecursionError):
         starts, different = [], []
     with atomic_write(path) as f:
         json.dump({"starts": [*starts, now]}, f, indent=1)
