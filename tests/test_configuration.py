@@ -29,7 +29,6 @@ from preflab.batching.loader import ORDERS
 from preflab.batching.packing import LAYOUTS
 from preflab.checks import check_config
 from preflab.objective.registry import bind_loss
-from preflab.online.rollouts import SELECTIONS
 from preflab.readers.records import PAIRINGS
 from preflab.rewards.registry import REWARDS, check_reward
 from preflab.settings.command_line import check_command_line
@@ -180,7 +179,6 @@ def test_choices_are_those_of_the_code_that_reads_them():
     for key, names in (
         ("layout", ("auto", *LAYOUTS)),
         ("order", ORDERS),
-        ("online.select", SELECTIONS),
         ("pairing", PAIRINGS),
     ):
         accepted = str(RULES[key].accepts).removeprefix("one of ").split(", ")

@@ -273,6 +273,7 @@ def test_online_learning_is_the_same_on_ranks(setting):
         "online.prompts_per_round=5",
         "online.relabel_every=20",
         "online.relabels=3",
+        "online.select=d_optimal",
         "online.initial_labels=4",
         "online.eval_every=2",
         "online.save_every=2",

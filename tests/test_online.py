@@ -23,7 +23,7 @@ from preflab.distributed.process_group import world
 from preflab.distributed.signals import Stopped
 from preflab.objective.registry import LOSSES
 from preflab.online import discriminator, rounds
-from preflab.online.labelers import DiscriminatorLabels, GoldLabels, select
+from preflab.online.labelers import DiscriminatorLabels, GoldLabels
 from preflab.online.ledger import Ledger, price
 from preflab.online.measures import logged_rewards
 from preflab.online.rollouts import Rollouts, best_and_worst
@@ -166,18 +166,6 @@ def test_best_and_worst():
     assert best_and_worst([1.0, 3.0, 2.0]) == (1, 0)
     assert best_and_worst([2.0, 1.0, 1.0]) == (0, 1)
     assert best_and_worst([1.0, 1.0]) is None
-
-
-def test_conf_takes_the_closest_of_the_whole_pool_and_rand_any():
-    pool = [{"gap": gap} for gap in (0.9, 0.05, 0.4, -0.01, 2.0, 0.3)]
-    assert select(pool, 3, "conf", [0, 1]) == [3, 1, 5]
-    drawn = [tuple(select(pool, 3, "rand", [0, n])) for n in range(200)]
-    assert select(pool, 3, "rand", [0, 7]) == list(drawn[7])
-    share = np.bincount([i for draw in drawn for i in draw], minlength=6) / 200
-    assert (
-        abs(share - 0.5).max() < 0.15
-    )  # each of six is among three drawn half of the time: 4 standard errors
-    assert select(pool, 10, "conf", [0]) == [3, 1, 5, 2, 0, 4]
 
 
 def requests_for(n: int, number: int = 1, k: int = 2) -> list[dict]:
@@ -524,7 +512,13 @@ PARTS = {
     "opo": (),
     "d2po": D2PO,
     "dpo as discriminator": DPO_D2PO,
-    "adapters, dpo as discriminator": (*DPO_D2PO, "model.lora.r=2"),
+    "adapters, dpo as discriminator": (*DPO_D2PO, "model.lora.r=2", "online.select=d_optimal"),
+    "heads, four responses": (
+        *D2PO,
+        "online.select={name: double_thompson, heads: 4}",
+        "online.responses_per_prompt=4",
+        "online.prompts_per_round=4",
+    ),
 }
 
 
@@ -910,7 +904,16 @@ def test_every_loss_learns_online_or_says_why_not(go, name):
         (("online.discriminator=odpo",), "which of two responses is better and no more"),
         (("online.discriminator=bradley_tery",), "did you mean bradley_terry"),
         (("online.discriminator_path=/x",), "name its loss"),
-        (("online.select=best",), "accepted: conf, rand"),
+        (("online.select=best",), "accepted: conf, d_optimal, delta_ucb, double_thompson, rand"),
+        (("online.select=delta_ucbs",), "did you mean delta_ucb"),
+        (
+            ("online.select={name: delta_ucb, widht: 2}",),
+            "no setting widht; accepted: width, heads",
+        ),
+        (("online.select={name: delta_ucb, width: -1}",), "width=-1 .* must be at least 0"),
+        (("online.select={name: sharpe, weighted: 1}",), "weighted=1 .* must be true or false"),
+        (("online.select={name: mine, module: nowhere.py}",), "online.select.module='nowhere.py'"),
+        (("online.select=rand",), "online.select=rand is set and online.discriminator is not"),
         (("online.responses_per_prompt=1",), "at least 2"),
         (("online.sampler=/nowhere",), "no such file or folder"),
         (("online.max_new_tokens=60",), "exceed max_length=64"),

@@ -3,6 +3,7 @@
 from collections.abc import Mapping
 
 from preflab.objective.registry import BoundLoss, bind_loss
+from preflab.online.selection import bind_selection
 from preflab.rewards.registry import REWARDS
 from preflab.settings.load import with_loss_defaults
 from preflab.settings.schema import Settings
@@ -47,6 +48,7 @@ def check_online(settings: Settings, loss: BoundLoss) -> None:
 def check_labels(settings: Settings) -> None:
     """Raise ConfigError where no label could be bought or learned from with these online."""
     online = settings.online
+    bind_selection(online.select)
     if online.discriminator is None:
         for key in ("discriminator_path", "initial_labels"):
             if getattr(online, key):
@@ -54,6 +56,11 @@ def check_labels(settings: Settings) -> None:
                     f"online.{key} is set and online.discriminator is not; name its loss, such as"
                     " online.discriminator=bradley_terry"
                 )
+        if online.select != "conf":
+            raise ConfigError(
+                f"online.select={online.select} is set and online.discriminator is not, so every"
+                " pair is labelled and none is selected; leave it out"
+            )
         reward = settings.reward["name"]
         if online.budget == 0 and REWARDS[reward].is_gold:
             raise ConfigError(

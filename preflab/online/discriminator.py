@@ -3,6 +3,7 @@
 import contextlib
 import logging
 import math
+from collections.abc import Callable
 from concurrent.futures import Future
 from pathlib import Path
 
@@ -12,7 +13,7 @@ from transformers import AutoConfig
 
 from preflab.batching.chat import chat_of, set_chat
 from preflab.batching.examples import PreferenceData
-from preflab.batching.packing import lay_out
+from preflab.batching.packing import Batch, lay_out
 from preflab.batching.token_store import store_of, tokenise, truncate
 from preflab.distributed.process_group import World
 from preflab.modeling.loading import load_tokenizer
@@ -153,29 +154,55 @@ class Discriminator:
         if self.world.rank == 0:
             rewind(self.folder / "metrics.jsonl", examples)
 
-    @torch.no_grad()
     def score_responses(self, prompts: list[str], responses: list[list[str]]) -> list[list[float]]:
         """The scores of the responses, (prompts, K). Raises NonFiniteLossError."""
-        trees = self._tokenize(prompts, responses)
-        n_tokens = [len(prompt) + sum(map(len, of_prompt)) for prompt, of_prompt in trees]
-        order = sorted(range(len(trees)), key=n_tokens.__getitem__)
-        learner, mine = self.learner, []
-        for rows, n_real in self.world.batches(order, self.settings.eval_batch_size):
-            self.world.stop_if_asked()
-            batch = lay_out([trees[i] for i in rows], learner.layout)
+        learner = self.learner
+
+        def scores_of(batch: Batch) -> list[float]:
             batch.rejected = batch.chosen  # a loss reads pairs; only one side's reward is used
-            batch = batch.to(learner.policy.device)
             output, _ = compute_loss(
                 learner.loss, learner.policy, learner.reference, batch, None, "eval"
             )
-            values = iter(output.chosen_rewards.tolist())
+            return output.chosen_rewards.tolist()
+
+        return self._of_responses(prompts, responses, scores_of)
+
+    def features(self, prompts: list[str], responses: list[list[str]]) -> list[np.ndarray]:
+        """The hidden state that the last layer of the model reads at the end of each response,
+        (K, hidden size) in float64 for each prompt: where a scalar head gives the score, or where a
+        policy predicts the last token. Raises NonFiniteLossError."""
+        policy = self.learner.policy
+
+        def features_of(batch: Batch) -> list[np.ndarray]:
+            ends = batch.ends
+            if ends is None:
+                ends = batch.positions[batch.lengths.cumsum(0) - 1]
+            hidden = policy.run(lambda: policy.hidden(batch, ends))
+            return list(hidden.double().cpu().numpy())
+
+        return [np.stack(rows) for rows in self._of_responses(prompts, responses, features_of)]
+
+    @torch.no_grad()
+    def _of_responses(
+        self, prompts: list[str], responses: list[list[str]], function: Callable[[Batch], list]
+    ) -> list[list]:
+        """What `function` returns for each response of a batch, (prompts, K). Raises
+        NonFiniteLossError."""
+        trees = self._tokenize(prompts, responses)
+        n_tokens = [len(prompt) + sum(map(len, of_prompt)) for prompt, of_prompt in trees]
+        order = sorted(range(len(trees)), key=n_tokens.__getitem__)
+        mine = []
+        for rows, n_real in self.world.batches(order, self.settings.eval_batch_size):
+            self.world.stop_if_asked()
+            batch = lay_out([trees[i] for i in rows], self.learner.layout)
+            values = iter(function(batch.to(self.learner.policy.device)))
             mine += [(i, [next(values) for _ in trees[i][1]]) for i in rows][:n_real]
-        scores = dict(self.world.gather(mine))
-        if not all(math.isfinite(value) for of_prompt in scores.values() for value in of_prompt):
+        of_prompts = dict(self.world.gather(mine))
+        if not all(np.isfinite(values).all() for values in of_prompts.values()):
             raise NonFiniteLossError(
                 "the discriminator's scores are not finite; try a smaller online.discriminator_lr"
             )
-        return [scores[i] for i in range(len(trees))]
+        return [of_prompts[i] for i in range(len(trees))]
 
     def learn(self, pairs: list[tuple[str, str, str]], *, epochs: int, seed: list[int]) -> None:
         """Train on bought labels, `epochs` passes in an order that depends on `seed`.

@@ -11,6 +11,7 @@ import numpy as np
 from preflab.distributed.process_group import World
 from preflab.online.ledger import Ledger, ledger_row, on_rank_0, score_shared
 from preflab.online.rollouts import Labels, Rollouts, best_and_worst
+from preflab.online.selection import Past, Pool, bind_selection, pool_of
 from preflab.rewards.registry import Score
 from preflab.settings.schema import OnlineSettings
 
@@ -24,6 +25,10 @@ class Discriminating(Protocol):
 
     def learn(self, pairs: list[tuple[str, str, str]], *, epochs: int, seed: list[int]) -> None:
         """Train on (prompt, better response, worse response)."""
+        ...
+
+    def features(self, prompts: list[str], responses: list[list[str]]) -> list[np.ndarray]:
+        """The last hidden states, (K, D) for each prompt."""
         ...
 
 
@@ -157,8 +162,11 @@ class DiscriminatorLabels(StaticLabels):
         self.ranks = ranks
         self.gold, self.ledger, self.discriminator = gold, ledger, discriminator
         self.settings, self.seed = settings, seed
+        self.selection = bind_selection(settings.select)
         self.bought_until = ledger.bought_until
-        self.pool: list[dict] = []  # candidate ledger lines, with the `gap` of their scores
+        # Candidate ledger lines, with the `gap` of the scores of two responses, or `scored`: the
+        # scores of all.
+        self.pool: list[dict] = []
         self.gathered = 0  # rollouts since the pool was last emptied
         # (prompt, better, worse) of the latest bought batches, which are trained on again.
         self.replay: list[list[tuple[str, str, str]]] = []
@@ -186,18 +194,23 @@ class DiscriminatorLabels(StaticLabels):
         return labels
 
     def _candidates(self, rollouts: Rollouts, labels: Labels) -> list[dict]:
-        """One pair of each prompt with two different responses: the best and the worst, or the
-        first two that differ where all scores are equal."""
+        """The responses to each prompt that has different ones: all of these where the selection
+        reads them, else a pair. That is the best and the worst, or the first two that differ where
+        all scores are equal."""
         candidates = []
         for i, (texts, pair) in enumerate(zip(rollouts.responses, labels.pairs, strict=True)):
-            different = ((0, m) for m in range(1, len(texts)) if texts[m] != texts[0])
-            members = pair or next(different, None)
-            if members is None:
+            scores = labels.scores[i]
+            different = [m for m, text in enumerate(texts) if text not in texts[:m]]
+            if len(different) < 2:
                 continue
-            first, second = members
+            if "responses" in self.selection.reads:
+                scored = {"scored": [scores[m] for m in different]}
+                candidates.append(ledger_row(rollouts, i, tuple(different)) | scored)
+                continue
+            first, second = pair or different[:2]
             if texts[first] != texts[second]:
-                gap = labels.scores[i][first] - labels.scores[i][second]
-                candidates.append(ledger_row(rollouts, i, members) | {"gap": gap})
+                gap = scores[first] - scores[second]
+                candidates.append(ledger_row(rollouts, i, (first, second)) | {"gap": gap})
         return candidates
 
     def _buy(self, pool: list[dict], number: int, n_labels: int) -> list[dict]:
@@ -207,12 +220,53 @@ class DiscriminatorLabels(StaticLabels):
         limits = [n_labels - len(paid), self.ledger.affords(cost)]
         if self.settings.stop_labels is not None:
             limits.append((self.settings.stop_labels - self.ledger.bought) // cost)
-        n = min(limit for limit in limits if limit is not None)
+        n = max(0, min(limit for limit in limits if limit is not None))
+        # As without those in the ledger, so that a purchase that was cut short is completed.
+        selected = self._select(pool, number, n + len(paid)) if n else []
         known = {(row["key"], *row["responses"]) for row in paid}
-        pool = [row for row in pool if (row["key"], *row["responses"]) not in known]
-        chosen = select(pool, max(0, n), self.settings.select, [self.seed, number])
-        rows = [{key: value for key, value in pool[i].items() if key != "gap"} for i in chosen]
+        rows = [row for row in selected if (row["key"], *row["responses"]) not in known][:n]
         return paid + self.ledger.buy([row | {"round": number} for row in rows], self.gold)
+
+    def _select(self, rows: list[dict], number: int, n: int) -> list[dict]:
+        """The lines of at most `n` pairs of the pool, as the ledger has them. Raises
+        SelectionError."""
+        if not rows:
+            return []
+        pool, seed = self._pool_of(rows, number), [self.seed, number]
+        chosen = self.ledger.world.agree(lambda: self.selection(pool, n, seed))
+        begins = np.searchsorted(pool.prompts, np.arange(len(rows)))
+        lines = []
+        for pair in chosen:
+            prompt = int(pool.prompts_of_pairs[pair])
+            members = (pool.pairs[pair] - begins[prompt]).tolist()
+            row = {k: v for k, v in rows[prompt].items() if k not in ("gap", "scored")}
+            lines.append(row | {k: [row[k][m] for m in members] for k in ("responses", "tokens")})
+        return lines
+
+    def _pool_of(self, rows: list[dict], number: int) -> Pool:
+        """What the selection sees before the purchase of round `number`."""
+        scores = [row.get("scored") or [row["gap"], 0.0] for row in rows]
+        if "features" not in self.selection.reads:
+            return pool_of(scores)
+        earlier = [row for row in self.ledger.rows if row["round"] < number]
+        texts = [row["responses"] for row in (*rows, *earlier)]
+        prompts = [row["prompt"] for row in (*rows, *earlier)]
+        features = self.discriminator.features(prompts, texts)
+        past = self._past_of(earlier, features[len(rows) :], width=features[0].shape[1])
+        return pool_of(scores, features[: len(rows)], past)
+
+    def _past_of(self, bought: list[dict], features: list[np.ndarray], *, width: int) -> Past:
+        """Bought labels, with the scores and the features, (2, width) each, that the discriminator
+        gives their responses now."""
+        pairs = [best_and_worst(row["scores"]) for row in bought]
+        prompts, texts = ([row[key] for row in bought] for key in ("prompt", "responses"))
+        scores = self.discriminator.score_responses(prompts, texts) if bought else []
+        differences, gaps = np.zeros((len(bought), width)), np.zeros(len(bought))
+        for i, pair in enumerate(pairs):
+            better, worse = pair or (0, 1)
+            differences[i] = features[i][better] - features[i][worse]
+            gaps[i] = scores[i][better] - scores[i][worse]
+        return Past(differences, gaps, np.array([pair is None for pair in pairs], bool))
 
     def _learn(self, bought: list[dict], number: int, epochs: int) -> None:
         """Train the discriminator on the replayed labels and the bought ones. Equal gold scores
@@ -241,16 +295,6 @@ class DiscriminatorLabels(StaticLabels):
         self.ledger.must_have(state["lines"])
         self.pool, self.gathered = list(state["pool"]), state["gathered"]
         self.replay = [[tuple(pair) for pair in batch] for batch in state["replay"]]
-
-
-def select(pool: list[dict], n: int, strategy: str, seed: list[int]) -> list[int]:
-    """The positions of `n` pairs of the pool.
-
-    strategy: "conf" takes the pairs with the smallest absolute score gaps, "rand" draws uniformly.
-    """
-    if strategy == "rand":
-        return sorted(np.random.default_rng(seed).permutation(len(pool))[:n].tolist())
-    return sorted(range(len(pool)), key=lambda i: (abs(pool[i]["gap"]), i))[:n]
 
 
 def _overrule(

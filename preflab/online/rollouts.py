@@ -6,8 +6,6 @@ import numpy as np
 
 from preflab.objective.registry import BoundLoss
 
-SELECTIONS = ("conf", "rand")
-
 
 @dataclass
 class Rollouts:

@@ -195,7 +195,7 @@ class OnlineSettings:
     initial_epochs: int = setting(COUNT)
     relabel_every: int = setting(Integer(2))
     relabels: int = setting(COUNT)
-    select: str = setting(Choice(("conf", "rand")))
+    select: str | dict = setting(Either((TEXT, MAPPING)))
     replay: int = setting(Integer(0))
     stop_labels: int | None = setting(Integer(0), null=True)
 
