@@ -1,7 +1,7 @@
 """The experiments: `python experiments/run.py NAME` trains, measures, draws, and says whether a
 claim holds here.
 
-    python experiments/run.py frontier|offset|sequential_kl|calibration|temperature|d2po|all \\
+    python experiments/run.py frontier|offset|sequential_kl|calibration|temperature|d2po|labels|all
         [--work DIR] [--seeds 11 12 13]
     python experiments/run.py real|real_chat --model FOLDER
 
@@ -30,6 +30,7 @@ from experiments.analysis import (
     select_runs,
 )
 from experiments.claims import CLAIMS, WITH_MODEL
+from experiments.labels import labels
 from experiments.online import d2po
 from experiments.real import real, real_chat
 from experiments.workspace import ROOT, Workspace
@@ -40,6 +41,7 @@ from utils import atomic_write, mean_and_error
 
 RESULTS = ROOT / "experiments" / "results"
 SEEDS = [11, 12, 13]
+OWN_SEEDS = {"labels": [51, 52, 53, 54, 55]}
 BETAS = (0.1, 0.5, 2)
 BETA_SWEEP = "loss.beta=0.1,0.5,2"
 TEMPERATURES = (0, 0.25, 0.5, 1.0)
@@ -54,7 +56,7 @@ def main() -> None:
     parser.add_argument(
         "--work", type=Path, default=ROOT / "runs" / "experiments", help="where data and runs go"
     )
-    parser.add_argument("--seeds", type=int, nargs="+", default=SEEDS)
+    parser.add_argument("--seeds", type=int, nargs="+", help="default: 11 12 13, labels 51 to 55")
     parser.add_argument(
         "--steps",
         type=int,
@@ -71,12 +73,13 @@ def main() -> None:
         parser.error(f"{arguments.name} needs --model; experiments/real.py says how to get one")
     for name in names:
         model = arguments.model and arguments.model.resolve()
-        workspace = Workspace(arguments.work, arguments.seeds, arguments.steps, model)
+        seeds = arguments.seeds or OWN_SEEDS.get(name, SEEDS)
+        workspace = Workspace(arguments.work, seeds, arguments.steps, model)
         result, figures = EXPERIMENTS[name](workspace)
         verdict = "holds" if result["holds"] else "does not hold"
         print(f"{name}: {verdict} here\n{result['found']}")
         if arguments.steps is None:
-            write_results(name, result | {"seeds": arguments.seeds}, figures)
+            write_results(name, result | {"seeds": seeds}, figures)
 
 
 def write_results(name: str, result: dict, figures: dict) -> None:
@@ -465,6 +468,7 @@ EXPERIMENTS = {
         calibration,
         temperature,
         d2po,
+        labels,
         real,
         real_chat,
     )
