@@ -25,6 +25,7 @@ from preflab.online.discriminator import build_discriminator
 from preflab.online.labelers import DiscriminatorLabels
 from preflab.online.ledger import Ledger
 from preflab.online.rollouts import Rollouts
+from preflab.online.selection import bind_selection
 from preflab.reports.plot_style import label_axes, panel_grid, style
 from preflab.rewards.registry import build_reward
 from preflab.settings.compose import compose
@@ -147,7 +148,9 @@ class Trial:
         discriminator.prepare()
         ledger = Ledger(run / "labels.jsonl", None)
         labeler = DiscriminatorLabels(self.gold, ledger, discriminator, online, self.seed)
-        labeler.begin(self._rollouts(0, LABELS))  # the same labels for every selection
+        selection, labeler.selection = labeler.selection, bind_selection("rand")
+        labeler.begin(self._rollouts(0, LABELS))  # the same start for every selection
+        labeler.selection = selection
         rewards = {}
         for number in range(1, self.purchases + 1):
             if number > 1:
