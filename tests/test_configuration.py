@@ -480,6 +480,10 @@ def test_a_run_from_before_a_key_was_added_is_the_run_with_its_default():
     with pytest.raises(ConfigError, match=r"online\.oracle was comparisons and is now scores"):
         must_match(older, compose("online.oracle=scores"))
     assert not same_settings(older, compose("choose_responses=stratified"))
+    # rounds are none of a run that has none
+    assert same_settings(now, compose("online.rounds=7"))
+    online = compose("function=online")
+    assert not same_settings(online, compose("function=online", "online.rounds=7"))
 
 
 def test_must_match_tells_what_differs_and_lets_the_rest_change():

@@ -28,12 +28,14 @@ def must_match(saved: DictConfig, config: DictConfig) -> None:
 
 
 def same_settings(saved: DictConfig, config: DictConfig) -> bool:
-    """Whether two configs ask for the same run, wherever its folder is."""
+    """Whether two configs ask for the same run, wherever its folder is. The settings of online
+    learning count for function=online alone."""
+    unread = () if config.function == "online" else ("online",)
     before, now = (
         {
             key: value
             for key, value in _filled(OmegaConf.to_container(c, resolve=True)).items()
-            if part_of_run(key) and value not in (None, {})
+            if part_of_run(key) and value not in (None, {}) and key not in unread
         }
         for c in (saved, config)
     )
