@@ -194,6 +194,8 @@ def test_sharpe_is_mean_over_deviation_of_the_two_gradients(weighted):
     order = sorted(range(5), key=lambda i: -ratios[i])
     assert selected({"name": "sharpe", "weighted": weighted}, pool, 5) == order
     assert order == selected("conf", pool, 5)
+    far = pool_of([[gap, 0.0] for gap in (60.0, 300.0, 2.0)])
+    assert selected({"name": "sharpe", "weighted": True}, far, 3) == [2, 0, 1]
     heads = pool_with_features()
     with_heads = selected({"name": "sharpe", "heads": 16, "weighted": weighted}, heads, 12)
     assert sorted(with_heads) == list(range(12)) and with_heads != selected("conf", heads, 12)

@@ -139,7 +139,10 @@ def sharpe(
     # norms of the gradient where the first response is better, and where the second is
     first = np.sqrt((sigmoid(-gaps) ** 2).mean(1))
     second = np.sqrt((sigmoid(gaps) ** 2).mean(1))
-    p = sigmoid(gaps).mean(1) if weighted else np.full(len(gaps), 0.5)
-    mean, spread = p * first + (1 - p) * second, np.sqrt(p * (1 - p)) * np.abs(first - second)
+    # the chance of the second answer is no 1 - p, which is 0 for a gap of 40
+    p, q = sigmoid(gaps).mean(1), sigmoid(-gaps).mean(1)
+    if not weighted:
+        p = q = np.full(len(gaps), 0.5)
+    mean, spread = p * first + q * second, np.sqrt(p * q) * np.abs(first - second)
     with np.errstate(divide="ignore"):
         return np.argsort(-mean / spread, kind="stable")
