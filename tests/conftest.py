@@ -27,6 +27,7 @@ import pytest
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFast
+from warm_python import run_script
 
 from preflab.execution import register_built_in
 
@@ -316,16 +317,45 @@ def small_run(folder: Path, data_dir: Path, run_dir: Path, *more: str) -> list[s
 def run_command(
     script: str, *arguments, check: bool = True, **options
 ) -> subprocess.CompletedProcess:
-    """Run `python SCRIPT ARGUMENTS` in the repository as a user would."""
-    command = [sys.executable, str(ROOT / script), *map(str, arguments)]
-    result = subprocess.run(
-        command, capture_output=True, text=True, cwd=ROOT, timeout=600, **options
-    )
+    """Run `python SCRIPT ARGUMENTS` in the repository as a user would.
+
+    options: of subprocess.run, for a command whose environment or streams matter. Without them, the
+    command runs in a fork that has imported what it needs.
+    """
+    command = [str(ROOT / script), *map(str, arguments)]
+    if options:
+        result = subprocess.run(
+            [sys.executable, *command],
+            capture_output=True,
+            text=True,
+            cwd=ROOT,
+            timeout=600,
+            **options,
+        )
+    else:
+        result = run_script(command, cwd=ROOT, timeout=600)
     if check and result.returncode != 0:
         raise AssertionError(
             f"{script} failed with {result.returncode}\n{result.stdout}\n{result.stderr}"
         )
     return result
+
+
+def run_on_ranks(n: int, folder: Path, commands: list[list[str]]) -> None:
+    """Run train.py's commands one after the other on `n` ranks, which are started once; folder:
+    for a file."""
+    path = folder / "commands.json"
+    path.write_text(json.dumps([[str(word) for word in command] for command in commands]))
+    torchrun = ["torch.distributed.run", "--standalone", f"--nproc-per-node={n}"]
+    result = subprocess.run(
+        [sys.executable, "-m", *torchrun, str(ROOT / "tests" / "many_runs.py"), str(path)],
+        capture_output=True,
+        text=True,
+        cwd=ROOT,
+        timeout=600,
+        env=os.environ | {"OMP_NUM_THREADS": "1"},
+    )
+    assert result.returncode == 0, result.stderr[-5000:]
 
 
 def read_rows(path: Path) -> list[dict]:

@@ -8,8 +8,6 @@ import json
 import os
 import signal
 import socket
-import subprocess
-import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -25,6 +23,7 @@ from conftest import (
     read_rows,
     run_command,
     run_here,
+    run_on_ranks,
     save_model,
     scored_rows,
     small_run,
@@ -32,6 +31,7 @@ from conftest import (
     write_jsonl,
 )
 from omegaconf import OmegaConf
+from warm_python import Script
 
 import trainers
 from preflab.distributed import launch, process_group, signals
@@ -113,7 +113,7 @@ def overrides(setting, name: str, *more: str) -> list[str]:
         "n_epochs=4",
         "n_eval_examples=7",
         "n_eval_model_samples=5",
-        "eval_every=24",
+        "eval_every=40",
         "keep_checkpoints=null",
     )
     given = {o.split("=")[0] for o in more}
@@ -121,29 +121,6 @@ def overrides(setting, name: str, *more: str) -> list[str]:
     if name.startswith("reference never built"):
         options.append(f"cache_dir={setting / name} cache")
     return small_run(setting / "model", setting / "data", setting / name, *options, *more)
-
-
-def start_on_ranks(n: int, setting, commands: list[list[str]]) -> None:
-    (setting / "commands.json").write_text(
-        json.dumps([[str(word) for word in command] for command in commands])
-    )
-    torchrun = [
-        sys.executable,
-        "-m",
-        "torch.distributed.run",
-        "--standalone",
-        f"--nproc-per-node={n}",
-    ]
-    environment = os.environ | {"OMP_NUM_THREADS": "1"}
-    result = subprocess.run(
-        [*torchrun, str(ROOT / "tests" / "many_runs.py"), str(setting / "commands.json")],
-        capture_output=True,
-        text=True,
-        cwd=ROOT,
-        timeout=600,
-        env=environment,
-    )
-    assert result.returncode == 0, result.stderr[-5000:]
 
 
 @pytest.fixture(scope="module")
@@ -159,7 +136,7 @@ def runs(setting):
             else:
                 run_here(*command)
     for ranks, commands in on_ranks.items():
-        start_on_ranks(ranks, setting, commands)
+        run_on_ranks(ranks, setting, commands)
     return setting
 
 
@@ -235,17 +212,17 @@ def test_checkpoints_are_evaluated_alike_on_ranks(runs):
     samples a prompt."""
     common = [
         "function=eval",
-        f"model.archive=[{runs}/dpo/one/step-4,{runs}/dpo/one]",
+        f"model.archive=[{runs}/dpo/one/step-7,{runs}/dpo/one]",
         "temperature=[0,1.0]",
         "samples_per_prompt=2",
         "more_rewards=[length]",
     ]
     run_here(*overrides(runs, "evaluated/one", *common))
-    start_on_ranks(2, runs, [overrides(runs, "evaluated/two ranks", *common, *TWO)])
+    run_on_ranks(2, runs, [overrides(runs, "evaluated/two ranks", *common, *TWO)])
     ours, theirs = (
         read_rows(runs / "evaluated" / name / "eval.jsonl") for name in ("two ranks", "one")
     )
-    assert len(ours) == len(theirs) == 4 and [row["step"] for row in ours] == [4, 4, STEPS, STEPS]
+    assert len(ours) == len(theirs) == 4 and [row["step"] for row in ours] == [7, 7, STEPS, STEPS]
     for row, expected in zip(ours, theirs, strict=True):
         close = {
             key: pytest.approx(value, rel=1e-4, abs=1e-4) if isinstance(value, float) else value
@@ -283,7 +260,7 @@ def test_online_learning_is_the_same_on_ranks(setting):
         "more_rewards=[lexicon]",
     ]
     run_here(*overrides(setting, "online/one", *common, "online.rounds=6"))
-    start_on_ranks(
+    run_on_ranks(
         2,
         setting,
         [
@@ -323,7 +300,7 @@ def test_a_run_is_continued_on_other_ranks(runs, lora):
     name, whole = ("half lora", "lora") if lora else ("half", "dpo")
     common = [o for o in GROUPS[name][0] if not o.startswith("n_epochs")]
     run_here(*overrides(runs, f"{name}/two ranks", *common, "trainer=FSDPTrainer"))
-    start_on_ranks(2, runs, [overrides(runs, f"{name}/one", *common, *TWO)])
+    run_on_ranks(2, runs, [overrides(runs, f"{name}/one", *common, *TWO)])
     for placement in ("two ranks", "one"):
         assert [row["step"] for row in rows_of(runs / name / placement, "train")] == list(
             range(1, STEPS + 1)
@@ -369,26 +346,14 @@ def leftovers(group: int) -> bool:
     return True
 
 
-def start(setting, name: str, *more: str) -> subprocess.Popen:
+def start(setting, name: str, *more: str) -> Script:
     flags = [word for word in more if word.startswith("--")]
     more = [word for word in more if word not in flags]
-    command = [
-        sys.executable,
-        str(ROOT / "train.py"),
-        *flags,
-        *map(str, overrides(setting, name, *more)),
-    ]
-    return subprocess.Popen(
-        command,
-        cwd=ROOT,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-        start_new_session=True,
-    )
+    command = [str(ROOT / "train.py"), *flags, *map(str, overrides(setting, name, *more))]
+    return Script(command, ROOT)
 
 
-def finish(process: subprocess.Popen, timeout: int = 120) -> tuple[str, str]:
+def finish(process: Script, timeout: int = 120) -> tuple[str, str]:
     output, errors = process.communicate(timeout=timeout)
     for _ in range(50):
         if not leftovers(process.pid):

@@ -27,6 +27,7 @@ from conftest import (
     write_imdb,
     write_jsonl,
 )
+from warm_python import Script
 
 import trainers
 from preflab.batching import token_store
@@ -53,13 +54,9 @@ def command(imdb_dir, llama_folder, tmp_path):
     return command
 
 
-def heed_hangups():
+def take_terminal():
     """The tests may run under nohup, and a child would inherit that SIGHUP is ignored."""
     signal.signal(signal.SIGHUP, signal.SIG_DFL)
-
-
-def take_terminal():
-    heed_hangups()
     fcntl.ioctl(0, termios.TIOCSCTTY, 0)
 
 
@@ -116,14 +113,7 @@ def test_a_signal_to_a_running_process(command, tmp_path, signum):
     is run again."""
     run_here(*command("whole", "n_epochs=20"))
     broken = tmp_path / "broken"
-    child = subprocess.Popen(
-        [sys.executable, str(ROOT / "train.py"), *map(str, command("broken", "n_epochs=20"))],
-        cwd=ROOT,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-        preexec_fn=heed_hangups,
-    )
+    child = Script([str(ROOT / "train.py"), *map(str, command("broken", "n_epochs=20"))], ROOT)
     while not list(broken.glob("step-*")) and child.poll() is None:
         time.sleep(0.01)
     child.send_signal(signum)

@@ -11,6 +11,8 @@ from conftest import (
     final_weights,
     read_rows,
     run_command,
+    run_here,
+    run_on_ranks,
     same_weights,
     save_model,
     scored_rows,
@@ -49,12 +51,14 @@ def ddp(folder) -> tuple[str, ...]:
     return (f"trainer='{folder}/my_trainers.py:DDPTrainer'", "world_size=2")
 
 
+def command(folder, name: str, *more: str) -> list[str]:
+    options = ["n_eval_examples=7", "n_eval_model_samples=5", "batch_size=8", *more]
+    return small_run(folder / "model", folder / "data", folder / name, *options)
+
+
 def train(folder, name: str, *more: str):
     """One run in a process of its own; returns its folder and what it printed."""
-    options = ["n_eval_examples=7", "n_eval_model_samples=5", "batch_size=8", *more]
-    command = small_run(folder / "model", folder / "data", folder / name, *options)
-    result = run_command("train.py", *command)
-    return folder / name, result.stdout
+    return folder / name, run_command("train.py", *command(folder, name, *more)).stdout
 
 
 def largest_difference(a, b) -> float:
@@ -63,38 +67,55 @@ def largest_difference(a, b) -> float:
     return max((ours[name] - theirs[name]).abs().max().item() for name in ours)
 
 
+ONLINE = (
+    "function=online",
+    "reward=length",
+    "reward.unit=characters",
+    "online.rounds=2",
+    "online.prompts_per_round=4",
+    "online.eval_every=2",
+)
+
+
 @pytest.fixture(scope="module")
 def one_process(folder):
-    return train(folder, "one", "n_epochs=2")[0]
+    run_here(*command(folder, "one", "n_epochs=2"))
+    return folder / "one"
 
 
 @pytest.fixture(scope="module")
 def two_ranks(folder):
-    return train(folder, "ddp", "n_epochs=2", *ddp(folder))[0]
+    """Runs that need two ranks, in folders of their names; returns that of `ddp`."""
+    plain = (f"trainer='{folder}/plain.py:PlainTrainer'", "world_size=2")
+    commands = [
+        command(folder, "ddp", "n_epochs=2", *ddp(folder)),
+        command(folder, "parts", "n_epochs=1", *ddp(folder)),
+        command(folder, "plain", "n_epochs=2", *plain),
+        command(folder, "online-ddp", *ONLINE, *ddp(folder)),
+    ]
+    run_on_ranks(2, folder, commands)
+    return folder / "ddp"
 
 
 def test_two_ranks_reach_the_weights_and_samples_of_one_process(folder, one_process, two_ranks):
     assert json.loads((two_ranks / "summary.json").read_text())["ranks"] == 2
     assert largest_difference(two_ranks, one_process) < WEIGHTS
-    other, _ = train(folder, "other", "n_epochs=2", "seed=1")  # what a difference looks like
-    assert largest_difference(other, one_process) > 100 * WEIGHTS
+    run_here(*command(folder, "other", "n_epochs=2", "seed=1"))  # what a difference looks like
+    assert largest_difference(folder / "other", one_process) > 100 * WEIGHTS
     ours, theirs = (read_rows(run / "samples.jsonl") for run in (two_ranks, one_process))
     assert [row["prompt"] for row in ours] == [row["prompt"] for row in theirs]
 
 
 def test_a_resumed_run_is_the_whole_run(folder, two_ranks):
-    """Every rank reads what rank 0 alone has written."""
-    train(folder, "parts", "n_epochs=1", *ddp(folder))
+    """Every rank reads what rank 0 alone has written. The second half is a command that starts its
+    ranks itself."""
     parts, printed = train(folder, "parts", "n_epochs=2", *ddp(folder))
     assert "continuing" in printed
     assert same_weights(final_weights(parts), final_weights(two_ranks))
 
 
-def test_gradients_are_summed_where_the_backward_pass_does_not(folder, one_process):
-    plain, _ = train(
-        folder, "plain", "n_epochs=2", f"trainer='{folder}/plain.py:PlainTrainer'", "world_size=2"
-    )
-    assert largest_difference(plain, one_process) < WEIGHTS
+def test_gradients_are_summed_where_the_backward_pass_does_not(folder, one_process, two_ranks):
+    assert largest_difference(folder / "plain", one_process) < WEIGHTS
 
 
 def test_the_plan_counts_the_ranks(folder):
@@ -103,17 +124,9 @@ def test_the_plan_counts_the_ranks(folder):
     assert not (folder / "plan").exists()
 
 
-def test_online_rounds_on_two_ranks(folder):
-    options = (
-        "function=online",
-        "reward=length",
-        "reward.unit=characters",
-        "online.rounds=2",
-        "online.prompts_per_round=4",
-        "online.eval_every=2",
-    )
-    one, _ = train(folder, "online-one", *options)
-    two, _ = train(folder, "online-ddp", *options, *ddp(folder))
+def test_online_rounds_on_two_ranks(folder, two_ranks):
+    one, two = folder / "online-one", folder / "online-ddp"
+    run_here(*command(folder, "online-one", *ONLINE))
     texts = [
         [row["responses"] for row in read_rows(run / "rollouts.jsonl") if row["round"] == 1]
         for run in (one, two)
