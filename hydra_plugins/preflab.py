@@ -7,10 +7,15 @@ from hydra.plugins.launcher import Launcher
 
 from preflab.sweeps.grid import Grids
 from preflab.sweeps.pool import Pool
+from preflab.sweeps.search import OptunaSearch
 
 
 class GridSweeper(Grids):
     """`hydra/sweeper=grid`, the default."""
+
+
+class OptunaSweeper(OptunaSearch):
+    """`hydra/sweeper=optuna`"""
 
 
 class LocalLauncher(Pool, Launcher):

@@ -269,8 +269,11 @@ def pins(name: str) -> dict[str, str]:
 
 def test_constraints_pin_what_the_requirements_pin():
     listed = re.findall(r"(?m)^-r (.+)$", (ROOT / "requirements.txt").read_text(encoding="utf-8"))
-    assert set(listed) == {f"requirements/{p.name}" for p in (ROOT / "requirements").iterdir()}
-    required = {name: version for file in listed for name, version in pins(file).items()}
+    optional = ["requirements/search.txt", "requirements/trackers.txt"]
+    there = {f"requirements/{p.name}" for p in (ROOT / "requirements").iterdir()}
+    assert {*listed, *optional} == there
+    files = [*listed, *optional]
+    required = {name: version for file in files for name, version in pins(file).items()}
     constraints = pins("constraints.txt")
     # torch is not among the constraints: builds for a CPU and for CUDA have versions of their own
     assert required.pop("torch") and "torch" not in constraints
@@ -290,7 +293,8 @@ def test_the_package_reads_its_dependencies_from_the_requirements(monkeypatch):
     package = Distribution()
     package.parse_config_files(["pyproject.toml"])
     assert package.metadata.name == "preflab"
-    declared = {"base": package.install_requires, "tests": package.extras_require["tests"]}
+    declared = {"base": package.install_requires}
+    declared |= {name: package.extras_require[name] for name in ("tests", "search", "trackers")}
     for name, requirements in declared.items():
         listed = pins(f"requirements/{name}.txt")
         assert dict(requirement.split("==") for requirement in requirements) == listed
