@@ -54,6 +54,7 @@ def run(config: DictConfig) -> float | list[float] | None:
     from preflab.distributed.process_group import leave, world
     from preflab.distributed.signals import Stopped, StopSignals
     from preflab.execution import execute
+    from preflab.modeling.shared_samples import share_samples
     from preflab.sweeps.objective import objective_of
 
     stop = StopSignals()
@@ -61,6 +62,8 @@ def run(config: DictConfig) -> float | list[float] | None:
     run_dir = Path(HydraConfig.get().runtime.output_dir)
     try:
         config = saved_config(config, run_dir) if config.resume else config
+        if HydraConfig.get().mode is RunMode.MULTIRUN:
+            share_samples()
         with machine_errors_named():
             summary = execute(config, run_dir, stop)
         leave()

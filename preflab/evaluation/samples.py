@@ -1,5 +1,6 @@
 """Samples of a policy, and their rewards, KL to the reference, length and repetition."""
 
+import functools
 import math
 from dataclasses import dataclass
 
@@ -11,6 +12,7 @@ from preflab.batching.packing import Layout, lay_out
 from preflab.distributed.process_group import ALONE, World
 from preflab.modeling.generation import end_tokens, ended, sample
 from preflab.modeling.logprobs import Scorer, score_responses, sum_by_owner
+from preflab.modeling.shared_samples import SHARED
 from preflab.rewards.registry import Score
 from utils import mean_and_error
 
@@ -110,7 +112,9 @@ def _draw(
     # second response on.
     keys = [(p.key, i) if i else p.key for p in prompts for i in range(sampling.k)]
     prompt_tokens = [prompt.tokens for prompt in prompts for _ in range(sampling.k)]
-    tokens = sample(
+    ends = end_tokens(tokenizer, scorer.causal_lm)
+    draw = functools.partial(
+        sample,
         scorer,
         tokenizer,
         prompt_tokens,
@@ -125,11 +129,13 @@ def _draw(
         world=world,
         description=description,
     )
+    numbers = [list(map(int, tokens)) for tokens in prompt_tokens]
+    question = (numbers, keys, sampling, ends, tokenizer.pad_token_id)
+    tokens = SHARED.draw(scorer, question, draw, world)
     texts = [response_text(tokenizer, response) for response in tokens]
     prompt_texts = [text for text in _prompt_texts(tokenizer, prompts) for _ in range(sampling.k)]
     mine = world.share(prompt_texts), world.share(texts)
     scores = {name: world.gather(score(*mine)) for name, score in rewards.items()}
-    ends = end_tokens(tokenizer, scorer.causal_lm)
     return Samples(tokens, [ended(response, ends) for response in tokens], texts, scores)
 
 
