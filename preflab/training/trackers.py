@@ -147,10 +147,13 @@ class Mlflow:
     module = "mlflow"
 
     def __init__(self, settings: Settings, run_dir: Path, config: dict, run_id: str):
+        if is_local := "MLFLOW_TRACKING_URI" not in os.environ:
+            # MLflow 3 refuses its file store without it, and its databases need more packages.
+            os.environ.setdefault("MLFLOW_ALLOW_FILE_STORE", "true")
         import mlflow
 
         self.mlflow = mlflow
-        if "MLFLOW_TRACKING_URI" not in os.environ:
+        if is_local:
             mlflow.set_tracking_uri((run_dir / "mlruns").resolve().as_uri())
         mlflow.set_experiment(settings.wandb.project)
         # MLflow chooses ids itself, so the run is found again by a tag.
