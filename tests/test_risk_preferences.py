@@ -212,7 +212,7 @@ def test_bad_situations_are_named(tmp_path, monkeypatch, capsys, rows, message):
         ("x.xls", b"old", (), r"unknown type of file; accepted: .*\.xlsx"),
         ("x.json", None, (), r"x.json: no such file"),
         (".", None, (), r": a folder, expected a file"),
-        ("x" * 300, None, (), r"File name too long: '.*/x{300}'"),
+        ("x" * 300, None, (), r"x{300}: File name too long"),
         (
             "x.csv",
             b"situation_id,prompt_text,prompt_text\n1,a,b\n",
