@@ -13,8 +13,8 @@ position twice, the pair is a tie. Its key comes from the environment (--key-env
 are cached. The command writes judgements.jsonl and winrates.json into FOLDER; `python report.py
 FOLDER` shows them.
 
-A win counts 1 and a tie 1/2. The interval is Wilson's, 95%, with as many trials as there are
-prompts, which is conservative where there are ties or several samples of a prompt. No model is
+A win counts 1 and a tie 1/2. The 95% interval is over prompts, of this policy and these samples:
+Wilson's, and with several samples of a prompt or ties that of prompts as clusters. No model is
 loaded, unless the reward is one.
 """
 

@@ -3,7 +3,8 @@
 from collections.abc import Iterable
 
 from preflab.reports.runs import Run, differing_settings, group_runs
-from preflab.reports.statistics import envelope, paired_difference
+from preflab.reports.selection import envelopes
+from preflab.reports.statistics import paired_difference
 from utils import mean_and_error
 
 AT_KL = (0.25, 0.5, 1.0, 1.5, 2.0)
@@ -24,11 +25,10 @@ def select_runs(runs: list[Run], **settings) -> dict[int, Run]:
 
 
 def frontiers(runs: list[Run]) -> dict[int, list[float | None]]:
-    """The envelope of each seed at `AT_KL`, over betas and evaluations."""
-    points: dict[int, list] = {seed: [] for seed in sorted({run.seed for run in runs})}
-    for run in runs:
-        points[run.seed] += [point[:2] for point in run.frontier()]
-    return {seed: envelope(of_seed, AT_KL) for seed, of_seed in points.items()}
+    """The envelope of each seed at `AT_KL`, over betas and evaluations, chosen on the dev prompts
+    and read on the test prompts."""
+    by_seed = envelopes(runs, AT_KL)
+    return {seed: by_seed[str(seed)] for seed in sorted({run.seed for run in runs})}
 
 
 def difference(ours: list[Run], theirs: list[Run], at=(0.5, 1.0, 1.5)) -> dict:
@@ -46,14 +46,16 @@ def difference(ours: list[Run], theirs: list[Run], at=(0.5, 1.0, 1.5)) -> dict:
 
 
 def difference_text(d: dict) -> str:
-    """Mean ± standard error (each seed)."""
-    error = f" ± {d['se']:.3f}" if d.get("se") is not None else ""
-    return f"{d['mean']:+.3f}{error} ({', '.join(f'{v:+.3f}' for v in d['by_seed'].values())})"
+    """Mean [95% t interval over seeds] (each seed)."""
+    seeds = ", ".join(f"{value:+.3f}" for value in d["by_seed"].values())
+    return f"{d['mean']:+.3f}{interval_text(d)} ({seeds})"
 
 
-def plus_minus(d: dict) -> str:
-    error = f" ± {d['se']:.2f}" if d.get("se") is not None else ""
-    return f"{d['mean']:+.2f}{error}"
+def interval_text(d: dict, digits: int = 3) -> str:
+    """` [low, high]`, the 95% interval over seeds; empty where fewer than three leave none."""
+    if d.get("low") is None:
+        return ""
+    return f" [{d['low']:+.{digits}f}, {d['high']:+.{digits}f}]"
 
 
 def envelope_text(by_seed: dict[int, list]) -> str:

@@ -1,6 +1,6 @@
 """The experiment with online learning, which experiments/run.py starts."""
 
-from experiments.analysis import mean, plus_minus
+from experiments.analysis import interval_text, mean
 from experiments.workspace import Workspace
 from preflab.reports import plots
 from preflab.reports.runs import Run
@@ -33,7 +33,8 @@ def d2po(workspace: Workspace) -> tuple[dict, dict]:
             *({str(seed): v for seed, v in of[arm].items()} for arm in ("D2PO", "static"))
         )
         texts.append(
-            f"With {budget} labels: {'; '.join(arm_texts)}; D2PO minus static {plus_minus(gain)}."
+            f"With {budget} labels: {'; '.join(arm_texts)}; D2PO minus static"
+            f" {gain['mean']:+.2f}{interval_text(gain, 2)} (95% over seeds)."
         )
     start = mean(run.summary["reference_reward"] for run in arms[240]["static"])
     accuracy = {

@@ -205,7 +205,8 @@ def offset(workspace: Workspace) -> tuple[dict, dict]:
     )
     best = "; ".join(f"{name} {envelope_text(by_seed)}" for name, by_seed in envelopes.items())
     findings = (
-        "ODPO minus DPO at equal KL (mean of KL 0.5, 1 and 1.5; seeds in brackets):"
+        "ODPO minus DPO at equal KL (mean of KL 0.5, 1 and 1.5; 95% interval over"
+        " seeds, each seed):"
         f" {difference_text(gain)} with gaps of two sizes,"
         f" {difference_text(control_gain)} with the smooth gold."
         f" {others_text}Best reward within KL {KLS}: {best}."
@@ -340,7 +341,7 @@ def calibration(workspace: Workspace) -> tuple[dict, dict]:
     cost_text = "; ".join(f"{name} {difference_text(d)}" for name, d in cost.items())
     findings = (
         f"Chosen log-ratio on the training pairs at the end: {'; '.join(texts)}. Reward at equal KL"
-        f" (0.5 to 1.5), Cal-DPO minus DPO: {cost_text}."
+        f" (0.5 to 1.5), Cal-DPO minus DPO (95% interval over seeds, each seed): {cost_text}."
     )
     result = {"holds": bool(holds), "found": findings, "chosen_logratio": numbers, "cost": cost}
     return result, {

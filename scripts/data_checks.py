@@ -14,9 +14,9 @@ from tqdm import tqdm
 from preflab.batching.chat import end_of_turn
 from preflab.batching.summary import histogram
 from preflab.batching.token_store import CHUNK, render_prompt, tokenise, truncate
-from preflab.evaluation.win_rates import wilson
 from preflab.readers.messages import Unended
 from preflab.readers.records import Record, Source
+from preflab.reports.statistics import wilson
 
 
 class Check(NamedTuple):

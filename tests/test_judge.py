@@ -10,8 +10,9 @@ import pytest
 from conftest import ROOT, write_jsonl
 
 from preflab.evaluation import win_rates
-from preflab.evaluation.win_rates import both_orders, fill, pair_up, read_verdict, wilson, win_rate
+from preflab.evaluation.win_rates import both_orders, fill, pair_up, read_verdict, win_rate
 from preflab.reports.run_files import read_json, read_jsonl
+from preflab.reports.statistics import share_interval, wilson
 from preflab.rewards.llm_client import Endpoint, EndpointError
 from utils import DataError
 
@@ -122,7 +123,7 @@ def test_a_win_rate_by_hand():
     assert (
         rate["pairs"] == 3
         and rate["prompts"] == 2
-        and (rate["low"], rate["high"]) == wilson(0.5, 2)
+        and (rate["low"], rate["high"]) == share_interval([[1.0, 0.5], [0.0]])
     )
     assert win_rate(pairs[3:], "reward")["win_rate"] is None
 

@@ -27,7 +27,7 @@ from preflab.reports.runs import (
     group_runs,
     training_names,
 )
-from preflab.reports.statistics import bootstrap, envelope, paired_difference
+from preflab.reports.statistics import envelope, over_seeds_and_prompts, paired_difference
 from preflab.reports.sweep import write_comparison
 from preflab.reports.tables import evaluation_table, latex, summary_table, verdict
 from utils import ConfigError, DataError, mean_and_error
@@ -312,8 +312,7 @@ def test_a_sweep_is_compared_with_seeds_aggregated(tmp_path):
     assert (dpo["loss.name"], dpo["seeds"], dpo["state"]) == ("dpo", "2", "finished")
     assert float(dpo["policy_reward"]) == pytest.approx(1.3)
     assert float(dpo["policy_reward_se"]) == pytest.approx(error)
-    assert float(dpo["policy_reward_low"]) == pytest.approx(1.2)
-    assert float(dpo["policy_reward_high"]) == pytest.approx(1.4)
+    assert dpo["policy_reward_low"] == dpo["policy_reward_high"] == ""  # two seeds: no interval
     assert (odpo["loss.name"], odpo["state"]) == ("odpo", "0 of 1 finished, unknown")
     assert float(odpo["policy_reward"]) == pytest.approx(1.4)
     assert odpo["policy_reward_se"] == ""
@@ -398,25 +397,51 @@ def test_long_runs_are_thinned(tmp_path):
     assert 1000 < len(x) == len(y) <= 3 * MAX_POINTS
 
 
-def test_mean_error_and_bootstrap_against_numpy():
+def test_mean_and_error_against_numpy():
     values = [0.3, 0.9, 0.1, 0.5]
     mean, error = mean_and_error(values)
     assert mean == pytest.approx(np.mean(values))
     assert error == pytest.approx(np.std(values, ddof=1) / 2)
     assert mean_and_error([]) == (None, None)
     assert mean_and_error([2.0]) == (2.0, None)
-    low, high = bootstrap(np.random.default_rng(0).normal(size=400))
-    width = 2 * 1.96 / math.sqrt(400)  # for the mean of 400 standard normals
-    assert high - low == pytest.approx(width, rel=0.1)
-    assert bootstrap([1.0]) == (None, None)
 
 
 def test_differences_are_paired_by_seed():
     difference = paired_difference({"0": 1.0, "1": 5.0, "2": 9.0}, {"0": 0.5, "1": 4.0, "3": 0.0})
     assert difference["mean"] == pytest.approx(0.75)
     assert difference["se"] == pytest.approx(0.25)
-    assert difference["seeds"] == 2
+    assert difference["seeds"] == 2 and difference["low"] is None
     assert paired_difference({"0": 1.0}, {"1": 1.0}) is None
+
+
+def test_a_difference_is_over_seeds_and_prompts_where_they_share_them(tmp_path):
+    rewards = {"dpo": [[1.0, 2.0], [2.0, 2.0], [1.0, 3.0]], "odpo": [[2, 3], [3, 3.5], [2, 4.5]]}
+    for loss, of_loss in rewards.items():
+        for seed, of_seed in enumerate(of_loss):
+            mean = sum(of_seed) / 2
+            folder = make_run(
+                tmp_path / f"{loss}{seed}",
+                loss=loss,
+                seed=seed,
+                summary=SUMMARY | {"policy_reward": mean, "eval_loss": 0.5 + seed / 10},
+            )
+            row = {"split": "eval", "examples": 9, "samples_eval/kl": 1.0}
+            write_jsonl(folder / "metrics.jsonl", [row | {"samples_eval/policy_reward": mean}])
+            samples = [
+                {"prompt": p, "examples": 9, "kl": 1.0, "policy_reward": {"lexicon": reward}}
+                for p, reward in zip("ab", of_seed, strict=True)
+            ]
+            write_jsonl(folder / "samples.jsonl", samples)
+    text = write_comparison(tmp_path, find_runs(tmp_path)[0])
+    [reward] = [r for r in read_csv(tmp_path / "differences.csv") if r["metric"] == "policy_reward"]
+    gaps = np.array([[1, 1], [1, 1.5], [1, 1.5]])
+    expected = over_seeds_and_prompts(gaps)
+    assert float(reward["low"]) == pytest.approx(expected.low) and reward["prompts"] == "2"
+    assert "policy_reward: over seeds and prompts." in text
+    assert "All runs share" in text and "the data" in text
+    # ... and losses on different scales are not subtracted.
+    assert "eval_loss" not in {r["metric"] for r in read_csv(tmp_path / "differences.csv")}
+    assert "Held-out losses are compared where the loss" in text
 
 
 def test_the_envelope_is_the_running_maximum_and_ends_with_the_data():

@@ -10,6 +10,7 @@ from omegaconf import OmegaConf
 
 from preflab.batching.chat import PromptText
 from preflab.reports.run_files import read_config, read_jsonl
+from preflab.reports.statistics import share_interval
 from preflab.rewards.llm_client import Endpoint
 from utils import DataError, atomic_write
 
@@ -271,13 +272,16 @@ def both_orders(first: str | None, second: str | None) -> float | None:
 def win_rate(pairs: list[dict], by: str) -> dict:
     """The win rate of one comparison, from 0 to 1, with its 95% interval and the counts behind it.
 
-    A tie counts 1/2. The interval takes prompts as independent, not pairs. The rate and the
-    interval are None if no pair was judged.
+    A tie counts 1/2. The interval (`share_interval`) is over prompts: the samples of one prompt are
+    not independent. The rate and the interval are None if no pair was judged.
     """
     judged = [pair for pair in pairs if pair["verdict"] is not None]
-    n, prompts = len(judged), len({pair["prompt"] for pair in judged})
+    by_prompt = defaultdict(list)
+    for pair in judged:
+        by_prompt[pair["prompt"]].append(pair["verdict"])
+    n, prompts = len(judged), len(by_prompt)
     rate = math.fsum(pair["verdict"] for pair in judged) / n if n else None
-    low, high = wilson(rate, prompts) if n else (None, None)
+    low, high = share_interval(by_prompt.values()) if n else (None, None)
     counts = {
         name: sum(pair["verdict"] == value for pair in judged)
         for name, value in (("wins", 1.0), ("ties", 0.5), ("losses", 0.0))
@@ -299,14 +303,6 @@ def win_rate(pairs: list[dict], by: str) -> dict:
     }
 
 
-def wilson(rate: float, n: int, z: float = 1.959963984540054) -> tuple[float, float]:
-    """Wilson's score interval for a share `rate` of n trials (Wilson 1927; 95% by default)."""
-    center = rate + z * z / (2 * n)
-    spread = z * math.sqrt(rate * (1 - rate) / n + z * z / (4 * n * n))
-    scale = 1 + z * z / n
-    return max(0.0, (center - spread) / scale), min(1.0, (center + spread) / scale)
-
-
 def table(rates: list[dict]) -> str:
     """One line for each comparison."""
     return "\n".join(map(_table_line, rates))
@@ -318,7 +314,8 @@ def _table_line(rate: dict) -> str:
         settings.insert(0, str(rate["checkpoint"]))
     result = "nothing judged"
     if rate["pairs"]:
-        result = f"{rate['win_rate']:.3f} [{rate['low']:.3f}, {rate['high']:.3f}]"
+        interval = f"[95% over prompts {rate['low']:.3f}, {rate['high']:.3f}]"
+        result = f"{rate['win_rate']:.3f} {interval}"
     counts = ", ".join(
         f"{rate[key]} {key}"
         for key in ("wins", "ties", "losses", "contradictions", "unjudged")

@@ -157,9 +157,11 @@ class Run:
     def frontier(self) -> list[tuple[float, float, float]]:
         """(KL, reward, examples) of every evaluation that sampled the policy as it is; of another
         sampler the logged KL is not that of the distribution that was sampled."""
-        return [
-            tuple(row[name] for name in FRONTIER) for row in self._points() if not self.sampler(row)
-        ]
+        return [tuple(row[name] for name in FRONTIER) for row in self.frontier_rows()]
+
+    def frontier_rows(self) -> list[dict]:
+        """The rows of metrics.jsonl of these evaluations."""
+        return [row for row in self._points() if not self.sampler(row)]
 
     def n_beside_frontier(self) -> int:
         """Number of evaluations with a KL and a reward that `frontier` leaves out."""
@@ -198,10 +200,14 @@ class Run:
 
     def samples(self) -> list[dict]:
         """Samples of the last evaluation in training, or of all evaluated checkpoints."""
-        rows = read_jsonl(self.folder / "samples.jsonl")
+        rows = self.all_samples()
         if not rows or "checkpoint" in rows[-1]:
             return rows
         return [row for row in rows if row.get("examples") == rows[-1].get("examples")]
+
+    def all_samples(self) -> list[dict]:
+        """Samples of every evaluation."""
+        return read_jsonl(self.folder / "samples.jsonl")
 
     def setting(self, key: str) -> str:
         """The value of a dotted config key as text, and "-" if the run does not have the key."""
@@ -293,6 +299,11 @@ class Group:
     def sampler(self) -> str:
         """`other_sampler` of the evaluations of its runs."""
         return " or ".join(sorted({run.sampler() for run in self.runs} - {""}))
+
+    def same_loss(self, other: "Group") -> bool:
+        """Whether the runs of both have one loss with the same settings."""
+        losses = [flatten(run.config["loss"]) for run in (*self.runs, *other.runs)]
+        return all(loss == losses[0] for loss in losses)
 
     def by_seed(self, name: str) -> dict[str, float]:
         """The final value of a metric for each seed that has one.

@@ -1,6 +1,7 @@
 """The report of a folder of runs: tables, figures and a page that compare them."""
 
 import csv
+import math
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Sequence
 from pathlib import Path
@@ -22,7 +23,8 @@ from preflab.reports.runs import (
     group_runs,
     left_out,
 )
-from preflab.reports.statistics import bootstrap, envelopes, paired_difference
+from preflab.reports.selection import envelopes, has_parts, sampled_evaluations
+from preflab.reports.statistics import Estimate, difference, over_seeds
 from preflab.reports.tables import (
     Table,
     evaluation_table,
@@ -50,6 +52,16 @@ PAIRED = ("policy_reward", "kl", "eval_accuracy", "eval_loss", "policy_length")
 DIGITS = {"pairs_per_second": 1, "policy_length": 1, "kl": 2}  # 3 for other metrics
 
 KL_BUDGETS = (0.25, 0.5, 1.0, 1.5, 2.0, 3.0, 5.0, 8.0)  # nats; columns of the frontier
+
+
+# What a frontier says of the prompts that chose its points.
+PARTS = (
+    "Half of the prompts (dev) choose the best evaluations, the other half (test) give the reward."
+)
+NO_PARTS = (
+    "The same prompts choose the best evaluations and give their reward, which is biased upwards:"
+    " samples.jsonl does not hold the samples of every evaluation."
+)
 
 
 def report_folder(folder: Path, baseline: dict[str, str] | None = None) -> tuple[str, bool]:
@@ -107,7 +119,11 @@ def write_comparison(
         pictures=save_figures(folder, _figures(groups, evaluations, winrates, samples)),
         samples=_samples_side_by_side(groups),
     )
-    return "\n\n".join([*problems, *(f"{table.title}\n{table.as_text()}" for table in tables)])
+    return "\n\n".join([*problems, *map(_as_text, tables)])
+
+
+def _as_text(table: Table) -> str:
+    return "\n".join([table.title, table.as_text(), *table.notes])
 
 
 def _warnings(runs: list[Run]) -> list[str]:
@@ -121,7 +137,7 @@ def _warnings(runs: list[Run]) -> list[str]:
             warnings.append(
                 f"{run.folder}: {n_missing:,} values of metrics.jsonl are null, NaN or infinite"
             )
-    for key, difference in (
+    for key, what in (
         ("datasets", "on different data"),
         ("reward.name", "with different rewards"),
         ("model.name_or_path", "of different models"),
@@ -130,7 +146,7 @@ def _warnings(runs: list[Run]) -> list[str]:
         values = sorted({run.setting(key) for run in runs})
         if len(values) > 1:
             warnings.append(
-                f"These runs were evaluated {difference} ({', '.join(values)}); their numbers are"
+                f"These runs were evaluated {what} ({', '.join(values)}); their numbers are"
                 " not comparable."
             )
     if note := left_out(sum(run.n_beside_frontier() for run in runs)):
@@ -212,14 +228,14 @@ def _heads(groups: list[Group], metrics: Sequence[str]) -> list[str]:
 
 
 def _write_comparison_csv(folder: Path, groups: list[Group]) -> None:
-    """The comparison in full precision, with bootstrap intervals."""
+    """The comparison in full precision, with t intervals over seeds."""
     columns = [f"{name}{suffix}" for name in COMPARED for suffix in ("", "_se", "_low", "_high")]
     rows = [[*groups[0].settings, "seeds", *columns, "state", "sampler"]]
     for group in groups:
         numbers = []
         for name in COMPARED:
-            values = group.by_seed(name).values()
-            numbers += [*mean_and_error(values), *bootstrap(values)]
+            of = over_seeds(group.by_seed(name).values())
+            numbers += [of.mean, of.se, of.low, of.high] if of else [None] * 4
         sampler = group.sampler or "policy"
         rows.append([*group.settings.values(), len(group.runs), *numbers, group.state, sampler])
     _write_csv(folder / "comparison.csv", rows)
@@ -246,41 +262,97 @@ def _find_baseline(groups: list[Group], settings: dict[str, str] | None) -> Grou
 
 
 def _write_differences(folder: Path, groups: list[Group], baseline: Group) -> Table | None:
-    """Every other group minus the baseline, paired by seed; differences.csv has full precision."""
-    rows, numbers = [], []
+    """Every other group minus the baseline, paired by seed and, where all share them, by prompt;
+    differences.csv has full precision."""
+    rows, numbers, spans = [], [], {}
     for group in groups:
         if group is baseline:
             continue
         cells = []
         for name in PAIRED:
-            difference = paired_difference(group.by_seed(name), baseline.by_seed(name))
-            cells.append(_format_difference(difference))
-            if difference:
-                numbers.append([group.name, baseline.name, name, *difference.values()])
+            estimate = _difference(group, baseline, name)
+            cells.append(_format_difference(estimate))
+            if estimate:
+                spans.setdefault(estimate.over, {})[name] = None
+                numbers.append([group.name, baseline.name, name, *_numbers(estimate)])
         rows.append([group.name, *cells])
     if not numbers:
         return None
-    columns = ["group", "baseline", "metric", "mean", "se", "low", "high", "seeds"]
+    columns = ["group", "baseline", "metric", *COLUMNS_OF_A_DIFFERENCE]
     _write_csv(folder / "differences.csv", [columns, *numbers])
     return Table(
-        title=(
-            f"Differences from {baseline.name}, paired by seed: mean ± standard error"
-            " [bootstrap 95%]"
-        ),
+        title=f"Differences from {baseline.name}: mean ± standard error [95% interval]",
         head=["", *_heads(groups, PAIRED)],
         rows=rows,
+        notes=_span_notes(spans, [run for group in groups for run in group.runs]),
     )
 
 
-def _format_difference(difference: dict | None) -> str:
-    if difference is None:
+COLUMNS_OF_A_DIFFERENCE = ("mean", "se", "low", "high", "seeds", "prompts")
+
+
+def _numbers(estimate: Estimate) -> list[float | None]:
+    return [getattr(estimate, column) for column in COLUMNS_OF_A_DIFFERENCE]
+
+
+def _difference(group: Group, baseline: Group, name: str) -> Estimate | None:
+    """`group - baseline` of a metric. None where they share no seed, and of losses that are on
+    different scales."""
+    if name == "eval_loss" and not group.same_loss(baseline):
+        return None
+    tables = [_by_seed_and_prompt(of, name) for of in (group, baseline)]
+    if all(tables):
+        return difference(*tables)
+    ours, theirs = group.by_seed(name), baseline.by_seed(name)
+    return over_seeds(ours[seed] - theirs[seed] for seed in sorted(ours.keys() & theirs.keys()))
+
+
+def _by_seed_and_prompt(group: Group, name: str) -> dict[str, dict[str, float]] | None:
+    """The final values of a metric, {seed: {prompt: value}}; None where there is no value for each
+    prompt, or several runs of a seed."""
+    table: dict[str, dict[str, float]] = {}
+    for run in group.runs:
+        evaluations = sampled_evaluations(run)
+        final = run.latest().get(name)
+        values = evaluations[-1].of(name) if evaluations else {}
+        is_final = is_number(final) and math.isclose(
+            evaluations[-1].mean(name) if values else math.nan, final, abs_tol=1e-6
+        )
+        if not is_final or str(run.seed) in table:
+            return None
+        table[str(run.seed)] = values
+    return table
+
+
+def _format_difference(of: Estimate | None) -> str:
+    if of is None:
         return "-"
-    text = f"{difference['mean']:+.3f}"
-    if difference["se"] is not None:
-        text += f" ± {difference['se']:.3f}"
-    if difference["low"] is not None:
-        text += f" [{difference['low']:+.3f}, {difference['high']:+.3f}]"
-    return text
+    text = f"{of.mean:+.3f}"
+    if of.low is not None:
+        return f"{text} ± {of.se:.3f} [{of.low:+.3f}, {of.high:+.3f}]"
+    return f"{text} ({of.least:+.3f} to {of.greatest:+.3f})" if of.seeds > 1 else text
+
+
+def _span_notes(spans: dict[str, dict[str, None]], runs: list[Run]) -> list[str]:
+    """What the intervals of a table generalise over. spans: metrics by what they are over."""
+    notes = [
+        f"{', '.join(names)}: over {over}." if over else f"{', '.join(names)}: a single seed."
+        for over, names in spans.items()
+    ]
+    if len({run.seed for run in runs}) == 2:
+        notes.append("Two seeds have a range, in parentheses, and no interval.")
+    shared = [
+        what
+        for key, what in (("model.name_or_path", "the start model"), ("datasets", "the data"))
+        if len({run.setting(key) for run in runs}) == 1
+    ]
+    notes.append(
+        "A seed draws the order of the data and the samples."
+        + (f" All runs share {' and '.join(shared)}." if shared else "")
+    )
+    if len({tuple(sorted(map(str, run.config["loss"].items()))) for run in runs}) > 1:
+        notes.append("Held-out losses are compared where the loss and its settings are the same.")
+    return notes
 
 
 def _write_frontier(folder: Path, groups: list[Group]) -> Table | None:
@@ -288,6 +360,7 @@ def _write_frontier(folder: Path, groups: list[Group]) -> Table | None:
     families: dict[str, list[Run]] = defaultdict(list)
     for group in groups:
         families[group.family] += group.runs
+    is_split = all(has_parts(runs) for runs in families.values() if any(r.frontier() for r in runs))
     frontiers = {name: envelopes(runs, KL_BUDGETS) for name, runs in families.items()}
     frontiers = {name: by_seed for name, by_seed in frontiers.items() if by_seed}
     if not frontiers:
@@ -318,7 +391,10 @@ def _write_frontier(folder: Path, groups: list[Group]) -> Table | None:
         title="Best reward within a KL of the policy's samples: mean ± standard error over seeds",
         head=["", *(f"KL {KL_BUDGETS[i]:g}" for i in reached)],
         rows=[[name, *(cell(rewards[i]) for i in reached)] for name, rewards in rewards_at.items()],
-        notes=["A cell is empty (-) unless every seed reaches that KL."],
+        notes=[
+            "A cell is empty (-) unless every seed reaches that KL.",
+            PARTS if is_split else NO_PARTS,
+        ],
     )
 
 

@@ -23,7 +23,7 @@ from preflab.reports.plot_style import (
 )
 from preflab.reports.run_files import is_number
 from preflab.reports.runs import Group, Run, left_out
-from preflab.reports.statistics import envelopes
+from preflab.reports.selection import envelopes
 from utils import mean_and_error
 
 MAX_DRAWN_SAMPLES = 300  # about as many points of a group; all samples count in the line

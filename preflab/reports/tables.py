@@ -73,11 +73,17 @@ def _online_rows(summary: dict) -> list[tuple[str, str]]:
     ]
 
 
+ERRORS = "± is the standard error over prompts, of this run alone"
+
+
 def summary_table(summary: dict) -> str:
     """The numbers of a run as aligned text, with standard errors; "-" for a missing number."""
     rows = summary_rows(summary)
     width = max(len(name) for name, _ in rows)
-    return "\n".join(f"{name:<{width}}  {value:>16}" for name, value in rows)
+    lines = [f"{name:<{width}}  {value:>16}" for name, value in rows]
+    if any("±" in value for _, value in rows):
+        lines.append(ERRORS)
+    return "\n".join(lines)
 
 
 def verdict(summary: dict) -> str:
@@ -92,9 +98,15 @@ def verdict(summary: dict) -> str:
     along = _along(summary)
     scores = f"{policy} against the reference's {reference}, at KL {kl} nats{along}"
     if error is None or abs(gain) <= 2 * error:
-        return f"The policy's samples score {scores}; the difference is within two standard errors."
+        return (
+            f"The policy's samples score {scores}; the difference is within two standard errors"
+            " over prompts."
+        )
     direction = "higher" if gain > 0 else "lower"
-    return f"The policy's samples score {direction}, {scores}: {gain:+.3f} ± {error:.3f}."
+    return (
+        f"The policy's samples score {direction}, {scores}: {gain:+.3f} ± {error:.3f}"
+        " (standard errors over prompts)."
+    )
 
 
 DATA_COLUMNS = (
@@ -157,9 +169,12 @@ def winrate_table(winrates: list[dict]) -> Table | None:
         )
     return Table(
         title="Win rates",
-        head=["", "temperature", "against", "by", "win rate, 95%", *WINRATE_COUNTS],
+        head=["", "temperature", "against", "by", "win rate [95%]", *WINRATE_COUNTS],
         rows=rows,
-        notes=["A tie counts one half, and so does a pair whose two orders contradict each other."],
+        notes=[
+            "A tie counts one half, and so does a pair whose two orders contradict each other."
+            " Intervals are over prompts, of one policy and its samples."
+        ],
     )
 
 
