@@ -35,11 +35,13 @@ LAYERS = [
     ["preflab.checks"],
     ["preflab.execution"],
     ["preflab.api"],
+    ["preflab.study"],
     ["train", "hydra_plugins.preflab"],
     [
         "generate",
         "judge",
         "report",
+        "study",
         "serve_reward",
         "train_risk_preferences",
         "rewards",

@@ -119,7 +119,7 @@ def chosen_mixture(
     """
     points = sorted(
         ((e.mean("kl", part), e.mean("policy_reward", part), e) for e in evaluations),
-        key=lambda point: point[:2],
+        key=lambda point: (point[0], -point[1]),
     )
     points = [point for point in points if not any(math.isnan(x) for x in point[:2])]
     if not points or not points[0][0] <= kl <= points[-1][0]:

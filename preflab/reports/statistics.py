@@ -21,12 +21,33 @@ FEWEST_SEEDS = 3
 
 
 @dataclass(frozen=True)
+class Spread:
+    """Variances of a value: between seeds, between prompts, and of a prompt within a seed."""
+
+    seed: float
+    prompt: float = 0.0
+    rest: float = 0.0
+
+    def error(self, seeds: int, prompts: int) -> tuple[float, float]:
+        """The standard error of a mean over so many seeds and prompts, and the degrees of freedom
+        with which it would be estimated. prompts: 0 for means over seeds alone."""
+        if not prompts:
+            return math.sqrt(self.seed / seeds), seeds - 1.0
+        of_seeds = self.seed / seeds + self.rest / (seeds * prompts)
+        of_prompts = self.prompt / prompts
+        total = of_seeds**2 + of_prompts**2
+        share = np.array(of_prompts**2 / total if total else 0.0)
+        return math.sqrt(of_seeds + of_prompts), float(_mixed_df(share, seeds - 1.0, prompts - 1.0))
+
+
+@dataclass(frozen=True)
 class Estimate:
     """A mean with its 95% interval.
 
     se, df: its standard error and the degrees of freedom of that; None for one value. low, high:
     None for two seeds, whose `least` and `greatest` value are given instead. seeds, prompts: how
     many; `prompts` is 0 where the interval is over seeds alone, which holds the prompts fixed.
+    spread: estimated from two seeds or more.
     """
 
     mean: float
@@ -38,6 +59,7 @@ class Estimate:
     prompts: int
     least: float
     greatest: float
+    spread: Spread | None = None
 
     @property
     def over(self) -> str:
@@ -52,8 +74,10 @@ def over_seeds(values: Iterable[float]) -> Estimate | None:
     if not values:
         return None
     mean, se = mean_and_error(values)
-    df = len(values) - 1.0 if len(values) >= FEWEST_SEEDS else None
-    return _estimate(mean, se, df, seeds=len(values), prompts=0, of_seeds=values)
+    n = len(values)
+    df = n - 1.0 if n >= FEWEST_SEEDS else None
+    spread = Spread(n * se**2) if se is not None else None
+    return _estimate(mean, se, df, n, 0, values, spread)
 
 
 def over_seeds_and_prompts(values: Sequence[Sequence[float]]) -> Estimate:
@@ -71,17 +95,27 @@ def over_seeds_and_prompts(values: Sequence[Sequence[float]]) -> Estimate:
         return _estimate(mean, se, n_prompts - 1.0, 1, n_prompts, of_seeds)
     mean, se, df = (float(value) for value in crossed(table))
     df = df if n_seeds >= FEWEST_SEEDS else None
-    return _estimate(mean, se, df, n_seeds, n_prompts, of_seeds)
+    seed, prompt, rest = (float(square) for square in components(table))
+    spread = Spread(
+        max(seed - rest, 0.0) / n_prompts, max(prompt - rest, 0.0) / n_seeds, max(rest, 0.0)
+    )
+    return _estimate(mean, se, df, n_seeds, n_prompts, of_seeds, spread)
 
 
 def _estimate(
-    mean: float, se: float | None, df: float | None, seeds: int, prompts: int, of_seeds: list[float]
+    mean: float,
+    se: float | None,
+    df: float | None,
+    seeds: int,
+    prompts: int,
+    of_seeds: list[float],
+    spread: Spread | None = None,
 ) -> Estimate:
     half = None
     if se is not None and df is not None:
         half = float(t_quantile(0.5 + CONFIDENCE / 2, df)) * se
     low, high = (None, None) if half is None else (mean - half, mean + half)
-    return Estimate(mean, se, df, low, high, seeds, prompts, min(of_seeds), max(of_seeds))
+    return Estimate(mean, se, df, low, high, seeds, prompts, min(of_seeds), max(of_seeds), spread)
 
 
 def components(table: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:

@@ -1,0 +1,261 @@
+"""The file of a study, and the runs that it asks for.
+
+docs/studies.md describes the file. `{work}`, `{seed}` and `{case}` in its texts stand for the
+folder of the study, and the seed and the case of a run.
+"""
+
+import itertools
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from omegaconf import OmegaConf
+from yaml import YAMLError
+
+from preflab.settings.keys import CONFIG_DIR, ROOT
+from preflab.settings.sweep_words import folder_names
+from utils import ConfigError, content_hash, nearest
+
+FOLDER = CONFIG_DIR / "study"
+
+KEYS = {
+    "question": str,
+    "work": str,
+    "baseline": str,
+    "losses": Mapping,
+    "grid": Mapping,
+    "seeds": Sequence,
+    "cases": Mapping,
+    "prepare": Sequence,
+    "config_dir": str,
+    "settings": Sequence,
+    "choose_within_kl": (int, float),
+    "compare": Mapping,
+    "assume": Mapping,
+}
+REQUIRED = ("question", "baseline", "losses", "seeds", "settings", "compare")
+OF_A_LOSS = ("settings", "grid", "seed_offset")
+
+# What can be compared, and whether more is better; None for neither.
+MEASURES = {
+    "policy_reward": True,
+    "win_rate": True,
+    "accuracy": True,
+    "policy_length": None,
+    "kl": None,
+}
+AT_KL = "reward@kl="
+
+
+@dataclass(frozen=True)
+class Step:
+    """A command that makes data or a model before the runs that need it. makes: the file that it
+    writes last."""
+
+    makes: str
+    run: str
+
+
+@dataclass(frozen=True)
+class Arm:
+    """A loss of the study with its grid. settings: overrides. trials: those of each point of the
+    grid, by its name. seed_offset: added to the seeds of its runs."""
+
+    settings: list[str]
+    trials: dict[str, list[str]]
+    seed_offset: int = 0
+
+
+@dataclass(frozen=True)
+class PlannedRun:
+    """A run of a study. name: of its folder below `WORK/runs`. overrides: of train.py."""
+
+    name: str
+    case: str
+    loss: str
+    trial: str
+    seed: int
+    overrides: list[str]
+
+
+@dataclass(frozen=True)
+class Study:
+    """The content of a study's file. text: the file, as it is. cases: overrides by case."""
+
+    name: str
+    text: str
+    question: str
+    work: Path
+    baseline: str
+    arms: dict[str, Arm]
+    seeds: list[int]
+    cases: dict[str, list[str]]
+    prepare: list[Step]
+    config_dir: Path | None
+    settings: list[str]
+    choose_within_kl: float | None
+    compare: dict[str, float]
+    assume: dict[str, dict[str, float]]
+
+    @property
+    def hash(self) -> str:
+        return content_hash(self.text)
+
+    @property
+    def runs_dir(self) -> Path:
+        return self.work / "runs"
+
+    def filled(self, text: str, *, seed: int | str = "{seed}", case: str = "{case}") -> str:
+        """A text with {work}, {seed} and {case} replaced. Other braces stay."""
+        values = {"work": self.work, "seed": seed, "case": case}
+        return re.sub(r"\{(work|seed|case)\}", lambda match: str(values[match[1]]), text)
+
+    def runs(self) -> list[PlannedRun]:
+        """All runs, those of one seed after another, so that a study that is stopped has whole
+        seeds."""
+        return [
+            self._run(seed, case, loss, trial)
+            for seed, case in itertools.product(self.seeds, self.cases)
+            for loss, arm in self.arms.items()
+            for trial in arm.trials
+        ]
+
+    def _run(self, seed: int, case: str, loss: str, trial: str) -> PlannedRun:
+        arm = self.arms[loss]
+        given = [*self.settings, *self.cases[case], *arm.settings, *arm.trials[trial]]
+        parts = [] if case == "-" else [f"case={case}"]
+        parts += [f"loss={loss}", *arm.trials[trial], f"seed={seed}"]
+        [name] = folder_names([parts])
+        overrides = [self.filled(setting, seed=seed, case=case) for setting in given]
+        overrides += [f"seed={seed + arm.seed_offset}", "wandb.enabled=false"]
+        return PlannedRun(name, case, loss, trial, seed, overrides)
+
+    def steps_of(self, run: PlannedRun) -> list[Step]:
+        """What has to be made before a run, in order."""
+        return [
+            Step(*(self.filled(text, seed=run.seed, case=run.case) for text in (s.makes, s.run)))
+            for s in self.prepare
+        ]
+
+    def drawn_by_seed(self) -> list[str]:
+        """What a seed draws: what the intervals over seeds are about."""
+        given = [*self.settings, *(s for of in self.cases.values() for s in of)]
+        drawn = ["the order of the data", "the samples"]
+        if _has_seed(given, "model."):
+            drawn.append("the model that training starts from")
+        if _has_seed(given, "datasets="):
+            drawn.append("the data, with the prompts")
+        return drawn
+
+
+def _has_seed(settings: Sequence[str], begin: str) -> bool:
+    return any(setting.startswith(begin) and "{seed}" in setting for setting in settings)
+
+
+def read_study(name: str) -> Study:
+    """The study of `config/study/NAME.yaml`, or of a path that ends in .yaml.
+
+    Raises ConfigError for a file that is not there, and for a key or a value that is not accepted.
+    """
+    path = Path(name) if name.endswith(".yaml") else FOLDER / f"{name}.yaml"
+    if not path.is_file():
+        names = sorted(file.stem for file in FOLDER.glob("*.yaml"))
+        raise ConfigError(f"study {name}: no such file {path}; {nearest(name, names)}")
+    text = path.read_text(encoding="utf-8")
+    try:
+        content = OmegaConf.to_container(OmegaConf.create(text), resolve=False)
+    except (YAMLError, ValueError) as error:
+        raise ConfigError(f"{path}: not YAML: {error}") from error
+    return parse_study(path.stem, text, content, path)
+
+
+def parse_study(name: str, text: str, content: Any, path: Path) -> Study:
+    """A study from the content of its file, checked. Raises ConfigError."""
+    if not isinstance(content, dict):
+        raise ConfigError(f"{path}: expected keys and values, such as `baseline: dpo`")
+    for key, value in content.items():
+        if key not in KEYS:
+            raise ConfigError(f"{path}: {key}: no such key of a study; {nearest(str(key), KEYS)}")
+        if not isinstance(value, KEYS[key]) or (KEYS[key] is Sequence and isinstance(value, str)):
+            raise ConfigError(f"{path}: {key}={value!r} has another type; see docs/studies.md")
+    if missing := [key for key in REQUIRED if key not in content]:
+        raise ConfigError(f"{path} has no {', '.join(missing)}")
+    arms = {str(k): _arm(path, k, v, content.get("grid", {})) for k, v in content["losses"].items()}
+    study = Study(
+        name=name,
+        text=text,
+        question=content["question"].strip(),
+        work=(ROOT / content.get("work", f"runs/study/{name}")).resolve(),
+        baseline=content["baseline"],
+        arms=arms,
+        seeds=list(content["seeds"]),
+        cases={str(k): _texts(v) for k, v in content.get("cases", {"-": []}).items()},
+        prepare=[_step(path, step) for step in content.get("prepare", [])],
+        config_dir=ROOT / content["config_dir"] if "config_dir" in content else None,
+        settings=_texts(content["settings"]),
+        choose_within_kl=content.get("choose_within_kl"),
+        compare=dict(content["compare"]),
+        assume=dict(content.get("assume", {})),
+    )
+    _check(study, path)
+    return study
+
+
+def _texts(values: Sequence) -> list[str]:
+    return [str(value) for value in values or ()]
+
+
+def _step(path: Path, step: Any) -> Step:
+    if not isinstance(step, Mapping) or set(step) != {"makes", "run"}:
+        raise ConfigError(f"{path}: prepare: each step has `makes` and `run`, and is {step!r}")
+    return Step(str(step["makes"]), str(step["run"]))
+
+
+def _arm(path: Path, name: str, given: Any, grid: Mapping) -> Arm:
+    """A loss of the study. given: {settings, grid, seed_offset}, each of which may be left out, or
+    null for `loss=NAME` with the grid of the study."""
+    given = {} if given is None else given
+    if not isinstance(given, Mapping) or (unknown := set(given) - set(OF_A_LOSS)):
+        found = sorted(unknown) if isinstance(given, Mapping) else repr(given)
+        raise ConfigError(f"{path}: losses.{name}: {found}; accepted: {', '.join(OF_A_LOSS)}")
+    grid = given.get("grid", grid)
+    points = itertools.product(*([f"{key}={v}" for v in values] for key, values in grid.items()))
+    trials = {" ".join(point) or "-": list(point) for point in points}
+    settings = _texts(given.get("settings", [f"loss={name}"]))
+    return Arm(settings, trials, int(given.get("seed_offset", 0)))
+
+
+def _check(study: Study, path: Path) -> None:
+    """Refuse a study that cannot be answered. Raises ConfigError."""
+    if study.baseline not in study.arms:
+        raise ConfigError(
+            f"{path}: baseline={study.baseline} is no loss of the study;"
+            f" {nearest(study.baseline, study.arms)}"
+        )
+    counts = {name: len(arm.trials) for name, arm in study.arms.items()}
+    if len(set(counts.values())) > 1:
+        raise ConfigError(
+            f"{path}: every loss needs the same number of trials, because the best of more trials"
+            f" looks better; there are {counts}"
+        )
+    if len(set(study.seeds)) < len(study.seeds) or not all(
+        isinstance(seed, int) and seed >= 0 for seed in study.seeds
+    ):
+        raise ConfigError(f"{path}: seeds={study.seeds} must be different whole numbers from 0")
+    for measure, margin in study.compare.items():
+        if not _is_measure(measure):
+            accepted = f"{', '.join(MEASURES)}, or {AT_KL}NUMBER"
+            raise ConfigError(f"{path}: compare: {measure}; accepted: {accepted}")
+        if not isinstance(margin, (int, float)) or margin <= 0:
+            raise ConfigError(
+                f"{path}: compare: {measure}: {margin!r} must be the smallest difference that"
+                " matters, a number above 0"
+            )
+    if unknown := set(study.assume) - set(study.compare):
+        raise ConfigError(f"{path}: assume: {', '.join(unknown)} is not among `compare`")
+
+
+def _is_measure(name: str) -> bool:
+    return name in MEASURES or bool(re.fullmatch(re.escape(AT_KL) + r"\d+(\.\d+)?", name))
