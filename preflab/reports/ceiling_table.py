@@ -7,7 +7,7 @@ import numpy as np
 
 from preflab.reports.ceiling import Ceiling, best_of_n, ceiling
 from preflab.reports.runs import Group, Run
-from preflab.reports.statistics import envelopes
+from preflab.reports.selection import envelopes
 from preflab.reports.tables import Table
 from utils import mean_and_error
 
