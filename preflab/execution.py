@@ -68,7 +68,14 @@ logger = logging.getLogger(__name__)
 
 # Modules beside this package that add to its registries. They import the package, so that it names
 # them here once and imports them by name.
-BUILT_IN = ("losses", "list_losses", "token_losses", "preference_datasets", "trainers")
+BUILT_IN = (
+    "losses",
+    "pair_losses",
+    "list_losses",
+    "token_losses",
+    "preference_datasets",
+    "trainers",
+)
 LOG = "train.log"
 
 

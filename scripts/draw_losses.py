@@ -19,6 +19,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import list_losses  # noqa: F401  registers losses
 import losses  # noqa: F401  registers losses
+import pair_losses  # noqa: F401  registers losses
 import preference_datasets  # noqa: F401  registers the datasets
 import token_losses  # noqa: F401  registers losses
 from preflab.objective.registry import BoundLoss, bind_loss
@@ -54,17 +55,23 @@ def bound_losses() -> dict[str, BoundLoss]:
 
 
 def depends_on_gap_only(loss: BoundLoss) -> bool:
-    """Whether the loss is the same for other log-ratios with the same gap."""
-    if loss.examples != "pairs" or loss.couples_batch or loss.reads != {"reference"}:
+    """Whether the loss is the same for other log-ratios with the same gap, and for another
+    reference."""
+    reads_more = loss.reads != {"reference"} or loss.columns
+    if loss.examples != "pairs" or loss.couples_batch or reads_more:
         return False
-    return all(torch.allclose(values(loss, share), values(loss, 1.0)) for share in (0.0, 0.3))
+    others = [values(loss, share, reference=ref) for share, ref in ((0, 0), (0.3, 0), (1, -3))]
+    return all(torch.allclose(other, values(loss, 1.0)) for other in others)
 
 
-def values(loss: BoundLoss, share: float, gaps: torch.Tensor = GAPS) -> torch.Tensor:
+def values(
+    loss: BoundLoss, share: float, gaps: torch.Tensor = GAPS, reference: float = 0.0
+) -> torch.Tensor:
     """The loss at each gap, (gaps,). The chosen response's log-ratio is `share` of the gap, and the
-    rejected one's is minus the rest."""
+    rejected one's is minus the rest. reference: its log-prob of the chosen response; that of the
+    rejected one is 0."""
     zero = torch.zeros_like(gaps)
-    chosen = Side(policy_logps=share * gaps, reference_logps=zero)
+    chosen = Side(policy_logps=share * gaps + reference, reference_logps=zero + reference)
     rejected = Side(policy_logps=(share - 1) * gaps, reference_logps=zero)
     return loss(Pair(chosen, rejected)).losses
 

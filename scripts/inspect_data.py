@@ -25,6 +25,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import list_losses  # noqa: F401  registers losses
 import losses  # noqa: F401  registers losses
+import pair_losses  # noqa: F401  registers losses
 import preference_datasets  # noqa: F401  registers the datasets
 import token_losses  # noqa: F401  registers losses
 import trainers  # noqa: F401  registers the trainers

@@ -25,14 +25,32 @@ os.environ |= {
 
 import pytest
 import torch
+from omegaconf import OmegaConf
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFast
 from warm_python import run_script
 
 from preflab.execution import register_built_in
+from preflab.objective.registry import LOSSES, bind_loss
 
 ROOT = Path(__file__).resolve().parent.parent
 register_built_in()
+
+
+def losses_to_run() -> list[str]:
+    """The losses that whole commands are tried with: of those in pair_losses.py one for each set of
+    inputs that no other has, since what differs besides is a function of tensors, tested as one.
+    """
+    seen, names = set(), []
+    for name in sorted(LOSSES, key=lambda n: LOSSES[n].function.__module__ == "pair_losses"):
+        config = OmegaConf.load(ROOT / "config" / "loss" / f"{name}.yaml")
+        loss = bind_loss(OmegaConf.to_container(config))
+        inputs = (loss.examples, loss.reads, loss.columns, loss.couples_batch)
+        if LOSSES[name].function.__module__ != "pair_losses" or inputs not in seen:
+            names.append(name)
+        seen.add(inputs)
+    return sorted(names)
+
 
 SMALL = {
     "hidden_size": 32,

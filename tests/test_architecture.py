@@ -21,6 +21,7 @@ LAYERS = [
     ["preflab.objective", "preflab.distributed", "preflab.readers", "preflab.reports"],
     [
         "losses",
+        "pair_losses",
         "list_losses",
         "token_losses",
         "preference_datasets",
@@ -51,7 +52,7 @@ LAYERS = [
 # What is optimised, how responses become rows, and where a model lives: no module of one axis
 # imports a module of another.
 AXES = {
-    "objective": ["preflab.objective", "losses", "list_losses", "token_losses"],
+    "objective": ["preflab.objective", "losses", "pair_losses", "list_losses", "token_losses"],
     "batching": ["preflab.batching"],
     "parallelism": [
         "preflab.distributed",

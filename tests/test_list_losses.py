@@ -17,7 +17,11 @@ from preflab.objective.types import FIELDS, Pair, Ranking, Side
 from utils import ConfigError, DataError
 
 LISTWISE = [name for name in YAMLS if LOSSES[name].examples == "lists"]
-PAIRWISE = [name for name in YAMLS if LOSSES[name].examples == "pairs"]
+PAIRWISE = [
+    name
+    for name in YAMLS
+    if LOSSES[name].examples == "pairs" and not LOSSES[name].columns(defaults(name))
+]
 
 
 def ranking(*lists: list[tuple]) -> Ranking:
@@ -333,7 +337,7 @@ def test_lipo_says_which_scores_its_gains_have_and_refuses_large_ones():
 
 
 def test_what_lists_may_not_be_used_for():
-    assert LOSS_FILES == ("losses", "list_losses", "token_losses")
+    assert LOSS_FILES == ("losses", "pair_losses", "list_losses", "token_losses")
     with pytest.raises(ConfigError, match="set it to 0"):
         bind_loss(defaults("bradley_terry") | {"all_pairs": True, "sft_weight": 0.1})
 

@@ -31,7 +31,7 @@ from preflab.settings.keys import CONFIG_DIR
 from preflab.settings.run_folder import register_resolvers
 from utils import ConfigError, DataError
 
-LOSS_FILES = ("losses", "list_losses", "token_losses")
+LOSS_FILES = ("losses", "pair_losses", "list_losses", "token_losses")
 YAMLS = sorted(path.stem for path in (CONFIG_DIR / "loss").glob("*.yaml"))
 
 
@@ -595,7 +595,9 @@ def everything(d_w=0.0, d_l=0.0) -> Pair:
         {"chosen_collision": -3, "rejected_collision": -1},
     )
     data = pair(d_w, d_l, **kl, **scores, **collision, **LENGTHS)
-    return replace(data, chosen=with_tokens(data.chosen), rejected=with_tokens(data.rejected))
+    columns = {"from_reference": torch.zeros(1, dtype=torch.float64)}
+    chosen, rejected = with_tokens(data.chosen), with_tokens(data.rejected)
+    return replace(data, chosen=chosen, rejected=rejected, columns=columns)
 
 
 def with_tokens(side: Side) -> Side:
@@ -616,7 +618,7 @@ PAIRWISE = [name for name in YAMLS if LOSSES[name].examples == "pairs" and name 
 
 
 # Where to look for losses that do not pull at policy = reference, with their defaults.
-PULLS_AT = {"slic": (-3, 0), "apo_down": (0, -1), "discopop": (-5, 0)}
+PULLS_AT = {"slic": (-3, 0), "apo_down": (0, -1), "discopop": (-5, 0), "repo": (-10, 0)}
 
 
 @pytest.mark.parametrize("name", PAIRWISE)
