@@ -3,13 +3,15 @@
 import inspect
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import torch
 from torch import Tensor
 
+from preflab.objective.divergences import link_of, reads_logratios_alone, through_link
 from preflab.objective.needs import MadeUp
 from preflab.objective.ranges import (
+    Between,
     NonNegative,
     annotations_of,
     expected,
@@ -21,8 +23,13 @@ from utils import ConfigError, load_module, nearest
 
 EXAMPLES = ("pairs", "targets", "responses", "lists")
 # Keys of the `loss` group that belong to every loss and are handled here, not by the function.
-COMMON_KEYS = {"name", "module", "sft_weight", "weight", "all_pairs"}
-COMMON = {"sft_weight": Annotated[float, NonNegative], "all_pairs": bool}
+COMMON = {
+    "sft_weight": Annotated[float, NonNegative],
+    "all_pairs": bool,
+    "divergence": Literal["reverse_kl", "forward_kl", "js", "alpha"],
+    "divergence_alpha": Annotated[float | None, Between(0, 1, "()")],
+}
+COMMON_KEYS = {"name", "module", "weight", *COMMON}
 Declared = Iterable[str] | Callable[[dict], Iterable[str]]
 
 
@@ -121,7 +128,8 @@ class BoundLoss:
 
     sft_weight: of the likelihood that is added to it. weight: the column of the data by which the
     loss of each pair is multiplied; None for none. all_pairs: a loss of pairs becomes one of lists,
-    the mean over all pairs of a list.
+    the mean over all pairs of a list. divergence, divergence_alpha: what holds the policy to the
+    reference, see `divergences`.
 
     Calling it changes neither the loss nor its input. A loss with means over the steps has them in
     `running`, which moves by `keep` alone.
@@ -134,8 +142,11 @@ class BoundLoss:
         sft_weight: float = 0.0,
         weight: str | None = None,
         all_pairs: bool = False,
+        divergence: str = "reverse_kl",
+        divergence_alpha: float | None = None,
     ):
         self.name = spec.name
+        self.divergence, self._link = divergence, link_of(divergence, divergence_alpha)
         self.all_pairs = all_pairs
         self.examples = "lists" if all_pairs else _declared(spec.examples, settings)
         self.couples_batch = _declared(spec.couples_batch, settings)
@@ -161,14 +172,31 @@ class BoundLoss:
 
     def after(self, data: Pair | Target | Ranking, running: Mapping[str, Tensor]) -> LossOutput:
         """The loss where `running` are the means over the steps so far."""
-        call = self._mean_over_pairs if self.all_pairs else self._spec.function
-        output = call(replace(data, running=running), **self.settings)
+        read = data if self.divergence == "reverse_kl" else through_link(data, self._link)
+        output = self._of_its_own(replace(read, running=running))
         losses = output.losses
         if self.sft_weight:
             losses = losses - self.sft_weight * _mean_logp_of_best(data)
         if self.weight:
             losses = losses * data.columns[self.weight]
         return replace(output, losses=losses)
+
+    def _of_its_own(self, data: Pair | Target | Ranking) -> LossOutput:
+        """What the function returns, without what is common to all losses."""
+        call = self._mean_over_pairs if self.all_pairs else self._spec.function
+        return call(data, **self.settings)
+
+    def check_divergence(self) -> None:
+        """Raise ConfigError if another divergence is set and the loss has no place for it."""
+        if self.divergence == "reverse_kl":
+            return
+        batch = made_up_batch(self, n=32)
+        reason = reads_logratios_alone(self.reads, lambda b: self._of_its_own(b).losses, batch)
+        if reason:
+            raise ConfigError(
+                f"loss.divergence={self.divergence} changes what a loss of log-ratios makes of"
+                f" them, and loss={self.name} {reason}; set it to reverse_kl"
+            )
 
     def _mean_over_pairs(self, ranking: Ranking, **settings: Any) -> LossOutput:
         """The loss of pairs on all pairs of each list, and its mean over them; 0 without a pair."""
@@ -235,9 +263,14 @@ def bind_loss(config: Mapping) -> BoundLoss:
         )
     spec = LOSSES[name]
     settings = {key: value for key, value in config.items() if key not in COMMON_KEYS}
-    sft_weight = config.get("sft_weight") or 0.0
-    all_pairs = config.get("all_pairs") or False
-    _check_settings(spec, settings, {"sft_weight": sft_weight, "all_pairs": all_pairs})
+    common = {
+        "sft_weight": config.get("sft_weight") or 0.0,
+        "all_pairs": config.get("all_pairs") or False,
+        "divergence": config.get("divergence") or "reverse_kl",
+        "divergence_alpha": config.get("divergence_alpha"),
+    }
+    _check_settings(spec, settings, common)
+    sft_weight, all_pairs = common["sft_weight"], common["all_pairs"]
     settings |= prepared(spec.function, settings)
     examples = _declared(spec.examples, settings)
     if all_pairs and (examples != "pairs" or spec.columns(settings)):
@@ -251,7 +284,7 @@ def bind_loss(config: Mapping) -> BoundLoss:
             f" loss={name} {reason}; set it to false"
         )
     weight = config.get("weight")
-    loss = BoundLoss(spec, settings, sft_weight, weight, all_pairs)
+    loss = BoundLoss(spec, settings, weight=weight, **common)
     if sft_weight and (loss.examples not in ("pairs", "lists") or "scalar_head" in loss.reads):
         raise ConfigError(
             f"loss.sft_weight={sft_weight} mixes in a likelihood, which loss={name} does not have;"
@@ -330,6 +363,7 @@ def _try_out(loss: BoundLoss) -> None:
     """Call the loss once on a made-up batch: a slip in a loss or its yaml shows now, not after the
     models are loaded."""
     try:
+        loss.check_divergence()
         output = loss(made_up_batch(loss))
     except (TypeError, AttributeError, KeyError) as error:
         raise ConfigError(
