@@ -74,7 +74,9 @@ def test_every_loss_trains_and_starts_where_it_must(run, imdb_dir, name):
         assert rows[0]["logratios_eval/chosen"] == rows[0]["logratios_eval/rejected"] == 0
         assert rows[0]["rewards_eval/accuracies"] == 0.5  # all ties
         assert rows[0]["samples_eval/kl"] == 0
-    assert rows[-1]["loss/eval"] < rows[0]["loss/eval"]  # and it learns
+    # and it learns; the target of alpha-dpo grows with the gap, and so may its loss
+    key, sign = ("rewards_eval/margins", -1) if name == "alpha-dpo" else ("loss/eval", 1)
+    assert sign * rows[-1][key] < sign * rows[0][key]
 
 
 def test_steps_are_profiled_and_stay_what_they_are(run):
