@@ -7,14 +7,17 @@ write imdb-like files.
 writes data/reviews-train.jsonl and data/reviews-test.jsonl with one response per line: {"prompt",
 "text", "reward", "ended"}; `ended` is false for a response that the limit on its length cut, which
 gets no end token in training. A prompt is text, or a list of chat messages, which goes through the
-model's chat template. Further arguments are overrides, as for train.py: the model, its archive, the
-reward, temperature and seed. Responses are kept in OUTPUT-partial.jsonl as they come, and the same
-command continues after an interruption.
+model's chat template with what "system", "tools" and "chat_template_kwargs" beside it say. The rows
+of conversations have these columns too, with the chat_template_kwargs of the config, so that
+training on them renders the same prompts. Further arguments are overrides, as for train.py: the
+model, its archive, the reward, temperature and seed. Responses are kept in OUTPUT-partial.jsonl as
+they come, and the same command continues after an interruption.
 """
 
 import argparse
 import json
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
@@ -22,10 +25,18 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from omegaconf import OmegaConf
 from tqdm import tqdm
 
-from preflab.batching.chat import PromptText, chat_of, render, response_text, set_chat
+from preflab.batching.chat import (
+    ChatSettings,
+    PromptText,
+    context_columns,
+    render,
+    response_text,
+    set_chat,
+)
 from preflab.modeling.generation import end_tokens, ended, sample
 from preflab.modeling.loading import build_policy, load_tokenizer
-from preflab.readers.messages import Chat, messages_of
+from preflab.readers.columns import prompt_of
+from preflab.readers.messages import Chat
 from preflab.rewards.registry import build_reward
 from preflab.settings.compose import compose
 from preflab.settings.refused import errors_in_one_line
@@ -71,21 +82,21 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
-def _read_prompts(path: Path) -> list[str | list[dict]]:
-    """The distinct prompts of a file, texts or lists of messages."""
+def _read_prompts(path: Path) -> list[str | Chat]:
+    """The distinct prompts of a file, texts or conversations."""
     if not path.is_file():
         raise DataError(f"--prompts {path}: no such file")
     prompts = {}
     for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
         where = f"{path}:{number}"
         try:
-            prompt = json.loads(line)["prompt"]
+            row = json.loads(line)
+            prompt = row["prompt"]
         except (json.JSONDecodeError, KeyError, TypeError) as error:
             raise DataError(f'{where}: expected a JSON object with a "prompt"') from error
-        prompt = messages_of({"prompt": prompt}, "prompt", where) or prompt
-        if not isinstance(prompt, (str, list)):
-            raise DataError(f"{where}: 'prompt' must be text or a list of chat messages")
-        prompts[json.dumps(prompt)] = prompt
+        if not isinstance(prompt, str) or prompt.strip():  # a model may continue nothing too
+            prompt = prompt_of(row, where)
+        prompts.setdefault(prompt if isinstance(prompt, str) else (prompt.key(),), prompt)
     return list(prompts.values())
 
 
@@ -110,12 +121,15 @@ def _settings(config, prompts: list, k: int) -> dict:
     keys = ("model", "reward", "seed", "temperature", "topp", "top_k", "min_p", "max_new_tokens")
     keys += ("max_length", "max_prompt_length", "chat_template_kwargs", "chat_date")
     chosen = OmegaConf.to_container(OmegaConf.masked_copy(config, keys), resolve=True)
-    return chosen | {"k": k, "prompts": content_hash(json.dumps(prompts))}
+    texts = [one if isinstance(one, str) else json.loads(one.to_json()) for one in prompts]
+    return chosen | {"k": k, "prompts": content_hash(json.dumps(texts))}
 
 
 def _sample_and_score(config, prompts: list, k: int, done: PartialFile) -> None:
     tokenizer = load_tokenizer(config.model)
-    set_chat(tokenizer, chat_of(config))
+    values = OmegaConf.to_container(config, resolve=True)
+    chat = ChatSettings(values["chat_template_kwargs"] or {}, values["chat_date"])
+    set_chat(tokenizer, chat)
     policy = build_policy(config.model, trainable=False)
     score, ends = build_reward(config.reward), end_tokens(tokenizer, policy.causal_lm)
     bar = tqdm(total=len(prompts), desc="prompts", unit="prompts", initial=len(done.rows) // k)
@@ -134,11 +148,15 @@ def _sample_and_score(config, prompts: list, k: int, done: PartialFile) -> None:
         )
         texts = [response_text(tokenizer, tokens) for tokens in responses]
         repeated = [prompt for prompt in part for _ in range(k)]
-        shown = [PromptText(one) if isinstance(one, list) else one for one in repeated]
-        rewards = score(shown, texts)
+        rewards = score(list(map(_shown, repeated)), texts)
         done.add(
             [
-                {"prompt": prompt, "text": text, "reward": reward, "ended": ended(tokens, ends)}
+                {
+                    **_columns(prompt, chat.options),
+                    "text": text,
+                    "reward": reward,
+                    "ended": ended(tokens, ends),
+                }
                 for prompt, text, reward, tokens in zip(
                     repeated, texts, rewards, responses, strict=True
                 )
@@ -148,9 +166,24 @@ def _sample_and_score(config, prompts: list, k: int, done: PartialFile) -> None:
     bar.close()
 
 
-def _ids(tokenizer, prompt: str | list[dict]) -> list[int]:
-    if isinstance(prompt, list):
-        text = render(tokenizer, Chat(prompt), generation_prompt=True, where="--prompts")
+def _shown(prompt: str | Chat) -> str:
+    """A prompt as rewards get it."""
+    if isinstance(prompt, str):
+        return prompt
+    return PromptText(prompt.messages, prompt.tools, prompt.options)
+
+
+def _columns(prompt: str | Chat, options: dict) -> dict:
+    """The columns of a prompt. options: those that the template gets in every conversation."""
+    if isinstance(prompt, str):
+        return {"prompt": prompt}
+    chat = replace(prompt, options={**options, **prompt.options})
+    return {"prompt": chat.messages, **context_columns(chat)}
+
+
+def _ids(tokenizer, prompt: str | Chat) -> list[int]:
+    if isinstance(prompt, Chat):
+        text = render(tokenizer, prompt, generation_prompt=True, where="--prompts")
         return tokenizer(text, add_special_tokens=False)["input_ids"]
     bos = [tokenizer.bos_token_id] if tokenizer.bos_token_id is not None else []
     return bos + tokenizer(prompt, add_special_tokens=False)["input_ids"]

@@ -4,7 +4,8 @@
         [reward.key=value ...]
 
 The file has {"prompt" or "question", "response"} on each line, as generate.py writes them, or is a
-JSON list of such rows; "messages", or a prompt that is a list of messages, is a conversation.
+JSON list of such rows; "messages", or a prompt that is a list of messages, is a conversation, and
+"tools" and "chat_template_kwargs" beside it belong to it.
 outs.scored.jsonl gets every row with its "score" and its "length" in words.
 outs.scored.summary.json gets the reward's settings, the mean score, its standard error and the mean
 length, which are printed too. Scores are kept in outs.scored.partial.jsonl as they come, and the
@@ -22,7 +23,7 @@ from tqdm import tqdm
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from preflab.batching.chat import PromptText
-from preflab.readers.messages import messages_of
+from preflab.readers.messages import chat, messages_of
 from preflab.rewards.registry import build_reward
 from preflab.settings.compose import compose
 from preflab.settings.refused import errors_in_one_line
@@ -116,8 +117,9 @@ def _check_row(row, where: str) -> None:
 def _prompt(row: dict, where: str = ""):
     """The prompt for a reward, a conversation with its messages."""
     for key in ("messages", "prompt"):
-        if isinstance(row.get(key), list):
-            return PromptText(messages_of(row, key, where))
+        if (messages := messages_of(row, key, where)) is not None:
+            conversation = chat(row, messages, where)
+            return PromptText(conversation.messages, conversation.tools, conversation.options)
     return row.get("prompt", row.get("question"))
 
 

@@ -353,9 +353,8 @@ def test_the_date_is_a_setting_and_part_of_the_key(monkeypatch):
 def test_options_of_the_config_and_of_a_row_reach_the_template():
     tokenizer = tokenizer_with(TOOLS)
     plain = tokenizer.decode(conversation_ids(tokenizer, chat("hi"), "<think></think>ho")[0])
-    row = conversation_ids(
-        tokenizer, chat("hi"), "<think></think>ho", options={"enable_thinking": False}
-    )
+    without = Chat(chat("hi"), options={"enable_thinking": False})
+    row = conversation_ids(tokenizer, without, "<think></think>ho")
     before = tokenizer_hash(tokenizer)
     set_chat(tokenizer, ChatSettings({"enable_thinking": False}))
     of_config = conversation_ids(tokenizer, chat("hi"), "<think></think>ho")

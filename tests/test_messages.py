@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -21,22 +22,39 @@ from conftest import (
     write_jsonl,
 )
 from script_calls import call
-from test_chat import CHATML, chat, tokenizer_with
-from transformers import AutoConfig, AutoModelForSequenceClassification
+from test_chat import CHATML, LLAMA3, TOOLS, chat, tokenizer_with
+from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceClassification
 
 from preflab.batching.chat import (
+    ChatSettings,
     PromptText,
+    chat_of_prompt,
     conversation_ids,
-    messages_of_prompt,
+    prompt_columns,
+    prompt_key,
+    prompt_of_columns,
     turn_end,
 )
+from preflab.batching.token_store import prepare
 from preflab.evaluation.win_rates import pair_up
-from preflab.online.service import Predict, _problem_of_messages, _prompts_of
-from preflab.rewards.http_client import _messages
-from preflab.rewards.models import _chat_ids
-from preflab.rewards.registry import build_reward
+from preflab.modeling.generation import sample
+from preflab.online.ledger import Ledger, ledger_row
+from preflab.online.rollouts import Rollouts
+from preflab.online.service import (
+    Predict,
+    Train,
+    _problem_of_messages,
+    _prompts_of,
+    _rollouts_of,
+)
+from preflab.readers.messages import Chat
+from preflab.readers.registry import open_dataset
+from preflab.rewards.http_client import conversation_fields
+from preflab.rewards.models import _chat_ids, _joined, _own_chat, _own_ids
+from preflab.rewards.registry import REWARDS, RewardError, build_reward, register_reward
 from scripts import build_preferences, score_rewards
-from utils import load_module
+from scripts.partial_file import PartialFile
+from utils import TRAINING_CONFIG, DataError, load_module
 
 SEES = """
 import json
@@ -120,12 +138,12 @@ def test_a_chat_reward_model_gets_the_ids_it_was_trained_on(tmp_path):
 
 def test_messages_travel_over_http():
     prompts = [PromptText(chat("hi", "ho", "and?")), "text"]
-    payload = _messages(prompts)
+    payload = conversation_fields(prompts)
     assert payload["messages"] == [chat("hi", "ho", "and?"), chat("text")]
-    assert _messages(["text"]) == {}
+    assert conversation_fields(["text"]) == {}
     request = Predict(prompts=list(map(str, prompts)), responses=["a", "b"], **payload)
     received = _prompts_of(request)
-    assert [messages_of_prompt(prompt) for prompt in received] == payload["messages"]
+    assert [chat_of_prompt(prompt).messages for prompt in received] == payload["messages"]
     assert received == prompts and _problem_of_messages(request) is None
     request.messages = [[{"role": "user"}], []]
     assert "no 'content'" in _problem_of_messages(request)
@@ -236,7 +254,7 @@ def test_an_online_run_on_conversations_is_stopped_and_continued(chat_model, tmp
 def test_a_judge_by_reward_gets_the_messages(tmp_path):
     rows = [{"prompt": "text", "messages": chat("hi", "ho", "and?"), "policy": "a", "chosen": "b"}]
     [pair] = pair_up(rows, "chosen")
-    assert messages_of_prompt(pair["prompt"]) == chat("hi", "ho", "and?")
+    assert pair["prompt"].messages == chat("hi", "ho", "and?")
     assert json.loads(json.dumps(pair["prompt"])) == str(PromptText(chat("hi", "ho", "and?")))
 
 
@@ -262,3 +280,165 @@ def test_a_reward_model_trained_here_is_scored_on_the_ids_it_was_trained_on(chat
 def test_an_empty_answer_is_the_end_alone():
     tokenizer = tokenizer_with(CHATML)
     assert conversation_ids(tokenizer, chat("hi"), "")[1] == [turn_end(tokenizer).token]
+
+
+# -------------------------------------------------------------------------------- tools and options
+
+CLOCK = [{"type": "function", "function": {"name": "clock", "parameters": {}}}]
+
+
+def with_tools(*texts) -> PromptText:
+    return PromptText(chat(*texts), CLOCK, {"enable_thinking": False})
+
+
+def test_tools_and_options_travel_with_a_prompt(tmp_path):
+    """In files, in checkpoints, over HTTP, in the ledger, and to rewards that read chats."""
+    prompt, other = with_tools("hi", "ho", "time?"), PromptText(chat("hi", "ho", "time?"))
+    assert prompt == other and prompt_key(prompt) != prompt_key(other)
+    written = json.loads(json.dumps(prompt_columns(prompt)))
+    assert written["tools"] == CLOCK and prompt_of_columns(written).chat == prompt.chat
+    assert prompt_columns(other).keys() == {"prompt", "messages"}
+    torch.save({"pool": [prompt]}, tmp_path / "state.pt")
+    with torch.serialization.safe_globals([PromptText]):
+        state = torch.load(tmp_path / "state.pt", weights_only=True)
+    assert state["pool"][0].chat == prompt.chat
+    request = Predict(
+        prompts=[prompt, "text"], responses=["a", "b"], **conversation_fields([prompt, "text"])
+    )
+    assert _problem_of_messages(request) is None
+    assert _prompts_of(request)[0].chat == prompt.chat
+    for broken in ({"tools": [CLOCK]}, {"messages": None}):
+        assert _problem_of_messages(request.model_copy(update=broken))
+    keys = [
+        _rollouts_of(
+            Train(id="1", round=1, prompts=[one], responses=[["a", "b"]],
+                  **conversation_fields([one])),
+            1,
+        ).keys
+        for one in (prompt, other)
+    ]  # fmt: skip
+    assert keys[0] != keys[1]
+    rollouts = Rollouts(1, [0], [prompt], [[1]], [["a", "b"]], [[[2], [3]]])
+    ledger = Ledger(tmp_path / "labels.jsonl", None)
+    ledger.buy([ledger_row(rollouts, 0, (0, 1))], lambda prompts, responses: [1.0, 2.0])
+    [row] = Ledger(tmp_path / "labels.jsonl", None).rows
+    assert row["prompt"].chat == prompt.chat
+
+
+def test_a_reward_that_reads_chats_gets_tools_and_options():
+    seen = []
+
+    @register_reward("reads_chats", reads_chats=True)
+    def reads_chats():
+        return lambda prompts, responses: [seen.append(one) or 0.0 for one in prompts]
+
+    try:
+        build_reward({"name": "reads_chats"})([with_tools("time?"), "text"], ["a", "b"])
+    finally:
+        del REWARDS["reads_chats"]
+    assert seen == [with_tools("time?").chat, Chat(chat("text"))]
+
+
+def test_a_file_of_build_preferences_trains_with_the_ids_it_was_sampled_with(
+    tmp_path, monkeypatch, capsys
+):
+    # The last answer begins as the generation prompt ends, as in Qwen3's template.
+    template = TOOLS.replace(
+        "{% else %}{{ m['content'] }}",
+        "{% else %}{% if loop.last and m['role'] == 'assistant' and enable_thinking is false %}"
+        "<think></think>{% endif %}{{ m['content'] }}",
+    )
+    tokenizer, model = tokenizer_with(template), make_model("llama")
+    model.resize_token_embeddings(len(tokenizer))
+    model.save_pretrained(tmp_path / "model")
+    tokenizer.save_pretrained(tmp_path / "model")
+    rows = [
+        {"prompt": chat(f"{i}?"), "system": "Be.", "tools": json.dumps(CLOCK)} for i in range(3)
+    ]
+    rows += [
+        {"prompt": json.dumps(chat("a", "b", "0?"))},
+        {"prompt": chat("0?"), "chat_template_kwargs": {"enable_thinking": True}},
+        {"prompt": "text"},
+    ]
+    prompts = write_jsonl(tmp_path / "prompts.jsonl", [*rows, rows[0]])
+    sampled = []
+    monkeypatch.setattr(
+        build_preferences,
+        "sample",
+        lambda *arguments, **more: sampled.extend(arguments[2]) or sample(*arguments, **more),
+    )
+    arguments = build(
+        tmp_path / "model", tmp_path, prompts, "chat_template_kwargs={enable_thinking: false}",
+        "max_length=320", "max_prompt_length=300",
+    )[1:]  # fmt: skip
+    assert call(monkeypatch, build_preferences, *arguments) == 0
+    (tmp_path / "made").mkdir()
+    for split in ("train", "test"):
+        (tmp_path / f"made-{split}.jsonl").rename(tmp_path / "made" / f"{split}.jsonl")
+    trained = []
+    for split in ("train", "test"):
+        store = prepare(
+            open_dataset(str(tmp_path / "made"), split), tokenizer_with(template),
+            max_length=320, max_prompt_length=300, cache_dir=tmp_path / "cache",
+        )  # fmt: skip
+        trained += [store.tokens[begin:end].tolist() for begin, end in store.prompts]
+    assert trained == sampled[::2] and len(trained) == len(rows)  # two responses to each
+    assert tokenizer.decode(trained[0]).count("clock") == 1
+    # a changed input under the partial output is noticed
+    done = PartialFile(tmp_path / "partial.jsonl", {"model": {"archive": str(prompts)}})
+    done.add([{"a": 1}])
+    del done  # which holds the file
+    assert PartialFile(tmp_path / "partial.jsonl", {"model": {"archive": str(prompts)}}).rows
+    prompts.write_text(prompts.read_text() + "\n")
+    with pytest.raises(DataError, match=r"other contents of .*prompts\.jsonl"):
+        PartialFile(tmp_path / "partial.jsonl", {"model": {"archive": str(prompts)}})
+
+
+def test_reward_models_get_tools_options_and_keep_bos(tmp_path):
+    tokenizer = tokenizer_with(TOOLS)
+    prompt = with_tools("time?")
+    whole = tokenizer.apply_chat_template(
+        chat("time?", "noon"), tools=CLOCK, enable_thinking=False, tokenize=False
+    )
+    expected = tokenizer(whole, add_special_tokens=False)["input_ids"]
+    assert _chat_ids(tokenizer, prompt, "noon", None) == expected
+    # as in training: without what the template writes after the end of the turn
+    thought = "<think></think>noon"  # the template's generation prompt begins so
+    before, answer = conversation_ids(tokenizer, prompt.chat, thought)
+    assert _own_ids(tokenizer, prompt, thought, None) == before + answer
+    config = tmp_path / TRAINING_CONFIG
+    config.write_text("chat_template_kwargs: {enable_thinking: false}\nchat_date: '2031-12-05'\n")
+    assert _own_chat(config) == ChatSettings({"enable_thinking": False}, "2031-12-05")
+    tokenizer = tokenizer_with(LLAMA3)
+    for tokenise in (_chat_ids, _own_ids):
+        ids = tokenise(tokenizer, PromptText(chat("a long question")), "yes", None)
+        assert ids[0] == tokenizer.bos_token_id
+        assert tokenise(tokenizer, PromptText(chat("a long question")), "yes", 9) == (
+            ids[:1] + ids[-8:]
+        )
+
+
+def test_conversations_are_scored_by_the_template_of_a_language_model(chat_model, tmp_path):
+    """contrastivedistill: the mean log-prob of all tokens but the first, by a plain forward."""
+    other = tmp_path / "other"
+    shutil.copytree(chat_model, other)
+    model = make_model("llama", seed=1)
+    model.resize_token_embeddings(len(tokenizer_with(CHATML)))
+    model.save_pretrained(other)
+    settings = {"name": "contrastivedistill", "large": str(chat_model), "small": str(other)}
+    prompt = PromptText(chat("hi", "ho", "and?"))
+    before, answer = conversation_ids(tokenizer_with(CHATML), prompt.chat, "yes")
+    ids = before + answer
+    means = []
+    for folder in (chat_model, other):
+        logits = AutoModelForCausalLM.from_pretrained(folder)(torch.tensor([ids])).logits[0]
+        logps = logits.detach().log_softmax(-1)[range(len(ids) - 1), ids[1:]]
+        means.append(float(logps.mean()))
+    [score] = build_reward(settings)([prompt], ["yes"])
+    assert abs(score - (means[0] - means[1])) < 1e-5
+    assert abs(build_reward(settings)([str(prompt)], ["yes"])[0] - score) > 1e-4
+    (other / "chat_template.jinja").unlink()
+    with pytest.raises(RewardError, match=r"reward\.large has a chat template and reward\.small"):
+        build_reward(settings)([prompt], ["yes"])
+    assert _joined(prompt, "yes") == "user: hi\n\nassistant: ho\n\nuser: and?\n\nassistant: yes"
+    assert _joined("text", " yes") == "text yes"

@@ -115,15 +115,13 @@ def _reason(error: Exception) -> str:
 
 def conversation_ids(
     tokenizer,
-    messages: list[dict],
+    chat: Chat | list[dict],
     response: str,
     *,
-    tools: list | None = None,
-    options: dict | None = None,
     where: str = "",
 ) -> tuple[list[int], list[int]]:
     """Token ids of a prompt and of the assistant's response, its end included."""
-    chat = Chat(messages, tools, options or {})
+    chat = Chat(chat) if isinstance(chat, list) else chat
     [prompt], [[ids]], *_ = conversations_ids(tokenizer, [(chat, [response], where)])
     return prompt, ids
 
@@ -369,22 +367,29 @@ def _known_turn_end(tokenizer) -> TurnEnd | None:
 
 
 class PromptText(str):
-    """A conversation as text for people and for rewards that read text, with its messages.
+    """A conversation as text for people and for rewards that read text, with the conversation.
 
-    One message is its content; several are `role: content`, separated by blank lines.
+    One message is its content; several are `role: content`, separated by blank lines. Tools and
+    options of the template are in `chat` alone.
     """
 
-    __slots__ = ("messages",)
+    __slots__ = ("chat",)
 
-    def __new__(cls, messages: list[dict]) -> "PromptText":
+    def __new__(
+        cls, messages: list[dict], tools: list | None = None, options: dict | None = None
+    ) -> "PromptText":
         blocks = [f"{message['role']}: {_content(message)}" for message in messages]
         text = _content(messages[0]) if len(messages) == 1 else "\n\n".join(blocks)
         self = super().__new__(cls, text)
-        self.messages = messages
+        self.chat = Chat(messages, tools, options or {})
         return self
 
+    @property
+    def messages(self) -> list[dict]:
+        return self.chat.messages
+
     def __reduce__(self):
-        return PromptText, (self.messages,)
+        return PromptText, (self.chat.messages, self.chat.tools, self.chat.options)
 
 
 def _content(message: dict) -> str:
@@ -397,19 +402,42 @@ def prompt_text(tokenizer, tokens: list[int], chat: Chat | None) -> str:
     """A prompt for people and rewards: a conversation by its messages, and not by its tokens, whose
     decoded text lacks the markers between them."""
     if chat is not None:
-        return PromptText(chat.messages)
+        return PromptText(chat.messages, chat.tools, chat.options)
     return tokenizer.decode(tokens, skip_special_tokens=True)
 
 
 def prompt_columns(prompt: str) -> dict:
-    """A prompt in a row of a file: its text, and its messages where it is a conversation."""
-    messages = getattr(prompt, "messages", None)
-    return {"prompt": str(prompt)} | ({"messages": messages} if messages else {})
+    """A prompt in a row of a file: its text, and of a conversation its messages, and its tools and
+    options where it has any."""
+    if not isinstance(prompt, PromptText):
+        return {"prompt": str(prompt)}
+    columns = {"messages": prompt.chat.messages, **context_columns(prompt.chat)}
+    return {"prompt": str(prompt), **columns}
 
 
-def messages_of_prompt(prompt: str) -> list[dict]:
-    """The messages of a prompt; text is what a user says."""
-    return getattr(prompt, "messages", None) or [{"role": "user", "content": str(prompt)}]
+def context_columns(chat: Chat) -> dict:
+    """The columns beside the messages of a conversation, as data files have them."""
+    columns = {"tools": chat.tools, "chat_template_kwargs": chat.options}
+    return {name: value for name, value in columns.items() if value}
+
+
+def prompt_of_columns(row: dict) -> str:
+    """The prompt that `prompt_columns` has written to a row."""
+    if not row.get("messages"):
+        return row["prompt"]
+    return PromptText(row["messages"], row.get("tools"), row.get("chat_template_kwargs"))
+
+
+def chat_of_prompt(prompt: str) -> Chat:
+    """The conversation of a prompt; text is what a user says."""
+    if isinstance(prompt, PromptText):
+        return prompt.chat
+    return Chat([{"role": "user", "content": str(prompt)}])
+
+
+def prompt_key(prompt: str) -> str:
+    """Equal for equal prompts. Two conversations may have the same text, and other tools."""
+    return prompt.chat.key() if isinstance(prompt, PromptText) else str(prompt)
 
 
 def response_text(tokenizer, tokens: list[int]) -> str:

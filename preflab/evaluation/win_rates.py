@@ -8,7 +8,7 @@ from pathlib import Path
 
 from omegaconf import OmegaConf
 
-from preflab.batching.chat import PromptText
+from preflab.batching.chat import prompt_key, prompt_of_columns
 from preflab.reports.run_files import read_config, read_jsonl
 from preflab.reports.statistics import share_interval
 from preflab.rewards.llm_client import Endpoint
@@ -97,7 +97,7 @@ def pair_up(rows: list[dict], against: str) -> list[dict]:
             "checkpoint": row.get("checkpoint"),
             "temperature": row.get("temperature"),
             "against": against,
-            "prompt": PromptText(row["messages"]) if row.get("messages") else row["prompt"],
+            "prompt": prompt_of_columns(row),
             "policy": row["policy"],
             "opponent": opponent,
             "rewards": (row.get("policy_reward") or {}, reward or {}),
@@ -126,7 +126,7 @@ def _opponents_in(folder: Path, rows: list[dict]) -> list[dict | None]:
 
 
 def _sample_key(row: dict) -> tuple:
-    return row["prompt"], row.get("temperature"), row.get("sample", 0)
+    return prompt_key(prompt_of_columns(row)), row.get("temperature"), row.get("sample", 0)
 
 
 # ------------------------------------------------------------------------------------------- judges
@@ -278,7 +278,7 @@ def win_rate(pairs: list[dict], by: str) -> dict:
     judged = [pair for pair in pairs if pair["verdict"] is not None]
     by_prompt = defaultdict(list)
     for pair in judged:
-        by_prompt[pair["prompt"]].append(pair["verdict"])
+        by_prompt[prompt_key(pair["prompt"])].append(pair["verdict"])
     n, prompts = len(judged), len(by_prompt)
     rate = math.fsum(pair["verdict"] for pair in judged) / n if n else None
     low, high = share_interval(by_prompt.values()) if n else (None, None)

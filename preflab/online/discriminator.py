@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from transformers import AutoConfig
 
-from preflab.batching.chat import chat_of, set_chat
+from preflab.batching.chat import PromptText, chat_of, set_chat
 from preflab.batching.examples import PreferenceData
 from preflab.batching.packing import Batch, lay_out
 from preflab.batching.token_store import store_of, tokenise, truncate
@@ -270,5 +270,4 @@ def _named_by_its_own_key(settings: Settings):
 
 
 def _as_prompt(prompt: str) -> str | Chat:
-    messages = getattr(prompt, "messages", None)
-    return Chat(messages) if messages else prompt
+    return prompt.chat if isinstance(prompt, PromptText) else prompt

@@ -5,6 +5,7 @@ import math
 import os
 from pathlib import Path
 
+from preflab.batching.chat import prompt_columns, prompt_of_columns
 from preflab.distributed.process_group import ALONE, World
 from preflab.online.rollouts import Rollouts
 from preflab.rewards.registry import RewardError, Score
@@ -70,9 +71,10 @@ def _everywhere(error: PrefLabError) -> PrefLabError:
 class Ledger:
     """All bought gold labels, those of some responses to a prompt a line in `labels.jsonl`.
 
-    A line holds the responses (text and tokens), their scores, the round, and `cost`, the
-    number of labels it took. It is on disk before anything learns from it, and is never bought
-    again: a resumed run reads what was bought after its checkpoint.
+    A line holds the prompt (and its messages, where it is a conversation), the responses (text and
+    tokens), their scores, the round, and `cost`, the number of labels it took. It is on disk before
+    anything learns from it, and is never bought again: a resumed run reads what was bought after
+    its checkpoint.
 
     budget: the number of labels that may be bought; None for any number. oracle: what a label is,
     see `price`.
@@ -146,7 +148,7 @@ class Ledger:
         scores = [[next(flat) for _ in row["responses"]] for row in rows]
         bought = _with_scores(rows, scores, cost)
         with open(self.path, "a", encoding="utf-8") as f:
-            f.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in bought)
+            f.writelines(_line(row) for row in bought)
             f.flush()
             os.fsync(f.fileno())
         return scores
@@ -173,8 +175,13 @@ def _read_ledger(path: Path) -> list[dict]:
             raise _damaged(path, number, f"the line is not JSON ({error})") from error
         if problem := _problem(row):
             raise _damaged(path, number, problem)
-        rows.append(row)
+        rows.append(row | {"prompt": prompt_of_columns(row)})
     return rows
+
+
+def _line(row: dict) -> str:
+    """A row as a line of the file, a prompt that is a conversation with its messages."""
+    return json.dumps(row | prompt_columns(row["prompt"]), ensure_ascii=False) + "\n"
 
 
 def _damaged(path: Path, number: int, problem: str) -> DataError:

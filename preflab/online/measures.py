@@ -3,6 +3,7 @@
 import json
 from pathlib import Path
 
+from preflab.batching.chat import prompt_columns
 from preflab.distributed.process_group import World
 from preflab.evaluation.samples import measure_samples
 from preflab.modeling.generation import end_tokens, ended
@@ -112,7 +113,7 @@ class RoundMeasures:
             for i, prompt in enumerate(rollouts.prompts):
                 row = {
                     "round": rollouts.round,
-                    "prompt": prompt,
+                    **prompt_columns(prompt),
                     "responses": rollouts.responses[i],
                     "scores": label_scores[i],
                     "pair": pairs[i],

@@ -2,6 +2,7 @@
 
 import asyncio
 import hmac
+import itertools
 import json
 import os
 import re
@@ -17,7 +18,7 @@ from starlette.datastructures import Headers
 from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect
 
-from preflab.batching.chat import PromptText
+from preflab.batching.chat import PromptText, chat_of_prompt, context_columns
 from preflab.distributed.process_group import ALONE
 from preflab.online.build import make_labeler
 from preflab.online.rollouts import Rollouts
@@ -41,12 +42,15 @@ _JSON_TEXT = re.compile(rb'"[^"\\]*(?:\\.[^"\\]*)*"', re.DOTALL)
 class Predict(BaseModel):
     """The body of POST /predict: the texts to score, (n,) prompts and (n,) responses.
 
-    messages: those of the prompts, where they are conversations.
+    messages: those of the prompts, where they are conversations. tools, chat_template_kwargs: what
+    their chat template gets beside them, (n,) each.
     """
 
     prompts: list[StrictStr] = Field(max_length=MAX_TEXTS)
     responses: list[StrictStr] = Field(max_length=MAX_TEXTS)
     messages: list[list[dict]] | None = Field(default=None, max_length=MAX_TEXTS)
+    tools: list[list | None] | None = Field(default=None, max_length=MAX_TEXTS)
+    chat_template_kwargs: list[dict | None] | None = Field(default=None, max_length=MAX_TEXTS)
 
 
 class Train(BaseModel):
@@ -62,6 +66,8 @@ class Train(BaseModel):
     responses: list[list[StrictStr]] = Field(max_length=MAX_TEXTS)
     ranks: StrictBool = False
     messages: list[list[dict]] | None = Field(default=None, max_length=MAX_TEXTS)
+    tools: list[list | None] | None = Field(default=None, max_length=MAX_TEXTS)
+    chat_template_kwargs: list[dict | None] | None = Field(default=None, max_length=MAX_TEXTS)
 
 
 class Service:
@@ -228,20 +234,36 @@ class Service:
 
 
 def _prompts_of(request: Predict | Train) -> list[str]:
-    """The prompts, with their messages where the client has sent them."""
+    """The prompts, as conversations where the client has sent their messages."""
     if request.messages is None:
         return request.prompts
-    rows = [{"messages": messages} for messages in request.messages]
-    return [PromptText(messages_of(row, "messages", "messages")) for row in rows]
+    return [
+        PromptText(messages_of({"messages": messages}, "messages", "messages"), tools, options)
+        for messages, tools, options in zip(
+            request.messages,
+            request.tools or itertools.repeat(None),
+            request.chat_template_kwargs or itertools.repeat(None),
+            strict=False,  # as many of each: _problem_of_messages
+        )
+    ]
+
+
+def _context(prompt: str) -> list[str]:
+    """What tells two conversations of the same text apart."""
+    context = context_columns(chat_of_prompt(prompt))
+    return [json.dumps(context, sort_keys=True)] if context else []
 
 
 def _rollouts_of(request: Train, number: int) -> Rollouts:
     """The responses of a request as rollouts of round `number`, without tokens."""
-    texts_of_prompts = zip(request.prompts, request.responses, strict=True)
+    prompts = _prompts_of(request)
     return Rollouts(
         number,
-        keys=[content_hash(prompt, *texts) for prompt, texts in texts_of_prompts],
-        prompts=_prompts_of(request),
+        keys=[
+            content_hash(prompt, *texts, *_context(prompt))
+            for prompt, texts in zip(prompts, request.responses, strict=True)
+        ],
+        prompts=prompts,
         prompt_tokens=[[] for _ in request.prompts],
         responses=request.responses,
         tokens=[[[] for _ in texts] for texts in request.responses],
@@ -374,14 +396,19 @@ def _problem_of_train(request: Train) -> str | None:
 
 def _problem_of_messages(request: Predict | Train) -> str | None:
     """What is wrong with the messages of a request; None if nothing is."""
+    beside = ("tools", "chat_template_kwargs")
     if request.messages is None:
-        return None
-    if len(request.messages) != len(request.prompts):
-        return f"{len(request.messages)} messages and {len(request.prompts)} prompts"
+        unread = [name for name in beside if getattr(request, name) is not None]
+        return f"{' and '.join(unread)} without messages" if unread else None
+    for name in ("messages", *beside):
+        values = getattr(request, name)
+        if values is not None and len(values) != len(request.prompts):
+            return f"{len(values)} {name} and {len(request.prompts)} prompts"
     try:
-        return _too_long([str(prompt) for prompt in _prompts_of(request)])
+        prompts = _prompts_of(request)
     except DataError as error:
         return str(error)
+    return _too_long([text for prompt in prompts for text in (prompt, *_context(prompt))])
 
 
 def _too_long(texts: list[str]) -> str | None:

@@ -1,6 +1,7 @@
 """The report of a folder of runs: tables, figures and a page that compare them."""
 
 import csv
+import json
 import math
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Sequence
@@ -407,8 +408,10 @@ def _samples_side_by_side(groups: list[Group]) -> list[dict]:
             if row.get("sample", 0) != 0 or row.get("policy") is None:
                 continue
             sample = sample_columns(row)
+            # Conversations with the same text may have other tools.
+            parts = [row["prompt"], row.get("tools"), row.get("chat_template_kwargs")]
             entry = entries.setdefault(
-                row["prompt"], {"prompt": row["prompt"], "source": "", "columns": []}
+                json.dumps(parts), {"prompt": row["prompt"], "source": "", "columns": []}
             )
             names = {name for name, *_ in entry["columns"]}
             policies = [column for column in sample["columns"] if column[0] == "policy"]

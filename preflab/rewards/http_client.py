@@ -8,7 +8,7 @@ import time
 from collections.abc import Callable
 from typing import TypeVar
 
-from preflab.batching.chat import messages_of_prompt
+from preflab.batching.chat import PromptText, chat_of_prompt
 from preflab.rewards.registry import RewardError, Score, register_reward
 from utils import content_hash
 
@@ -40,6 +40,9 @@ def http(
     "labels_bought": n, "room": for how many more prompts there can be labels, or null for no
     limit}. A service that learns returns the same answer for an `id` that it has seen before, so a
     request may be repeated.
+
+    Prompts that are conversations are text in "prompts"; "messages", and where there are any
+    "tools" and "chat_template_kwargs", hold them as they are, an entry for each prompt.
 
     token_env: environment variable with a bearer token, if the service needs one.
     timeout: seconds per attempt.
@@ -76,7 +79,7 @@ class _ScoringClient:
         for begin in range(0, len(responses), self.batch_size):
             part = slice(begin, begin + self.batch_size)
             payload = {"prompts": prompts[part], "responses": responses[part]}
-            payload |= _messages(prompts[part])
+            payload |= conversation_fields(prompts[part])
             scores = self._ask("/predict", payload, _read_scores, EXPECTED_SCORES)
             if len(scores) != len(responses[part]):
                 raise RewardError(
@@ -99,7 +102,7 @@ class _ScoringClient:
         of the best and the worst only."""
         payload = {"round": number, "prompts": prompts, "responses": responses}
         payload |= {"ranks": True} if ranks else {}
-        payload |= _messages(prompts)
+        payload |= conversation_fields(prompts)
         payload["id"] = content_hash(run, json.dumps(payload))
         return self._ask(
             "/train", payload, lambda answer: _read_labels(answer, responses), EXPECTED_LABELS
@@ -145,11 +148,18 @@ class _ScoringClient:
         )
 
 
-def _messages(prompts: list[str]) -> dict:
-    """The messages of prompts, where some are conversations."""
-    if not any(hasattr(prompt, "messages") for prompt in prompts):
+def conversation_fields(prompts: list[str]) -> dict:
+    """The fields of a request that hold conversations, one entry for each prompt: the messages
+    where some prompt is a conversation, tools and options of the template where some has any."""
+    if not any(isinstance(prompt, PromptText) for prompt in prompts):
         return {}
-    return {"messages": list(map(messages_of_prompt, prompts))}
+    chats = list(map(chat_of_prompt, prompts))
+    fields = {"messages": [chat.messages for chat in chats]}
+    if any(chat.tools for chat in chats):
+        fields["tools"] = [chat.tools for chat in chats]
+    if any(chat.options for chat in chats):
+        fields["chat_template_kwargs"] = [chat.options for chat in chats]
+    return fields
 
 
 def _summary(response) -> str:

@@ -2,10 +2,19 @@
 
 import re
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
-from preflab.batching.chat import conversation_ids, messages_of_prompt, render
-from preflab.readers.messages import Chat
+import yaml
+
+from preflab.batching.chat import (
+    ChatSettings,
+    PromptText,
+    chat_of_prompt,
+    conversation_ids,
+    render,
+    set_chat,
+)
 from preflab.rewards.registry import RewardError, Score, register_reward
 from utils import TRAINING_CONFIG, ConfigError, first_line, model_folder, nearest
 
@@ -23,7 +32,9 @@ def classifier(
 
     label: its name in the model's config.
     output: "probability", or "log_odds" log p/(1-p).
-    include_prompt: classify prompt and response together instead of the response alone.
+    include_prompt: classify prompt and response together instead of the response alone: one text
+        behind the other; a conversation as `role: content` of each message, the response's too,
+        separated by blank lines.
     """
     import torch  # here, so that checking a config stays light
     from transformers import AutoModelForSequenceClassification, AutoTokenizer
@@ -54,7 +65,7 @@ def classifier(
     def score(prompts: list[str], responses: list[str]) -> list[float]:
         texts = responses
         if include_prompt:
-            texts = [p + r for p, r in zip(prompts, responses, strict=True)]
+            texts = list(map(_joined, prompts, responses))
         values = []
         for begin in range(0, len(texts), batch_size):
             part = texts[begin : begin + batch_size]
@@ -65,6 +76,13 @@ def classifier(
         return values
 
     return score
+
+
+def _joined(prompt: str, response: str) -> str:
+    """Prompt and response as one text."""
+    if isinstance(prompt, PromptText):
+        return str(PromptText(_answered(prompt, response).messages))
+    return prompt + response
 
 
 def _label_logps(logits, index: int):
@@ -93,10 +111,12 @@ def reward_model(
     """The single output of a sequence-classification model for prompt and response together.
 
     path: a folder, a hub id, or a run of loss=bradley_terry, which gets the ids that it was trained
-        on, whatever chat_template says.
+        on, whatever chat_template says, with the chat_template_kwargs and chat_date of its run.
     chat_template: format the conversation with the template of the model's tokenizer (true), or
-        with the given Jinja template; a prompt of text is a user's message.
-    max_length: tokens that are used, from the end (null: as many as the model takes).
+        with the given Jinja template; a prompt of text is a user's message. Tools and options that
+        the row of a conversation has reach the template.
+    max_length: tokens that are used, from the end, behind a BOS that the text begins with (null: as
+        many as the model takes).
     head: the name of the output layer in the weights, if it is not the name that transformers uses;
         the layer is linear, and the model below it is one that transformers has.
     trust_remote_code: run the code that comes with a model of a class that transformers does not
@@ -119,16 +139,16 @@ def reward_model(
     model.config.pad_token_id = tokenizer.pad_token_id
     limit = max_length or getattr(model.config, "max_position_embeddings", None)
     tokenise = _chat_ids if chat_template else _plain_ids
-    if (Path(path) / TRAINING_CONFIG).is_file():  # trained here, by the rules of training
+    if (config := Path(path) / TRAINING_CONFIG).is_file():  # trained here, by the rules of training
         tokenise = _own_ids
+        set_chat(tokenizer, _own_chat(config))
     device = _device()
     model.to(device)
 
     @torch.no_grad()
     def score(prompts: list[str], responses: list[str]) -> list[float]:
         rows = [
-            tokenise(tokenizer, prompt, response, limit)
-            for prompt, response in zip(prompts, responses, strict=True)
+            tokenise(tokenizer, *texts, limit) for texts in zip(prompts, responses, strict=True)
         ]
         check(rows)
         values = [0.0] * len(rows)
@@ -160,22 +180,45 @@ def _load_reward_model(path: str, head: str | None, trust_remote_code: bool) -> 
     return tokenizer, model
 
 
+def _own_chat(file: Path) -> ChatSettings:
+    """What the chat template got in the run that trained a model here."""
+    config = yaml.safe_load(file.read_text(encoding="utf-8"))
+    default = ChatSettings()
+    return ChatSettings(
+        config.get("chat_template_kwargs") or default.options,
+        config.get("chat_date") or default.date,
+    )
+
+
+def _answered(prompt: str, response: str):
+    """The conversation of a prompt, with the response as the answer of the assistant."""
+    chat = chat_of_prompt(prompt)
+    answer = {"role": "assistant", "content": response}
+    return replace(chat, messages=[*chat.messages, answer])
+
+
 def _chat_ids(tokenizer, prompt: str, response: str, limit: int | None) -> list[int]:
     """The ids that the template gives the whole conversation, all of its messages."""
-    messages = [*messages_of_prompt(prompt), {"role": "assistant", "content": response}]
-    text = render(tokenizer, Chat(messages), generation_prompt=False, where="reward.chat_template")
-    ids = tokenizer(text, add_special_tokens=False)["input_ids"]
-    return ids[-limit:] if limit else ids
+    chat = _answered(prompt, response)
+    text = render(tokenizer, chat, generation_prompt=False, where="reward.chat_template")
+    return _last_ids(tokenizer, tokenizer(text, add_special_tokens=False)["input_ids"], limit)
 
 
 def _own_ids(tokenizer, prompt: str, response: str, limit: int | None) -> list[int]:
     """As in training here: conversations by the template up to the end of the turn, others as
     text."""
-    if not hasattr(prompt, "messages"):
+    if not isinstance(prompt, PromptText):
         return _plain_ids(tokenizer, prompt, response, limit)
-    before, answer = conversation_ids(tokenizer, prompt.messages, response)
-    ids = before + answer
-    return ids[-limit:] if limit else ids
+    before, answer = conversation_ids(tokenizer, prompt.chat, response, where="reward.path")
+    return _last_ids(tokenizer, before + answer, limit)
+
+
+def _last_ids(tokenizer, ids: list[int], limit: int | None) -> list[int]:
+    """At most `limit` ids from the end of a conversation, behind BOS where it begins with one."""
+    if not limit or len(ids) <= limit:
+        return ids
+    bos = _bos(tokenizer) if ids[:1] == _bos(tokenizer) else []
+    return [*bos, *ids[len(ids) - (limit - len(bos)) :]]
 
 
 def _plain_ids(tokenizer, prompt: str, response: str, limit: int | None) -> list[int]:
@@ -317,20 +360,29 @@ def contrastivedistill(*, large: str, small: str, batch_size: int = 16) -> Score
     Tokens are those of training: prompt and response are tokenised separately, with BOS first if
     there is one; each model uses its own tokenizer. Without BOS the first token is not scored. A
     text that is too long for a model is cut to its last tokens. An empty response is scored by its
-    prompt, and gets 0 where that is empty too.
+    prompt, and gets 0 where that is empty too. A conversation goes through the chat template of
+    each model, up to the end of the answer's turn, or is text to both where neither has one.
     """
-    large_logps = _mean_logps(large, "reward.large", batch_size)
-    small_logps = _mean_logps(small, "reward.small", batch_size)
+    large_logps, large_chats = _mean_logps(large, "reward.large", batch_size)
+    small_logps, small_chats = _mean_logps(small, "reward.small", batch_size)
 
     def score(prompts: list[str], responses: list[str]) -> list[float]:
+        if large_chats != small_chats and any(isinstance(one, PromptText) for one in prompts):
+            with_one, without = ("large", "small") if large_chats else ("small", "large")
+            raise RewardError(
+                f"contrastivedistill compares two models on one text, and the prompts are"
+                f" conversations: reward.{with_one} has a chat template and reward.{without} has"
+                " none; give two models with a chat template, or two without"
+            )
         both = zip(large_logps(prompts, responses), small_logps(prompts, responses), strict=True)
         return [a - b for a, b in both]
 
     return score
 
 
-def _mean_logps(path: str, key: str, batch_size: int) -> Score:
-    """Mean log p per token under the model at `path`; `key` is the setting that names it."""
+def _mean_logps(path: str, key: str, batch_size: int) -> tuple[Score, bool]:
+    """Mean log p per token under the model at `path`, and whether conversations go through a chat
+    template; `key` is the setting that names it."""
     import torch  # here, so that checking a config stays light
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -354,6 +406,9 @@ def _mean_logps(path: str, key: str, batch_size: int) -> Score:
     limit = getattr(model.config.get_text_config(), "max_position_embeddings", None)
 
     def text_ids(prompt: str, response: str) -> list[int]:
+        if isinstance(prompt, PromptText) and tokenizer.chat_template:
+            before, answer = conversation_ids(tokenizer, prompt.chat, response, where=key)
+            return _last_ids(tokenizer, before + answer, limit)
         ids = _separate_ids(tokenizer, prompt, response)
         return bos + (ids[-(limit - len(bos)) :] if limit else ids)
 
@@ -372,7 +427,7 @@ def _mean_logps(path: str, key: str, batch_size: int) -> Score:
                 values[i] = mean
         return values
 
-    return score
+    return score, bool(tokenizer.chat_template)
 
 
 @register_reward("eurusrm")

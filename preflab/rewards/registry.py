@@ -9,7 +9,7 @@ from typing import Any
 
 from omegaconf import OmegaConf
 
-from preflab.batching.chat import messages_of_prompt
+from preflab.batching.chat import chat_of_prompt
 from preflab.settings.schema import Settings
 from utils import ConfigError, PrefLabError, load_module, nearest
 
@@ -24,7 +24,12 @@ class RewardError(PrefLabError):
 
 
 def register_reward(
-    name: str, *, gold: bool = True, paid: bool = False, reads_messages: bool = False
+    name: str,
+    *,
+    gold: bool = True,
+    paid: bool = False,
+    reads_messages: bool = False,
+    reads_chats: bool = False,
 ):
     """Register a function that maps the settings of `config/reward/<name>.yaml` to a `Score`.
 
@@ -34,11 +39,13 @@ def register_reward(
     reads_messages: the score gets each prompt as a list of {role, content}; a prompt of text is one
         message of a user. Else it gets text: of a conversation the content of its only message, or
         `role: content` for each, separated by blank lines.
+    reads_chats: the score gets each prompt as a `Chat`, with the messages, the tools and the
+        options of the chat template.
     """
 
     def decorate(function):
         function.is_gold, function.is_paid = gold, paid
-        function.reads_messages = reads_messages
+        function.reads_messages, function.reads_chats = reads_messages, reads_chats
         REWARDS[name] = function
         return function
 
@@ -132,12 +139,11 @@ def build_reward(config: Mapping[str, Any]) -> Score:
     settings = {key: value for key, value in config.items() if key not in ("name", "module")}
     name = config["name"]
     score = REWARDS[name](**settings)
-    reads_messages = getattr(REWARDS[name], "reads_messages", False)
+    given = _given_prompts(REWARDS[name])
 
     def checked(prompts: list[str], responses: list[str]) -> list[float]:
         try:
-            given = list(map(messages_of_prompt, prompts)) if reads_messages else prompts
-            scores = [float(value) for value in score(given, responses)]
+            scores = [float(value) for value in score(given(prompts), responses)]
         except PrefLabError:
             raise
         except Exception as error:  # a user's reward may raise anything
@@ -151,6 +157,15 @@ def build_reward(config: Mapping[str, Any]) -> Score:
     if hasattr(score, "learn"):
         checked.learn = score.learn
     return checked
+
+
+def _given_prompts(reward: Callable) -> Callable[[list[str]], list]:
+    """What turns prompts into those that a registered reward reads."""
+    if getattr(reward, "reads_chats", False):
+        return lambda prompts: list(map(chat_of_prompt, prompts))
+    if getattr(reward, "reads_messages", False):
+        return lambda prompts: [chat_of_prompt(prompt).messages for prompt in prompts]
+    return lambda prompts: prompts
 
 
 def _check_scores(name: str, scores: list[float], responses: list[str]) -> None:
