@@ -14,7 +14,7 @@ from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
 
-from preflab.batching.chat import chat_of, set_chat
+from preflab.batching.chat_template import chat_of, set_chat
 from preflab.batching.examples import PreferenceData
 from preflab.batching.loader import count_steps
 from preflab.batching.summary import check_same_data, counts_line, describe_data

@@ -25,16 +25,11 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from omegaconf import OmegaConf
 from tqdm import tqdm
 
-from preflab.batching.chat import (
-    ChatSettings,
-    PromptText,
-    context_columns,
-    render,
-    response_text,
-    set_chat,
-)
-from preflab.modeling.generation import end_tokens, ended, sample
+from preflab.batching.chat import PromptText, context_columns, response_text
+from preflab.batching.chat_template import ChatSettings, render, set_chat
+from preflab.modeling.generation import sample
 from preflab.modeling.loading import build_policy, load_tokenizer
+from preflab.modeling.response_ends import response_ends
 from preflab.readers.columns import prompt_of
 from preflab.readers.messages import Chat
 from preflab.rewards.registry import build_reward
@@ -131,7 +126,7 @@ def _sample_and_score(config, prompts: list, k: int, done: PartialFile) -> None:
     chat = ChatSettings(values["chat_template_kwargs"] or {}, values["chat_date"])
     set_chat(tokenizer, chat)
     policy = build_policy(config.model, trainable=False)
-    score, ends = build_reward(config.reward), end_tokens(tokenizer, policy.causal_lm)
+    score, ends = build_reward(config.reward), response_ends(tokenizer, policy.causal_lm)
     bar = tqdm(total=len(prompts), desc="prompts", unit="prompts", initial=len(done.rows) // k)
     for begin in range(len(done.rows) // k, len(prompts), PROMPTS_AT_A_TIME):
         part = prompts[begin : begin + PROMPTS_AT_A_TIME]
@@ -155,7 +150,7 @@ def _sample_and_score(config, prompts: list, k: int, done: PartialFile) -> None:
                     **_columns(prompt, chat.options),
                     "text": text,
                     "reward": reward,
-                    "ended": ended(tokens, ends),
+                    "ended": ends.ended(tokens),
                 }
                 for prompt, text, reward, tokens in zip(
                     repeated, texts, rewards, responses, strict=True

@@ -11,9 +11,10 @@ from typing import NamedTuple
 import numpy as np
 from tqdm import tqdm
 
-from preflab.batching.chat import end_of_turn
+from preflab.batching.chat_template import render
 from preflab.batching.summary import histogram
-from preflab.batching.token_store import CHUNK, render_prompt, tokenise, truncate
+from preflab.batching.token_store import CHUNK, tokenise, truncate
+from preflab.batching.turn_ends import check_room, end_of_turn
 from preflab.readers.messages import Unended
 from preflab.readers.records import Record, Source
 from preflab.reports.statistics import wilson
@@ -76,6 +77,13 @@ COUNTED = ("rows", "prompts", "responses", "pairs")
 LENGTH_BIAS = (0.4, 0.6)  # the share of pairs with a longer chosen response, without a warning
 
 
+def render_prompt(record: Record, tokenizer) -> str:
+    """The prompt as text; a conversation as its chat template writes it."""
+    if isinstance(record.prompt, str):
+        return record.prompt
+    return render(tokenizer, record.prompt, generation_prompt=True, where=record.source)
+
+
 class SplitStatistics:
     """Counts over the records of a split, which are read in chunks. It holds a few numbers per
     prompt in memory."""
@@ -136,6 +144,7 @@ class SplitStatistics:
         ):
             is_chat = not isinstance(record.prompt, str)
             self.chats += is_chat
+            check_room(self.tokenizer, record.prompt, self.lengths[1], record.source)
             self._prompt(record, prompt, prompt_tokens)
             for text, response in zip(record.responses, responses, strict=True):
                 whole = next(together)

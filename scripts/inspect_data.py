@@ -29,7 +29,8 @@ import pair_losses  # noqa: F401  registers losses
 import preference_datasets  # noqa: F401  registers the datasets
 import token_losses  # noqa: F401  registers losses
 import trainers  # noqa: F401  registers the trainers
-from preflab.batching.chat import chat_of, describe_chat, set_chat
+from preflab.batching.chat_template import chat_of, set_chat
+from preflab.batching.turn_ends import describe_chat
 from preflab.checks import check_config
 from preflab.modeling.loading import check_model, load_tokenizer
 from preflab.objective.registry import LOSSES

@@ -26,22 +26,16 @@ from conftest import (
 from tokenizers import Tokenizer
 from transformers import PreTrainedTokenizerFast
 
-from preflab.batching.chat import (
-    ChatSettings,
-    conversation_ids,
-    conversations_ids,
-    end_of_turn,
-    response_text,
-    set_chat,
-    turn_end,
-)
+from preflab.batching.chat import conversation_ids, conversations_ids, response_text
+from preflab.batching.chat_template import ChatSettings, set_chat
 from preflab.batching.collate import collate
 from preflab.batching.examples import PreferenceData, prompt_to_sample
 from preflab.batching.packed_models import enable
 from preflab.batching.packing import Layout
 from preflab.batching.token_store import prepare, tokenizer_hash
-from preflab.modeling.generation import end_tokens
+from preflab.batching.turn_ends import end_of_turn, turn_end
 from preflab.modeling.logprobs import Scorer, score_responses
+from preflab.modeling.response_ends import response_ends
 from preflab.readers.messages import Chat
 from preflab.readers.registry import open_dataset
 from utils import ConfigError, DataError, PrefLabError
@@ -174,7 +168,16 @@ def test_an_end_that_is_no_token_is_scored_and_eos_follows():
     assert tokenizer.decode(response) == f" ho</turn>{EOS}"
     assert end_of_turn(tokenizer) is None and turn_end(tokenizer).suffix == "</turn>\n"
     assert response_text(tokenizer, response) == " ho"
-    assert response_text(tokenizer, response[:-1]) == " ho</turn>"  # not ended by EOS
+    assert response_text(tokenizer, response[:-1]) == " ho"  # as sampling ends it
+    assert response_text(tokenizer, response[:-2]) == " ho</turn"  # cut
+    turn = turn_end(tokenizer)
+    completed = [turn.completes(tokenizer, response[:n]) for n in range(len(response) + 1)]
+    assert completed == [n == len(response) - 1 for n in range(len(response) + 1)]
+    # a token that joins the end with what stands before it
+    tokenizer = joining_tokenizer(PLAIN.replace("}}\n", "}}\nEnd"))
+    ids = tokenizer("ho\n\nEnd?", add_special_tokens=False)["input_ids"]
+    assert turn_end(tokenizer).completes(tokenizer, ids[:-1])
+    assert response_text(tokenizer, ids[:-1]) == "ho\n"
 
 
 @pytest.mark.parametrize(
@@ -292,8 +295,8 @@ def test_a_response_that_was_cut_where_it_was_written_gets_no_end(tmp_path, as_c
 def test_a_response_ends_at_the_end_of_the_turn_in_sampling_too():
     tokenizer, model = tokenizer_with(CHATML), make_model("llama")
     end = tokenizer.convert_tokens_to_ids("<|im_end|>")
-    assert end_tokens(tokenizer, model) == (tokenizer.eos_token_id, end)
-    assert end_tokens(make_tokenizer(), model) == (tokenizer.eos_token_id,)
+    assert response_ends(tokenizer, model).tokens == (tokenizer.eos_token_id, end)
+    assert response_ends(make_tokenizer(), model).tokens == (tokenizer.eos_token_id,)
 
 
 def test_truncation_keeps_bos_and_what_stands_before_the_answer(tmp_path):
@@ -321,6 +324,29 @@ def test_truncation_keeps_bos_and_what_stands_before_the_answer(tmp_path):
     )
     end = tokenizer.convert_tokens_to_ids("<|eot_id|>")
     assert chosen[-1] == end and end not in rejected and len(rejected) == 30
+
+
+def test_a_prompt_that_would_lose_what_stands_before_the_answer_is_refused(tmp_path):
+    tokenizer = tokenizer_with(LLAMA3)
+    begin = "<|start_header_id|>assistant<|end_header_id|>\n\n"
+    n = len(tokenizer(begin, add_special_tokens=False)["input_ids"]) + 1  # and BOS
+    rows = [{"prompt": chat(f"hello {i}"), "chosen": "a", "rejected": "b"} for i in range(2)]
+    for split in ("train", "test"):
+        write_jsonl(tmp_path / "data" / f"{split}.jsonl", rows)
+
+    def prompts(limit):
+        source = open_dataset(str(tmp_path / "data"), "train")
+        lengths = {"max_length": limit + 4, "max_prompt_length": limit}
+        store = prepare(source, tokenizer, cache_dir=tmp_path / "cache", **lengths)
+        return [tokenizer.decode(store.tokens[slice(*span)]) for span in store.prompts]
+
+    assert prompts(n) == [EOS + begin] * 2
+    with pytest.raises(
+        DataError, match=rf"train\.jsonl:1: max_prompt_length={n - 1} does not hold"
+    ):
+        prompts(n - 1)
+    tokenizer.chat_template = MISTRAL  # nothing but BOS
+    assert len(prompts(1)) == 2
 
 
 # -------------------------------------------------------------------------------- date and options

@@ -18,12 +18,14 @@ from transformers import (
     TopPLogitsWarper,
 )
 
+from preflab.batching.chat import response_text
 from preflab.batching.examples import PromptToSample
 from preflab.distributed.process_group import ALONE, World
 from preflab.evaluation import samples
 from preflab.modeling import generation
-from preflab.modeling.generation import InverseCDF, end_tokens, ended, sample
+from preflab.modeling.generation import InverseCDF, sample
 from preflab.modeling.logprobs import Scorer
+from preflab.modeling.response_ends import ResponseEnds, response_ends
 from preflab.online.measures import RoundMeasures
 
 PROMPT, N = [256, *b"abab"], 12
@@ -165,7 +167,7 @@ def test_ignored_values_are_logged_once(plain, tmp_path, caplog):
 
 def ends_of(model, ids):
     model.generation_config.eos_token_id = ids
-    return end_tokens(make_tokenizer(), model)
+    return response_ends(make_tokenizer(), model).tokens
 
 
 def test_end_tokens_are_those_of_tokenizer_and_model(plain):
@@ -175,8 +177,9 @@ def test_end_tokens_are_those_of_tokenizer_and_model(plain):
 
 
 def test_ended():
-    assert ended([1, 2], (256, 2)) and ended([256], (256,))
-    assert not ended([2, 1], (256, 2)) and not ended([], (256,))
+    ends = ResponseEnds((256, 2))
+    assert ends.ended([1, 2]) and ends.ended([256])
+    assert not ends.ended([2, 1]) and not ends.ended([])
 
 
 def test_a_response_ends_at_the_first_of_several_end_tokens(plain, tmp_path):
@@ -190,10 +193,40 @@ def test_a_response_ends_at_the_first_of_several_end_tokens(plain, tmp_path):
     for whole, response in zip(free, cut, strict=True):
         assert whole[: len(response)] == response
         assert not any(token in ends for token in response[:-1])
-        assert ended(response, ends) or len(response) == 40
-    last = {response[-1] for response in cut if ended(response, ends)}
+        assert response[-1] in ends or len(response) == 40
+    last = {response[-1] for response in cut if response[-1] in ends}
     assert len(last - {256}) > 1
     assert any(len(response) < len(whole) for whole, response in zip(free, cut, strict=True))
+
+
+def test_a_response_ends_at_an_end_of_turn_that_is_text(plain):
+    """It is the response without such an end, cut where the text is complete; the text is left out
+    of what rewards read."""
+    prompts, keys = [[256, a] for a in range(97, 117)], range(20)
+    options = {"keys": keys, "max_new_tokens": 40, "batch_size": 7}
+    free = sample(Scorer(load(plain)), make_tokenizer(), prompts, **options)
+    seen = make_tokenizer().decode([token for response in free for token in response[:20]])
+    end = next(a for a in seen if a.isalpha() and a.isascii())
+    tokenizer = make_tokenizer()
+    tokenizer.chat_template = "{% for m in messages %}: {{ m['content'] }}" + end + "\n{% endfor %}"
+    cut = sample(Scorer(load(plain)), tokenizer, prompts, **options)
+    ends = response_ends(tokenizer, load(plain))
+    n_by_text = 0
+    for whole, response in zip(free, cut, strict=True):
+        text = tokenizer.decode(whole, skip_special_tokens=True)
+        if end not in text:
+            assert response == whole
+            continue
+        n_by_text += 1
+        assert response == whole[: len(response)] and ends.ended(response)
+        assert tokenizer.decode(response) == text[: text.index(end) + 1]
+        assert response_text(tokenizer, response) == text[: text.index(end)]
+    assert n_by_text > 0
+    assert cut == sample(  # several samples of a prompt, whose prompt is read once
+        Scorer(load(plain)), tokenizer, [p for p in prompts for _ in "ab"],
+        keys=[(key, i) if i else key for key in keys for i in range(2)],
+        max_new_tokens=40, batch_size=8,
+    )[::2]  # fmt: skip
 
 
 def test_the_flags_of_samples_and_of_rollouts_count_every_end_token(plain):

@@ -26,16 +26,16 @@ from test_chat import CHATML, LLAMA3, TOOLS, chat, tokenizer_with
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceClassification
 
 from preflab.batching.chat import (
-    ChatSettings,
     PromptText,
     chat_of_prompt,
     conversation_ids,
     prompt_columns,
     prompt_key,
     prompt_of_columns,
-    turn_end,
 )
+from preflab.batching.chat_template import ChatSettings
 from preflab.batching.token_store import prepare
+from preflab.batching.turn_ends import turn_end
 from preflab.evaluation.win_rates import pair_up
 from preflab.modeling.generation import sample
 from preflab.online.ledger import Ledger, ledger_row

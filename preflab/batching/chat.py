@@ -5,112 +5,13 @@ conversation, up to the end of the assistant's turn, which is scored too. What a
 after that (a newline, an EOS) no model generates, because sampling stops at the end of the turn.
 """
 
-import datetime
-import functools
 import json
-import logging
-import re
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 
+from preflab.batching.chat_template import render
+from preflab.batching.turn_ends import known_turn_end, turn_end
 from preflab.readers.messages import ASSISTANT, Chat, Turns, Unended
-from utils import DataError, first_line
-
-logger = logging.getLogger(__name__)
-
-# Stands for an answer where the end of a turn is looked up; templates that trim leave it as it is.
-ANSWER = "qzxvanswervxzq"
-NOW = re.compile(r"""strftime_now\s*\(\s*(["'])(.*?)\1\s*\)""")
-
-
-@dataclass(frozen=True)
-class ChatSettings:
-    """What a chat template gets in every conversation of a run.
-
-    options: its further variables, such as enable_thinking. date: YYYY-MM-DD, what `strftime_now`
-    formats, so that a template which writes the date writes the same on every day.
-    """
-
-    options: dict = field(default_factory=dict)
-    date: str = "2024-07-26"
-
-    def key(self) -> list:
-        return [sorted(self.options.items()), self.date]
-
-
-def chat_of(settings) -> ChatSettings:
-    """Those of a run."""
-    return ChatSettings(dict(settings.chat_template_kwargs or {}), settings.chat_date)
-
-
-def set_chat(tokenizer, settings: ChatSettings) -> None:
-    """Let all conversations that go through this tokenizer follow the settings."""
-    tokenizer.preflab_chat = settings
-    if _writes_date(tokenizer):
-        logger.info(f"the chat template writes a date: chat_date={settings.date}")
-
-
-def _writes_date(tokenizer) -> bool:
-    template = str(tokenizer.chat_template)
-    return "strftime_now" in template or "date_string" in template
-
-
-def chat_settings(tokenizer) -> ChatSettings:
-    """What `set_chat` has set, or the defaults."""
-    return getattr(tokenizer, "preflab_chat", ChatSettings())
-
-
-def render(tokenizer, chat: Chat, *, generation_prompt: bool, where: str = "") -> str:
-    """A conversation as text. generation_prompt: also write what begins the assistant's answer.
-
-    Raises DataError, at `where`, for what the template refuses, and for a tokenizer without one.
-    """
-    if tokenizer.chat_template is None:
-        raise DataError(
-            f"{where}: the prompt is a list of chat messages, but the tokenizer"
-            f" {tokenizer.name_or_path} has no chat template; use a chat model's tokenizer"
-            " (model.tokenizer_name_or_path) or give prompts as text"
-        )
-    settings = chat_settings(tokenizer)
-    try:
-        template = tokenizer.get_chat_template(tools=chat.tools)
-        return tokenizer.apply_chat_template(
-            chat.messages,
-            tools=chat.tools,
-            chat_template=_dated(template, settings.date),
-            add_generation_prompt=generation_prompt,
-            tokenize=False,
-            **{**_date_variable(template, settings.date), **settings.options, **chat.options},
-        )
-    except Exception as error:  # a template is code, and may fail in any way
-        raise DataError(
-            f"{where}: the chat template of {tokenizer.name_or_path} refuses the conversation:"
-            f" {_reason(error)}"
-        ) from error
-
-
-@functools.cache
-def _dated(template: str, date: str) -> str:
-    """The template with a fixed date in place of each `strftime_now("...")`."""
-    day = datetime.date.fromisoformat(date)
-    dated = NOW.sub(lambda found: json.dumps(day.strftime(found[2])), template)
-    if re.search(r"strftime_now\s*\(", dated):
-        raise ValueError(
-            "it calls strftime_now with something else than a string, so that no date can be set"
-        )
-    return dated
-
-
-def _date_variable(template: str, date: str) -> dict[str, str]:
-    """`date_string`, which the templates of Llama 3 read, in their format."""
-    if "date_string" not in template:
-        return {}
-    return {"date_string": datetime.date.fromisoformat(date).strftime("%d %b %Y")}
-
-
-def _reason(error: Exception) -> str:
-    """What a template says: its own words, or the class of the error too."""
-    own = type(error).__name__ == "TemplateError"
-    return str(error).strip() if own else first_line(error)
+from utils import DataError
 
 
 def conversation_ids(
@@ -271,98 +172,6 @@ def _no_prefix() -> str:
     )
 
 
-# ------------------------------------------------------------------------------- the end of a turn
-
-
-@dataclass(frozen=True)
-class TurnEnd:
-    """How a template ends an assistant's turn.
-
-    suffix: all that it writes after the last answer. text: the part up to the first special token,
-    which is scored; all but trailing white space where there is no special token. token: the id of
-    that special token; None where there is none, and the tokenizer's EOS ends the response.
-    """
-
-    suffix: str
-    text: str
-    token: int | None
-
-
-def turn_end(tokenizer) -> TurnEnd:
-    """The end of an assistant's turn in the tokenizer's chat template."""
-    key = str((tokenizer.chat_template, chat_settings(tokenizer)))
-    known = getattr(tokenizer, "preflab_turn_end", None)
-    if known is None or known[0] != key:
-        known = tokenizer.preflab_turn_end = (key, _find_turn_end(tokenizer))
-    return known[1]
-
-
-def _find_turn_end(tokenizer) -> TurnEnd:
-    question, answer = (
-        {"role": role, "content": content}
-        for role, content in (("user", "question"), ("assistant", ANSWER))
-    )
-    where = "model.tokenizer_name_or_path"
-    try:
-        whole = render(tokenizer, Chat([question, answer]), generation_prompt=False, where=where)
-    except DataError:  # a template may ask for a system message
-        asked = [{"role": "system", "content": "system"}, question, answer]
-        whole = render(tokenizer, Chat(asked), generation_prompt=False, where=where)
-    _, found, suffix = whole.rpartition(ANSWER)
-    if not found:
-        raise DataError(
-            f"{where}={tokenizer.name_or_path}: its chat template does not write the assistant's"
-            " answer; give a template that does"
-        )
-    special = {
-        token.content: number for number, token in tokenizer.added_tokens_decoder.items()
-    } | {tokenizer.eos_token: tokenizer.eos_token_id}
-    places = [
-        (suffix.find(content), -len(content), content)
-        for content in special
-        if content.strip() and content in suffix
-    ]
-    if not places:
-        return TurnEnd(suffix, suffix.rstrip(), None)
-    place, _, content = min(places)
-    return TurnEnd(suffix, suffix[: place + len(content)], special[content])
-
-
-def describe_chat(tokenizer) -> str:
-    """How conversations become tokens here, in a line."""
-    turn, settings = turn_end(tokenizer), chat_settings(tokenizer)
-    end = repr(turn.text) if turn.token is not None else f"{turn.text!r} and EOS"
-    parts = [f"the assistant's turn ends with {end}, which the loss counts"]
-    if after := turn.suffix[len(turn.text) :]:
-        parts.append(f"{after!r} after it is left out")
-    begins = render(
-        tokenizer,
-        Chat([{"role": "user", "content": "question"}]),
-        generation_prompt=True,
-        where="model.tokenizer_name_or_path",
-    )
-    bos = tokenizer.bos_token
-    parts.append(f"BOS {begins.count(bos) if bos else 0} times in a prompt of one message")
-    if _writes_date(tokenizer):
-        parts.append(f"the template writes a date, chat_date={settings.date}")
-    return "; ".join(parts)
-
-
-def end_of_turn(tokenizer) -> int | None:
-    """The id of the special token that ends a turn; None without a template, or without one."""
-    turn = _known_turn_end(tokenizer)
-    return turn.token if turn else None
-
-
-def _known_turn_end(tokenizer) -> TurnEnd | None:
-    if not tokenizer.chat_template:
-        return None
-    try:
-        return turn_end(tokenizer)
-    except DataError:  # a template for other conversations than of a question and an answer
-        return None
-
-
 # ------------------------------------------------------------------------------------- as text
 
 
@@ -442,11 +251,14 @@ def prompt_key(prompt: str) -> str:
 
 def response_text(tokenizer, tokens: list[int]) -> str:
     """A response without special tokens, and without the end of a turn, which need not be one."""
-    turn = _known_turn_end(tokenizer)
+    turn = known_turn_end(tokenizer)
     if turn and tokens and tokens[-1] == turn.token:
         tokens = tokens[:-1]
     text = tokenizer.decode(tokens, skip_special_tokens=True)
-    # An end that is plain text stands before EOS; a response that was cut has none.
+    # An end that is plain text stands before EOS, or is the last that was sampled; a response that
+    # was cut has none.
     if turn and turn.token is None and tokens and tokens[-1] == tokenizer.eos_token_id:
-        text = text.removesuffix(turn.text)
+        return text.removesuffix(turn.text)
+    if turn and turn.completes(tokenizer, tokens):
+        return text.rpartition(turn.text)[0]
     return text

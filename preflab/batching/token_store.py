@@ -10,9 +10,11 @@ from typing import Any, BinaryIO
 
 import numpy as np
 
-from preflab.batching.chat import chat_settings, conversations_ids, render
+from preflab.batching.chat import conversations_ids
+from preflab.batching.chat_template import chat_settings
 from preflab.batching.token_weights import fit_weights, whole_lengths
 from preflab.batching.truncation import truncate
+from preflab.batching.turn_ends import check_room
 from preflab.readers.messages import Chat, Unended
 from preflab.readers.records import Record, Source
 from utils import (
@@ -189,6 +191,7 @@ def _write_store(
             tokenised = tokenise(records, tokenizer)
             for record, prompt, of_prompt, masks, asked in zip(records, *tokenised, strict=True):
                 joined, whole = prompt != asked, whole_lengths(record, of_prompt)
+                check_room(tokenizer, record.prompt, max_prompt_length, record.source)
                 prompt, of_prompt, (prompt_cut, cuts) = truncate(
                     prompt,
                     of_prompt,
@@ -459,10 +462,3 @@ def _text_ids(records: list[Record], tokenizer) -> tuple[list, list, list, list]
     prompts = [next(ids) for _ in records]
     responses = [[next(ids) for _ in record.responses] for record in records]
     return prompts, responses, [[None] * len(record.responses) for record in records], prompts
-
-
-def render_prompt(record: Record, tokenizer) -> str:
-    """The prompt as text; a conversation as its chat template writes it."""
-    if isinstance(record.prompt, str):
-        return record.prompt
-    return render(tokenizer, record.prompt, generation_prompt=True, where=record.source)

@@ -9,9 +9,11 @@ import torch
 from preflab.batching.chat import prompt_columns, prompt_text, response_text
 from preflab.batching.examples import PreferenceData, PromptToSample, prompts_to_sample
 from preflab.batching.packing import Layout, lay_out
+from preflab.batching.token_store import tokenizer_hash
 from preflab.distributed.process_group import ALONE, World
-from preflab.modeling.generation import end_tokens, ended, sample
+from preflab.modeling.generation import sample
 from preflab.modeling.logprobs import Scorer, score_responses, sum_by_owner
+from preflab.modeling.response_ends import response_ends
 from preflab.modeling.shared_samples import SHARED
 from preflab.rewards.registry import Score
 from utils import mean_and_error
@@ -112,7 +114,7 @@ def _draw(
     # second response on.
     keys = [(p.key, i) if i else p.key for p in prompts for i in range(sampling.k)]
     prompt_tokens = [prompt.tokens for prompt in prompts for _ in range(sampling.k)]
-    ends = end_tokens(tokenizer, scorer.causal_lm)
+    ends = response_ends(tokenizer, scorer.causal_lm)
     draw = functools.partial(
         sample,
         scorer,
@@ -130,13 +132,14 @@ def _draw(
         description=description,
     )
     numbers = [list(map(int, tokens)) for tokens in prompt_tokens]
-    question = (numbers, keys, sampling, ends, tokenizer.pad_token_id)
+    decoded = tokenizer_hash(tokenizer) if ends.turn else None  # an end that is text is decoded
+    question = (numbers, keys, sampling, ends, decoded, tokenizer.pad_token_id)
     tokens = SHARED.draw(scorer, question, draw, world)
     texts = [response_text(tokenizer, response) for response in tokens]
     prompt_texts = [text for text in _prompt_texts(tokenizer, prompts) for _ in range(sampling.k)]
     mine = world.share(prompt_texts), world.share(texts)
     scores = {name: world.gather(score(*mine)) for name, score in rewards.items()}
-    return Samples(tokens, [ended(response, ends) for response in tokens], texts, scores)
+    return Samples(tokens, list(map(ends.ended, tokens)), texts, scores)
 
 
 def _prompt_texts(tokenizer, prompts: list[PromptToSample]) -> list[str]:

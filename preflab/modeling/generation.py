@@ -14,9 +14,9 @@ from transformers import DynamicCache, GenerationConfig, LogitsProcessor
 from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 from transformers.pytorch_utils import Conv1D
 
-from preflab.batching.chat import end_of_turn
 from preflab.distributed.process_group import ALONE, World
 from preflab.modeling.logprobs import Scorer
+from preflab.modeling.response_ends import response_ends
 from utils import Progress
 
 logger = logging.getLogger(__name__)
@@ -133,7 +133,7 @@ def sample(
     world: World = ALONE,
 ) -> list[list[int]]:
     """One response to each prompt, as token ids, with its end token if it ended within
-    `max_new_tokens`. Every token of `end_tokens` ends a response.
+    `max_new_tokens`. All that `response_ends` names ends a response.
 
     The model's own generation config (repetition penalty, suppressed tokens, beams, stop strings
     and so on) has no effect; its values are logged once.
@@ -219,24 +219,6 @@ def _packed_groups(groups: list[list[int]], size: int) -> list[list[list[int]]]:
     return batches
 
 
-def end_tokens(tokenizer, model: nn.Module) -> tuple[int, ...]:
-    """The ids that end a response: the tokenizer's EOS, those of the model's generation config, and
-    the end of a turn in the chat template.
-
-    A chat model often has several, for example one that ends a turn and one that ends a text.
-    model: the transformers model, without a wrapper.
-    """
-    own = model.generation_config.eos_token_id
-    own = own if isinstance(own, (list, tuple)) else [own]
-    ids = [tokenizer.eos_token_id, *own, end_of_turn(tokenizer)]
-    return tuple(dict.fromkeys(token for token in ids if token is not None))
-
-
-def ended(tokens: list[int], ends: tuple[int, ...]) -> bool:
-    """Whether a response has its end token, instead of being cut at `max_new_tokens`."""
-    return bool(tokens) and tokens[-1] in ends
-
-
 def _uniforms(seed: int, key: int | tuple[int, int], n: int) -> np.ndarray:
     """(n,) in [0, 1), a function of (seed, key)."""
     return np.random.default_rng([seed, *np.atleast_1d(key)]).random(n)
@@ -257,7 +239,7 @@ def _generate(
     all ended run on until those of every rank have, as a sharded model needs. repeated: the model
     reads each distinct prompt once, in a forward pass before the others."""
     model, device = policy.causal_lm, policy.device
-    ends = end_tokens(tokenizer, model)
+    ends = response_ends(tokenizer, model)
     cache = _make_cache(model)
     repeated = repeated and cache is not None
     # With two columns at least, one is left for the pass over the distinct prompts.
@@ -269,7 +251,7 @@ def _generate(
         max_new_tokens=uniforms.shape[1],
         do_sample=False,
         use_cache=True,
-        eos_token_id=list(ends),
+        eos_token_id=list(ends.tokens),
         pad_token_id=tokenizer.pad_token_id,
     )
     with (
@@ -286,9 +268,10 @@ def _generate(
                 generation_config=ours,
                 logits_processor=[choose(uniforms.to(device), prompt_width=width), obeys_stop],
                 synced_gpus=synced,
+                **ends.criteria(width),
                 **({} if cache is None else {"past_key_values": cache}),
             )
-    return [_until_end(row, ends) for row in output[:, width:].tolist()]
+    return [ends.cut(row) for row in output[:, width:].tolist()]
 
 
 def _left_padded(prompts: list[list[int]], width: int, pad: int) -> tuple[Tensor, Tensor]:
@@ -469,9 +452,3 @@ def _can_pack(module: nn.Module) -> bool:
 
 def _packed_linear(weight: Tensor, bias: Tensor | None, rows: Tensor) -> Tensor:
     return torch.ops.mkldnn._linear_pointwise(rows, weight, bias, "none", [], "")
-
-
-def _until_end(tokens: list[int], ends: tuple[int, ...]) -> list[int]:
-    """The tokens up to the first end token, which is included."""
-    first = next((i for i, token in enumerate(tokens) if token in ends), len(tokens))
-    return tokens[: first + 1]

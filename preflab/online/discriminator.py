@@ -11,10 +11,12 @@ import numpy as np
 import torch
 from transformers import AutoConfig
 
-from preflab.batching.chat import PromptText, chat_of, set_chat
+from preflab.batching.chat import PromptText
+from preflab.batching.chat_template import chat_of, set_chat
 from preflab.batching.examples import PreferenceData
 from preflab.batching.packing import Batch, lay_out
 from preflab.batching.token_store import store_of, tokenise, truncate
+from preflab.batching.turn_ends import check_room
 from preflab.distributed.process_group import World
 from preflab.modeling.loading import load_tokenizer
 from preflab.modeling.model_checks import check_texts, vocabulary_rows
@@ -242,6 +244,9 @@ class Discriminator:
             for prompt, of_prompt in zip(prompts, responses, strict=True)
         ]
         settings = self.settings
+        for record in records:
+            room = settings.max_prompt_length
+            check_room(self.tokenizer, record.prompt, room, "the discriminator")
         limits = (self.tokenizer, "keep_end", settings.max_length, settings.max_prompt_length)
         trees = [
             truncate(prompt, of_prompt, *limits, chat=isinstance(record.prompt, Chat))[:2]

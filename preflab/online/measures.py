@@ -6,7 +6,7 @@ from pathlib import Path
 from preflab.batching.chat import prompt_columns
 from preflab.distributed.process_group import World
 from preflab.evaluation.samples import measure_samples
-from preflab.modeling.generation import end_tokens, ended
+from preflab.modeling.response_ends import response_ends
 from preflab.online.drawing import rollouts_file
 from preflab.online.labelers import StaticLabels
 from preflab.online.ledger import score_shared
@@ -75,11 +75,11 @@ class RoundMeasures:
         return values
 
     def _lengths(self, rollouts: Rollouts) -> dict[str, list[float]]:
-        ends = end_tokens(self.learner.tokenizer, self.learner.policy.causal_lm)
+        ends = response_ends(self.learner.tokenizer, self.learner.policy.causal_lm)
         responses = [ids for of_prompt in rollouts.tokens for ids in of_prompt]
         return {
             "length": [len(ids) for ids in responses],
-            "ended": [float(ended(ids, ends)) for ids in responses],
+            "ended": [float(ends.ended(ids)) for ids in responses],
         }
 
     def _kl(self, rollouts: Rollouts) -> dict[str, list[float]]:

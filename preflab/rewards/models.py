@@ -7,14 +7,8 @@ from pathlib import Path
 
 import yaml
 
-from preflab.batching.chat import (
-    ChatSettings,
-    PromptText,
-    chat_of_prompt,
-    conversation_ids,
-    render,
-    set_chat,
-)
+from preflab.batching.chat import PromptText, chat_of_prompt, conversation_ids
+from preflab.batching.chat_template import ChatSettings, render, set_chat
 from preflab.rewards.registry import RewardError, Score, register_reward
 from utils import TRAINING_CONFIG, ConfigError, first_line, model_folder, nearest
 
@@ -138,10 +132,7 @@ def reward_model(
     check = _fit_tokenizer(tokenizer, model, f"reward.path={path}")
     model.config.pad_token_id = tokenizer.pad_token_id
     limit = max_length or getattr(model.config, "max_position_embeddings", None)
-    tokenise = _chat_ids if chat_template else _plain_ids
-    if (config := Path(path) / TRAINING_CONFIG).is_file():  # trained here, by the rules of training
-        tokenise = _own_ids
-        set_chat(tokenizer, _own_chat(config))
+    tokenise = _tokenise_for(Path(path), tokenizer, chat_template)
     device = _device()
     model.to(device)
 
@@ -160,6 +151,14 @@ def reward_model(
         return values
 
     return score
+
+
+def _tokenise_for(path: Path, tokenizer, chat_template: bool | str) -> Callable[..., list[int]]:
+    """How a reward model reads prompt and response: (tokenizer, prompt, response, limit) to ids."""
+    if not (path / TRAINING_CONFIG).is_file():
+        return _chat_ids if chat_template else _plain_ids
+    set_chat(tokenizer, _own_chat(path / TRAINING_CONFIG))  # trained here: by the rules of training
+    return _own_ids
 
 
 def _load_reward_model(path: str, head: str | None, trust_remote_code: bool) -> tuple:

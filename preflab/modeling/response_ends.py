@@ -1,0 +1,72 @@
+"""Where a response ends: at an end token, or at an end of a turn that is plain text."""
+
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import StoppingCriteria, StoppingCriteriaList
+
+from preflab.batching.turn_ends import TurnEnd, end_of_turn, known_turn_end
+
+
+@dataclass(frozen=True)
+class ResponseEnds:
+    """What ends a response of a model.
+
+    tokens: ids, each of which ends it. turn: the end of a turn in the chat template where that is
+    text, such as `</turn>`, which the tokenizer may write in any number of tokens; else None.
+    """
+
+    tokens: tuple[int, ...]
+    turn: TurnEnd | None = None
+    tokenizer: Any = field(default=None, repr=False)
+
+    def ended(self, response: list[int]) -> bool:
+        """Whether a response has its end, instead of being cut at `max_new_tokens`."""
+        return bool(response) and (response[-1] in self.tokens or self.by_text(response))
+
+    def by_text(self, response: list[int]) -> bool:
+        """Whether the last token of a response completes an end that is text."""
+        return self.turn is not None and self.turn.completes(self.tokenizer, response)
+
+    def cut(self, response: list[int]) -> list[int]:
+        """The tokens up to the first end, which is included."""
+        for i, token in enumerate(response):
+            if token in self.tokens or self.by_text(response[: i + 1]):
+                return response[: i + 1]
+        return response
+
+    def criteria(self, width: int) -> dict:
+        """What `generate` needs to stop at an end that is text, beside `eos_token_id`. width:
+        columns of the prompts."""
+        if self.turn is None:
+            return {}
+        return {"stopping_criteria": StoppingCriteriaList([_StopsAtText(self, width)])}
+
+
+class _StopsAtText(StoppingCriteria):
+    def __init__(self, ends: ResponseEnds, width: int):
+        self.ends, self.width = ends, width
+
+    def __call__(self, input_ids: Tensor, scores: Tensor, **more) -> Tensor:
+        rows = input_ids[:, self.width :].tolist()
+        stops = [self.ends.by_text(row) for row in rows]
+        return torch.tensor(stops, dtype=torch.bool, device=input_ids.device)
+
+
+def response_ends(tokenizer, model: nn.Module) -> ResponseEnds:
+    """What ends a response: the tokenizer's EOS, the tokens of the model's generation config, and
+    the end of a turn in the chat template.
+
+    A chat model often has several, for example one that ends a turn and one that ends a text.
+    model: the transformers model, without a wrapper.
+    """
+    own = model.generation_config.eos_token_id
+    own = own if isinstance(own, (list, tuple)) else [own]
+    ids = [tokenizer.eos_token_id, *own, end_of_turn(tokenizer)]
+    tokens = tuple(dict.fromkeys(token for token in ids if token is not None))
+    turn = known_turn_end(tokenizer)
+    if turn is None or turn.token is not None or not turn.text:
+        return ResponseEnds(tokens)
+    return ResponseEnds(tokens, turn, tokenizer)
