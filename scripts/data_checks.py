@@ -13,7 +13,8 @@ from tqdm import tqdm
 
 from preflab.batching.chat_template import render
 from preflab.batching.summary import histogram
-from preflab.batching.token_store import CHUNK, tokenise, truncate
+from preflab.batching.token_store import CHUNK, tokenise
+from preflab.batching.truncation import truncate
 from preflab.batching.turn_ends import check_room, end_of_turn
 from preflab.readers.messages import Unended
 from preflab.readers.records import Record, Source

@@ -15,10 +15,11 @@ from preflab.batching.loader import Loader, epoch_order
 from preflab.batching.microbatches import split_step
 from preflab.batching.packing import LAYOUTS, Layout
 from preflab.batching.summary import describe_data
-from preflab.batching.token_store import prepare, render_prompt, tokenise
+from preflab.batching.token_store import prepare, tokenise
 from preflab.batching.truncation import truncate
 from preflab.readers.messages import Chat
 from preflab.readers.records import Record
+from scripts.data_checks import render_prompt
 from utils import DataError
 
 EOS = BOS = 256

@@ -15,7 +15,8 @@ from preflab.batching.chat import PromptText
 from preflab.batching.chat_template import chat_of, set_chat
 from preflab.batching.examples import PreferenceData
 from preflab.batching.packing import Batch, lay_out
-from preflab.batching.token_store import store_of, tokenise, truncate
+from preflab.batching.token_store import store_of, tokenise
+from preflab.batching.truncation import truncate
 from preflab.batching.turn_ends import check_room
 from preflab.distributed.process_group import World
 from preflab.modeling.loading import load_tokenizer
