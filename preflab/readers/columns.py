@@ -13,6 +13,7 @@ from preflab.readers.messages import (
     Chat,
     chat,
     messages_of,
+    plain_text,
     split_answer,
     split_turns,
     whole_conversation,
@@ -199,17 +200,17 @@ class UserPairs(Reader):
         if self.form == "j_over_k":
             return self._framed(_check_j_over_k(row, where), where)
         if self.form == "questions":
-            return self._framed(text(row, "question", where), where)
+            return self._framed(plain_text(row, "question", where), where)
         if self.form == "completions":
             self._completions(row, where)
-            return self._framed(text(row, "instruction", where), where)
+            return self._framed(plain_text(row, "instruction", where), where)
         if self.form in ("labelled", "targets"):
             key = "completion" if self.form == "labelled" else "chosen"
             if self.form == "labelled":
                 label_of(row, where)
             return self._framed(self._conversation(row, key, where)[0], where)
         if self.form == "scored_rows":
-            text(row, "text", where, may_be_empty=True)
+            plain_text(row, "text", where, may_be_empty=True)
             number(row, "reward", where)
         elif self.form == "scored_lists":
             _check_scored_lists(row, where)
@@ -221,7 +222,7 @@ class UserPairs(Reader):
         for i, entry in enumerate(items(row, "completions", where), 1):
             place = f"{where}, completion {i}"
             entry = as_object(entry, place)
-            responses.append(text(entry, "response", place, may_be_empty=True))
+            responses.append(plain_text(entry, "response", place, may_be_empty=True))
             scores.append(float(number(entry, key, place)))
         if not responses:
             raise Skip("no response")
@@ -413,9 +414,9 @@ def turns_of(row: dict, key: str, against: str, where: str) -> tuple[str | Chat,
 
 
 def _check_j_over_k(row: dict, where: str) -> str:
-    if text(row, "response_j", where) == text(row, "response_k", where):
+    if plain_text(row, "response_j", where) == plain_text(row, "response_k", where):
         raise Skip("chosen and rejected identical")
-    return text(row, "question", where)
+    return plain_text(row, "question", where)
 
 
 def _check_scored_lists(row: dict, where: str) -> None:
@@ -428,7 +429,7 @@ def _check_scored_lists(row: dict, where: str) -> None:
     if not responses:
         raise Skip("no response")
     for response, score in zip(responses, scores, strict=True):
-        text({"responses": response}, "responses", where, may_be_empty=True)
+        plain_text({"responses": response}, "responses", where, may_be_empty=True)
         number({"scores": score}, "scores", where)
 
 
@@ -461,7 +462,7 @@ def response_of(row: dict, key: str, where: str) -> str:
 
 
 def _text_response(row: dict, key: str, where: str) -> str:
-    return text(row, key, where)
+    return plain_text(row, key, where)
 
 
 def label_of(row: dict, where: str) -> float:

@@ -82,6 +82,17 @@ def messages_of(row: dict, key: str, where: str) -> list[dict] | None:
     return [_message(message, key, where) for message in value]
 
 
+def plain_text(row: dict, key: str, where: str, *, may_be_empty: bool = False) -> str:
+    """The text of a column that may hold no conversation. Raises DataError for messages, also for
+    those in JSON, whose brackets would be learned as text."""
+    if messages_of(row, key, where) is not None:
+        raise DataError(
+            f"{where}: {key!r} holds chat messages, and is read as text with these columns; give"
+            " the messages as prompt, chosen and rejected, or as prompt, completion and label"
+        )
+    return text(row, key, where, may_be_empty=may_be_empty)
+
+
 def _parsed(value: str):
     """JSON that holds messages; else the text itself."""
     try:
