@@ -78,7 +78,11 @@ class BasicTrainer:
             mixture=data["train"].mixture,
         )
         checkpointer = Checkpointer(
-            run_dir, world, keep=settings.keep_checkpoints, enabled=not settings.debug
+            run_dir,
+            world,
+            keep=settings.keep_checkpoints,
+            keep_steps=settings.keep_steps or (),
+            enabled=not settings.debug,
         )
         rewards = build_rewards(settings) if draws_samples(settings, loss) else {}
         self.learner = Learner(
@@ -127,7 +131,7 @@ class BasicTrainer:
                     session.evaluate()
                 session.tick()
                 save_every = settings.save_every or settings.eval_every
-                if self._crossed(save_every, len(examples)) or session.best.is_unsaved:
+                if self._crossed(save_every, len(examples)) or session.must_save():
                     session.save()
                 self.world.stop_if_asked()
         bar.close()

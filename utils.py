@@ -355,8 +355,9 @@ TRAINING_CONFIG = "training_config.yaml"
 
 def model_folder(path: str | Path) -> Path | str:
     """The folder for `from_pretrained` of a run (its best checkpoint, else its latest) or of a
-    checkpoint; `path` itself where it is neither."""
-    candidates = (Path(path) / inner for inner in ("BEST/hf", "LATEST/hf", "hf"))
+    checkpoint, also by its policy.pt; `path` itself where it is neither."""
+    folder = Path(path).parent if Path(path).name == "policy.pt" else Path(path)
+    candidates = (folder / inner for inner in ("BEST/hf", "LATEST/hf", "hf"))
     return next((folder for folder in candidates if folder.is_dir()), path)
 
 

@@ -8,6 +8,7 @@ from preflab.distributed.process_group import world
 from preflab.evaluation.worklist import draws_samples, expand_archives
 from preflab.modeling.parallelism import check_placement_settings, data_ranks
 from preflab.modeling.reference_cache import plan_reference
+from preflab.modeling.weights_io import archive_place
 from preflab.objective.registry import BoundLoss, bind_loss
 from preflab.online.checks import check_labels, check_online
 from preflab.readers.columns import (
@@ -113,7 +114,7 @@ def _check_archives(settings: Settings) -> None:
         ("archive", archive if settings.function != "eval" else None),
         ("reference_archive", reference),
     ):
-        if path and not exists(path):
+        if path and not exists(str(archive_place(path))):
             raise ConfigError(f"model.{key}={path}: no such file or folder")
     if settings.skip_finished and not Path(settings.skip_finished).is_dir():
         raise ConfigError(

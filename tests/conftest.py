@@ -26,6 +26,7 @@ os.environ |= {
 import pytest
 import torch
 from omegaconf import OmegaConf
+from safetensors.torch import load_file
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFast
 from warm_python import run_script
@@ -413,8 +414,16 @@ def run(imdb_dir, llama_folder, tmp_path):
     return run
 
 
+def saved_weights(checkpoint: Path) -> dict[str, torch.Tensor]:
+    state = {}
+    for path in sorted((checkpoint / "hf").glob("*.safetensors")):
+        state |= load_file(path)
+    assert state, f"{checkpoint} holds no weights"
+    return state
+
+
 def final_weights(run_dir: Path) -> dict[str, torch.Tensor]:
-    return torch.load(run_dir / "LATEST" / "policy.pt", weights_only=True)["state"]
+    return saved_weights(run_dir / "LATEST")
 
 
 def same_weights(a: dict, b: dict) -> bool:

@@ -47,6 +47,7 @@ from conftest import (
     read_rows,
     run_here,
     same_weights,
+    saved_weights,
     small_run,
     write_imdb,
 )
@@ -314,8 +315,8 @@ def differences(whole: Path, run: Path) -> list[str]:
         return [f"{run} is not finished"]
     problems = []
     for inside in ("", "discriminator"):
-        if (whole / "LATEST" / inside / "policy.pt").is_file() and not same_weights(
-            *(_weights(folder / "LATEST" / inside) for folder in (whole, run))
+        if (whole / "LATEST" / inside / "hf").is_dir() and not same_weights(
+            *(saved_weights(folder / "LATEST" / inside) for folder in (whole, run))
         ):
             problems.append(f"{run / 'LATEST' / inside}: other weights")
     for name in ("metrics.jsonl", "samples.jsonl", "rollouts.jsonl", "labels.jsonl"):
@@ -330,10 +331,6 @@ def differences(whole: Path, run: Path) -> list[str]:
         if len(bought) != len(set(bought)) or sum(row["cost"] for row in rows) > BUDGET:
             problems.append(f"{run / 'labels.jsonl'}: a label was paid for twice, or too many")
     return problems
-
-
-def _weights(checkpoint: Path) -> dict[str, torch.Tensor]:
-    return torch.load(checkpoint / "policy.pt", weights_only=True)["state"]
 
 
 def _rows(path: Path) -> list[dict]:

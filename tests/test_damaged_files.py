@@ -91,7 +91,8 @@ def two_steps(llama_folder, tmp_path_factory):
 
 @pytest.mark.parametrize("damage", [cut, empty, delete])
 @pytest.mark.parametrize(
-    "file", ["policy.pt", "training_state.pt", "optimizer/.metadata", "optimizer/__0_0.distcp"]
+    "file",
+    ["hf/model.safetensors", "training_state.pt", "optimizer/.metadata", "optimizer/__0_0.distcp"],
 )
 def test_a_run_continues_from_the_checkpoint_before_a_damaged_one(two_steps, file, damage, caplog):
     folder, copy, go = two_steps
@@ -101,7 +102,7 @@ def test_a_run_continues_from_the_checkpoint_before_a_damaged_one(two_steps, fil
     with caplog.at_level(logging.WARNING):
         go(name, "n_examples=24")
     assert "continuing from step-1" in caplog.text and file in caplog.text
-    assert (run / "damaged-step-2").is_dir() and (run / "step-2" / "policy.pt").is_file()
+    assert (run / "damaged-step-2").is_dir() and (run / "step-2" / "hf").is_dir()
     assert (run / "LATEST").resolve().name == "step-3"
     assert same_weights(final_weights(run), final_weights(folder / "whole"))
 
@@ -110,8 +111,8 @@ def test_a_run_whose_checkpoints_are_all_damaged_names_them(two_steps):
     _, copy, go = two_steps
     run = copy("all")
     for step in (1, 2):
-        cut(run / f"step-{step}" / "policy.pt")
-    with pytest.raises(ConfigError, match=r"no checkpoint is complete .*step-2: policy\.pt has"):
+        cut(run / f"step-{step}" / "hf" / "model.safetensors")
+    with pytest.raises(ConfigError, match=r"no checkpoint .* complete .*step-2: hf/model\.\S+ has"):
         go("all", "n_examples=24")
     assert sorted(path.name for path in run.glob("step-*")) == ["step-1", "step-2"]
 
@@ -119,9 +120,12 @@ def test_a_run_whose_checkpoints_are_all_damaged_names_them(two_steps):
 def test_exports_may_be_deleted_and_old_checkpoints_have_no_sizes(two_steps):
     _, copy, _ = two_steps
     run = copy("exports")
-    shutil.rmtree(run / "step-2" / "hf")
+    (run / "step-2" / "hf" / "README.md").unlink()
+    (run / "step-2" / "hf" / "tokenizer.json").write_text("edited")
     assert latest_checkpoint(run).name == "step-2"
     (run / "step-2" / "sizes.json").unlink()
+    assert damage_of(run / "step-2") == "it has no sizes.json"
+    (run / "step-2" / "policy.pt").touch()
     assert damage_of(run / "step-2") == ""
     (run / "step-2" / "sizes.json").write_text(json.dumps(["policy.pt"]))
     assert damage_of(run / "step-2") == "sizes.json is not what was saved"

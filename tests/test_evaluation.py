@@ -495,13 +495,13 @@ def test_archives_are_lists_patterns_and_folders_of_runs(two_runs):
     ]
     assert expand_archives(str(two_runs / "sweep")) == [str(a), str(b)]
     assert expand_archives([f"{a}/*/policy.pt", steps[0]]) == [
-        f"{a}/LATEST/policy.pt",
-        f"{a}/step-1/policy.pt",
-        f"{a}/step-2/policy.pt",
+        f"{a}/LATEST",
+        f"{a}/step-1",
+        f"{a}/step-2",
     ]  # LATEST is step-3
     with pytest.raises(ConfigError, match="no match"):
         expand_archives(f"{a}/stop-*")
-    with pytest.raises(ConfigError, match=r"without policy\.pt"):
+    with pytest.raises(ConfigError, match=r"without hf, policy\.pt"):
         expand_archives(str(two_runs / "data"))
 
 

@@ -37,7 +37,7 @@ def exported(tmp_path_factory):
 
 def test_files_have_the_modes_of_the_umask(exported):
     modes = {path.name: stat.S_IMODE(path.stat().st_mode) for path in exported.resolve().rglob("*")}
-    assert {"model.safetensors", "policy.pt", "adapter_model.safetensors"} <= modes.keys()
+    assert {"model.safetensors", "config.json", "adapter_model.safetensors"} <= modes.keys()
     assert set(modes.values()) == {0o640, 0o750}
 
 

@@ -11,7 +11,15 @@ from pkgutil import resolve_name
 import numpy as np
 import pytest
 import torch
-from conftest import losses_to_run, read_rows, run_here, save_model, small_run, write_jsonl
+from conftest import (
+    losses_to_run,
+    read_rows,
+    run_here,
+    save_model,
+    saved_weights,
+    small_run,
+    write_jsonl,
+)
 from omegaconf import OmegaConf
 from safetensors.torch import load_file, save_file
 
@@ -116,7 +124,7 @@ def rounds_of(folder) -> list[dict]:
 
 
 def weights(folder, inside: str = "") -> dict:
-    return torch.load(folder / "LATEST" / inside / "policy.pt", weights_only=True)["state"]
+    return saved_weights(folder / "LATEST" / inside)
 
 
 def same(a: dict, b: dict) -> bool:
@@ -439,7 +447,7 @@ def test_opo_with_gold_buys_a_label_a_pair_until_the_budget_is_spent(go):
         and summary["ended"] == "the budget of 29 labels is spent"
         and summary["rounds"] == 4
     )
-    assert summary["seconds_sampling"] > 0 and (folder / "LATEST" / "policy.pt").exists()
+    assert summary["seconds_sampling"] > 0 and (folder / "LATEST" / "hf").is_dir()
     rollouts = read_rows(folder / "rollouts.jsonl")
     for row in rollouts:
         better, worse = row["pair"] or (0, 0)
@@ -456,7 +464,7 @@ def test_only_bought_labels_reach_the_learner(go):
     assert len(asked(folder)) == 24  # two texts a label, and none for anything else
     assert not same(
         weights(folder, "discriminator"),
-        torch.load(folder / "step-4" / "discriminator" / "policy.pt", weights_only=True)["state"],
+        saved_weights(folder / "step-4" / "discriminator"),
     )
 
 
@@ -834,7 +842,7 @@ def test_responses_that_cannot_be_told_apart_end_the_run_clearly(go, monkeypatch
     monkeypatch.setattr(rounds, "PATIENCE", 3)
     with pytest.raises(rounds.NothingToLearnError, match="in the last 3 rounds no two responses"):
         go("ties", "temperature=0")  # both responses of a prompt are the same
-    assert (tmp_path / "ties" / "LATEST" / "policy.pt").exists()
+    assert (tmp_path / "ties" / "LATEST" / "hf").is_dir()
 
 
 def test_a_sampler_that_stays_as_it_is_writes_the_same_whatever_the_policy_learns(go):

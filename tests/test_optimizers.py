@@ -117,8 +117,12 @@ def test_the_state_of_several_groups_is_read_as_it_was_saved(tmp_path, name, giv
         make_optimizer(settings(name, **given), scorer) for scorer in (first, second)
     )
     step(first, saved)
-    state, _ = save_optimizer(saved, names, tmp_path / "optimizer")
+    state, write = save_optimizer(saved, names, tmp_path / "optimizer")
     state = copy.deepcopy(state)  # a checkpoint does not share tensors
+    before = copy.deepcopy(saved.state_dict())
+    step(first, saved)  # what is written is a snapshot
+    write()
+    saved.load_state_dict(before)
     second.model.load_state_dict(first.model.state_dict())
     load_optimizer(loaded, names, tmp_path / "optimizer", state, alone=True)
     for scorer, optimizer in ((first, saved), (second, loaded)):
@@ -133,7 +137,8 @@ def test_a_state_of_one_group_of_an_earlier_version_is_read(tmp_path):
     earlier, now = torch.optim.AdamW([weight], lr=0.5), torch.optim.AdamW([weight], weight_decay=0)
     weight.grad = torch.ones(3)
     earlier.step()
-    state, _ = save_optimizer(earlier, ["w"], tmp_path / "optimizer")
+    state, write = save_optimizer(earlier, ["w"], tmp_path / "optimizer")
+    write()
     state["settings"] = state.pop("groups")[0]
     load_optimizer(now, ["w"], tmp_path / "optimizer", state, alone=True)
     assert now.param_groups[0]["weight_decay"] == 0.01  # such a run goes on as it began

@@ -22,6 +22,7 @@ from conftest import (
     run_command,
     run_here,
     same_weights,
+    saved_weights,
     small_run,
     untimed,
     write_imdb,
@@ -193,7 +194,7 @@ def test_a_signal_is_obeyed_between_batches(accumulated, tmp_path, monkeypatch, 
         ours, theirs = (torch.load(run / step / learner.STATE) for run in (broken, whole))
         assert ours["loader"] == theirs["loader"] and str(ours["loss"]) == str(theirs["loss"])
         assert ours["counters"]["examples"] == 8 * last
-        ours, theirs = (torch.load(run / step / "policy.pt")["state"] for run in (broken, whole))
+        ours, theirs = (saved_weights(run / step) for run in (broken, whole))
         assert same_weights(ours, theirs)
     if place in ("a step", "evaluation"):  # the first call that is undone is that of the signal
         saved = torch.load(broken / "LATEST" / learner.STATE)["random"]["torch"]

@@ -9,6 +9,7 @@ from conftest import read_rows, run_here, small_run, write_jsonl
 
 from preflab.modeling.weights_io import read_archive
 from preflab.rewards.registry import build_reward
+from preflab.training.learner import STATE
 
 
 def accuracies(folder) -> dict[int, float]:
@@ -41,12 +42,8 @@ def test_best_is_the_checkpoint_with_the_highest_accuracy_and_stays(run):
     assert sorted(path.name for path in folder.glob("step-*")) == sorted(
         {f"step-{best}", f"step-{max(saved)}"}
     )
-    assert (
-        torch.load(folder / "BEST" / "policy.pt", weights_only=True)["metrics"][
-            "rewards_eval/accuracies"
-        ]
-        == saved[best]
-    )
+    state = torch.load(folder / "BEST" / STATE, weights_only=True)
+    assert state["last_eval"]["rewards_eval/accuracies"] == saved[best]
     by_run, by_folder = (
         build_reward({"name": "reward_model", "path": str(path)})
         for path in (folder, folder / "BEST" / "hf")

@@ -13,8 +13,15 @@ from pathlib import Path
 
 import httpx
 import pytest
-import torch
-from conftest import ROOT, read_rows, run_here, save_model, small_run
+from conftest import (
+    ROOT,
+    final_weights,
+    read_rows,
+    run_here,
+    same_weights,
+    save_model,
+    small_run,
+)
 from fastapi.testclient import TestClient
 from hydra import compose, initialize_config_dir
 
@@ -542,11 +549,7 @@ def test_a_run_whose_service_is_killed_ends_as_one_that_labels_itself(
         )
     finally:
         server.kill()
-    ours, theirs = (
-        torch.load(folder / "LATEST" / "policy.pt", weights_only=True)["state"]
-        for folder in (served, alone)
-    )
-    assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
+    assert same_weights(final_weights(served), final_weights(alone))
     paid = [
         [(row["responses"], row["scores"]) for row in read_rows(folder / "labels.jsonl")]
         for folder in (tmp_path / "state", alone)

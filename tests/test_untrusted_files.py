@@ -51,7 +51,7 @@ def stopped_run(llama_folder, tmp_path_factory):
         ("run/LATEST/optimizer/.metadata", plant_pickle),
         ("run/LATEST/optimizer/__0_0.distcp", plant_pickle),
         ("run/LATEST/optimizer/__0_0.distcp", plant_torch),
-        ("run/LATEST/policy.pt", plant_torch),
+        ("run/LATEST/hf/model.safetensors", plant_torch),
         ("run/LATEST/training_state.pt", plant_torch),
         ("cache/tokens/*/pairs.npy", plant_array),
     ],
@@ -83,7 +83,8 @@ def test_optimizer_states_of_any_class_and_dtype_are_read(tmp_path, optimizer, d
     saved, loaded = optimizer(weights, lr=0.1), optimizer(weights, lr=0.1)
     weights[0].grad = torch.full((3, 2), 0.5, dtype=dtype)
     saved.step()
-    state, _ = save_optimizer(saved, ["w"], tmp_path / "optimizer")
+    state, write = save_optimizer(saved, ["w"], tmp_path / "optimizer")
+    write()
     load_optimizer(loaded, ["w"], tmp_path / "optimizer", state, alone=True)
     for key, value in saved.state[weights[0]].items():
         assert value is None or torch.equal(loaded.state[weights[0]][key], value)
@@ -94,7 +95,8 @@ def test_an_index_cannot_name_files_elsewhere(tmp_path):
     optimizer = torch.optim.AdamW(weights)
     weights[0].grad = torch.ones(3)
     optimizer.step()
-    state, _ = save_optimizer(optimizer, ["w"], tmp_path / "optimizer")
+    state, write = save_optimizer(optimizer, ["w"], tmp_path / "optimizer")
+    write()
     index = tmp_path / "optimizer" / ".metadata"
     content = pickle.loads(index.read_bytes())
     for info in content.storage_data.values():

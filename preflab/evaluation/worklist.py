@@ -2,13 +2,14 @@
 
 import glob
 import json
+import os
 import re
 from dataclasses import dataclass, field
 from pathlib import Path
 
 from omegaconf import OmegaConf
 
-from preflab.modeling.weights_io import archive_files
+from preflab.modeling.weights_io import POLICY_PT, archive_files, archive_place, weights_of
 from preflab.reports.run_files import read_config, read_jsonl
 from preflab.settings.schema import ModelSettings, Settings
 from preflab.settings.values import temperatures
@@ -85,7 +86,9 @@ def _files(path: str | None) -> tuple | None:
 
 def _expand(item: str) -> list[str]:
     if not Path(item).exists():
-        matches = sorted(glob.glob(item, recursive=True), key=_natural)
+        if archive_place(item).exists():
+            return [item]
+        matches = sorted(_matches(item), key=_natural)
         if not matches:
             raise ConfigError(
                 f"model.archive={item}: no such file or folder, and no match as a pattern"
@@ -95,11 +98,20 @@ def _expand(item: str) -> list[str]:
         archive_files(item)
         return [item]
     except ConfigError:
-        newest = Path(item).rglob("LATEST/policy.pt")
-        runs = sorted({str(path.parent.parent) for path in newest}, key=_natural)
+        newest = (path for path in Path(item).rglob("LATEST") if weights_of(path))
+        runs = sorted({str(path.parent) for path in newest}, key=_natural)
         if not runs:
             raise
         return runs
+
+
+def _matches(pattern: str) -> list[str]:
+    """The paths that match a pattern. One of `policy.pt` matches checkpoints without that file."""
+    if matches := glob.glob(pattern, recursive=True):
+        return matches
+    folder, name = os.path.split(pattern)
+    checkpoints = glob.glob(folder, recursive=True) if name == POLICY_PT else []
+    return [path for path in checkpoints if weights_of(Path(path))]
 
 
 def _natural(path: str) -> list:

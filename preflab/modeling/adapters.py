@@ -82,6 +82,21 @@ def add_adapter(model: nn.Module, settings, weights: dict, name: str, base: str)
     return model
 
 
+def load_saved_adapter(model: nn.Module, checkpoint: Path) -> None:
+    """Give the adapter of a model the weights that a checkpoint of its run has for it.
+
+    model: a peft model. Checkpoints of earlier versions have `adapter.pt`.
+    """
+    from peft import set_peft_model_state_dict
+
+    earlier = checkpoint / "adapter.pt"
+    if earlier.is_file():
+        state = torch.load(earlier, map_location="cpu", weights_only=True)
+        model.load_state_dict(state, strict=False)
+    else:
+        set_peft_model_state_dict(model, load_file(checkpoint / "adapter" / WEIGHTS))
+
+
 def merge_adapter(
     model: nn.Module, folder: Path, name: str, base: str, dtype: torch.dtype
 ) -> nn.Module:

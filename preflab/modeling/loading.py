@@ -13,7 +13,7 @@ from transformers.activations import NewGELUActivation
 from transformers.utils import logging
 
 from preflab.batching.packed_models import enable as enable_segments
-from preflab.modeling.adapters import check_tied, is_adapter, merge_adapter
+from preflab.modeling.adapters import check_tied, is_adapter, load_saved_adapter, merge_adapter
 from preflab.modeling.architecture_trial import supports_packed_rows
 from preflab.modeling.fsdp import reshard
 from preflab.modeling.logprobs import Scorer
@@ -119,10 +119,7 @@ def build_policy(
     if has_adapter:
         model = _add_lora(model, config.lora, scalar_head)
         if checkpoint is not None:
-            # policy.pt has the adapter merged; training continues from the adapter alone.
-            path = checkpoint / "adapter.pt"
-            adapter = torch.load(path, map_location="cpu", weights_only=True)
-            model.load_state_dict(adapter, strict=False)
+            load_saved_adapter(model, checkpoint)
     scorer = Scorer(model, autocast=_autocast(config))
     return _ready(scorer, scalar_head, place, dtype_of(config.policy_dtype), config)
 

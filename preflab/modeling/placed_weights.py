@@ -82,35 +82,42 @@ def largest_state_bytes(
     return dict(zip(tensors, map(int, sizes), strict=True))
 
 
-def full_weights(scorer: Scorer, scratch: Path, *, keep: bool, alias: bool) -> dict[str, Tensor]:
-    """All weights of a model by name, unsharded. Every rank calls it.
+def full_weights(scorer: Scorer, scratch: Path, *, keep: bool) -> tuple[dict[str, Tensor], set]:
+    """A snapshot of all weights of a model by name, unsharded on the CPU. Every rank calls it.
 
-    keep: whether this rank gets them (rank 0); the dict of the others is empty. alias: return
-    weights that are unsharded on the CPU as they are. All others are copied to files in `scratch`
-    and mapped from there, so that only one weight at a time is in memory. Weights that share memory
-    in the model share it in the result.
+    keep: whether this rank gets them (rank 0); the dict of the others is empty. Sharded weights are
+    gathered into files in `scratch` and mapped from there, so that only one at a time is in memory.
+    Others are copied in memory, but for those on the CPU that are not trained: the snapshot has the
+    model's own, whose names are the second result. Weights that share memory in the model share it
+    in the snapshot.
     """
     reshard(scorer.model)
     if isinstance(body := getattr(scorer.model, scorer.causal_lm.base_model_prefix), Body):
-        return full_weights_of_split(scorer.model, body.shards)
+        return full_weights_of_split(scorer.model, body.shards), set()
     state: dict[str, Tensor] = {}
+    in_use: set[str] = set()
     converted: dict[int, Tensor] = {}  # by the id of the model's tensor
     for i, (name, tensor) in enumerate(scorer.model.state_dict(keep_vars=True).items()):
+        is_sharded = isinstance(tensor, DTensor)
+        is_frozen = isinstance(tensor, nn.Parameter) and not tensor.requires_grad
+        if keep and is_frozen and not is_sharded and tensor.device.type == "cpu":
+            in_use.add(name)
         if id(tensor) not in converted:
-            is_sharded = isinstance(tensor, DTensor)
             full = tensor.detach().full_tensor() if is_sharded else tensor.detach()
             if not keep:
                 full = full.new_empty(0)
-            elif is_sharded or full.device.type != "cpu" or not alias:
-                full = _on_disk(full, scratch / f"{i}")
+            elif is_sharded:
+                full = on_disk(full, scratch / f"{i}")
+            elif name not in in_use:
+                full = full.clone() if full.device.type == "cpu" else full.cpu()
             converted[id(tensor)] = full
             del full
         state[name] = converted[id(tensor)]
-    return state if keep else {}
+    return (state, in_use) if keep else ({}, set())
 
 
-def _on_disk(tensor: Tensor, path: Path) -> Tensor:
-    """A copy of a tensor that is mapped from a new file."""
+def on_disk(tensor: Tensor, path: Path, dtype: torch.dtype | None = None) -> Tensor:
+    """A copy of a tensor, in `dtype` where it is given, that is mapped from a new file."""
     size = max(1, tensor.numel())
-    mapped = torch.from_file(str(path), shared=True, size=size, dtype=tensor.dtype)
+    mapped = torch.from_file(str(path), shared=True, size=size, dtype=dtype or tensor.dtype)
     return mapped[: tensor.numel()].view(tensor.shape).copy_(tensor)

@@ -149,14 +149,14 @@ def split(scorer: Scorer, devices: list[torch.device], dtype: torch.dtype) -> No
 
 
 def full_weights_of_split(model: nn.Module, shards: nn.Module) -> dict[str, Tensor]:
-    """All weights of a model that `split` has split, by name, on the CPU."""
+    """Copies of all weights of a model that `split` has split, by name, on the CPU."""
     from tensor_parallel import save_tensor_parallel
 
     # A fused optimizer changes weights without raising their version.
     shards.sharding_manager._last_versions = None
     with save_tensor_parallel(shards):
         state = {
-            name.removeprefix("model."): tensor.detach().cpu()
+            name.removeprefix("model."): tensor.detach().to("cpu", copy=True)
             for name, tensor in shards.state_dict().items()
         }
     # The package returns a tied weight only under its first name.

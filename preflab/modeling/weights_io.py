@@ -33,6 +33,9 @@ WEIGHT_FILES = (
     "pytorch_model.bin.index.json",
 )
 
+# The file of a checkpoint's weights in the repository of Rafailov et al. (2023) and its forks.
+POLICY_PT = "policy.pt"
+
 # What torch.compile, data parallelism, FSDP and Lightning put before the names of weights.
 WRAPPERS = (
     re.compile(r"^(?:(?:_orig_mod|module|_fsdp_wrapped_module)\.)+"),
@@ -62,10 +65,10 @@ def readable(key: str, path: str):
 def read_archive(path: str | Path) -> dict[str, torch.Tensor]:
     """The state dict in an archive, on the CPU.
 
-    Accepted: a `policy.pt` of this project or of the repository of Rafailov et al. (2023) and its
-    forks ({step_idx, state, metrics}), a plain state dict, a safetensors file, a `save_pretrained`
-    folder, a run folder or a checkpoint folder. Only tensors and plain containers are unpickled.
-    Raises ConfigError for anything else.
+    Accepted: a run folder, a checkpoint folder, a `save_pretrained` folder, a safetensors file, a
+    `policy.pt` of this project or of the repository of Rafailov et al. (2023) and its forks
+    ({step_idx, state, metrics}), and a plain state dict. Only tensors and plain containers are
+    unpickled. Raises ConfigError for anything else.
     """
     state = {}
     for file in archive_files(path):
@@ -75,12 +78,10 @@ def read_archive(path: str | Path) -> dict[str, torch.Tensor]:
 
 def archive_files(path: str | Path) -> list[Path]:
     """The files that hold the weights of an archive. Raises ConfigError when there are none."""
-    path = Path(path)
+    path = archive_place(path)
     if not path.exists():
-        raise ConfigError(f"archive {path}: no such file or folder")
-    for file in (path / "policy.pt", path / "LATEST" / "policy.pt"):
-        if file.is_file():
-            return [file]
+        beside = "" if path.name != POLICY_PT else ", nor a checkpoint's weights in its folder"
+        raise ConfigError(f"archive {path}: no such file or folder{beside}")
     if not path.is_dir():
         return [path]
     if is_adapter(path):
@@ -88,11 +89,39 @@ def archive_files(path: str | Path) -> list[Path]:
     names = [name for name in WEIGHT_FILES if (path / name).is_file()]
     if not names:
         raise ConfigError(
-            f"archive {path}: a folder without policy.pt, LATEST/policy.pt,"
-            f" {', '.join(WEIGHT_FILES)}; give a policy.pt, a run folder or a save_pretrained"
-            " folder"
+            f"archive {path}: a folder without hf, policy.pt, LATEST, {', '.join(WEIGHT_FILES)};"
+            " give a run folder, a checkpoint such as RUN/LATEST, a save_pretrained folder or a"
+            " file of weights"
         )
     return _with_shards(path / names[0])
+
+
+def archive_place(path: str | Path) -> Path:
+    """The file or folder that holds the weights of an archive: for a run or a checkpoint the one
+    inside it, otherwise the archive itself.
+
+    `RUN/LATEST/policy.pt` stands for its checkpoint where that file was not written.
+    """
+    path = Path(path)
+    if path.name == POLICY_PT and not os.path.exists(path):
+        return weights_of(path.parent) or path
+    return weights_of(path) or weights_of(path / "LATEST") or path
+
+
+def weights_of(checkpoint: Path) -> Path | None:
+    """What holds the weights of a checkpoint: those of training where there are others too. None
+    for a folder that is no checkpoint."""
+    for name, file in (("weights", "config.json"), (POLICY_PT, ""), ("hf", "config.json")):
+        # Not by pathlib, which raises for a name that no file can have.
+        if os.path.isfile(os.path.join(checkpoint, name, file).rstrip("/")):
+            return checkpoint / name
+    return None
+
+
+def trained_weights_of(checkpoint: Path) -> Path | None:
+    """What a run continues from: `weights_of`, or with LoRA the adapter alone."""
+    adapter = checkpoint / "adapter"
+    return adapter if adapter.is_dir() else weights_of(checkpoint)
 
 
 def model_files(name_or_path: str) -> list[Path]:

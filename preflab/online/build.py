@@ -49,7 +49,11 @@ def build_parts(
     data: prompts by split. trainer: the class that declares where models live.
     """
     checkpointer = Checkpointer(
-        run_dir, world, keep=settings.keep_checkpoints, enabled=not settings.debug
+        run_dir,
+        world,
+        keep=settings.keep_checkpoints,
+        keep_steps=settings.keep_steps or (),
+        enabled=not settings.debug,
     )
     rewards = build_rewards(settings)
     learner = Learner(settings, loss, tokenizer, trainer, world, checkpoint=checkpointer.latest())

@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping
 
+from preflab.modeling.weights_io import archive_place
 from preflab.objective.registry import BoundLoss, bind_loss
 from preflab.online.selection import bind_selection
 from preflab.rewards.registry import REWARDS
@@ -38,7 +39,7 @@ def check_online(settings: Settings, loss: BoundLoss) -> None:
             f"function=online: loss={loss.name} reads weights of tokens, which rollouts do not"
             " have; take another loss"
         )
-    if online.sampler not in (None, "reference") and not exists(online.sampler):
+    if online.sampler not in (None, "reference") and not exists(str(archive_place(online.sampler))):
         raise ConfigError(
             f"online.sampler={online.sampler}: no such file or folder; give an archive,"
             " reference, or null for the policy"

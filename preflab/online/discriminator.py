@@ -4,7 +4,6 @@ import contextlib
 import logging
 import math
 from collections.abc import Callable
-from concurrent.futures import Future
 from pathlib import Path
 
 import numpy as np
@@ -143,7 +142,7 @@ class Discriminator:
         if self.learner.checkpoint is None:
             self._drop_rows_after(-1)
 
-    def save(self, folder: Path, state: dict, metrics: dict) -> Future | None:
+    def save(self, folder: Path, state: dict, metrics: dict) -> Callable[[], None]:
         """As `Learner.save`."""
         return self.learner.save(folder, state, metrics)
 

@@ -115,7 +115,7 @@ class OnlineTrainer:
                 if self.round % settings.eval_every == 0 or self.round == settings.rounds:
                     self._evaluate()
                 session.tick()
-                if self.round % settings.save_every == 0 or session.best.is_unsaved:
+                if self.round % settings.save_every == 0 or session.must_save():
                     session.save()
                 self.world.stop_if_asked()
             bar.close()

@@ -217,9 +217,9 @@ class Service:
         self._begun.unlink()
         self.state, self.answers[row["id"]] = state, row
 
-    def _fill_checkpoint(self, folder: Path) -> None:
+    def _fill_checkpoint(self, folder: Path) -> Callable[[], None]:
         (folder / "discriminator").mkdir()
-        self.discriminator.save(folder / "discriminator", {}, {})
+        return self.discriminator.save(folder / "discriminator", {}, {})
 
     def describe_state(self) -> dict:
         """The answer of GET /state: counts of requests, labels, pooled pairs and steps."""

@@ -228,6 +228,13 @@ class RunSettings:
     resume: str | None = setting(PATH, null=True, may_change=ALWAYS, part_of_run=False)
     save_every: int | None = setting(COUNT, null=True, may_change=ALWAYS)
     keep_checkpoints: int | None = setting(COUNT, null=True, may_change=ALWAYS, part_of_run=False)
+    keep_steps: list[int] | None = setting(
+        ListOf(COUNT), null=True, may_change=ALWAYS, part_of_run=False
+    )
+    save_dtype: str = setting(
+        Choice(("same", "float32", "bfloat16", "float16")), may_change=ALWAYS, part_of_run=False
+    )
+    save_policy_pt: bool = setting(FLAG, may_change=ALWAYS, part_of_run=False)
     minimum_log_interval_secs: float = setting(NOT_NEGATIVE, may_change=ALWAYS, part_of_run=False)
     profile_steps: int | None = setting(COUNT, null=True, may_change=ALWAYS, part_of_run=False)
 

@@ -9,9 +9,10 @@ import re
 import shutil
 import tempfile
 import threading
-from collections.abc import Callable, Iterator
-from concurrent.futures import Future
+import time
+from collections.abc import Callable, Collection, Iterator
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -19,13 +20,16 @@ import torch
 
 from preflab.distributed.process_group import ALONE, World
 from preflab.distributed.signals import Stopped
+from preflab.modeling.weights_io import trained_weights_of
 from utils import ConfigError, finish_directory, wrong_size
 
 logger = logging.getLogger(__name__)
 
 SIZES = "sizes.json"
-# Folders that others read, and a run does not continue from; they may be moved or deleted.
+# Folders that others read too. A run continues from the weights of one of them at most; everything
+# else in them may be edited or deleted.
 EXPORTS = {"hf", "adapter"}
+WEIGHTS = re.compile(r"\.safetensors(\.index\.json)?$")
 
 
 @dataclass
@@ -44,17 +48,19 @@ class Counters:
 def save_checkpoint(
     run_dir: Path,
     step: int,
-    fill: Callable[[Path], Future | None],
+    fill: Callable[[Path], Callable[[], None] | None],
     *,
     keep: int | None,
+    keep_steps: Collection[int] = (),
     best: bool = False,
     world: World = ALONE,
 ) -> "Saving":
     """Write `run_dir/step-N`, point LATEST at it, and delete all but the `keep` newest.
 
-    fill: called on every rank with the folder to fill; returns a future for what it still writes in
-    the background. A step that is on disk already is not written again. keep: None keeps all. best:
-    point BEST at the checkpoint too; the one that BEST points to is never deleted.
+    fill: called on every rank with the folder to fill; returns what writes the rest of it, which a
+    thread of each rank calls; None where nothing is left to write. A step that is on disk already
+    is not written again. keep: None keeps all. keep_steps: numbers of checkpoints that are never
+    deleted. best: point BEST at the checkpoint too; the one that BEST points to is never deleted.
 
     The folder gets its name, and LATEST its target, by a rename once everything is written, so a
     kill at any moment leaves the previous checkpoint in place.
@@ -67,63 +73,82 @@ def save_checkpoint(
         return Path(tempfile.mkdtemp(dir=run_dir, prefix=f".{folder.name}."))
 
     temporary = world.agree(make_temporary)
-    future = None
+    write = None
     if temporary is not None:
         try:
-            future = fill(temporary)
+            write = fill(temporary)
         except BaseException:
             shutil.rmtree(temporary, ignore_errors=True)
             raise
         world.barrier()  # every rank has written its files
-    return Saving(temporary, folder, keep, best, future, commits=world.rank == 0)
+    drop = partial(_drop_old, folder, keep, keep_steps) if world.rank == 0 else None
+    return Saving(temporary, folder, write, drop, best=best)
+
+
+def in_order(writes: list[Callable[[], None]]) -> Callable[[], None]:
+    """Several functions as one."""
+
+    def write() -> None:
+        for one in writes:
+            one()
+
+    return write
 
 
 class Saving:
-    """A checkpoint that is being written, by a thread if part of it is written in the background.
+    """A checkpoint that a thread writes.
 
-    temporary: the folder that becomes `folder`; None where that exists already. future: what is
-    still being written. commits: whether this rank renames, links and deletes.
+    temporary: the folder that becomes `folder`; None where that exists already. write: writes what
+    is not in it yet; None if all is. drop: deletes old checkpoints; None on a rank that neither
+    renames nor links. `seconds` and `n_bytes` are what writing took, known once it is complete.
     """
 
     def __init__(
         self,
         temporary: Path | None,
         folder: Path,
-        keep: int | None,
-        best: bool,
-        future: Future | None,
+        write: Callable[[], None] | None,
+        drop: Callable[[], None] | None,
         *,
-        commits: bool,
+        best: bool,
     ):
+        self.seconds, self.n_bytes = 0.0, 0
         self._error: BaseException | None = None
         self._thread = threading.Thread(
-            target=self._finish, args=(temporary, folder, keep, best, future, commits)
+            target=self._finish, args=(temporary, folder, write, drop, best)
         )
         self._thread.start()
-        if future is None:
+        if write is None:
             self.wait()
 
     def wait(self) -> None:
         """Wait until the checkpoint is complete. Raises the error that writing it ended with."""
         self._thread.join()
+        self.raise_failure()
+
+    def raise_failure(self) -> None:
+        """Raise the error that writing has ended with, if it has."""
         if self._error is not None:
             raise self._error
 
-    def _finish(self, temporary, folder, keep, best, future, commits) -> None:
+    def _finish(self, temporary, folder, write, drop, best) -> None:
+        begun = time.perf_counter()
         try:
-            if future is not None:
-                future.result()
-            if commits:
+            if write is not None:
+                write()
+            if drop is not None:
                 if temporary is not None:
                     _write_sizes(temporary)
                     finish_directory(temporary, folder)
                 for name in ("LATEST", "BEST") if best else ("LATEST",):
                     _point(folder.parent / name, folder)
-                _drop_old(folder, keep)
+                self.n_bytes = sum(p.stat().st_size for p in folder.rglob("*") if p.is_file())
+                drop()
         except BaseException as error:
             self._error = error
-            if temporary is not None and commits:
+            if temporary is not None and drop is not None:
                 shutil.rmtree(temporary, ignore_errors=True)
+        self.seconds = time.perf_counter() - begun
 
 
 def _point(link: Path, folder: Path) -> None:
@@ -133,10 +158,11 @@ def _point(link: Path, folder: Path) -> None:
     os.replace(new, link)
 
 
-def _drop_old(folder: Path, keep: int | None) -> None:
+def _drop_old(folder: Path, keep: int | None, keep_steps: Collection[int]) -> None:
     if keep is None:
         return
-    protected = {folder.resolve(), (folder.parent / "BEST").resolve()}
+    named = (folder.parent / f"step-{step}" for step in keep_steps)
+    protected = {path.resolve() for path in (folder, folder.parent / "BEST", *named)}
     for old in _steps(folder.parent)[:-keep]:
         if old.resolve() not in protected:
             shutil.rmtree(old)
@@ -191,13 +217,22 @@ def _set_aside(folder: Path) -> None:
 
 
 def _write_sizes(folder: Path) -> None:
-    """Write the sizes of the files that a run continues from, which are all but the exports."""
+    """Write the sizes of the files that a run continues from."""
     sizes = {
         str(path.relative_to(folder)): path.stat().st_size
         for path in sorted(folder.rglob("*"))
-        if path.is_file() and not EXPORTS.intersection(path.relative_to(folder).parts)
+        if path.is_file() and _is_read_again(path)
     }
     (folder / SIZES).write_text(json.dumps(sizes, indent=1), encoding="utf-8")
+
+
+def _is_read_again(file: Path) -> bool:
+    """Whether a run reads a file of a checkpoint when it continues."""
+    export = next((parent for parent in file.parents if parent.name in EXPORTS), None)
+    if export is None:
+        return True
+    is_weight = file.parent == export and WEIGHTS.search(file.name)
+    return bool(is_weight) and export == trained_weights_of(export.parent)
 
 
 def damage_of(folder: Path) -> str:
@@ -205,7 +240,7 @@ def damage_of(folder: Path) -> str:
     empty if there is none, and for a checkpoint of a version that wrote no sizes."""
     path = folder / SIZES
     if not path.is_file():
-        return "" if (folder / "policy.pt").is_file() else "it has no policy.pt"
+        return "" if (folder / "policy.pt").is_file() else f"it has no {SIZES}"
     try:
         sizes = {str(name): int(size) for name, size in json.loads(path.read_bytes()).items()}
     except (ValueError, AttributeError, TypeError):

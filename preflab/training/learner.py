@@ -9,7 +9,7 @@ from __future__ import annotations
 import logging
 import math
 import time
-from concurrent.futures import Future
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -38,6 +38,7 @@ from preflab.objective.types import LossOutput
 from preflab.settings.schema import Settings
 from preflab.training.checkpoints import (
     Counters,
+    in_order,
     random_state,
     set_random_state,
     undone_when_stopped,
@@ -48,7 +49,7 @@ from preflab.training.optimizer_state import load_optimizer, save_optimizer
 from preflab.training.optimizers import make_optimizer, trained_weights
 from preflab.training.reference import ReferenceSource
 from preflab.training.reference_update import PastPolicies, ReferenceUpdate
-from preflab.training.saved_weights import save_weights
+from preflab.training.saved_weights import read_tokenizer_files, save_weights
 from preflab.training.schedules import schedule_of
 from utils import ConfigError, PrefLabError, first_line
 
@@ -120,6 +121,7 @@ class Learner:
         self.reference: Scorer | PastPolicies | None = None  # the loss reads its log-probs
         self.initial_reference: Scorer | None = None  # evaluations compare the policy with it
         self._group = None
+        self._tokenizer_files: dict[str, bytes] = {}  # empty before the first save
         self.policy = build_policy(
             settings.model, scalar_head=self.scalar, checkpoint=checkpoint, place=self.place
         )
@@ -175,7 +177,7 @@ class Learner:
         self.schedule = schedule_of(settings, total_steps)
         _prepare_blocks(settings, self.policy)
         trained = trained_weights(model)
-        self.parameters, self.parameter_names = list(trained.values()), list(trained)
+        self.parameters = list(trained.values())
         self.optimizer, self.optimized_names = make_optimizer(settings, self.policy)
 
     def microbatches(self, data: PreferenceData, examples) -> list[tuple[Batch, int]]:
@@ -285,26 +287,28 @@ class Learner:
 
     # ----------------------------------------------------------------------------- saving, loading
 
-    def save(self, folder: Path, state: dict, metrics: dict) -> Future | None:
-        """Write what `load` reads, policy.pt and hf/. Every rank calls it.
+    def save(self, folder: Path, state: dict, metrics: dict) -> Callable[[], None]:
+        """Take a snapshot of what `load` reads and of hf/, for `folder`. Every rank calls it.
 
-        state: of the loop, numbers and plain containers. metrics: stored in policy.pt. Returns a
-        future if the optimizer's shards are still being written in the background, else None.
+        state: of the loop, numbers and plain containers. metrics: for the model card. Returns what
+        writes the snapshot, on every rank and in any thread, while training goes on.
         """
         sharded = self.placement.shards_state
-        optimizer, future = {}, None
+        optimizer, writes = {}, []
         if sharded or self.world.rank == 0:
-            self.reference_update.save(folder, self._writing_group())
-            optimizer, future = save_optimizer(
-                self.optimizer, self.optimized_names, folder / "optimizer", self._writing_group()
+            group = self._writing_group()
+            optimizer, write = save_optimizer(
+                self.optimizer, self.optimized_names, folder / "optimizer", group
             )
-        save_weights(
+            writes = [self.reference_update.save(folder, group), write]
+        if self.world.rank == 0 and not self._tokenizer_files:
+            self._tokenizer_files = read_tokenizer_files(self.tokenizer)
+        write = save_weights(
             self.settings,
             self.policy,
-            self.tokenizer,
+            self._tokenizer_files,
             folder,
             world=self.world,
-            trained=self.parameter_names,
             scalar_head=self.scalar,
             step=self.counters.steps,
             metrics=metrics,
@@ -317,7 +321,7 @@ class Learner:
                 "random": random_state(),
             }
             torch.save(own | state, folder / STATE)
-        return future
+        return in_order([*writes, write])
 
     def load(self, folder: Path) -> dict:
         """Continue from what `save` wrote; returns the state of the loop.

@@ -101,8 +101,17 @@ def make_plan(config: Settings, loss, data: PreferenceData) -> Plan:
         plan.memory["freed during backward"] = -min(both)
     if _device(config) != "cuda":
         plan.memory["heap"] = int(HEAP * plan.memory["activations"])
+        if not config.debug:
+            plan.memory["checkpoint in writing"] = _snapshot_bytes(config, plan, trained_bytes)
     plan.memory["libraries"] = libraries
     return plan
+
+
+def _snapshot_bytes(config: Settings, plan: Plan, trained_bytes: int) -> int:
+    """Bytes of the copy that a checkpoint is written from while training goes on. Sharded weights
+    are copied into a file instead."""
+    weights = 0 if find_trainer(config.trainer).placement.shards_state else trained_bytes
+    return plan.memory["optimizer"] + weights
 
 
 def _libraries(config: Settings) -> int:

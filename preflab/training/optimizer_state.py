@@ -7,7 +7,7 @@ Here only the classes that an index consists of are unpickled.
 import contextlib
 import pickle
 import warnings
-from concurrent.futures import Future
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -38,13 +38,12 @@ INDEX_CLASSES = {
 
 def save_optimizer(
     optimizer, names: list[str], folder: Path, group=None
-) -> tuple[dict, Future | None]:
-    """Write the optimizer's tensors to `folder`, each rank its shards.
+) -> tuple[dict, Callable[[], None]]:
+    """Copy the optimizer's tensors on the CPU, each rank its shards.
 
-    names: of the parameters, in the optimizer's order. group: a process group for writing in the
-    background; without one, this process writes alone and at once. Returns the rest of the state,
-    for `load_optimizer`, and a future if tensors are still being written. The files can be read on
-    any number of ranks.
+    names: of the parameters, in the optimizer's order. group: as in `write_shards`. Returns the
+    rest of the state, for `load_optimizer`, and what writes the copies to `folder`, in any thread.
+    The files can be read on any number of ranks.
     """
     tensors, small = {}, {}
     for name, parameter in zip(names, _parameters(optimizer), strict=True):
@@ -61,24 +60,25 @@ def save_optimizer(
             for group in optimizer.param_groups
         ],
     }
-    if not tensors:
-        return state, None
-    if group is None:
-        write_shards(tensors, folder)
-        return state, None
-    return state, dcp.async_save(tensors, storage_writer=_writer(folder), process_group=group)
+    return state, write_shards(tensors, folder, group)
 
 
-def write_shards(tensors: dict[str, Tensor], folder: Path, group=None) -> None:
-    """Write tensors to `folder`, each rank its shards, and return when they are written.
+def write_shards(tensors: dict[str, Tensor], folder: Path, group=None) -> Callable[[], None]:
+    """Copy tensors on the CPU, each rank its shards, and return what writes the copies to `folder`.
 
-    group: a process group whose ranks all write; without one, this process writes alone. Any number
-    of ranks can read the files, by `read_shards`.
+    group: a process group of the CPU whose ranks all write, in the same order; without one, this
+    process writes alone. Any number of ranks can read the files, by `read_shards`.
     """
-    with _without_warnings():
-        dcp.save(
-            tensors, storage_writer=_writer(folder), process_group=group, no_dist=group is None
-        )
+    if not tensors:
+        return lambda: None
+    writer = _writer(folder)
+    copies = writer.stage(tensors)
+
+    def write() -> None:
+        with _without_warnings():
+            dcp.save(copies, storage_writer=writer, process_group=group, no_dist=group is None)
+
+    return write
 
 
 def _writer(folder: Path) -> dcp.FileSystemWriter:

@@ -7,7 +7,7 @@ some steps (TR-DPO, arXiv:2404.09656) or before a round of online learning.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import torch
@@ -154,13 +154,11 @@ class ReferenceUpdate:
             for name, weight in _own_weights(model).items()
         }
 
-    def save(self, folder: Path, group=None) -> None:
-        """Write the reference's weights into a checkpoint, each rank its shards.
-
-        group: a process group whose ranks all write; without one this process writes alone.
-        """
-        if self.rule != "frozen":
-            write_shards(self._weights(), folder / FOLDER, group)
+    def save(self, folder: Path, group=None) -> Callable[[], None]:
+        """Copy the reference's weights, each rank its shards, and return what writes the copies
+        into a checkpoint. group: as in `write_shards`."""
+        weights = {} if self.rule == "frozen" else self._weights()
+        return write_shards(weights, folder / FOLDER, group)
 
     def load(self, folder: Path, *, alone: bool) -> None:
         """Read what `save` wrote. alone: whether this process reads by itself."""

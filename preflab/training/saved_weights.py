@@ -1,63 +1,170 @@
-"""The weights of a checkpoint for other programs: policy.pt, hf/ and, with LoRA, adapter/."""
+"""The weights of a checkpoint: hf/, with LoRA adapter/, and where asked for policy.pt.
 
+What training continues from has the precision of training, whatever `save_dtype` says: the adapter
+with LoRA, otherwise hf/, or beside an hf/ in a narrower dtype weights/ (policy.pt where it is
+written).
+"""
+
+import copy
+import shutil
 import tempfile
+from collections.abc import Callable, Iterable
+from functools import partial
 from pathlib import Path
 
 import torch
+from torch import Tensor, nn
 
 from preflab.distributed.process_group import World
-from preflab.modeling.loading import skeleton
+from preflab.modeling.loading import dtype_of, skeleton
 from preflab.modeling.logprobs import Scorer
-from preflab.modeling.placed_weights import full_weights
+from preflab.modeling.placed_weights import full_weights, on_disk
 from preflab.modeling.weights_io import archive_state
 from preflab.settings.schema import Settings
 from preflab.training.model_card import write_model_card
-from utils import model_folder
+from utils import ConfigError, model_folder
 
-SHARD = "2GB"  # the largest file of hf/; a whole file is in memory while it is written
+SHARD = "2GB"  # the largest file of hf/
 
 
 def save_weights(
     settings: Settings,
     policy: Scorer,
-    tokenizer,
+    tokenizer_files: dict[str, bytes],
     folder: Path,
     *,
     world: World,
-    trained: list[str],
     scalar_head: bool,
     step: int,
     metrics: dict,
-) -> None:
-    """Write policy.pt and hf/ with unsharded weights. Every rank calls it, rank 0 writes.
+) -> Callable[[], None]:
+    """Take a snapshot of the unsharded weights, and return what writes it to `folder`, in any
+    thread. Every rank calls it, rank 0 writes.
 
-    trained: names of the trained parameters. step, metrics: stored in policy.pt. With LoRA the
-    adapter is merged into policy.pt and hf/, and adapter.pt and adapter/ hold it alone; training
-    continues from adapter.pt.
+    tokenizer_files: of hf/, by name. step, metrics: for the model card and policy.pt. With LoRA the
+    adapter is merged into policy.pt and hf/, and adapter/ holds it alone.
     """
-    with tempfile.TemporaryDirectory(dir=folder, prefix=".weights-") as scratch:
-        adapter = hasattr(policy.model, "peft_config")
-        state = full_weights(policy, Path(scratch), keep=world.rank == 0, alias=not adapter)
-        if world.rank > 0:
-            return
-        if adapter:
-            torch.save({name: state[name] for name in trained}, folder / "adapter.pt")
-        model = skeleton(settings.model, scalar_head=scalar_head)
-        model.load_state_dict(state, assign=True)
-        model.tie_weights()
-        if adapter:
-            if start := settings.model.archive:  # what the adapter was trained on
-                model.active_peft_config.base_model_name_or_path = str(model_folder(start))
-            model.save_pretrained(folder / "adapter")
-            model = model.merge_and_unload()
-        if not scalar_head:
-            model.generation_config = policy.causal_lm.generation_config
+    scratch = Path(tempfile.mkdtemp(dir=folder, prefix=".weights-"))
+    state, in_use = full_weights(policy, scratch, keep=world.rank == 0)
+    if world.rank > 0:
+        return partial(shutil.rmtree, scratch)
+    model = skeleton(settings.model, scalar_head=scalar_head)
+    generation = None if scalar_head else copy.deepcopy(policy.causal_lm.generation_config)
+
+    def write() -> None:
+        merged = _assembled(settings, model, state, in_use, folder, scratch)
+        if generation is not None:
+            merged.generation_config = generation
+        _write_exact(settings, merged, folder, step, metrics)
+        if settings.save_dtype != "same":
+            round_weights(merged, dtype_of(settings.save_dtype), scratch)
+        _write_hf(merged, folder / "hf", tokenizer_files)
+        write_model_card(folder / "hf", settings, step, metrics)
+        shutil.rmtree(scratch)
+
+    return write
+
+
+def read_tokenizer_files(tokenizer) -> dict[str, bytes]:
+    """What `save_pretrained` writes for a tokenizer, by name.
+
+    A tokenizer cannot be read in one thread while it is used in another.
+    """
+    with tempfile.TemporaryDirectory() as folder:
+        tokenizer.save_pretrained(folder)
+        files = [path for path in Path(folder).rglob("*") if path.is_file()]
+        return {str(path.relative_to(folder)): path.read_bytes() for path in files}
+
+
+def _assembled(
+    settings: Settings,
+    model: nn.Module,
+    state: dict[str, Tensor],
+    in_use: Iterable[str],
+    folder: Path,
+    scratch: Path,
+) -> nn.Module:
+    """The model with a snapshot as its weights, an adapter merged into them. adapter/ is written.
+
+    in_use: names of weights that training reads, which a merge may not change in place.
+    """
+    has_adapter = hasattr(model, "peft_config")
+    if has_adapter:
+        merged_into = [name for name in in_use if ".base_layer." in name]
+        for i, name in enumerate(merged_into):
+            state[name] = on_disk(state[name], scratch / f"base-{i}")
+    model.load_state_dict(state, assign=True)
+    model.tie_weights()
+    if not has_adapter:
+        return model
+    if start := settings.model.archive:  # what the adapter was trained on
+        model.active_peft_config.base_model_name_or_path = str(model_folder(start))
+    model.save_pretrained(folder / "adapter")
+    return model.merge_and_unload()
+
+
+def _write_exact(
+    settings: Settings, model: nn.Module, folder: Path, step: int, metrics: dict
+) -> None:
+    """policy.pt where it is asked for, or weights/ where hf/ will be narrower than training is."""
+    if settings.save_policy_pt:
         archive = {
             "step_idx": step,
             "state": archive_state(model),
             "metrics": {key: value for key, value in metrics.items() if value is not None},
         }
         torch.save(archive, folder / "policy.pt")
-        model.save_pretrained(folder / "hf", max_shard_size=SHARD)
-        tokenizer.save_pretrained(folder / "hf")
-        write_model_card(folder / "hf", settings, step, metrics)
+        return
+    if not _holds_trained(settings) and not (folder / "adapter").is_dir():
+        model.save_pretrained(folder / "weights", max_shard_size=SHARD)
+
+
+def _holds_trained(settings: Settings) -> bool:
+    """Whether every weight of training has an equal in the dtype of hf/."""
+    if settings.save_dtype == "same":
+        return True
+    trained, saved = dtype_of(settings.model.policy_dtype), dtype_of(settings.save_dtype)
+    return torch.promote_types(trained, saved) == saved
+
+
+def _write_hf(model: nn.Module, folder: Path, tokenizer_files: dict[str, bytes]) -> None:
+    model.save_pretrained(folder, max_shard_size=SHARD)
+    for name, content in tokenizer_files.items():
+        path = folder / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(content)
+
+
+@torch.no_grad()
+def round_weights(model: nn.Module, dtype: torch.dtype, scratch: Path) -> None:
+    """Convert the weights of a model to `dtype`, into files in `scratch`, one in memory at a time.
+
+    Those that transformers uses in float32 whatever the dtype stay in it. Raises ConfigError for a
+    weight that is finite, and not in `dtype`.
+    """
+    precise = {
+        *(getattr(model, "_keep_in_fp32_modules", None) or ()),
+        *(getattr(model, "_keep_in_fp32_modules_strict", None) or ()),
+    }
+    state, converted = {}, {}
+    for i, (name, weight) in enumerate(model.state_dict().items()):
+        is_precise = not precise.isdisjoint(name.split("."))
+        if weight.dtype != dtype and weight.is_floating_point() and not is_precise:
+            place = weight.data_ptr()
+            if place not in converted:
+                converted[place] = on_disk(weight, scratch / f"rounded-{i}", dtype)
+                _check_finite(name, weight, converted[place])
+            weight = converted[place]
+        state[name] = weight
+    if converted:
+        model.load_state_dict(state, assign=True)
+        model.tie_weights()
+
+
+def _check_finite(name: str, before: Tensor, after: Tensor) -> None:
+    if not bool(after.isfinite().all()) and bool(before.isfinite().all()):
+        dtype = str(after.dtype).removeprefix("torch.")
+        raise ConfigError(
+            f"save_dtype={dtype} cannot hold the weight {name}, whose largest value is"
+            f" {before.abs().max():.4g}; take bfloat16 or same"
+        )

@@ -6,7 +6,6 @@ import contextlib
 import logging
 import time
 from collections.abc import Callable, Iterator
-from concurrent.futures import Future
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -15,7 +14,7 @@ from preflab.batching.packing import Batch
 from preflab.distributed.signals import Stopped
 from preflab.training.best import Best, metric_of
 from preflab.training.checkpointer import Checkpointer
-from preflab.training.checkpoints import undone_when_stopped
+from preflab.training.checkpoints import in_order, undone_when_stopped
 from preflab.training.learner import Learner, NonFiniteLossError, NonFiniteStepError
 from preflab.training.metrics import MetricLog, rewind
 from preflab.training.profiling import Profiler
@@ -69,6 +68,7 @@ class Session:
 
         Raises NonFiniteStepError and Stopped before the weights change.
         """
+        self.checkpointer.raise_failure()
         metrics = self.learner.step(data, microbatches, len(examples))
         self.write("train", metrics)
         speed = f"{metrics['tokens_per_second']:,.0f} tokens/s"
@@ -103,26 +103,27 @@ class Session:
 
     # ---------------------------------------------------------------------------- saving, resuming
 
+    def must_save(self) -> bool:
+        """Whether the state of now is the best, or a checkpoint that `keep_steps` names."""
+        return self.best.is_unsaved or self.checkpointer.is_named(self.number())
+
     def save(self, *, wait: bool = False) -> None:
         """Begin a checkpoint. wait: return only when it is complete."""
         is_best = self.best.is_unsaved and self.best.examples == self.learner.counters.examples
         self.best.is_unsaved = False
-        self.checkpointer.begin(self.number(), self._fill, best=is_best)
-        if wait:
-            self.checkpointer.finish()
+        self.checkpointer.begin(self.number(), self._fill, best=is_best, wait=wait)
 
-    def _fill(self, folder: Path) -> Future | None:
+    def _fill(self, folder: Path) -> Callable[[], None]:
         state = self.loop_state() | {
             "last_eval": self.last_eval,
             "best": self.best.state_dict(),
             "rows_without_evaluation": self._count_rows() if self.owes_evaluation else None,
         }
-        futures = [self.learner.save(folder, state, self.last_eval or {})]
+        writes = [self.learner.save(folder, state, self.last_eval or {})]
         for name, other in self.also.items():
             (folder / name).mkdir(exist_ok=True)
-            futures.append(other.save(folder / name, {}, {}))
-        pending = [future for future in futures if future is not None]
-        return _All(pending) if pending else None
+            writes.append(other.save(folder / name, {}, {}))
+        return in_order(writes)
 
     def _count_rows(self) -> dict[str, int]:
         """Rows of each file, to which none of the evaluation that is due was added."""
@@ -182,11 +183,16 @@ class Session:
 
     @contextlib.contextmanager
     def saved_when_stopped(self) -> Iterator[None]:
-        """Save before Stopped, raised inside, ends the run."""
+        """Save before Stopped, raised inside, ends the run. What is being written is completed
+        before any other error does."""
         try:
             yield
         except Stopped:
             self.save(wait=True)
+            raise
+        except BaseException:
+            with contextlib.suppress(Exception):  # the error that is raised came first
+                self.checkpointer.finish()
             raise
 
     def finish(self, *, temperature: float, **more: Any) -> dict:
@@ -204,7 +210,7 @@ class Session:
             self.world,
             temperature=temperature,
             state_bytes=self.learner.state_bytes,
-            save_peaks=self.checkpointer.peaks,
+            **self.checkpointer.summary(),
             **self.best.summary(),
             **more,
         )
@@ -214,14 +220,3 @@ def _best_of_earlier_version(state: dict) -> dict:
     """The state of `Best` in a checkpoint that knew the accuracy of reward models alone."""
     accuracy = state.get("best_accuracy", -1.0)
     return {"value": accuracy if accuracy >= 0 else None, "examples": 0, "misses": 0}
-
-
-class _All:
-    """Several futures as one."""
-
-    def __init__(self, futures: list[Future]):
-        self._futures = futures
-
-    def result(self) -> None:
-        for future in self._futures:
-            future.result()

@@ -32,13 +32,12 @@ def write_summary(
     *,
     temperature: float,
     state_bytes: dict[str, int],
-    save_peaks: list[int] = (),
     **more,
 ) -> dict:
     """Write summary.json on rank 0 and return its content on every rank.
 
     values: metrics of the last evaluation. state_bytes: bytes of weights, gradients and optimizer
-    of a rank. save_peaks: peak bytes of host memory of each save. more: further keys.
+    of a rank. more: further keys.
     """
     samples = {
         key.removeprefix("samples_eval/"): value
@@ -69,7 +68,6 @@ def write_summary(
         "ranks": world.size,
         "rank_bytes": state_bytes,
         **more,
-        "save_peak_host_mib": max(save_peaks) / 2**20 if save_peaks else None,
     }
     if world.rank == 0:
         with atomic_write(run_dir / "summary.json") as f:
