@@ -49,7 +49,7 @@ from preflab.training.optimizer_state import load_optimizer, save_optimizer
 from preflab.training.optimizers import make_optimizer, trained_weights
 from preflab.training.reference import ReferenceSource
 from preflab.training.reference_update import PastPolicies, ReferenceUpdate
-from preflab.training.saved_weights import read_tokenizer_files, save_weights
+from preflab.training.saved_weights import save_weights
 from preflab.training.schedules import schedule_of
 from utils import ConfigError, PrefLabError, first_line
 
@@ -121,7 +121,6 @@ class Learner:
         self.reference: Scorer | PastPolicies | None = None  # the loss reads its log-probs
         self.initial_reference: Scorer | None = None  # evaluations compare the policy with it
         self._group = None
-        self._tokenizer_files: dict[str, bytes] = {}  # empty before the first save
         self.policy = build_policy(
             settings.model, scalar_head=self.scalar, checkpoint=checkpoint, place=self.place
         )
@@ -301,12 +300,10 @@ class Learner:
                 self.optimizer, self.optimized_names, folder / "optimizer", group
             )
             writes = [self.reference_update.save(folder, group), write]
-        if self.world.rank == 0 and not self._tokenizer_files:
-            self._tokenizer_files = read_tokenizer_files(self.tokenizer)
         write = save_weights(
             self.settings,
             self.policy,
-            self._tokenizer_files,
+            self.tokenizer,
             folder,
             world=self.world,
             scalar_head=self.scalar,

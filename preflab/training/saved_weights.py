@@ -6,10 +6,10 @@ written).
 """
 
 import copy
+import functools
 import shutil
 import tempfile
 from collections.abc import Callable, Iterable
-from functools import partial
 from pathlib import Path
 
 import torch
@@ -30,7 +30,7 @@ SHARD = "2GB"  # the largest file of hf/
 def save_weights(
     settings: Settings,
     policy: Scorer,
-    tokenizer_files: dict[str, bytes],
+    tokenizer,
     folder: Path,
     *,
     world: World,
@@ -41,13 +41,14 @@ def save_weights(
     """Take a snapshot of the unsharded weights, and return what writes it to `folder`, in any
     thread. Every rank calls it, rank 0 writes.
 
-    tokenizer_files: of hf/, by name. step, metrics: for the model card and policy.pt. With LoRA the
+    step, metrics: for the model card and policy.pt. With LoRA the
     adapter is merged into policy.pt and hf/, and adapter/ holds it alone.
     """
     scratch = Path(tempfile.mkdtemp(dir=folder, prefix=".weights-"))
     state, in_use = full_weights(policy, scratch, keep=world.rank == 0)
     if world.rank > 0:
-        return partial(shutil.rmtree, scratch)
+        return functools.partial(shutil.rmtree, scratch)
+    tokenizer_files = _tokenizer_files(tokenizer)
     model = skeleton(settings.model, scalar_head=scalar_head)
     generation = None if scalar_head else copy.deepcopy(policy.causal_lm.generation_config)
 
@@ -65,10 +66,11 @@ def save_weights(
     return write
 
 
-def read_tokenizer_files(tokenizer) -> dict[str, bytes]:
+@functools.lru_cache(maxsize=2)  # those of a policy and of a discriminator
+def _tokenizer_files(tokenizer) -> dict[str, bytes]:
     """What `save_pretrained` writes for a tokenizer, by name.
 
-    A tokenizer cannot be read in one thread while it is used in another.
+    It is read before a thread writes it, because a tokenizer cannot be used in two threads at once.
     """
     with tempfile.TemporaryDirectory() as folder:
         tokenizer.save_pretrained(folder)
