@@ -90,7 +90,7 @@ class Checkpointer:
         saving.wait()
         self._wait_seconds += time.perf_counter() - begun
         self._write_seconds += saving.seconds
-        self._saves, self._n_bytes = self._saves + 1, saving.n_bytes
+        self._saves, self._n_bytes = self._saves + saving.is_new, saving.n_bytes
 
     def summary(self) -> dict:
         """Keys of summary.json, of the saves of this process."""

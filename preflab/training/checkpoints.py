@@ -100,7 +100,8 @@ class Saving:
 
     temporary: the folder that becomes `folder`; None where that exists already. write: writes what
     is not in it yet; None if all is. drop: deletes old checkpoints; None on a rank that neither
-    renames nor links. `seconds` and `n_bytes` are what writing took, known once it is complete.
+    renames nor links. `seconds` and `n_bytes` are what it took, known once it is complete.
+    `is_new` is False where nothing was to be written.
     """
 
     def __init__(
@@ -112,6 +113,7 @@ class Saving:
         *,
         best: bool,
     ):
+        self.is_new = temporary is not None
         self.seconds, self.n_bytes = 0.0, 0
         self._error: BaseException | None = None
         self._thread = threading.Thread(

@@ -41,8 +41,8 @@ def save_weights(
     """Take a snapshot of the unsharded weights, and return what writes it to `folder`, in any
     thread. Every rank calls it, rank 0 writes.
 
-    step, metrics: for the model card and policy.pt. With LoRA the
-    adapter is merged into policy.pt and hf/, and adapter/ holds it alone.
+    step, metrics: for the model card and policy.pt. With LoRA the adapter is merged into policy.pt
+    and hf/, and adapter/ holds it alone.
     """
     scratch = Path(tempfile.mkdtemp(dir=folder, prefix=".weights-"))
     state, in_use = full_weights(policy, scratch, keep=world.rank == 0)
