@@ -134,7 +134,7 @@ def test_an_archive_is_data_and_runs_no_code(tmp_path):
         read_archive(tmp_path / "text.pt")
     with pytest.raises(ConfigError, match="no such file"):
         read_archive(tmp_path / "nothing.pt")
-    with pytest.raises(ConfigError, match=r"LATEST/policy\.pt"):
+    with pytest.raises(ConfigError, match=r"hf, policy\.pt, LATEST"):
         read_archive(tmp_path)
 
 
