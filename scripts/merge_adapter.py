@@ -17,6 +17,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from transformers import (
+    AutoConfig,
     AutoModelForCausalLM,
     AutoModelForSequenceClassification,
     AutoTokenizer,
@@ -82,9 +83,17 @@ def merge(adapter: Path, base: str, output: Path) -> None:
 def _read_base(base: str, settings, weights: dict):
     cls, options = MODEL_CLASSES[settings.task_type]
     try:
+        config = AutoConfig.from_pretrained(model_folder(base))
+        if getattr(config, "quantization_config", None):
+            raise ConfigError(
+                f"--base_model_name {base} has quantised weights, into which no adapter is merged;"
+                " give the model that they were made from"
+            )
         model, loading = cls.from_pretrained(
             model_folder(base), dtype="auto", output_loading_info=True, **options
         )
+    except ConfigError:
+        raise
     except (OSError, ValueError, RuntimeError) as error:
         raise ConfigError(
             f"--base_model_name {base} cannot be loaded as {cls.__name__}:"

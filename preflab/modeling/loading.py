@@ -13,7 +13,14 @@ from transformers.activations import NewGELUActivation
 from transformers.utils import logging
 
 from preflab.batching.packed_models import enable as enable_segments
-from preflab.modeling.adapters import check_tied, is_adapter, load_saved_adapter, merge_adapter
+from preflab.modeling.adapters import (
+    add_adapter,
+    check_tied,
+    is_adapter,
+    load_saved_adapter,
+    merge_adapter,
+    read_adapter,
+)
 from preflab.modeling.architecture_trial import supports_packed_rows
 from preflab.modeling.fsdp import reshard
 from preflab.modeling.logprobs import Scorer
@@ -27,7 +34,14 @@ from preflab.modeling.model_checks import (
 from preflab.modeling.model_source import model_config, model_source
 from preflab.modeling.parallelism import Place
 from preflab.modeling.pretrained import load_complete
-from preflab.modeling.weights_io import load_archive, readable
+from preflab.modeling.quantization import (
+    check_blocks,
+    check_quantization,
+    is_quantized,
+    prepare_quantized,
+    quantization_config,
+)
+from preflab.modeling.weights_io import archive_place, load_archive, readable
 from utils import ConfigError
 
 
@@ -52,6 +66,9 @@ def check_model(config, trainer: type, *, scalar_head: bool = False) -> int | No
         )
     if config.model.lora.r:
         skeleton(config.model, scalar_head=scalar_head)  # refuses target modules that cannot work
+    check_quantization(config, trainer)
+    if config.model.quantization:
+        check_blocks(config, skeleton(config.model, scalar_head=scalar_head, trainable=False))
     trainer.check(config, scalar_head=scalar_head)
     return vocabulary_rows(model)
 
@@ -157,11 +174,14 @@ def shares_weights(config, policy: Scorer) -> bool:
 def _with_archive(
     model: nn.Module, archive: str | Path, key: str, dtype: torch.dtype, mapped: bool
 ) -> nn.Module:
-    """The model with an archive's weights, or with an adapter merged into its own. dtype: the one
-    that the model will be used in."""
+    """The model with an archive's weights, or with an adapter merged into its own; on quantised
+    ones the adapter stays apart. dtype: the one that the model will be used in."""
+    archive = archive_place(archive)
     if is_adapter(archive):
         name = f"{key}={archive}"
-        return merge_adapter(model, Path(archive), name, "model.name_or_path", dtype)
+        if is_quantized(model):  # it would be rounded again
+            return add_adapter(model, *read_adapter(archive, name), name, "model.name_or_path")
+        return merge_adapter(model, archive, name, "model.name_or_path", dtype)
     load_archive(model, archive, mapped=mapped)
     return model
 
@@ -239,16 +259,20 @@ def load_model(config, dtype: str, *, scalar_head: bool = False, mapped: bool = 
         if mapped:
             options["dtype"] = "auto"
         options |= source.options
+        if rounding := quantization_config(config):
+            options["quantization_config"] = rounding
         model = load_complete(
             cls, source.path, "model.name_or_path", new_head=scalar_head, **options
         )
+    if is_quantized(model):
+        prepare_quantized(model)
     if hasattr(model.config, "quantization_config") and source.options:
         del model.config.quantization_config  # the weights are dequantised
     if source.adapter is not None:
         name = f"model.name_or_path={source.adapter}"
         base = f"its base {source.path}"
         model = merge_adapter(model, source.adapter, name, base, dtype_of(dtype))
-    return model.to("cuda") if gpus == 1 else model
+    return model.to("cuda") if gpus == 1 and not is_quantized(model) else model
 
 
 def disable_dropout(model: nn.Module) -> None:

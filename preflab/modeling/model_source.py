@@ -8,7 +8,7 @@ from pathlib import Path
 from transformers import AutoConfig, PretrainedConfig
 
 from preflab.modeling.adapters import CONFIG, adapter_files, base_of, is_adapter
-from preflab.modeling.weights_io import archive_files, model_files, readable
+from preflab.modeling.weights_io import archive_files, archive_place, model_files, readable
 from utils import ConfigError
 
 
@@ -76,7 +76,7 @@ def weight_files(model, archive: str | Path | None) -> list[Path]:
         files += adapter_files(source.adapter)
     if not archive:
         return files
-    if not is_adapter(archive) and not source.options:  # it replaces all weights
+    if not is_adapter(archive_place(archive)) and not source.options:  # it replaces all weights
         files = [path for path in files if path.name == "config.json"]
     return files + archive_files(archive)
 

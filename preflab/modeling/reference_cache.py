@@ -133,8 +133,13 @@ def reference_key(model, *, own_mixed_precision: bool) -> str:
     files = weight_files(model, model.reference_archive or model.archive)
     hashes = [_file_hash(path) for path in files]
     mixed = f"{model.fsdp_policy_mp} {own_mixed_precision}" if model.fsdp_policy_mp else ""
+    rounding = f"{model.quantization} {model.quantization_args}" if model.quantization else ""
     return content_hash(
-        f"reference {VERSION}", transformers.__version__, _weights_dtype(model), mixed, *hashes
+        f"reference {VERSION}",
+        transformers.__version__,
+        _weights_dtype(model),
+        mixed + rounding,
+        *hashes,
     )
 
 

@@ -111,7 +111,12 @@ def archive_place(path: str | Path) -> Path:
 def weights_of(checkpoint: Path) -> Path | None:
     """What holds the weights of a checkpoint: those of training where there are others too. None
     for a folder that is no checkpoint."""
-    for name, file in (("weights", "config.json"), (POLICY_PT, ""), ("hf", "config.json")):
+    for name, file in (
+        ("weights", "config.json"),
+        (POLICY_PT, ""),
+        ("hf", "config.json"),
+        ("adapter", "adapter_config.json"),  # on a quantised base
+    ):
         # Not by pathlib, which raises for a name that no file can have.
         if os.path.isfile(os.path.join(checkpoint, name, file).rstrip("/")):
             return checkpoint / name

@@ -155,6 +155,8 @@ class ModelSettings:
     attn_implementation: str | None = setting(TEXT, null=True)
     trust_remote_code: bool = setting(FLAG)
     lora: LoraSettings = group()
+    quantization: str | None = setting(Choice(("4bit", "8bit")), null=True)
+    quantization_args: dict[str, Any] = open_group(null_is_empty=True)
 
 
 @dataclass(frozen=True)

@@ -19,6 +19,7 @@ from preflab.distributed.process_group import World
 from preflab.modeling.loading import dtype_of, skeleton
 from preflab.modeling.logprobs import Scorer
 from preflab.modeling.placed_weights import full_weights, on_disk
+from preflab.modeling.quantization import is_quantized
 from preflab.modeling.weights_io import archive_state
 from preflab.settings.schema import Settings
 from preflab.training.model_card import write_model_card
@@ -44,6 +45,8 @@ def save_weights(
     step, metrics: for the model card and policy.pt. With LoRA the adapter is merged into policy.pt
     and hf/, and adapter/ holds it alone.
     """
+    if is_quantized(policy.model):
+        return _save_adapter(settings, policy, tokenizer, folder, world, scalar_head, step, metrics)
     scratch = Path(tempfile.mkdtemp(dir=folder, prefix=".weights-"))
     state, in_use = full_weights(policy, scratch, keep=world.rank == 0)
     if world.rank > 0:
@@ -62,6 +65,38 @@ def save_weights(
         _write_hf(merged, folder / "hf", tokenizer_files)
         write_model_card(folder / "hf", settings, step, metrics)
         shutil.rmtree(scratch)
+
+    return write
+
+
+def _save_adapter(
+    settings: Settings,
+    policy: Scorer,
+    tokenizer,
+    folder: Path,
+    world: World,
+    scalar_head: bool,
+    step: int,
+    metrics: dict,
+) -> Callable[[], None]:
+    """`save_weights` for an adapter on a quantised base, which nothing is merged into: hf/ is
+    adapter/, which `from_pretrained` reads together with its base."""
+    if world.rank > 0:
+        return lambda: None
+    trained = {
+        name: weight.detach().to("cpu", copy=True)
+        for name, weight in policy.model.named_parameters()
+        if weight.requires_grad
+    }
+    tokenizer_files = _tokenizer_files(tokenizer)
+    model = skeleton(settings.model, scalar_head=scalar_head)
+
+    def write() -> None:
+        model.load_state_dict(trained, strict=False, assign=True)
+        model.save_pretrained(folder / "adapter")
+        _write_files(folder / "adapter", tokenizer_files)
+        write_model_card(folder / "adapter", settings, step, metrics)
+        (folder / "hf").symlink_to("adapter", target_is_directory=True)
 
     return write
 
@@ -131,7 +166,11 @@ def _holds_trained(settings: Settings) -> bool:
 
 def _write_hf(model: nn.Module, folder: Path, tokenizer_files: dict[str, bytes]) -> None:
     model.save_pretrained(folder, max_shard_size=SHARD)
-    for name, content in tokenizer_files.items():
+    _write_files(folder, tokenizer_files)
+
+
+def _write_files(folder: Path, files: dict[str, bytes]) -> None:
+    for name, content in files.items():
         path = folder / name
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_bytes(content)
