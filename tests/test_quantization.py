@@ -151,7 +151,7 @@ def _dequantised(model):
 def _round_inputs(module, inputs):
     """Rounds each token's input to 255 values, by its largest; gradients pass."""
     [x] = inputs
-    scale = x.detach().abs().amax(-1, keepdim=True) / 127
+    scale = x.detach().abs().amax(-1, keepdim=True).clamp(min=1e-9) / 127
     return x + ((x.detach() / scale).round() * scale - x.detach())
 
 
