@@ -889,9 +889,12 @@ def test_a_round_is_learned_from_as_lists(go, more):
 @pytest.mark.parametrize("name", losses_to_run())
 def test_every_loss_learns_online_or_says_why_not(go, name):
     options = (f"loss={name}", "online.rounds=2", "online.responses_per_prompt=3")
+    weighted = "weights of tokens, which rollouts do not have"
     refusals = {
         "bradley_terry": "samples nothing",
         "kto_unpaired": "rounds give pairs",
+        "tis-dpo": weighted,
+        "sepo": weighted,
         "xpo": "reads the column 'from_reference', which rollouts do not have",
     }
     if name in refusals:

@@ -47,10 +47,11 @@ def save_weights(
     """
     if is_quantized(policy.model):
         return _save_adapter(settings, policy, tokenizer, folder, world, scalar_head, step, metrics)
-    scratch = Path(tempfile.mkdtemp(dir=folder, prefix=".weights-"))
-    state, in_use = full_weights(policy, scratch, keep=world.rank == 0)
     if world.rank > 0:
-        return functools.partial(shutil.rmtree, scratch)
+        full_weights(policy, folder, keep=False)  # takes part, and writes nothing
+        return lambda: None
+    scratch = Path(tempfile.mkdtemp(dir=folder, prefix=".weights-"))
+    state, in_use = full_weights(policy, scratch, keep=True)
     tokenizer_files = _tokenizer_files(tokenizer)
     model = skeleton(settings.model, scalar_head=scalar_head)
     generation = None if scalar_head else copy.deepcopy(policy.causal_lm.generation_config)
