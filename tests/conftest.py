@@ -25,6 +25,7 @@ os.environ |= {
 
 import pytest
 import torch
+from hydra.core.plugins import Plugins
 from omegaconf import OmegaConf
 from safetensors.torch import load_file
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
@@ -36,6 +37,9 @@ from preflab.objective.registry import LOSSES, bind_loss
 
 ROOT = Path(__file__).resolve().parent.parent
 register_built_in()
+# Hydra's search for plugins makes its classes again, once. Tests that import subclasses of ours
+# need those that stay.
+Plugins.instance()
 
 
 def losses_to_run() -> list[str]:

@@ -602,6 +602,7 @@ def test_a_rank_never_holds_the_model_its_files_hold(tmp_path):
             "trust_remote_code": False,
             "attn_implementation": None,
             "from_scratch": False,
+            "quantization": None,
         }
     )
     give_back_free_memory()
