@@ -9,6 +9,7 @@ from conftest import make_model, run_here, small_run, write_jsonl
 from test_chat import CHATML, chat, tokenizer_with
 from transformers import pipeline
 
+from preflab.training import model_card
 from utils import TRAINING_CONFIG
 
 
@@ -20,6 +21,7 @@ def exported(tmp_path_factory):
     model.resize_token_embeddings(len(tokenizer))
     model.save_pretrained(folder / "model")
     tokenizer.save_pretrained(folder / "model")
+    (folder / "model" / "README.md").write_text("---\nlicense: apache-2.0\n---\n# A model\n")
     rows = [{"chosen": chat(f"q{i}", "yes"), "rejected": chat(f"q{i}", "no")} for i in range(24)]
     data = write_jsonl(folder / "rows.jsonl", rows)
     before = os.umask(0o027)
@@ -54,10 +56,21 @@ def test_the_card_says_what_the_model_is(exported):
     assert head["library_name"] == "transformers" and "ipo" in head["tags"]
     assert "base_model" not in head  # a local folder is no name on a hub
     assert "**Base model**: model" in body and "**Data**: rows.jsonl" in body
-    assert "arXiv:2310.12036" in body and "accuracy on held-out pairs" in body
+    assert head["license"] == "apache-2.0" and "base model, apache-2.0" in body
+    assert "https://arxiv.org/abs/2310.12036" in body and "accuracy on held-out pairs" in body
     config = yaml.safe_load((exported / "hf" / TRAINING_CONFIG).read_text(encoding="utf-8"))
     assert config["loss"]["name"] == "ipo" and config["lr"] == 1e-3
     root = str(exported.parent.parent)
     assert root not in card and root not in (exported / "hf" / TRAINING_CONFIG).read_text(
         encoding="utf-8"
     )
+
+
+@pytest.mark.parametrize(
+    "card", [None, "no head", "---\n- license\n---\n", "---\n{\n---\n", "---\n---"]
+)
+def test_a_base_that_states_no_license_leaves_it_to_its_card(tmp_path, card):
+    if card is not None:
+        (tmp_path / "README.md").write_text(card)
+    assert model_card._license(str(tmp_path)) is None
+    assert "which its card states" in model_card._sentence_on_license(None)

@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import os
+import re
 from pathlib import Path
 
 import yaml
@@ -42,6 +43,10 @@ def _card(settings: Settings, step: int, metrics: dict) -> str:
         "tags": ["preflab", "preference-optimization", loss],
         **({"base_model": base} if _is_hub_name(settings.model.name_or_path) else {}),
     }
+    if on_hub := [name for name in dataset_names(settings) if "/" in name and _is_hub_name(name)]:
+        head["datasets"] = on_hub
+    if license_of_base := _license(settings.model.name_or_path):
+        head["license"] = license_of_base
     results = [
         f"| {label} | {metrics[key]:.4g} |"
         for key, label in RESULTS.items()
@@ -72,7 +77,11 @@ def _card(settings: Settings, step: int, metrics: dict) -> str:
         "",
         "## Citation",
         "",
-        "Trained with PrefLab; cite it by its CITATION.cff, and the paper of the loss.",
+        f"Trained with PrefLab; cite it by its CITATION.cff, and {_paper(loss)}.",
+        "",
+        "## License",
+        "",
+        f"{_sentence_on_license(license_of_base)} The terms of the data apply too.",
     ]
     return "\n".join(lines) + "\n"
 
@@ -91,6 +100,31 @@ def _description(loss: str) -> str:
     """What the loss says of itself, with its source."""
     said = LOSSES[loss].function.__doc__ if loss in LOSSES else None
     return " ".join((said or "A loss of the user's own.").split())
+
+
+def _paper(loss: str) -> str:
+    """The papers that the loss names as its source."""
+    papers = list(dict.fromkeys(re.findall(r"arXiv:(\d{4}\.\d{4,5})", _description(loss))))
+    links = (f"[arXiv:{paper}](https://arxiv.org/abs/{paper})" for paper in papers)
+    return " and ".join(links) or "the paper of the loss"
+
+
+def _license(base: str | None) -> str | None:
+    """The license that the card of a local base model states; None without a card."""
+    card = Path(base or "") / "README.md"
+    try:
+        head = re.match(r"---\n(.*?)\n---", card.read_text(encoding="utf-8"), flags=re.DOTALL)
+        stated = yaml.safe_load(head[1]) if head else None
+    except (OSError, UnicodeDecodeError, yaml.YAMLError):
+        return None
+    found = stated.get("license") if isinstance(stated, dict) else None
+    return found if isinstance(found, str) else None
+
+
+def _sentence_on_license(of_base: str | None) -> str:
+    if of_base:
+        return f"That of the base model, {of_base}."
+    return "That of the base model, which its card states."
 
 
 def _is_hub_name(name: str | None) -> bool:
