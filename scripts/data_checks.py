@@ -68,6 +68,12 @@ CHECKS = {
         "tokenised together with the prompt they are other tokens;"
         " training and sampling tokenise the two separately",
     ),
+    "joined_prompts": Check(
+        "prompts",
+        None,
+        "the last token of their generation prompt joins the first of an answer, which begins"
+        " before it; samples continue the whole generation prompt",
+    ),
     "messages_as_text": Check(
         "prompts",
         None,
@@ -140,11 +146,12 @@ class SplitStatistics:
             self.tokenizer(joined, add_special_tokens=False, verbose=False)["input_ids"]
         )
         tokens = tokenise(chunk, self.tokenizer)
-        for record, prompt, prompt_tokens, responses, masks, _ in zip(
+        for record, prompt, prompt_tokens, responses, masks, asked in zip(
             chunk, prompts, *tokens, strict=True
         ):
             is_chat = not isinstance(record.prompt, str)
             self.chats += is_chat
+            self._count("joined_prompts", record, asked != prompt_tokens)
             check_room(self.tokenizer, record.prompt, self.lengths[1], record.source)
             self._prompt(record, prompt, prompt_tokens)
             for text, response in zip(record.responses, responses, strict=True):

@@ -10,12 +10,14 @@ from unittest import mock
 import pytest
 from conftest import (
     ROOT,
+    make_model,
     make_tokenizer,
     save_model,
     scored_rows,
     write_jsonl,
 )
 from script_calls import call
+from test_chat import chat, joining_tokenizer
 from transformers import AutoTokenizer
 
 from preflab.batching.token_store import prepare
@@ -56,6 +58,7 @@ BAD_COUNTS = {
     "identical_pairs": 0,
     "empty_responses": 0,
     "merged_boundaries": 0,
+    "joined_prompts": 0,
     "skipped": {"chosen and rejected identical": 1},
 }
 
@@ -269,6 +272,25 @@ def test_chat_messages_are_rendered_and_their_own_special_tokens_are_no_fault(lo
     )
     assert f"prompt: user:hi{END}assistant:\n" in message and f"chosen: [y][e][s][{END}]" in message
     assert f"the assistant's turn ends with '{END}', which the loss counts" in message
+
+
+def test_a_generation_prompt_that_joins_an_answer_is_a_warning(look, tmp_path):
+    tokenizer, model = joining_tokenizer(), make_model("llama")
+    model.resize_token_embeddings(len(tokenizer))
+    model.save_pretrained(tmp_path / "chat")
+    tokenizer.save_pretrained(tmp_path / "chat")
+    rows = [
+        {"chosen": chat(f"q{i}", "yes"), "rejected": chat(f"q{i}", answer)}
+        for i, answer in enumerate(("no", "\nno", "never"))
+    ]
+    for split, part in (("train", rows), ("test", rows[:1])):
+        write_jsonl(tmp_path / "data" / f"{split}.jsonl", part)
+    lengths = ("--max_length", 100, "--max_prompt_length", 60)
+    _, report, message = look(tmp_path / "data", *lengths, model=tmp_path / "chat")
+    splits = report["splits"]
+    assert splits["train"]["joined_prompts"] == 1 and splits["test"]["joined_prompts"] == 0
+    assert "1 of 3 prompts (33.33%): the last token of their generation prompt joins" in message
+    assert "train.jsonl:2" in message
 
 
 def test_boundaries_where_the_tokenizer_would_join(look, tmp_path):
