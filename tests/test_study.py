@@ -6,11 +6,12 @@ import math
 
 import numpy as np
 import pytest
-from conftest import small_run, write_jsonl
+from conftest import ROOT, small_run, write_jsonl
 from omegaconf import OmegaConf
 
 from experiments.pairs import flip
 from preflab.distributed.signals import StopSignals
+from preflab.objective.registry import LOSSES
 from preflab.reports.distributions import t_cdf
 from preflab.reports.run_files import read_jsonl
 from preflab.reports.selection import TEST, part_of
@@ -369,3 +370,12 @@ def test_a_fifth_of_the_labels_is_flipped():
     assert 0.15 < sum(changed) / 2000 < 0.25 and changed[::2] == changed[1::2]
     assert [row["text"] for row in flipped] == [row["text"] for row in rows]
     assert flip(rows, seed=0) == flipped != flip(rows, seed=1)
+
+
+def test_the_study_of_losses_has_all_that_need_nothing_but_pairs_and_scores():
+    """tdpo is tdpo1 and tdpo2 under the names of its authors' settings."""
+    yaml = OmegaConf.load(ROOT / "config" / "study" / "losses.yaml")
+    others = {"tdpo", "bradley_terry", "weighted_sum"}  # a reward model, and sums of the rest
+    others |= {"qrpo", "xpo", "sepo", "tis-dpo"}  # quantiles, samples or weights of tokens
+    pairwise = {name for name, spec in LOSSES.items() if spec.examples == "pairs"}
+    assert pairwise - others == set(yaml.losses) - {"dpo again"}
