@@ -24,8 +24,9 @@ from preflab.objective.registry import LOSSES
 from preflab.training import learner
 from utils import ConfigError, DataError
 
-# xpo has a column that these data lack: tests/test_pair_losses.py
-LOSS_NAMES = [name for name in losses_to_run() if name != "xpo"]
+LOSS_NAMES = losses_to_run()
+# Losses that read numbers which scored responses do not have: the columns of `weighted_pairs`.
+WITH_COLUMNS = ("xpo", "tis-dpo", "sepo")
 # What every loss is at policy = reference when all score gaps are 0.5 (scored_rows with two
 # responses a prompt).
 AT_START = {
@@ -57,11 +58,28 @@ def weights_close(a, b, tolerance):
     return all(torch.allclose(a[key], b[key], rtol=tolerance, atol=tolerance) for key in a)
 
 
+def weighted_pairs(n: int) -> list[dict]:
+    """Pairs with a weight for each token (a byte, and EOS), and whose chosen response may be the
+    reference's."""
+    texts = {"chosen": " yes!", "rejected": " well, no"}
+    weights = {
+        f"{side}_token_weights": [1 + 0.5 * (t % 2) for t in range(len(text) + 1)]
+        for side, text in texts.items()
+    }
+    return [
+        {"prompt": f"prompt number {i}", "from_reference": i % 2} | texts | weights
+        for i in range(n)
+    ]
+
+
 @pytest.mark.parametrize("name", LOSS_NAMES)
 def test_every_loss_trains_and_starts_where_it_must(run, imdb_dir, name):
+    weighted = imdb_dir / "weighted"
     for split, n in (("train", 24), ("test", 8)):
         write_jsonl(imdb_dir / f"imdb-sft-{split}.jsonl", scored_rows(n, k=2))
-    folder = run("run", f"loss={name}", "lr=1e-4", "n_epochs=2")
+        write_jsonl(weighted / f"{split}.jsonl", weighted_pairs(n))
+    more = [f"datasets=[{weighted}]"] if name in WITH_COLUMNS else []
+    folder = run("run", f"loss={name}", "lr=1e-4", "n_epochs=2", *more)
     rows = read_rows(folder / "metrics.jsonl")
     assert rows[0]["split"] == "eval" and rows[0]["examples"] == 0
     n = 96 if LOSSES[name].examples == "responses" else 48
