@@ -149,14 +149,21 @@ def _dequantised(model):
 
 
 def _round_inputs(module, inputs):
-    """Rounds each token's input to 255 values, by its largest; gradients pass."""
+    """Rounds each token's input to float16, and to 255 values by its largest; gradients pass."""
     [x] = inputs
-    scale = x.detach().abs().amax(-1, keepdim=True).clamp(min=1e-9) / 127
-    return x + ((x.detach() / scale).round() * scale - x.detach())
+    half = x.detach().half().float()
+    scale = half.abs().amax(-1, keepdim=True).clamp(min=1e-9) / 127
+    return x + ((half / scale).round() * scale - x.detach())
+
+
+def _scale_output(module, inputs, output):
+    """bitsandbytes takes 6.200124e-5 for 1 / 127^2 = 6.200012e-5, of which the rounding in the next
+    layer makes more. Gradients pass."""
+    return output + output.detach() * (6.200124e-5 * 127**2 - 1)
 
 
 @needs_bitsandbytes
-@pytest.mark.parametrize("bits, tolerance", [("4bit", 1e-5), ("8bit", 0.01)])
+@pytest.mark.parametrize("bits, tolerance", [("4bit", 1e-5), ("8bit", 1e-4)])
 def test_log_probs_and_gradients_are_those_of_the_rounded_weights(setting, bits, tolerance):
     """8-bit products round their input too. A pass without gradients comes first: packed for a
     CPU's kernel, weights would have no gradients afterwards."""
@@ -181,7 +188,9 @@ def test_log_probs_and_gradients_are_those_of_the_rounded_weights(setting, bits,
             weight.copy_(values)
             n_rounded += 1
             if bits == "8bit":
-                plain.model.get_submodule(name).register_forward_pre_hook(_round_inputs)
+                rounded = plain.model.get_submodule(name)
+                rounded.register_forward_pre_hook(_round_inputs)
+                rounded.register_forward_hook(_scale_output)
         assert n_rounded == 2 * 7  # all of two blocks, and not the head
         torch.manual_seed(1)
         adapters = [
