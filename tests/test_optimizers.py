@@ -224,6 +224,12 @@ def own_file(tmp_path):
                     super().__init__([p for _, p in named], lr)
 
 
+            class Sized(Named):
+                def __init__(self, named_parameters, lr, *, dim=2048, n_heads=32, n_kv_heads=None):
+                    super().__init__(named_parameters, lr)
+                    self.sizes = dim, n_heads, n_kv_heads
+
+
             class Rows(Sign):
                 def step(self, closure=None):
                     super().step()
@@ -250,6 +256,14 @@ def own_file(tmp_path):
         )
     )
     return path
+
+
+def test_an_optimizer_that_asks_for_sizes_of_the_model_gets_them(own_file):
+    scorer = Scorer(make_model("llama"))  # of width 32, with two heads and one of keys and values
+    chosen = settings(f"{own_file}:Sized")
+    assert make_optimizer(chosen, scorer)[0].sizes == (32, 2, 1)
+    chosen = settings(f"{own_file}:Sized", n_heads=1)
+    assert make_optimizer(chosen, scorer)[0].sizes == (32, 1, 1)
 
 
 def test_an_optimizer_of_your_own_file_trains(own_file):

@@ -30,6 +30,15 @@ BUILT_IN: dict[str, type[Optimizer]] = {
 # Arguments that choose torch's implementation of a step; a fused one is chosen without them.
 IMPLEMENTATIONS = {"foreach", "fused", "differentiable", "capturable"}
 
+# The first parameter of a class that takes names beside weights (Adam-mini), and the parameters
+# that such a class may have for sizes of the model, with the keys of its config.
+NAMED = "named_parameters"
+SIZES = {
+    "dim": "hidden_size",
+    "n_heads": "num_attention_heads",
+    "n_kv_heads": "num_key_value_heads",
+}
+
 # ----------------------------------------------------------------------------- class and arguments
 
 
@@ -178,7 +187,7 @@ def make_optimizer(settings: Settings, policy: Scorer) -> tuple[Optimizer, list[
     all_decay = settings.weight_decay_on == "all"
     optimizer = _build(
         cls,
-        arguments(settings, cls),
+        _shape_arguments(cls, policy.causal_lm.config) | arguments(settings, cls),
         trained,
         set(trained) if all_decay else matrices(policy.model),
         muon_weights(policy.causal_lm, trained, matrices(policy.model)),
@@ -186,6 +195,18 @@ def make_optimizer(settings: Settings, policy: Scorer) -> tuple[Optimizer, list[
     )
     names = {id(p): name for name, p in trained.items()}
     return optimizer, [names[id(p)] for g in optimizer.param_groups for p in g["params"]]
+
+
+def _shape_arguments(cls: type[Optimizer], config) -> dict[str, int]:
+    """The sizes of the model, for a class that takes names of weights and those sizes."""
+    parameters = inspect.signature(cls).parameters
+    if next(iter(parameters)) != NAMED:
+        return {}
+    return {
+        name: getattr(config, key)
+        for name, key in SIZES.items()
+        if name in parameters and hasattr(config, key)
+    }
 
 
 def _build(
@@ -198,7 +219,7 @@ def _build(
 ) -> Optimizer:
     """An optimizer over the trained weights. given: its arguments. decayed: names of those that
     decay. hidden: names of those that Muon takes."""
-    if next(iter(inspect.signature(cls).parameters)) == "named_parameters":  # Adam-mini
+    if next(iter(inspect.signature(cls).parameters)) == NAMED:
         return cls(list(trained.items()), lr=lr, **given)
     if cls is not MuonAndAdamW:
         groups = decay_groups(trained, decayed, given.get("weight_decay", 0))
