@@ -1,4 +1,4 @@
-"""What a checkpoint holds, in which precision, how it is written while training goes on, and that
+"""What a checkpoint holds, in which precision, how it is written while training continues, and that
 archives are found in it."""
 
 import errno
@@ -202,7 +202,7 @@ def test_what_holds_no_weights_says_what_does(plain, tmp_path):
         archive_files(tmp_path)
 
 
-# ----------------------------------------------------------------- written while training goes on
+# -------------------------------------------------------------- written while training continues
 
 
 def test_training_goes_on_while_a_checkpoint_is_written(plain, setting, monkeypatch):

@@ -47,7 +47,7 @@ class Search:
 
 
 class OptunaSearch(Grids):
-    """Searches each grid with `n_trials` runs of its own.
+    """Searches each grid with its own `n_trials` runs.
 
     n_jobs: runs that are proposed and launched together; None: as many as the launcher starts at a
     time, or 1. direction: of the setting `objective`, or a list. storage: a path of a journal, a

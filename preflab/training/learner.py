@@ -290,7 +290,7 @@ class Learner:
         """Take a snapshot of what `load` reads and of hf/, for `folder`. Every rank calls it.
 
         state: of the loop, numbers and plain containers. metrics: for the model card. Returns what
-        writes the snapshot, on every rank and in any thread, while training goes on.
+        writes the snapshot, on every rank and in any thread, while training continues.
         """
         sharded = self.placement.shards_state
         optimizer, writes = {}, []

@@ -108,7 +108,7 @@ def make_plan(config: Settings, loss, data: PreferenceData) -> Plan:
 
 
 def _snapshot_bytes(config: Settings, plan: Plan, trained_bytes: int) -> int:
-    """Bytes of the copy that a checkpoint is written from while training goes on. Sharded weights
+    """Bytes of the copy that a checkpoint is written from while training continues. Sharded weights
     are copied into a file instead."""
     weights = 0 if find_trainer(config.trainer).placement.shards_state else trained_bytes
     return plan.memory["optimizer"] + weights
