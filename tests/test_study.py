@@ -153,7 +153,15 @@ def test_the_runs_of_a_study(tmp_path):
         ({"seeds": [1, 1]}, "must be different whole numbers"),
         ({"seeds": "1,2"}, "seeds='1,2' has another type"),
         ({"prepare": [{"run": "x"}]}, "each step has `makes` and `run`"),
+        ({"seeds": []}, "must be different whole numbers"),
+        ({"seeds": [True]}, "must be different whole numbers"),
+        ({"cases": {}}, "cases has none"),
+        ({"cases": {"x": 3}}, r"cases\.x=3 must be a list"),
+        ({"grid": {"loss.beta": 0.1}}, r"grid\.loss\.beta=0\.1 must be a list"),
+        ({"losses": {"a": {"seed_offset": "x"}}}, "seed_offset='x' must be a whole number"),
+        ({"compare": {"win_rate": math.nan}}, "a number above 0"),
         ({"assume": {"kl": {}}}, "assume: kl is not among `compare`"),
+        ({"assume": {"win_rate": {"seed": 1}}}, "accepted: numbers of 0 or more for seeds"),
     ],
 )
 def test_a_file_that_cannot_be_answered_is_refused(tmp_path, changes, message):

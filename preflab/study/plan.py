@@ -5,6 +5,7 @@ folder of the study, and the seed and the case of a run.
 """
 
 import itertools
+import math
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -37,6 +38,7 @@ KEYS = {
 }
 REQUIRED = ("question", "baseline", "losses", "seeds", "settings", "compare")
 OF_A_LOSS = ("settings", "grid", "seed_offset")
+SPREADS = ("seeds", "prompts", "rest", "n_prompts")
 
 # What can be compared, and whether more is better; None for neither.
 MEASURES = {
@@ -163,8 +165,8 @@ def read_study(name: str) -> Study:
     if not path.is_file():
         names = sorted(file.stem for file in FOLDER.glob("*.yaml"))
         raise ConfigError(f"study {name}: no such file {path}; {nearest(name, names)}")
-    text = path.read_text(encoding="utf-8")
     try:
+        text = path.read_text(encoding="utf-8")
         content = OmegaConf.to_container(OmegaConf.create(text), resolve=False)
     except (YAMLError, ValueError) as error:
         raise ConfigError(f"{path}: not YAML: {error}") from error
@@ -182,7 +184,9 @@ def parse_study(name: str, text: str, content: Any, path: Path) -> Study:
             raise ConfigError(f"{path}: {key}={value!r} has another type; see docs/studies.md")
     if missing := [key for key in REQUIRED if key not in content]:
         raise ConfigError(f"{path} has no {', '.join(missing)}")
-    arms = {str(k): _arm(path, k, v, content.get("grid", {})) for k, v in content["losses"].items()}
+    grid = content.get("grid", {})
+    arms = {str(loss): _arm(path, loss, of, grid) for loss, of in content["losses"].items()}
+    cases = content.get("cases", {"-": []})
     study = Study(
         name=name,
         text=text,
@@ -191,10 +195,10 @@ def parse_study(name: str, text: str, content: Any, path: Path) -> Study:
         baseline=content["baseline"],
         arms=arms,
         seeds=list(content["seeds"]),
-        cases={str(k): _texts(v) for k, v in content.get("cases", {"-": []}).items()},
+        cases={str(case): _texts(path, f"cases.{case}", of) for case, of in cases.items()},
         prepare=[_step(path, step) for step in content.get("prepare", [])],
         config_dir=ROOT / content["config_dir"] if "config_dir" in content else None,
-        settings=_texts(content["settings"]),
+        settings=_texts(path, "settings", content["settings"]),
         choose_within_kl=content.get("choose_within_kl"),
         compare=dict(content["compare"]),
         assume=dict(content.get("assume", {})),
@@ -203,8 +207,12 @@ def parse_study(name: str, text: str, content: Any, path: Path) -> Study:
     return study
 
 
-def _texts(values: Sequence) -> list[str]:
-    return [str(value) for value in values or ()]
+def _texts(path: Path, key: str, values: Any) -> list[str]:
+    """The texts of a list; none for null. Raises ConfigError."""
+    values = [] if values is None else values
+    if not isinstance(values, list) or any(isinstance(v, (list, dict)) for v in values):
+        raise ConfigError(f"{path}: {key}={values!r} must be a list of settings or values")
+    return [str(value) for value in values]
 
 
 def _step(path: Path, step: Any) -> Step:
@@ -220,11 +228,28 @@ def _arm(path: Path, name: str, given: Any, grid: Mapping) -> Arm:
     if not isinstance(given, Mapping) or (unknown := set(given) - set(OF_A_LOSS)):
         found = sorted(unknown) if isinstance(given, Mapping) else repr(given)
         raise ConfigError(f"{path}: losses.{name}: {found}; accepted: {', '.join(OF_A_LOSS)}")
-    grid = given.get("grid", grid)
-    points = itertools.product(*([f"{key}={v}" for v in values] for key, values in grid.items()))
-    trials = {" ".join(point) or "-": list(point) for point in points}
-    settings = _texts(given.get("settings", [f"loss={name}"]))
-    return Arm(settings, trials, int(given.get("seed_offset", 0)))
+    grid = given.get("grid", grid) or {}
+    if not isinstance(grid, Mapping):
+        raise ConfigError(f"{path}: grid={grid!r} must have a list of values for each key")
+    axes = [
+        [f"{key}={value}" for value in _texts(path, f"grid.{key}", values)]
+        for key, values in grid.items()
+    ]
+    trials = {" ".join(point) or "-": list(point) for point in itertools.product(*axes)}
+    settings = _texts(path, f"losses.{name}.settings", given.get("settings", [f"loss={name}"]))
+    offset = given.get("seed_offset", 0)
+    if not _is_seed(offset):
+        raise ConfigError(f"{path}: losses.{name}.seed_offset={offset!r} must be a whole number")
+    return Arm(settings, trials, offset)
+
+
+def _is_seed(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and value >= 0
+
+
+def _is_size(value: Any) -> bool:
+    """Whether a value is a number of 0 or more."""
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and 0 <= value < math.inf
 
 
 def _check(study: Study, path: Path) -> None:
@@ -240,22 +265,37 @@ def _check(study: Study, path: Path) -> None:
             f"{path}: every loss needs the same number of trials, because the best of more trials"
             f" looks better; there are {counts}"
         )
-    if len(set(study.seeds)) < len(study.seeds) or not all(
-        isinstance(seed, int) and seed >= 0 for seed in study.seeds
-    ):
+    distinct = all(map(_is_seed, study.seeds)) and len(set(study.seeds)) == len(study.seeds)
+    if not distinct or not study.seeds:
         raise ConfigError(f"{path}: seeds={study.seeds} must be different whole numbers from 0")
+    if not study.cases:
+        raise ConfigError(f"{path}: cases has none; leave the key out for a study without cases")
     for measure, margin in study.compare.items():
         if not _is_measure(measure):
             accepted = f"{', '.join(MEASURES)}, or {AT_KL}NUMBER"
             raise ConfigError(f"{path}: compare: {measure}; accepted: {accepted}")
-        if not isinstance(margin, (int, float)) or margin <= 0:
+        if not _is_size(margin) or margin == 0:
             raise ConfigError(
                 f"{path}: compare: {measure}: {margin!r} must be the smallest difference that"
                 " matters, a number above 0"
             )
-    if unknown := set(study.assume) - set(study.compare):
-        raise ConfigError(f"{path}: assume: {', '.join(unknown)} is not among `compare`")
+    for measure, spread in study.assume.items():
+        if measure not in study.compare:
+            raise ConfigError(f"{path}: assume: {measure} is not among `compare`")
+        _check_spread(path, measure, spread)
 
 
-def _is_measure(name: str) -> bool:
-    return name in MEASURES or bool(re.fullmatch(re.escape(AT_KL) + r"\d+(\.\d+)?", name))
+def _check_spread(path: Path, measure: str, spread: Any) -> None:
+    is_valid = isinstance(spread, Mapping) and all(
+        key in SPREADS and _is_size(value) for key, value in spread.items()
+    )
+    if not is_valid:
+        raise ConfigError(
+            f"{path}: assume: {measure}: {spread!r}; accepted: numbers of 0 or more for"
+            f" {', '.join(SPREADS)}"
+        )
+
+
+def _is_measure(name: Any) -> bool:
+    at_kl = re.escape(AT_KL) + r"\d+(\.\d+)?"
+    return isinstance(name, str) and (name in MEASURES or bool(re.fullmatch(at_kl, name)))
