@@ -5,7 +5,7 @@ from pathlib import Path
 
 import numpy as np
 
-from preflab.readers.columns import check_pair, response_of
+from preflab.readers.conversations import check_pair, response_of
 from preflab.readers.fields import items, number, text, type_and_value
 from preflab.readers.files import Rows, file_rows
 from preflab.readers.hub import hub_rows

@@ -30,7 +30,7 @@ from preflab.batching.chat_template import ChatSettings, render, set_chat
 from preflab.modeling.generation import sample
 from preflab.modeling.loading import build_policy, load_tokenizer
 from preflab.modeling.response_ends import response_ends
-from preflab.readers.columns import prompt_of
+from preflab.readers.conversations import prompt_of
 from preflab.readers.messages import Chat
 from preflab.rewards.registry import build_reward
 from preflab.settings.compose import compose

@@ -848,27 +848,3 @@ def test_times_of_messages_tell_no_prompts_apart(tmp_path):
     rows = [row(f"q{i % 10}", str(i)) for i in range(100)]
     records = records_of(rows, tmp_path)
     assert len(records) == 10 and sum(len(record.pairs) for record in records) == 100
-
-
-@pytest.mark.parametrize("as_json", [True, False])
-@pytest.mark.parametrize(
-    "row, column",
-    [
-        ({"question": "q", "response_j": 0, "response_k": "b"}, "response_j"),
-        ({"question": "q", "response_j": "b", "response_k": 0}, "response_k"),
-        ({"prompt": "q", "responses": ["b", 0], "scores": [1, 2]}, "responses"),
-        ({"prompt": "q", "text": 0, "reward": 1}, "text"),
-        ({"instruction": "q", "completions": [{"response": 0, "overall_score": 1}]}, "response"),
-        ({"question": 0}, "question"),
-    ],
-)
-def test_messages_in_a_column_of_text_are_refused_with_the_row(tmp_path, row, column, as_json):
-    """Lists, and lists in JSON, which would be learned as text."""
-    messages = json.dumps(chat("", "a")[1:]) if as_json else chat("", "a")[1:]
-    filled = json.loads(json.dumps(row).replace(" 0", f" {json.dumps(messages)}"))
-    with pytest.raises(DataError, match=rf"rows\.jsonl:1.*'{column}' holds chat messages"):
-        records_of([filled] * 2, tmp_path)
-    # text with brackets is text
-    plain = json.loads(json.dumps(row).replace(" 0", ' "[{x}]"'))
-    other = json.loads(json.dumps(plain).replace('"q"', '"r"').replace("{x}", "{y}"))
-    assert len(records_of([plain, other], tmp_path)) == 2

@@ -5,28 +5,27 @@ import re
 from collections.abc import Collection
 from pathlib import Path
 
-from preflab.readers.fields import items, number, present, text, type_and_value
+from preflab.readers.conversations import (
+    conversation_of,
+    list_of,
+    pair_of,
+    prompt_of,
+    turns_of,
+)
+from preflab.readers.fields import items, number, present, type_and_value
 from preflab.readers.files import FILE_TYPES, Rows, file_rows, list_folder
 from preflab.readers.hub import TEST_NAMES, folder_rows, hub_rows, is_local_path
 from preflab.readers.json_text import as_object, parse_json
-from preflab.readers.messages import (
-    Chat,
-    chat,
-    messages_of,
-    plain_text,
-    split_answer,
-    split_turns,
-    whole_conversation,
-)
+from preflab.readers.messages import Chat, messages_of
 from preflab.readers.records import (
     Options,
     Reader,
     Record,
     Skip,
     pairs_record,
-    response_text_of,
     scored_record,
     targets_record,
+    written_response,
 )
 from utils import ConfigError, DataError
 
@@ -44,9 +43,21 @@ FORMS = {
 }
 # Forms that hold prompts to sample for.
 PROMPT_FORMS = ("prompts", "questions")
+# The column of a form that asks, where it is no `prompt`, and the column of its responses, which
+# may hold whole conversations.
+ASKS = {"j_over_k": "question", "questions": "question", "completions": "instruction"}
+ANSWERS = {
+    "j_over_k": "response_j",
+    "scored_rows": "text",
+    "scored_lists": "responses",
+    "completions": "completions",
+    "labelled": "completion",
+    "targets": "chosen",
+}
 PAIR_FORMS = ("pairs", "j_over_k")
 PAIR_SCORES = ("score_chosen", "score_rejected")  # beside prompt, chosen, rejected
 TOKEN_WEIGHTS = ("chosen_token_weights", "rejected_token_weights")  # beside chosen, rejected
+LIST_FORMS = ("scored_lists", "completions")
 SCORED_FORMS = ("scored_rows", "scored_lists", "completions", "labelled")
 COMPLETION_SCORE = "overall_score"  # of UltraFeedback's completions, beside their response
 
@@ -148,10 +159,10 @@ class UserPairs(Reader):
 
     def _find_form(self, row: dict, where: str) -> None:
         for form, columns in FORMS.items():
-            if all(row.get(key) is not None for key in columns) and (
-                form != "questions" or _is_alone(row, "question")
-            ):
-                self.form = form
+            asked = ASKS.get(form, "prompt")
+            needed = [key for key in columns if key != asked or not _is_whole(row, form, where)]
+            if _has_all(row, needed) and (form != "questions" or _is_alone(row, "question")):
+                self.form, self.asked = form, asked
                 break
         else:
             raise DataError(
@@ -190,48 +201,66 @@ class UserPairs(Reader):
         if self.form in PAIR_FORMS:
             for key in self.numbers.values():
                 number(row, key, where)
-        if self.form in PAIR_FORMS and row.get("magnitude") is not None:
-            number(row, "magnitude", where)
+            if row.get("magnitude") is not None:
+                number(row, "magnitude", where)
         if self.form == "pairs":
             self._check_pair_scores(row, where)
             for key in TOKEN_WEIGHTS if self.weighs else ():
                 _check_token_weights(row, key, where)
-            return self._framed(check_pair(row, where, all_turns=self.all_turns), where)
-        if self.form == "j_over_k":
-            return self._framed(_check_j_over_k(row, where), where)
-        if self.form == "questions":
-            return self._framed(plain_text(row, "question", where), where)
-        if self.form == "completions":
-            self._completions(row, where)
-            return self._framed(plain_text(row, "instruction", where), where)
-        if self.form in ("labelled", "targets"):
-            key = "completion" if self.form == "labelled" else "chosen"
-            if self.form == "labelled":
-                label_of(row, where)
-            return self._framed(self._conversation(row, key, where)[0], where)
-        if self.form == "scored_rows":
-            plain_text(row, "text", where, may_be_empty=True)
-            number(row, "reward", where)
-        elif self.form == "scored_lists":
-            _check_scored_lists(row, where)
-        return self._framed(prompt_of(row, where), where)
+        return self._framed(self._checked_prompt(row, where), where)
 
-    def _completions(self, row: dict, where: str) -> tuple[list[str], list[float]]:
-        """The responses and the scores of a row of UltraFeedback."""
-        responses, scores, key = [], [], self.columns.get("scores") or COMPLETION_SCORE
+    def _checked_prompt(self, row: dict, where: str) -> str | Chat:
+        """The prompt of a row whose responses and scores are checked."""
+        if self.form in PAIR_FORMS:
+            prompt, chosen, rejected = self._pair(row, where)
+            if chosen == rejected:
+                raise Skip("chosen and rejected identical")
+            return prompt
+        if self.form in PROMPT_FORMS:
+            return prompt_of(row, where, asked=self.asked)
+        if self.form in LIST_FORMS:
+            return self._list(row, where)[0]
+        if self.form == "labelled":
+            label_of(row, where)
+        elif self.form == "scored_rows":
+            number(row, "reward", where)
+        return self._one(row, where)[0]
+
+    def _pair(self, row: dict, where: str) -> tuple[str | Chat, str, str]:
+        """The prompt and the two responses of a pair."""
+        keys = FORMS[self.form][-2:]
+        return pair_of(row, where, all_turns=self.all_turns, keys=keys, asked=self.asked)
+
+    def _one(self, row: dict, where: str) -> tuple[str | Chat, str]:
+        """The prompt and the response of a row with one."""
+        split = turns_of if self.all_turns else conversation_of
+        may_be_empty = self.form == "scored_rows"
+        return split(row, ANSWERS[self.form], where, may_be_empty=may_be_empty)
+
+    def _list(self, row: dict, where: str) -> tuple[str | Chat, list[str], list[float]]:
+        """The prompt, the responses and the scores of a row with several. Raises Skip where there
+        are none."""
+        if self.form == "completions":
+            rows, scores = self._completions(row, where)
+        else:
+            rows, scores = _scored_list(row, where)
+        if not rows:
+            raise Skip("no response")
+        key = "response" if self.form == "completions" else "responses"
+        shared = list_of(rows, key, where, asked=self.asked, all_turns=self.all_turns)
+        return *shared, scores
+
+    def _completions(self, row: dict, where: str) -> tuple[list[tuple[dict, str]], list[float]]:
+        """The responses, each in a row of its own with its place, and the scores of a row of
+        UltraFeedback. A conversation may be called `messages`."""
+        rows, scores, key = [], [], self.columns.get("scores") or COMPLETION_SCORE
         for i, entry in enumerate(items(row, "completions", where), 1):
             place = f"{where}, completion {i}"
             entry = as_object(entry, place)
-            responses.append(plain_text(entry, "response", place, may_be_empty=True))
+            name = "response" if entry.get("messages") is None else "messages"
+            rows.append(({**row, "response": present(entry, name, place)}, place))
             scores.append(float(number(entry, key, place)))
-        if not responses:
-            raise Skip("no response")
-        return responses, scores
-
-    def _conversation(self, row: dict, key: str, where: str) -> tuple[str | Chat, str]:
-        if not self.all_turns:
-            return conversation_of(row, key, where)
-        return turns_of(row, key, key, where)
+        return rows, scores
 
     def _framed(self, prompt: str | Chat, where: str) -> str | Chat:
         """A prompt of text inside `prompt_template`."""
@@ -259,7 +288,7 @@ class UserPairs(Reader):
         if self.form in PROMPT_FORMS:
             return targets_record(prompt, "", source)
         if self.form == "targets":
-            return targets_record(prompt, self._conversation(rows[0], "chosen", source)[1], source)
+            return targets_record(prompt, self._one(rows[0], source)[1], source)
         if self.form in SCORED_FORMS:
             return self._scored_record(prompt, rows, source, pair)
         return self._pairs_record(prompt, rows, source, pair)
@@ -267,26 +296,21 @@ class UserPairs(Reader):
     def _scored_record(self, prompt, rows: list[dict], source: str, pair) -> Record:
         responses, scores = [], []
         for row in rows:
+            if self.form in LIST_FORMS:
+                _, of_row, of_responses = self._list(row, source)
+                responses.extend(of_row)
+                scores.extend(of_responses)
+                continue
+            response = self._one(row, source)[1]
             if self.form == "scored_rows":
-                responses.append(response_text_of(row, source))
+                responses.append(written_response(response, row, source))
                 scores.append(float(row["reward"]))
-            elif self.form == "completions":
-                for values, more in zip(
-                    (responses, scores), self._completions(row, source), strict=True
-                ):
-                    values.extend(more)
-            elif self.form == "scored_lists":
-                responses.extend(row["responses"])
-                scores.extend(map(float, row["scores"]))
             else:
-                responses.append(self._conversation(row, "completion", source)[1])
+                responses.append(response)
                 scores.append(label_of(row, source))
         return scored_record(prompt, responses, scores, source, pair)
 
     def _pairs_record(self, prompt, rows: list[dict], source: str, pair) -> Record:
-        chosen, rejected = ("chosen", "rejected")
-        if self.form == "j_over_k":
-            chosen, rejected = ("response_j", "response_k")
         scores = None
         if self.scores_pairs:
             # The pairs are those of the data: equal scores are dropped only where min_gap asks.
@@ -296,13 +320,7 @@ class UserPairs(Reader):
                 raise Skip("prompts whose pairs all have a score gap below min_gap")
             rows = scored
             scores = [tuple(float(row[key]) for key in PAIR_SCORES) for row in rows]
-        if self.all_turns and self.form == "pairs":
-            pairs = [pair_of(row, source, all_turns=True)[1:] for row in rows]
-        else:
-            response = _text_response if self.form == "j_over_k" else response_of
-            pairs = [
-                (response(row, chosen, source), response(row, rejected, source)) for row in rows
-            ]
+        pairs = [self._pair(row, source)[1:] for row in rows]
         columns = {}
         if any(row.get("magnitude") is not None for row in rows):
             columns["magnitude"] = [number(row, "magnitude", source) for row in rows]
@@ -314,7 +332,17 @@ class UserPairs(Reader):
         return pairs_record(prompt, pairs, source, columns, scores, weights)
 
 
-def _has_all(row: dict, keys: tuple) -> bool:
+def _is_whole(row: dict, form: str, where: str) -> bool:
+    """Whether a response of a row is a conversation of several messages, which needs no prompt."""
+    value = row.get(ANSWERS.get(form))
+    if form in LIST_FORMS:
+        value = value[0] if isinstance(value, list) and value else None
+        if form == "completions" and isinstance(value, dict):
+            value = value.get("messages") or value.get("response")
+    return len(messages_of({"response": value}, "response", where) or ()) > 1
+
+
+def _has_all(row: dict, keys: Collection[str]) -> bool:
     return all(row.get(key) is not None for key in keys)
 
 
@@ -364,105 +392,19 @@ def parse_cell(value: str, key: str, where: str, numbers: Collection[str] = CSV_
 # --------------------------------------------------------------------------- what a row must hold
 
 
-def check_pair(row: dict, where: str, *, all_turns: bool = False) -> str | Chat:
-    """The prompt of a pair: text, or the messages that both conversations share."""
-    prompt, chosen, rejected = pair_of(row, where, all_turns=all_turns)
-    if chosen == rejected:
-        raise Skip("chosen and rejected identical")
-    return prompt
-
-
-def pair_of(row: dict, where: str, *, all_turns: bool) -> tuple[str | Chat, str, str]:
-    """Prompt, chosen and rejected response of a row. all_turns: the responses are all turns from
-    the first of the assistant's in which the two conversations differ."""
-    keys = ("chosen", "rejected")
-    if row.get("prompt") is None:
-        of_chosen, of_rejected = (len(messages_of(row, key, where) or "ab") for key in keys)
-        if of_rejected == 1 < of_chosen:
-            raise Skip("chosen and rejected have different prompts")
-    if all_turns:
-        (prompt, chosen), (other, rejected) = (
-            turns_of(row, key, against, where)
-            for key, against in zip(keys, reversed(keys), strict=True)
-        )
-    else:
-        (prompt, chosen), (other, rejected) = (conversation_of(row, key, where) for key in keys)
-    if type(prompt) is not type(other):
-        raise DataError(
-            f"{where}: one of 'chosen' and 'rejected' is text and the other one messages; write"
-            " both the same way"
-        )
-    same = prompt == other if isinstance(prompt, str) else prompt.key() == other.key()
-    if not same:
-        earlier = isinstance(prompt, Chat) and not all_turns
-        hint = " (train_on=assistant learns from earlier turns too)" if earlier else ""
-        raise Skip(f"chosen and rejected have different prompts{hint}")
-    return prompt, chosen, rejected
-
-
-def turns_of(row: dict, key: str, against: str, where: str) -> tuple[str | Chat, str]:
-    """The prompt of a row and the response in a column, with all turns of the assistant in which it
-    differs from the column `against`; all of its turns where that is the same column."""
-    messages = whole_conversation(row, key, where)
-    other = messages if against == key else whole_conversation(row, against, where)
-    if messages is None or other is None:
-        return conversation_of(row, key, where)
-    both = split_turns(messages, other, key, where)
-    if both is None:
-        raise Skip("chosen and rejected have different prompts")
-    return chat(row, both[0], where), both[1]
-
-
-def _check_j_over_k(row: dict, where: str) -> str:
-    if plain_text(row, "response_j", where) == plain_text(row, "response_k", where):
-        raise Skip("chosen and rejected identical")
-    return plain_text(row, "question", where)
-
-
-def _check_scored_lists(row: dict, where: str) -> None:
+def _scored_list(row: dict, where: str) -> tuple[list[tuple[dict, str]], list[float]]:
+    """The responses, each in a row of its own with its place, and the scores of a list."""
     responses, scores = items(row, "responses", where), items(row, "scores", where)
     if len(responses) != len(scores):
         raise DataError(
             f"{where}: {len(responses)} responses and {len(scores)} scores, expected one score for"
             " each response"
         )
-    if not responses:
-        raise Skip("no response")
-    for response, score in zip(responses, scores, strict=True):
-        plain_text({"responses": response}, "responses", where, may_be_empty=True)
-        number({"scores": score}, "scores", where)
-
-
-def prompt_of(row: dict, where: str) -> str | Chat:
-    """The prompt column: text, or messages."""
-    if (messages := messages_of(row, "prompt", where)) is not None:
-        return chat(row, messages, where)
-    for column in ("tools", "system"):
-        if row.get(column):
-            raise DataError(
-                f"{where}: {column!r} is for a chat template, and 'prompt' is text, so it would not"
-                " be read; give 'prompt' as messages, or remove the column"
-            )
-    return text(row, "prompt", where)
-
-
-def conversation_of(row: dict, key: str, where: str) -> tuple[str | Chat, str]:
-    """The prompt of a row and the response in a column: texts, or messages whose last is the
-    response."""
-    messages = whole_conversation(row, key, where)
-    if messages is None:
-        return prompt_of(row, where), text(row, key, where)
-    before, answer = split_answer(messages, key, where)
-    return chat(row, before, where), answer
-
-
-def response_of(row: dict, key: str, where: str) -> str:
-    """A response: text, or the content of the last message."""
-    return conversation_of(row, key, where)[1]
-
-
-def _text_response(row: dict, key: str, where: str) -> str:
-    return plain_text(row, key, where)
+    rows = [
+        ({**row, "responses": present({"responses": one}, "responses", where)}, where)
+        for one in responses
+    ]
+    return rows, [float(number({"scores": score}, "scores", where)) for score in scores]
 
 
 def label_of(row: dict, where: str) -> float:

@@ -9,7 +9,10 @@ from preflab.readers.fields import text, type_and_value
 from preflab.readers.json_text import parse_json
 from utils import DataError
 
-JSON_MESSAGES = re.compile(r"\s*\[\s*\{")
+JSON_MESSAGES = re.compile(r"\s*(?:\[\s*)?\{")
+# What begins as messages, and is not JSON where a quote or the end is missing, or where Python has
+# written a list as text.
+BEGIN_OF_MESSAGES = re.compile(r"""\s*\[\s*\{\s*(?P<quote>["'])(?:role|content)(?P=quote)\s*:""")
 # Fields of a message that templates read; others, such as times, tell no conversations apart.
 READ = (
     *("role", "content", "name", "tool_calls", "tool_call_id"),
@@ -65,44 +68,53 @@ class Turns(str):
         return self
 
 
-def messages_of(row: dict, key: str, where: str) -> list[dict] | None:
+def messages_of(
+    row: dict, key: str, where: str, *, may_be_empty: bool = False
+) -> list[dict] | None:
     """The messages of a column, checked; None where it holds text, or is absent.
 
-    A cell may hold them as JSON. Fields that no JSON file could hold (dates, bytes) are dropped,
-    and so are empty ones, as transformers does.
+    A cell may hold a single message, or either of them as JSON. Fields that no JSON file could hold
+    (dates, bytes) are dropped, and so are empty ones, as transformers does. may_be_empty: the
+    content of messages may be empty.
     """
     value = row.get(key)
     value = value.tolist() if hasattr(value, "tolist") else value
     if isinstance(value, str) and JSON_MESSAGES.match(value):
-        value = _parsed(value)
+        value = _parsed(value, key, where)
+    if isinstance(value, dict):
+        value = [value]
     if not isinstance(value, list) or (value and all(isinstance(one, str) for one in value)):
         return None
     if not value:
         raise DataError(f"{where}: {key!r} is an empty list, expected chat messages")
-    return [_message(message, key, where) for message in value]
+    return [_message(message, key, where, may_be_empty=may_be_empty) for message in value]
 
 
-def plain_text(row: dict, key: str, where: str, *, may_be_empty: bool = False) -> str:
-    """The text of a column that may hold no conversation. Raises DataError for messages, also for
-    those in JSON, whose brackets would be learned as text."""
-    if messages_of(row, key, where) is not None:
-        raise DataError(
-            f"{where}: {key!r} holds chat messages, and is read as text with these columns; give"
-            " the messages as prompt, chosen and rejected, or as prompt, completion and label"
-        )
-    return text(row, key, where, may_be_empty=may_be_empty)
-
-
-def _parsed(value: str):
+def _parsed(value: str, key: str, where: str):
     """JSON that holds messages; else the text itself."""
     try:
         parsed = json.loads(value)
-    except ValueError:
+    except (ValueError, RecursionError) as error:
+        if BEGIN_OF_MESSAGES.match(value):
+            raise DataError(
+                f"{where}: {key!r} is text that begins as chat messages and is not JSON: {error};"
+                " write it with json.dumps, or save the messages as lists"
+            ) from error
         return value
-    return parsed if all("role" in one for one in parsed if isinstance(one, dict)) else value
+    if isinstance(parsed, dict):
+        if not {"role", "content"} <= parsed.keys():
+            return value
+    elif not all(_is_message(one) for one in parsed if isinstance(one, dict)):
+        return value
+    return parse_json(value, f"{where}, {key!r}")  # refuses a key given twice
 
 
-def _message(message, key: str, where: str) -> dict:
+def _is_message(entry: dict) -> bool:
+    """Whether an object is a message, or one of the ShareGPT layout, which is refused."""
+    return "role" in entry or {"from", "value"} <= entry.keys()
+
+
+def _message(message, key: str, where: str, *, may_be_empty: bool) -> dict:
     if not isinstance(message, dict) or not isinstance(message.get("role"), str):
         received = type_and_value(message)
         raise DataError(f"{where}: a message of {key!r} is {received}, expected {{role, content}}")
@@ -116,7 +128,7 @@ def _message(message, key: str, where: str) -> dict:
     elif isinstance(content, list):
         content = _joined(content, place)
     else:
-        may_be_empty = bool(further.get("tool_calls")) or message["role"] == "tool"
+        may_be_empty |= bool(further.get("tool_calls")) or message["role"] == "tool"
         content = text(message, "content", place, may_be_empty=may_be_empty)
     return {"role": message["role"], "content": content} | further
 
@@ -187,18 +199,21 @@ def _json_field(row: dict, key: str, expected: type, where: str):
     return _plain(value, f"{where}, {key!r}")
 
 
-def whole_conversation(row: dict, key: str, where: str) -> list[dict] | None:
+def whole_conversation(
+    row: dict, key: str, where: str, *, asked: str = "prompt", may_be_empty: bool = False
+) -> list[dict] | None:
     """All messages up to and with those of a response column; None where it holds text.
 
-    The column may hold the whole conversation or the answer alone; then those of `prompt` stand
-    before it. What `prompt` says must be in the conversation, since it would be lost otherwise.
+    The column may hold the whole conversation or the answer alone; then those of the column `asked`
+    stand before it. What `asked` says must be in the conversation, since it would be lost
+    otherwise.
     """
-    messages = messages_of(row, key, where)
+    messages = messages_of(row, key, where, may_be_empty=may_be_empty)
     if messages is None:
         return None
-    if row.get("prompt") is None:
+    if row.get(asked) is None:
         return messages
-    before = messages_of(row, "prompt", where)
+    before = messages_of(row, asked, where)
     if before is not None:
         starts = range(len(messages) - len(before) + 1)
         if any(_alike(messages[i : i + len(before)], before) for i in starts):
@@ -206,14 +221,14 @@ def whole_conversation(row: dict, key: str, where: str) -> list[dict] | None:
         if messages[0]["role"] in ASSISTANT:
             return before + messages
     else:
-        prompt = text(row, "prompt", where)
+        prompt = text(row, asked, where)
         if any(_same(message, prompt) for message in messages):
             return messages
         if messages[0]["role"] in ASSISTANT:
             return [{"role": "user", "content": prompt}, *messages]
     raise DataError(
-        f"{where}: 'prompt' is not part of the messages of {key!r}, so that one of them would be"
-        " lost; give the whole conversation there, or the answer alone, or remove 'prompt'"
+        f"{where}: {asked!r} is not part of the messages of {key!r}, so that one of them would be"
+        f" lost; give the whole conversation there, or the answer alone, or remove {asked!r}"
     )
 
 
@@ -253,19 +268,25 @@ def _response(turns: list[dict]) -> str:
 
 
 def split_turns(
-    messages: list[dict], other: list[dict], key: str, where: str
+    messages: list[dict], others: list[list[dict]], key: str, where: str
 ) -> tuple[list[dict], str] | None:
-    """The messages before the first in which two conversations differ, and all from there on as a
+    """The messages before the first in which conversations differ, and all from there on as a
     response; None where they differ in what is not the assistant's.
 
-    other: the same messages where there is one conversation only, whose turns all are the response.
+    others: the conversations beside this one; without any, all turns of the assistant are the
+    response.
     """
     split_answer(messages, key, where)
-    pairs = list(zip(messages[:-1], other[:-1], strict=False))
-    if other is messages:
-        shared = next((i for i, one in enumerate(messages) if one["role"] in ASSISTANT), 0)
+    if others:
+        shared = min(_n_alike(messages[:-1], other[:-1]) for other in others)
     else:
-        shared = next((i for i, (a, b) in enumerate(pairs) if not _alike([a], [b])), len(pairs))
+        shared = next((i for i, one in enumerate(messages) if one["role"] in ASSISTANT), 0)
     if not shared or messages[shared]["role"] not in ASSISTANT:
         return None
     return messages[:shared], _response(messages[shared:])
+
+
+def _n_alike(a: list[dict], b: list[dict]) -> int:
+    """How many messages two conversations begin with in common."""
+    pairs = list(zip(a, b, strict=False))
+    return next((i for i, (x, y) in enumerate(pairs) if not _alike([x], [y])), len(pairs))

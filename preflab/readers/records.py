@@ -18,10 +18,10 @@ from pathlib import Path
 
 from preflab.readers.fields import text, type_and_value
 from preflab.readers.files import Rows
-from preflab.readers.messages import Chat, Unended
+from preflab.readers.messages import Chat, Turns, Unended
 from utils import DataError, content_hash
 
-READER_VERSION = "5"  # raise it when a reader would turn the same rows into other records
+READER_VERSION = "6"  # raise it when a reader would turn the same rows into other records
 PAIRINGS = ("first_two", "all", "best_worst", "random")
 CHOICES = ("best_worst", "stratified")
 NO_PAIRS = "none"  # the pairing of lists
@@ -428,19 +428,31 @@ def pairs_record(
 
 
 def response_text_of(row: dict, where: str) -> str:
-    """The `text` of a row with one response. `ended` says whether the model that wrote it had
-    ended it; a response that it had not gets no end token, which nobody chose."""
+    """The `text` of a row with one response, as `written_response` has it."""
+    return written_response(row["text"], row, where)
+
+
+def written_response(response: str, row: dict, where: str) -> str:
+    """The response of a row. `ended` says whether the model that wrote it had ended it; a response
+    that it had not gets no end token, which nobody chose."""
     ended = row.get("ended")
     if ended is None:
-        return row["text"]
+        return response
     if not isinstance(ended, bool):
         raise DataError(f"{where}: 'ended' is {type_and_value(ended)}, expected true or false")
-    if not ended and not row["text"]:
+    if ended:
+        return response
+    if not response:
         raise DataError(
             f"{where}: 'text' is empty and 'ended' is false, so nothing was written;"
             " leave the row out"
         )
-    return row["text"] if ended else Unended(row["text"])
+    if isinstance(response, Turns):
+        raise DataError(
+            f"{where}: 'ended' is false, and the response has more than the content of one message,"
+            " which must be whole; leave the row out"
+        )
+    return Unended(response)
 
 
 def targets_record(prompt, response: str, source: str) -> Record:
