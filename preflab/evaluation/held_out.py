@@ -48,7 +48,9 @@ def evaluate_loss(
     for part, n_real in batches:
         world.stop_if_asked()
         batch = collate(data, part, layout).to(policy.device)
-        metrics = compute_loss(loss, policy, reference, batch, data, "eval")[1]
+        _, metrics = compute_loss(
+            loss, policy, reference, batch, data, "eval", entropy="scalar_head" not in loss.reads
+        )
         total.add(metrics, n_real)
         of_example = _dataset_numbers(data, part[:n_real])
         for number, sums in by_dataset.items():

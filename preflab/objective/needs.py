@@ -51,7 +51,8 @@ class Need:
     alone for a model with a scalar head; batch is a `Batch`. made_up: `f(draw)` returns it for a
     made-up side, from a `MadeUp`. source: "text" comes from log-probs, "head" from a scalar head,
     "data" from the batch alone. score_options: further arguments that `score_responses` needs.
-    reference: whether the reference takes part.
+    reference: whether the reference takes part. trained: whether it has a gradient, through the
+    policy.
     """
 
     name: str
@@ -61,3 +62,4 @@ class Need:
     source: Literal["text", "head", "data"] = "text"
     score_options: Mapping[str, Any] = field(default_factory=dict)
     reference: bool = False
+    trained: bool = False

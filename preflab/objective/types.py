@@ -34,6 +34,7 @@ class Side:
             "log-probs under the policy",
             take=lambda scores, batch: scores.logps,
             made_up=lambda draw: draw.normal() - 4,
+            trained=True,
         ),
     ] = None
     reference_logps: Annotated[
@@ -75,6 +76,7 @@ class Side:
             made_up=lambda draw: draw.normal().abs(),
             score_options={"kl": "reference||policy"},
             reference=True,
+            trained=True,
         ),
     ] = None
     # (examples, longest response of the batch), zero behind each response's length
@@ -85,6 +87,7 @@ class Side:
             "log-prob of each response token under the policy",
             take=lambda scores, batch: _by_response(scores.token_logps.double(), batch),
             made_up=lambda draw: draw.of_tokens(-draw.normal(5).abs()),
+            trained=True,
         ),
     ] = None
     # as token_logps
@@ -138,6 +141,7 @@ class Side:
             take=lambda scores, batch: scores.values,
             made_up=lambda draw: draw.normal(),
             source="head",
+            trained=True,
         ),
     ] = None
 

@@ -18,6 +18,7 @@ from preflab.reports.tables import (
     verdict,
     winrate_table,
 )
+from preflab.reports.why import why, why_figure, why_table
 
 
 def write_report(run_dir: Path) -> str:
@@ -30,6 +31,7 @@ def write_report(run_dir: Path) -> str:
     evaluations = evaluation_table(run.evaluations, run.reward)
     tables = [
         None if is_several else Table(rows=summary_rows(summary)),
+        why_table(run),
         evaluations,
         winrate_table(run.winrates),
         data_table(run.data),
@@ -46,7 +48,9 @@ def write_report(run_dir: Path) -> str:
         samples=[sample_columns(sample) for sample in _grouped_by_prompt(run.samples())],
         config=OmegaConf.to_yaml(OmegaConf.create(run.config)),
     )
-    return evaluations.as_text() if is_several else summary_table(summary)
+    if is_several:
+        return evaluations.as_text()
+    return "\n".join(filter(None, [summary_table(summary), why(run)]))
 
 
 def _figures(run: Run) -> dict[str, tuple[str, Figure | None]]:
@@ -60,6 +64,7 @@ def _figures(run: Run) -> dict[str, tuple[str, Figure | None]]:
             "Temperature",
             plots.temperature_figure(run.evaluations, run.winrates),
         ),
+        "why": ("Why", why_figure(run)),
         "curves": ("Training", plots.training_figure(run) if has_training else None),
         "data": ("Lengths and scores", plots.data_figure(run)),
     }

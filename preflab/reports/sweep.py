@@ -34,6 +34,7 @@ from preflab.reports.tables import (
     plus_minus,
     winrate_table,
 )
+from preflab.reports.why import why_of_groups
 from utils import ConfigError, DataError, atomic_write, mean_and_error
 
 # Metrics of summary.json in the comparison.
@@ -106,6 +107,7 @@ def write_comparison(
     tables = [
         *(_write_group_tables(folder, groups, baseline) if groups else []),
         ceiling_table(groups, samples),
+        why_of_groups(groups),
         evaluation_table(evaluations, rewards.pop() if len(rewards) == 1 else None),
         winrate_table(winrates),
     ]

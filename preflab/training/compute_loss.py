@@ -1,16 +1,18 @@
 """Where objective, batching and parallelism meet: a batch becomes losses and metrics."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from types import SimpleNamespace
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from preflab.batching.examples import ExampleNames, PreferenceData
 from preflab.batching.packing import Batch
-from preflab.modeling.logprobs import ResponseScores, Scorer, score_responses
+from preflab.modeling.logprobs import ResponseScores, Scorer, score_responses, sum_by_owner
 from preflab.objective import ranks
 from preflab.objective.needs import Need
+from preflab.objective.pushes import push_metrics, with_leaves
 from preflab.objective.registry import BoundLoss
 from preflab.objective.types import LossOutput, Pair, Ranking, Side, Target, needs_of
 
@@ -25,28 +27,35 @@ def compute_loss(
     batch: Batch,
     data: PreferenceData | None,
     split: str,
+    *,
+    entropy: bool = False,
 ) -> tuple[LossOutput, dict[str, Tensor]]:
     """Losses of a batch's examples, with gradient, and its metrics: (examples,) each, without.
 
     data: names the examples in error messages. split: "train" or "eval", the middle part of the
-    metric names.
+    metric names. entropy: also measure that of the policy at the tokens of the responses.
     """
-    inputs = _inputs(loss, policy, reference, batch, data)
-    output = loss(inputs)
+    needs = needs_of(loss.reads)
+    scores = _score(needs.values(), policy, reference, batch, entropy=entropy)
+    inputs = _inputs(loss, needs, scores, batch, data)
+    if not torch.is_grad_enabled():
+        inputs = with_leaves(inputs)
+    with torch.enable_grad():  # of the numbers that the loss reads; in an evaluation no further
+        output = loss(inputs)
+        pushes = push_metrics(inputs, output.losses, split)
     with torch.no_grad():
-        return output, _metrics(inputs, output, split)
+        metrics = _metrics(inputs, output, split) | _entropies(inputs, scores, batch, split)
+        return output, metrics | pushes
 
 
 def _inputs(
     loss: BoundLoss,
-    policy: Scorer,
-    reference: Scorer | None,
+    needs: Mapping[str, Need],
+    scores: ResponseScores | SimpleNamespace,
     batch: Batch,
     data: PreferenceData | None,
 ) -> Pair | Target | Ranking:
     """What the loss reads of a batch, and no more."""
-    needs = needs_of(loss.reads)
-    scores = _score(needs.values(), policy, reference, batch)
     device = batch.chosen.device
     # (responses, ...) each: a response may take part in several examples
     taken = {name: need.take(scores, batch).to(device) for name, need in needs.items()}
@@ -62,12 +71,20 @@ def _inputs(
 
 
 def _score(
-    needs: Iterable[Need], policy: Scorer, reference: Scorer | None, batch: Batch
+    needs: Iterable[Need],
+    policy: Scorer,
+    reference: Scorer | None,
+    batch: Batch,
+    *,
+    entropy: bool,
 ) -> ResponseScores | SimpleNamespace:
-    """Run the models as far as these needs ask for it."""
+    """Run the models as far as these needs ask for it.
+
+    entropy: also that of the policy at every token, if it is a model of text.
+    """
     if any(need.source == "head" for need in needs):
         return SimpleNamespace(values=policy.values(batch))
-    options = {}
+    options: dict[str, Any] = {"entropy": entropy}
     for need in needs:
         options |= need.score_options
     if not any(need.reference for need in needs):
@@ -109,6 +126,31 @@ def _metrics(inputs: Pair | Target | Ranking, output: LossOutput, split: str) ->
         metrics[f"rewards_{split}/accuracies"] = torch.where(tie, 0.5, (chosen > rejected).double())
         metrics[f"rewards_{split}/margins"] = chosen - rejected
     return metrics | _named(output, split)
+
+
+def _entropies(
+    inputs: Pair | Target | Ranking,
+    scores: ResponseScores | SimpleNamespace,
+    batch: Batch,
+    split: str,
+) -> dict[str, Tensor]:
+    """The policy's entropy at the tokens of a response, their mean, in nats, by side."""
+    tokens = getattr(scores, "token_entropy", None)
+    if tokens is None:
+        return {}
+    entropy = sum_by_owner(tokens, batch.owners, len(batch.lengths)) / batch.lengths
+    entropy = entropy.to(batch.chosen.device)
+    if isinstance(inputs, Ranking):
+        listed = entropy[batch.lists]
+        sides = {
+            "chosen": (inputs.best * listed).sum(1),
+            "rejected": (inputs.worst * listed).sum(1),
+        }
+    elif isinstance(inputs, Target):
+        sides = {"chosen" if inputs.scores is None else "all": entropy[batch.chosen]}
+    else:
+        sides = {"chosen": entropy[batch.chosen], "rejected": entropy[batch.rejected]}
+    return {f"entropy_{split}/{name}": values for name, values in sides.items()}
 
 
 def _of_lists(ranking: Ranking, output: LossOutput, split: str) -> dict[str, Tensor]:

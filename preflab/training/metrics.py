@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from preflab.distributed.process_group import World
+from preflab.objective.pushes import with_ratio_and_share
 from preflab.reports.run_files import read_lines
 from preflab.training.checkpoints import Counters
 from utils import atomic_write, drop_incomplete_line
@@ -31,7 +32,7 @@ class Sums:
 
     def flush(self, world: World) -> dict[str, float]:
         """Means over all examples that any rank added since the last flush, read back in one
-        transfer."""
+        transfer, and what follows from such means (`with_ratio_and_share`)."""
         if not self._sums:
             return {}
         names = list(self._sums)
@@ -40,7 +41,10 @@ class Sums:
         values = world.sum([*local_sums, *local_counts])
         sums, counts = values[: len(names)], values[len(names) :]
         self._sums, self._counts = {}, {}
-        return {name: total / count for name, total, count in zip(names, sums, counts, strict=True)}
+        means = {
+            name: total / count for name, total, count in zip(names, sums, counts, strict=True)
+        }
+        return with_ratio_and_share(means)
 
 
 class MetricLog:
