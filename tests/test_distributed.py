@@ -803,3 +803,19 @@ def test_ranks_that_nobody_watches_name_the_one_that_does_not_come(monkeypatch):
 def test_an_error_of_rank_0_ends_the_others_silently():
     with pytest.raises(PrefLabError, match="no"):
         World().agree(lambda: (_ for _ in ()).throw(PrefLabError("no")))
+
+
+def test_the_error_of_a_rank_is_raised_there_and_ends_the_others_silently(monkeypatch):
+    errors, passed = [None, OSError("full"), OSError("later"), None], []
+    monkeypatch.setattr(World, "max", lambda self, values: passed.append(values[0]) or [0.0])
+    for rank, error in enumerate(errors):
+        World(rank=rank, size=4).raise_together(error)
+    monkeypatch.setattr(World, "max", lambda self, values: [max(passed)])
+    for rank, error in enumerate(errors):
+        with pytest.raises(OSError if rank == 1 else SystemExit) as raised:
+            World(rank=rank, size=4).raise_together(error)
+        assert raised.value is error or (rank != 1 and raised.value.code == 2)
+    monkeypatch.undo()
+    World().raise_together(None)
+    with pytest.raises(OSError, match="full"):
+        World().raise_together(errors[1])

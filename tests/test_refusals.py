@@ -25,6 +25,7 @@ from conftest import (
     write_jsonl,
 )
 
+from preflab.modeling.placed_weights import on_disk
 from preflab.reports.run import write_report
 from preflab.settings.command_line import check_command_line, run_config
 from preflab.training.checkpoints import damage_of
@@ -88,6 +89,17 @@ def test_a_full_disk_ends_a_run_in_a_line_and_its_checkpoints_continue(
     run_here(*small_run(llama_folder, data, tmp_path / "all", "sample_during_eval=false", *steps))
     assert same_weights(final_weights(tmp_path / "run"), final_weights(tmp_path / "all"))
     write_report(tmp_path / "run")
+
+
+def test_a_snapshot_of_weights_on_a_full_disk_is_an_error_and_no_signal(tmp_path):
+    with disk(tmp_path / "disk", 64) as small:
+        if (pid := os.fork()) == 0:  # a write to a mapped page without space kills the process
+            try:
+                on_disk(torch.zeros(100_000), small / "weights")
+            except OSError as error:
+                os._exit(error.errno)
+            os._exit(0)
+        assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == errno.ENOSPC
 
 
 @pytest.mark.parametrize("kib", [8, 32])

@@ -24,6 +24,7 @@ from conftest import (
 )
 from fastapi.testclient import TestClient
 from hydra import compose, initialize_config_dir
+from test_refusals import disk
 
 from preflab.checks import check_service
 from preflab.online import connections, rounds, service
@@ -361,6 +362,25 @@ def test_after_an_error_while_saving_nothing_is_bought_or_learnt_twice(
     assert read_rows(tmp_path / "other" / "labels.jsonl") == read_rows(
         tmp_path / "state" / "labels.jsonl"
     )
+
+
+def test_a_full_disk_is_told_and_the_request_is_done_once_there_is_space(client, tmp_path):
+    http, _ = client(*LEARNS)
+    answers = [http.post("/train", json=request(n)).json() for n in (1, 2)]
+    with disk(tmp_path / "disk", 6000) as small:
+        other, _ = client(*LEARNS, folder=small / "state")
+        other.post("/train", json=request(1))
+        space = os.statvfs(small)  # 40 KiB remain: labels are bought, a checkpoint has no room
+        (small / "full").write_bytes(bytes(space.f_bavail * space.f_frsize - 40 * 1024))
+        refused = other.post("/train", json=request(2))
+        assert refused.status_code == 507 and "free some space" in refused.json()["error"]
+        assert other.post("/predict", json={"prompts": ["a"], "responses": ["b"]}).is_success
+        (small / "full").unlink()
+        assert other.post("/train", json=request(2)).json() == answers[1]
+        bought = [
+            read_rows(folder / "labels.jsonl") for folder in (tmp_path / "state", small / "state")
+        ]
+        assert bought[0] == bought[1]
 
 
 def test_an_id_of_other_texts_is_refused(client):

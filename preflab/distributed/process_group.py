@@ -147,6 +147,15 @@ class World:
             raise error
         return decided
 
+    def raise_together(self, error: BaseException | None) -> None:
+        """Raise the error of the first rank that has one. The others exit without a message. All
+        call it."""
+        first = self.max([float(self.size - self.rank) if error is not None else 0.0])[0]
+        if first == self.size - self.rank:
+            raise error
+        if first:
+            raise SystemExit(2)
+
     def first(self, function: Callable[[], Any]) -> Any:
         """`function()`, called on rank 0 first and then on the others.
 

@@ -1,5 +1,6 @@
 """Gradients and weights of a model, wherever they are placed: norms, sums, sizes, full weights."""
 
+import os
 from collections.abc import Iterable
 from pathlib import Path
 
@@ -117,7 +118,17 @@ def full_weights(scorer: Scorer, scratch: Path, *, keep: bool) -> tuple[dict[str
 
 
 def on_disk(tensor: Tensor, path: Path, dtype: torch.dtype | None = None) -> Tensor:
-    """A copy of a tensor, in `dtype` where it is given, that is mapped from a new file."""
-    size = max(1, tensor.numel())
-    mapped = torch.from_file(str(path), shared=True, size=size, dtype=dtype or tensor.dtype)
+    """A copy of a tensor, in `dtype` where it is given, that is mapped from a new file. Raises
+    OSError where the disk is full."""
+    size, dtype = max(1, tensor.numel()), dtype or tensor.dtype
+    _reserve(path, size * dtype.itemsize)
+    mapped = torch.from_file(str(path), shared=True, size=size, dtype=dtype)
     return mapped[: tensor.numel()].view(tensor.shape).copy_(tensor)
+
+
+def _reserve(path: Path, n_bytes: int) -> None:
+    """Make a file of `n_bytes` that are on the disk: a write to a mapped page for which there is no
+    space would end the process with SIGBUS."""
+    with open(path, "wb") as f:
+        if hasattr(os, "posix_fallocate"):  # not on macOS
+            os.posix_fallocate(f.fileno(), 0, n_bytes)

@@ -4,6 +4,7 @@ import asyncio
 import hmac
 import itertools
 import json
+import logging
 import os
 import re
 import shutil
@@ -27,7 +28,9 @@ from preflab.reports.run_files import read_jsonl, read_service_state
 from preflab.rewards.registry import RewardError, build_reward
 from preflab.settings.schema import Settings
 from preflab.training.checkpoints import save_checkpoint
-from utils import DataError, PrefLabError, atomic_write, content_hash
+from utils import DataError, PrefLabError, atomic_write, content_hash, machine_error
+
+logger = logging.getLogger(__name__)
 
 MAX_TEXTS = 4096  # in a request
 MAX_CHARACTERS = 200_000  # in a text
@@ -160,7 +163,7 @@ class Service:
     def _attempt(self, request: Train) -> dict:
         try:
             return self._train(request)
-        except Exception as error:
+        except BaseException as error:
             n = self.state["requests"]
             bought = self.labeler.bought_until(n + 1) - self.labeler.bought_until(n)
             if isinstance(error, (DataError, RewardError)) and not bought:  # nothing has changed
@@ -366,6 +369,11 @@ def _answer(body: bytearray, model: type[BaseModel], answer: Callable):
         return refuse(422, str(error))
     except PrefLabError as error:
         return refuse(502, str(error))
+    except Exception as error:
+        if not (refused := machine_error(error)):
+            raise
+        logger.warning(refused)
+        return refuse(507, f"{refused}; then send the same request again")
 
 
 def _has_too_many_values(body: bytearray) -> bool:

@@ -77,20 +77,29 @@ class Checkpointer:
         return number in self.keep_steps
 
     def raise_failure(self) -> None:
-        """Raise the error that the last save has ended with, if it has. Does not wait."""
+        """Raise the error that the last save has ended with on some rank, if it has. All ranks call
+        it. Does not wait."""
         if self._saving is not None:
-            self._saving.raise_failure()
+            self.world.raise_together(self._saving.error)
 
     def finish(self) -> None:
-        """Wait until the last save is complete. Raises the error that it ended with."""
-        if self._saving is None:
+        """Wait until the last save is complete on all ranks, which call it. Raises the error that
+        it ended with."""
+        saving = self._saving
+        if saving is None:
             return
-        begun, saving = time.perf_counter(), self._saving
-        self._saving = None
-        saving.wait()
+        begun = time.perf_counter()
+        self.wait_here()
+        self.world.raise_together(saving.error)
         self._wait_seconds += time.perf_counter() - begun
         self._write_seconds += saving.seconds
         self._saves, self._n_bytes = self._saves + saving.is_new, saving.n_bytes
+
+    def wait_here(self) -> None:
+        """Wait until this rank has written its part of the last save, without an error."""
+        if self._saving is not None:
+            self._saving.join()
+        self._saving = None
 
     def summary(self) -> dict:
         """Keys of summary.json, of the saves of this process."""

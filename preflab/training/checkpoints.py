@@ -101,7 +101,8 @@ class Saving:
     temporary: the folder that becomes `folder`; None where that exists already. write: writes what
     is not in it yet; None if all is. drop: deletes old checkpoints; None on a rank that neither
     renames nor links. `seconds` and `n_bytes` are what it took, known once it is complete.
-    `is_new` is False where nothing was to be written.
+    `is_new` is False where nothing was to be written. `error`: what writing has ended with, if not
+    with a complete checkpoint.
     """
 
     def __init__(
@@ -115,7 +116,7 @@ class Saving:
     ):
         self.is_new = temporary is not None
         self.seconds, self.n_bytes = 0.0, 0
-        self._error: BaseException | None = None
+        self.error: BaseException | None = None
         self._thread = threading.Thread(
             target=self._finish, args=(temporary, folder, write, drop, best)
         )
@@ -125,13 +126,13 @@ class Saving:
 
     def wait(self) -> None:
         """Wait until the checkpoint is complete. Raises the error that writing it ended with."""
-        self._thread.join()
-        self.raise_failure()
+        self.join()
+        if self.error is not None:
+            raise self.error
 
-    def raise_failure(self) -> None:
-        """Raise the error that writing has ended with, if it has."""
-        if self._error is not None:
-            raise self._error
+    def join(self) -> None:
+        """Wait until writing has ended, with an error or without."""
+        self._thread.join()
 
     def _finish(self, temporary, folder, write, drop, best) -> None:
         begun = time.perf_counter()
@@ -147,7 +148,7 @@ class Saving:
                 self.n_bytes = sum(p.stat().st_size for p in folder.rglob("*") if p.is_file())
                 drop()
         except BaseException as error:
-            self._error = error
+            self.error = error
             if temporary is not None and drop is not None:
                 shutil.rmtree(temporary, ignore_errors=True)
         self.seconds = time.perf_counter() - begun

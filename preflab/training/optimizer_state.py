@@ -75,8 +75,11 @@ def write_shards(tensors: dict[str, Tensor], folder: Path, group=None) -> Callab
     copies = writer.stage(tensors)
 
     def write() -> None:
-        with _without_warnings():
-            dcp.save(copies, storage_writer=writer, process_group=group, no_dist=group is None)
+        try:
+            with _without_warnings():
+                dcp.save(copies, storage_writer=writer, process_group=group, no_dist=group is None)
+        except CheckpointException as failed:  # which no `except Exception` catches
+            raise _first_failure(failed) from failed
 
     return write
 
@@ -131,10 +134,15 @@ def read_shards(tensors: dict[str, Tensor], folder: Path, alone: bool) -> None:
         with _without_warnings():
             dcp.load(tensors, storage_reader=reader, no_dist=alone)
     except CheckpointException as failed:
-        [(error, _), *_] = failed.failures.values()
+        error = first_line(_first_failure(failed))
         raise ConfigError(
-            f"{folder}: its shards cannot be read ({first_line(error)}); {_remedy(folder)}"
+            f"{folder}: its shards cannot be read ({error}); {_remedy(folder)}"
         ) from failed
+
+
+def _first_failure(failed: CheckpointException) -> BaseException:
+    """The error of the first rank that failed."""
+    return failed.failures[min(failed.failures)][0]
 
 
 def _remedy(folder: Path) -> str:

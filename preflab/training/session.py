@@ -191,8 +191,7 @@ class Session:
             self.save(wait=True)
             raise
         except BaseException:
-            with contextlib.suppress(Exception):  # the error that is raised came first
-                self.checkpointer.finish()
+            self.checkpointer.wait_here()  # other ranks may have no error
             raise
 
     def finish(self, *, temperature: float, **more: Any) -> dict:
