@@ -14,7 +14,7 @@ from preflab.training.learner import STATE
 
 def accuracies(folder) -> dict[int, float]:
     return {
-        row["step"]: row["rewards_eval/accuracies"]
+        row["step"]: row["dev/eval_accuracy"]
         for row in read_rows(folder / "metrics.jsonl")
         if row["split"] == "eval"
     }
@@ -43,7 +43,7 @@ def test_best_is_the_checkpoint_with_the_highest_accuracy_and_stays(run):
         {f"step-{best}", f"step-{max(saved)}"}
     )
     state = torch.load(folder / "BEST" / STATE, weights_only=True)
-    assert state["last_eval"]["rewards_eval/accuracies"] == saved[best]
+    assert state["last_eval"]["dev/eval_accuracy"] == saved[best]
     by_run, by_folder = (
         build_reward({"name": "reward_model", "path": str(path)})
         for path in (folder, folder / "BEST" / "hf")

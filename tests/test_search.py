@@ -214,6 +214,24 @@ def test_a_search_spends_its_budget_and_says_what_was_best(optuna, searched, tmp
     assert len(searched(Launcher(), LR, "loss=dpo", n_trials=7)) == 1
 
 
+def test_numbers_of_test_prompts_stand_beside_the_objectives(optuna, searched, tmp_path, capsys):
+    class Writing(Launcher):
+        def launch(self, jobs, initial_job_idx):
+            for job in jobs:
+                name = dict(w.split("=", 1) for w in job)["hydra.sweep.subdir"].strip("'")
+                folder = tmp_path / "sweep" / name
+                folder.mkdir(parents=True)
+                (folder / "summary.json").write_text(
+                    '{"finished": true, "test/policy_reward": 0.25}'
+                )
+            return super().launch(jobs, initial_job_idx)
+
+    searched(Writing(), LR, "loss=dpo", n_trials=2)
+    results = OmegaConf.load(tmp_path / "sweep" / "optimization_results.yaml")
+    assert results.test_value == 0.25 and results.best_value < 0
+    assert "(0.25 on test prompts)" in capsys.readouterr().out
+
+
 def test_a_stopped_search_goes_on_with_the_run_it_was_in(optuna, searched, tmp_path):
     whole, begun, rest = Launcher(), Launcher(stops_at=4), Launcher()
     searched(whole, LR, n_trials=6, storage=str(tmp_path / "whole"))

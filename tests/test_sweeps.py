@@ -93,6 +93,11 @@ def test_the_objective_is_a_number_of_the_summary_or_none():
     assert objective_of("kl", summary) == 1.5
     assert objective_of(["eval_loss", "kl"], summary) == [2, 1.5]
     assert objective_of("policy_reward", summary) is None
+    on_sides = {"kl": 1.5, "dev/kl": 1.25, "test/kl": 1.75, "seconds": 9.0}
+    assert objective_of(["kl", "seconds"], on_sides) == [
+        1.25,
+        9.0,
+    ]  # the test prompts choose nothing
     assert objective_of(OmegaConf.create({"o": ["kl", "missing"]}).o, summary) is None
 
 

@@ -6,11 +6,14 @@ import gc
 import logging
 from pathlib import Path
 
+import numpy as np
+
 from preflab.batching.examples import PreferenceData
 from preflab.batching.packing import Layout
 from preflab.distributed.process_group import World
 from preflab.evaluation.held_out import evaluate_loss
 from preflab.evaluation.samples import Samples, Sampling, sample_and_measure
+from preflab.evaluation.sides import held_out_sides
 from preflab.evaluation.worklist import Checkpoint, draws_samples, finish_evaluation, temperatures
 from preflab.modeling.fsdp import reshard
 from preflab.modeling.layout_choice import choose_layout
@@ -49,6 +52,7 @@ class Evaluator:
         self.settings, self.loss, self.tokenizer, self.data = settings, loss, tokenizer, data
         self.rewards, self.run_dir, self.world = rewards, run_dir, world
         self._reference_samples: dict[Sampling, Samples] = {}
+        self._sides: dict[str, np.ndarray] | None = None  # of the held-out examples
 
     def evaluate(
         self,
@@ -86,6 +90,13 @@ class Evaluator:
         only."""
         if self.data.kind == "prompts":
             return {}
+        if self._sides is None:
+            self._sides = held_out_sides(
+                self.data,
+                self.tokenizer,
+                n=self.settings.n_eval_examples,
+                max_prompt_length=self.settings.max_prompt_length,
+            )
         return evaluate_loss(
             self.loss,
             policy,
@@ -95,6 +106,7 @@ class Evaluator:
             batch_size=self.settings.eval_batch_size,
             layout=layout,
             world=self.world,
+            sides=self._sides,
         )
 
     def sample(

@@ -11,10 +11,12 @@ from preflab.batching.examples import PreferenceData, PromptToSample, prompts_to
 from preflab.batching.packing import Layout, lay_out
 from preflab.batching.token_store import tokenizer_hash
 from preflab.distributed.process_group import ALONE, World
+from preflab.evaluation.sides import sides_of
 from preflab.modeling.generation import sample
 from preflab.modeling.logprobs import Scorer, score_responses, sum_by_owner
 from preflab.modeling.response_ends import response_ends
 from preflab.modeling.shared_samples import SHARED
+from preflab.reports.selection import number_on
 from preflab.rewards.registry import Score
 from utils import mean_and_error
 
@@ -64,8 +66,9 @@ def sample_and_measure(
 ) -> tuple[list[dict], dict[str, float]]:
     """Sample responses of both models to held-out prompts, and measure them.
 
-    Returns the rows of samples.jsonl, and means over them with standard errors. Errors are over
-    prompts, each with the mean of its samples. The first of `rewards` gives `policy_reward`.
+    Returns the rows of samples.jsonl, and means over them with standard errors, and over dev and
+    test prompts alone. Errors are over prompts, each with the mean of its samples. The first of
+    `rewards` gives `policy_reward`.
 
     Both models draw the same random numbers, so equal models give equal samples and differences
     are paired. KL is measured on the policy's samples; it is the KL of the sampled distribution
@@ -186,7 +189,9 @@ def _rows(
 def _sample_means(
     rows: list[dict], rewards: list[str], measured: list[str], k: int
 ) -> dict[str, float]:
-    """The mean and standard error of every measured value, over prompts of `k` rows each."""
+    """The mean and standard error of every measured value, over prompts of `k` rows each, and the
+    means over dev and over test prompts, where there are both."""
+    sides = sides_of([row["prompt"] for row in rows[::k]])
     models = ["policy"] if rows[0]["reference"] is None else ["policy", "reference"]
     columns: dict[str, list[float]] = {}
     for name in rewards:
@@ -204,7 +209,10 @@ def _sample_means(
     for name, values in columns.items():
         of_prompts = [math.fsum(values[i : i + k]) / k for i in range(0, len(values), k)]
         means[f"samples_eval/{name}"], means[f"samples_eval/{name}_se"] = mean_and_error(of_prompts)
-    return means
+        for side, chosen in sides.items():
+            of_side = math.fsum(of_prompts[i] for i in chosen)
+            means[number_on(side, name)] = of_side / len(chosen)
+    return means | {number_on(side, "prompts"): len(chosen) for side, chosen in sides.items()}
 
 
 def repetition(tokens: list[int], n: int = 4) -> float:

@@ -22,6 +22,12 @@ DEV, TEST = "dev", "test"
 DEV_SHARE = 0.5
 
 
+def number_on(side: str, name: str) -> str:
+    """The name of a number of summary.json on the prompts of one side, such as
+    `dev/policy_reward`; rows of metrics.jsonl have it too."""
+    return f"{side}/{name}"
+
+
 @functools.lru_cache(maxsize=100_000)
 def part_of(prompt: str, dev_share: float = DEV_SHARE) -> str:
     """The side of a prompt. dev_share: the share of all possible prompts that choose."""

@@ -13,6 +13,7 @@ from preflab.reports.selection import (
     Evaluation,
     best_within,
     chosen_mixture,
+    number_on,
     of_mixture,
     sampled_evaluations,
 )
@@ -89,7 +90,8 @@ def _value(
     if best is None:
         return None
     if measure == "accuracy":
-        accuracy = best.row.get("rewards_eval/accuracies")
+        of_all = best.row.get("rewards_eval/accuracies")  # what runs of earlier versions have
+        accuracy = best.row.get(number_on(TEST, "eval_accuracy"), of_all)
         return {"": accuracy} if is_number(accuracy) else None
     return best.of(measure, TEST)
 

@@ -18,6 +18,8 @@ from hydra.errors import HydraException
 from hydra.utils import instantiate
 from omegaconf import DictConfig, OmegaConf
 
+from preflab.reports.run_files import read_summary
+from preflab.reports.selection import TEST, number_on
 from preflab.settings.sweep_words import folder_names, grids_of
 from preflab.sweeps.grid import Grids, check_runs, fail, finish
 from preflab.sweeps.space import Choice, Interval, Space, space_of
@@ -92,7 +94,7 @@ class OptunaSearch(Grids):
             for name, result in self.run_search(search, folder):
                 names.append(name)
                 returns.append(result)
-        print(write_results(searches, folder), flush=True)
+        print(write_results(searches, folder, self.objectives()), flush=True)
         finish(folder, names, returns)
         return returns
 
@@ -325,16 +327,22 @@ def best_trials(search: Search) -> list[Any]:
     return trials[:1] if len(search.study.directions) == 1 else trials
 
 
-def write_results(searches: Sequence[Search], folder: Path) -> str:
-    """Write optimization_results.yaml; returns its content as lines for the console."""
+def write_results(searches: Sequence[Search], folder: Path, objectives: Sequence[str]) -> str:
+    """Write optimization_results.yaml; returns its content as lines for the console.
+
+    Objectives are those of the dev prompts, which chose, and biased upwards for the best run; the
+    numbers of the test prompts stand beside them.
+    """
     results, lines = {}, []
     for search in searches:
         best = best_trials(search)
-        results[search.study.study_name] = _results(search, best)
-        for trial in best:
+        on_test = [_on_test(folder / folder_name(search, trial), objectives) for trial in best]
+        results[search.study.study_name] = _results(search, best, on_test)
+        for trial, numbers in zip(best, on_test, strict=True):
             settings = " ".join(f"{key}={value}" for key, value in trial.params.items())
+            test = f" ({_shown(numbers)} on test prompts)" if numbers else ""
             lines.append(
-                f"best of {search.study.study_name}: {_shown(trial.values)} with {settings}"
+                f"best of {search.study.study_name}: {_shown(trial.values)}{test} with {settings}"
                 f" ({folder / folder_name(search, trial)})"
             )
         if not best:
@@ -345,14 +353,23 @@ def write_results(searches: Sequence[Search], folder: Path) -> str:
     return "\n".join(lines)
 
 
-def _results(search: Search, best: Sequence[Any]) -> dict:
+def _on_test(run_dir: Path, objectives: Sequence[str]) -> list[float] | None:
+    """The objectives of a run on its test prompts; None where it has no such numbers."""
+    summary = read_summary(run_dir)
+    keys = [number_on(TEST, name) for name in objectives]
+    return [summary[key] for key in keys] if all(key in summary for key in keys) else None
+
+
+def _results(search: Search, best: Sequence[Any], on_test: Sequence[list[float] | None]) -> dict:
     if len(search.study.directions) == 1:
         [trial] = best or [None]
         params = _plain(trial.params, search.space) if trial else {}
         value = trial.value if trial else None
-        return {"name": "optuna", "best_params": params, "best_value": value}
+        of_test = {"test_value": on_test[0][0]} if on_test and on_test[0] else {}
+        return {"name": "optuna", "best_params": params, "best_value": value, **of_test}
     solutions = [
         {"params": _plain(trial.params, search.space), "values": list(trial.values)}
-        for trial in best
+        | ({"test_values": numbers} if numbers else {})
+        for trial, numbers in zip(best, on_test, strict=True)
     ]
     return {"name": "optuna", "solutions": solutions}

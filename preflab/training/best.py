@@ -1,13 +1,21 @@
-"""The best evaluation of a run by a named number, and the end of a run that no longer improves."""
+"""The best evaluation of a run by a named number, and the end of a run that no longer improves.
+
+Dev prompts choose, so that the numbers of test prompts are those of a policy that they did not
+choose.
+"""
 
 from __future__ import annotations
 
+import logging
 import math
 import re
 from dataclasses import dataclass
 
+from preflab.reports.selection import DEV, TEST, number_on
 from preflab.settings.schema import Settings
 from utils import ConfigError, nearest
+
+logger = logging.getLogger(__name__)
 
 # The number of an evaluation by its name in summary.json, and whether more of it is better.
 NUMBERS = {
@@ -19,6 +27,7 @@ NUMBERS = {
     "reward_gain": ("samples_eval/reward_gain", True),
 }
 KL = "samples_eval/kl"
+ALL = "all"
 
 
 @dataclass(frozen=True)
@@ -38,20 +47,28 @@ class Metric:
         """Whether it is measured on samples."""
         return self.key.startswith("samples_eval/") or self.largest_kl is not None
 
-    def of(self, values: dict) -> float | None:
-        """The number of an evaluation, where more is better; None for one that does not count.
+    def keys(self, prompts: str) -> list[str]:
+        """The names of the number, and of the KL where that counts, in an evaluation. prompts:
+        `dev`, `test` or `all`."""
+        keys = [(self.name, self.key)] + [("kl", KL)] * (self.largest_kl is not None)
+        return [key if prompts == ALL else number_on(prompts, name) for name, key in keys]
+
+    def of(self, values: dict, prompts: str = ALL) -> float | None:
+        """The number of an evaluation on some prompts, where more is better; None for one that does
+        not count.
 
         Raises ConfigError where the evaluation has no such number.
         """
-        for key in (self.key, *([KL] if self.largest_kl is not None else [])):
+        keys = self.keys(prompts)
+        for key in keys:
             if key not in values:
                 has = ", ".join(name for name, (own, _) in NUMBERS.items() if own in values)
                 raise ConfigError(
                     f"best_metric={self}: the evaluations of this run have no {key}; they have"
                     f" {has or 'none of the numbers that it accepts'}"
                 )
-        value = values[self.key] if NUMBERS[self.name][1] else -values[self.key]
-        if self.largest_kl is not None and not values[KL] <= self.largest_kl:
+        value = values[keys[0]] if NUMBERS[self.name][1] else -values[keys[0]]
+        if self.largest_kl is not None and not values[keys[1]] <= self.largest_kl:
             return None
         return value if math.isfinite(value) else None
 
@@ -105,16 +122,24 @@ def check_best(settings: Settings, *, scalar: bool) -> None:
         raise ConfigError(f"best_metric={metric}: {problem}; choose another one")
 
 
+# What a checkpoint keeps of `Best`.
+STATE = ("prompts", "value", "test_value", "examples", "misses")
+
+
 class Best:
     """The best evaluation so far.
 
-    value: its number, None before there is one. examples: how many the policy had learned from.
-    misses: evaluations since. is_unsaved: whether its weights are in no checkpoint yet.
+    prompts: those that choose, `dev`, or `all` where an evaluation has no prompts on one side; None
+    before the first. value: the number on them, None before there is one. test_value: that on the
+    test prompts, which choose nothing. examples: how many the policy had learned from. misses:
+    evaluations since. is_unsaved: whether its weights are in no checkpoint yet.
     """
 
     def __init__(self, metric: Metric | None, patience: int | None):
         self.metric, self.patience = metric, patience
+        self.prompts: str | None = None
         self.value: float | None = None
+        self.test_value: float | None = None
         self.examples = 0
         self.misses = 0
         self.is_unsaved = False
@@ -124,12 +149,33 @@ class Best:
         before its first step, examples=0, does not count: there is no checkpoint of it."""
         if self.metric is None or not examples:
             return self
-        value = self.metric.of(values)
+        if self.prompts is None:
+            self.prompts = self._prompts_that_choose(values)
+        value = self.metric.of(values, self.prompts)
         if value is not None and (self.value is None or value > self.value):
             self.value, self.examples, self.misses, self.is_unsaved = value, examples, 0, True
+            self.test_value = values.get(self.metric.keys(TEST)[0])
         else:
             self.misses += 1
         return self
+
+    def _prompts_that_choose(self, values: dict) -> str:
+        """Which prompts choose in this run, which is said once."""
+        self.metric.of(values)  # raises where there is no such number
+        counted = "prompts" if self.metric.samples else "examples"
+        numbers = [values.get(number_on(side, counted)) for side in (DEV, TEST)]
+        if all(key in values for key in self.metric.keys(DEV)):
+            logger.info(
+                f"best_metric={self.metric}: {numbers[0]:,} dev {counted} choose BEST, and"
+                f" {numbers[1]:,} test {counted} do not"
+            )
+            return DEV
+        logger.warning(
+            f"best_metric={self.metric}: all {counted} of an evaluation choose BEST, because none"
+            " of them is on one of the sides dev and test; the best value is biased upwards. Raise"
+            " n_eval_model_samples or n_eval_examples"
+        )
+        return ALL
 
     def reason_to_stop(self) -> str | None:
         """Why the run ends before its last step; None while it goes on."""
@@ -141,10 +187,14 @@ class Best:
         )
 
     def state_dict(self) -> dict:
-        return {"value": self.value, "examples": self.examples, "misses": self.misses}
+        return {name: getattr(self, name) for name in STATE}
 
     def load_state_dict(self, state: dict) -> None:
-        self.value, self.examples, self.misses = state["value"], state["examples"], state["misses"]
+        """A run of an earlier version, which knew no dev prompts, goes on choosing on all."""
+        for name in STATE:
+            setattr(self, name, state.get(name))
+        if self.prompts is None and self.value is not None:
+            self.prompts = ALL
 
     def summary(self) -> dict:
         """What summary.json says of it."""
@@ -154,5 +204,7 @@ class Best:
         return {
             "best_metric": str(self.metric),
             "best_value": value,
+            "best_prompts": self.prompts,
+            "best_test_value": self.test_value,
             "best_examples": self.examples,
         }

@@ -4,6 +4,7 @@ import json
 from pathlib import Path
 
 from preflab.distributed.process_group import World
+from preflab.reports.selection import DEV, TEST, number_on
 from preflab.settings.schema import Settings
 from preflab.settings.values import truncation_columns
 from preflab.training.checkpoints import Counters
@@ -19,6 +20,7 @@ REWARDS = (
     "reward_gain_se",
 )
 KLS = ("kl", "kl_se", "kl_k1", "kl_k3")
+SIDES = tuple(number_on(side, "") for side in (DEV, TEST))
 MEASURED = ("policy_length", "reference_length", "policy_ended", "entropy", "repetition")
 
 
@@ -56,6 +58,7 @@ def write_summary(
         "eval_accuracy": values.get("rewards_eval/accuracies"),
         "eval_loss": values.get("loss/eval"),
         **{name: samples[name] for name in MEASURED if name in samples},
+        **{name: value for name, value in values.items() if name.startswith(SIDES)},
         "pairs_per_second": rate,
         "examples": counters.examples,
         "steps": counters.steps,
