@@ -100,17 +100,30 @@ def _read_evaluations(run: Run) -> list[Evaluation]:
     return evaluations if are_whole else []
 
 
+def gain_of(reward: str) -> str:
+    """The name in `Evaluation.values` of a reward's gain over the reference's sample."""
+    return f"gain[{reward}]"
+
+
+def _gains(row: dict) -> dict[str, float | None]:
+    """The gain of each reward over the reference's sample."""
+    ours, theirs = row.get("policy_reward") or {}, row.get("reference_reward") or {}
+    both = {name: (value, theirs.get(name)) for name, value in ours.items()}
+    return {gain_of(name): a - b for name, (a, b) in both.items() if is_number(a) and is_number(b)}
+
+
 def by_prompt(samples: Iterable[dict]) -> dict[str, dict[str, float]]:
-    """{metric: {prompt: mean over its samples}} of rows of samples.jsonl."""
-    collected: dict[str, dict[str, list]] = {name: defaultdict(list) for name in OF_A_SAMPLE}
+    """{metric: {prompt: mean over its samples}} of rows of samples.jsonl, with the gain of each
+    reward over the reference (`gain_of`)."""
+    collected: dict[str, dict[str, list]] = defaultdict(lambda: defaultdict(list))
     for row in samples:
-        for name, measure in OF_A_SAMPLE.items():
-            if is_number(value := measure(row)):
+        measured = {name: measure(row) for name, measure in OF_A_SAMPLE.items()} | _gains(row)
+        for name, value in measured.items():
+            if is_number(value):
                 collected[name][row["prompt"]].append(value)
     return {
         name: {prompt: math.fsum(values) / len(values) for prompt, values in of.items()}
         for name, of in collected.items()
-        if of
     }
 
 

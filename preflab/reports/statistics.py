@@ -102,6 +102,23 @@ def over_seeds_and_prompts(values: Sequence[Sequence[float]]) -> Estimate:
     return _estimate(mean, se, df, n_seeds, n_prompts, of_seeds, spread)
 
 
+def intervals_of(tables: np.ndarray) -> tuple[np.ndarray, np.ndarray] | None:
+    """The ends of the 95% intervals of the means of many tables, (..., seeds, prompts), each as
+    `over_seeds_and_prompts` has it, or over seeds for a single prompt; None for two seeds and for a
+    single value."""
+    n_seeds, n_prompts = tables.shape[-2:]
+    if n_seeds == 2 or n_seeds == n_prompts == 1:
+        return None
+    if n_seeds > 1 and n_prompts > 1:
+        mean, se, df = crossed(tables)
+        quantile = np.interp(1 / df, *_quantile_curve(n_seeds - 1.0, n_prompts - 1.0))
+    else:
+        n = n_seeds * n_prompts
+        mean, se = tables.mean((-2, -1)), tables.std((-2, -1), ddof=1) / math.sqrt(n)
+        quantile = t_quantile(0.5 + CONFIDENCE / 2, n - 1.0)
+    return mean - quantile * se, mean + quantile * se
+
+
 def _estimate(
     mean: float,
     se: float | None,

@@ -13,6 +13,7 @@ from matplotlib.figure import Figure
 from preflab.reports import plots, sweep_plots
 from preflab.reports.ceiling import reference_rewards
 from preflab.reports.ceiling_table import ceiling_table
+from preflab.reports.overoptimization_table import overoptimization_table
 from preflab.reports.page import sample_columns, save_figures, write_page
 from preflab.reports.run import write_report
 from preflab.reports.run_files import is_number
@@ -108,6 +109,7 @@ def write_comparison(
         *(_write_group_tables(folder, groups, baseline) if groups else []),
         ceiling_table(groups, samples),
         why_of_groups(groups),
+        overoptimization_table(groups),
         evaluation_table(evaluations, rewards.pop() if len(rewards) == 1 else None),
         winrate_table(winrates),
     ]

@@ -12,6 +12,8 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from preflab.reports.ceiling import best_of_n, ceiling
+from preflab.reports.overoptimization import Fit
+from preflab.reports.overoptimization_table import fitted_curves
 from preflab.reports.plot_style import (
     KL_LABEL,
     kl_label,
@@ -48,11 +50,16 @@ def frontier_figure(groups: list[Group], rewards: np.ndarray | None = None) -> F
     (ax,) = new_axes(figure, 1, 1)
     max_kl = max(kl for runs in families.values() for run in runs for kl, _, _ in run.frontier())
     grid = [max_kl * i / N_GRID for i in range(N_GRID + 1)]
+    curves = fitted_curves(families)
     for i, (name, runs) in enumerate(families.items()):
         _draw_envelope(ax, name, runs, grid, style(i))
+        if name in curves:
+            _draw_fit(ax, *curves[name], style(i)["color"])
     if rewards is not None:
         _draw_ceiling(ax, rewards, max_kl)
     title = "reward against KL; lines: best reward within a KL, mean over seeds"
+    if curves:
+        title += "; dotted: fit to all points"
     note = left_out(sum(run.n_beside_frontier() for group in groups for run in group.runs))
     label_axes(ax, "\n".join(filter(None, [title, note])), KL_LABEL, "reward of samples")
     return figure
@@ -89,6 +96,12 @@ def _draw_envelope(
         alpha=0.15,
         linewidth=0,
     )
+
+
+def _draw_fit(ax: Axes, start: float, fitted: Fit, color: str) -> None:
+    """The fit of over-optimisation to all points of a loss, where there are some."""
+    kls = np.linspace(fitted.low, fitted.high, N_GRID)
+    ax.plot(kls, start + fitted.gain(kls), ":", color=color, linewidth=1.2)
 
 
 def _draw_ceiling(ax: Axes, rewards: np.ndarray, max_kl: float) -> None:

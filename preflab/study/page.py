@@ -6,6 +6,7 @@ from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 
+from preflab.reports.overoptimization_table import overoptimization_table
 from preflab.reports.plot_style import png
 from preflab.reports.run_files import read_json
 from preflab.reports.runs import Group
@@ -222,6 +223,12 @@ def _frontier(study: Study, case: str, runs: Sequence[StudyRun]) -> str:
         " seeds; - where a seed does not reach the KL.\n",
         markdown(rows),
     ]
+    if table := overoptimization_table(groups):
+        lines += [
+            f"{table.title}.\n",
+            markdown([table.head, *table.rows]),
+            "\n".join(f"{note}\n" for note in table.notes),
+        ]
     if figure := frontier_figure(groups):
         with atomic_write(study.work / picture, "wb") as f:
             f.write(png(figure))
