@@ -9,9 +9,10 @@ writes data/reviews-train.jsonl and data/reviews-test.jsonl with one response pe
 gets no end token in training. A prompt is text, or a list of chat messages, which goes through the
 model's chat template with what "system", "tools" and "chat_template_kwargs" beside it say. The rows
 of conversations have these columns too, with the chat_template_kwargs of the config, so that
-training on them renders the same prompts. Further arguments are overrides, as for train.py: the
-model, its archive, the reward, temperature and seed. Responses are kept in OUTPUT-partial.jsonl as
-they come, and the same command continues after an interruption.
+training on them renders the same prompts. A prompt of more than max_prompt_length tokens keeps its
+end, as in evaluations, and the number of such prompts is printed. Further arguments are overrides,
+as for train.py: the model, its archive, the reward, temperature and seed. Responses are kept in
+OUTPUT-partial.jsonl as they come, and the same command continues after an interruption.
 """
 
 import argparse
@@ -26,18 +27,24 @@ from omegaconf import OmegaConf
 from tqdm import tqdm
 
 from preflab.batching.chat import PromptText, context_columns, response_text
-from preflab.batching.chat_template import ChatSettings, render, set_chat
+from preflab.batching.chat_template import chat_of, render, set_chat
+from preflab.batching.truncation import prompt_to_ask
+from preflab.batching.turn_ends import check_room
 from preflab.modeling.generation import sample
-from preflab.modeling.loading import build_policy, load_tokenizer
+from preflab.modeling.loading import build_policy, check_model, load_tokenizer
+from preflab.modeling.model_checks import check_texts
 from preflab.modeling.response_ends import response_ends
 from preflab.readers.conversations import prompt_of
+from preflab.readers.json_text import decode, parse_json
 from preflab.readers.messages import Chat
 from preflab.rewards.registry import build_reward
 from preflab.settings.compose import compose
+from preflab.settings.load import load_settings
 from preflab.settings.refused import errors_in_one_line
-from preflab.settings.values import truncation
+from preflab.settings.values import changed, temperatures, truncation
 from scripts.partial_file import PartialFile
-from utils import DataError, atomic_write, content_hash
+from trainers import BasicTrainer
+from utils import ConfigError, DataError, atomic_write, content_hash
 
 PROMPTS_AT_A_TIME = 64
 
@@ -82,13 +89,15 @@ def _read_prompts(path: Path) -> list[str | Chat]:
     if not path.is_file():
         raise DataError(f"--prompts {path}: no such file")
     prompts = {}
-    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
+    # Not splitlines, which breaks a line at characters that JSON strings may hold.
+    for number, line in enumerate(decode(path.read_bytes(), str(path)).split("\n"), 1):
         where = f"{path}:{number}"
-        try:
-            row = json.loads(line)
-            prompt = row["prompt"]
-        except (json.JSONDecodeError, KeyError, TypeError) as error:
-            raise DataError(f'{where}: expected a JSON object with a "prompt"') from error
+        row = parse_json(line, where) if line.strip() else None
+        if line.strip() and (not isinstance(row, dict) or "prompt" not in row):
+            raise DataError(f'{where}: expected a JSON object with a "prompt"')
+        if row is None:
+            continue
+        prompt = row["prompt"]
         if not isinstance(prompt, str) or prompt.strip():  # a model may continue nothing too
             prompt = prompt_of(row, where)
         prompts.setdefault(prompt if isinstance(prompt, str) else (prompt.key(),), prompt)
@@ -121,11 +130,23 @@ def _settings(config, prompts: list, k: int) -> dict:
 
 
 def _sample_and_score(config, prompts: list, k: int, done: PartialFile) -> None:
-    tokenizer = load_tokenizer(config.model)
-    values = OmegaConf.to_container(config, resolve=True)
-    chat = ChatSettings(values["chat_template_kwargs"] or {}, values["chat_date"])
-    set_chat(tokenizer, chat)
-    policy = build_policy(config.model, trainable=False)
+    settings = load_settings(config)
+    [temperature, *more] = temperatures(settings)
+    if more:
+        raise ConfigError("temperature gives several values, and the files are of one; give one")
+    room = settings.max_length - settings.max_prompt_length
+    n_new = settings.max_new_tokens or room
+    if n_new < 1:
+        raise ConfigError(
+            f"max_prompt_length={settings.max_prompt_length} must be smaller than"
+            f" max_length={settings.max_length}, or no room is left for a response"
+        )
+    longest = max(settings.max_length, settings.max_prompt_length + n_new)
+    rows = check_model(changed(settings, max_length=longest), BasicTrainer)
+    tokenizer = load_tokenizer(settings.model, rows)
+    set_chat(tokenizer, chat_of(settings))
+    ids = _ids_to_ask(settings, tokenizer, rows, prompts)
+    policy = build_policy(settings.model, trainable=False)
     score, ends = build_reward(config.reward), response_ends(tokenizer, policy.causal_lm)
     bar = tqdm(total=len(prompts), desc="prompts", unit="prompts", initial=len(done.rows) // k)
     for begin in range(len(done.rows) // k, len(prompts), PROMPTS_AT_A_TIME):
@@ -133,21 +154,22 @@ def _sample_and_score(config, prompts: list, k: int, done: PartialFile) -> None:
         responses = sample(
             policy,
             tokenizer,
-            [tokens for prompt in part for tokens in [_ids(tokenizer, prompt)] * k],
+            [tokens for tokens in ids[begin : begin + len(part)] for _ in range(k)],
             keys=list(range(k * begin, k * (begin + len(part)))),
-            max_new_tokens=config.max_new_tokens or config.max_length - config.max_prompt_length,
-            temperature=config.temperature,
-            **truncation(config),
-            seed=config.seed,
-            batch_size=config.eval_batch_size,
+            max_new_tokens=n_new,
+            temperature=temperature,
+            **truncation(settings),
+            seed=settings.seed,
+            batch_size=settings.eval_batch_size,
         )
         texts = [response_text(tokenizer, tokens) for tokens in responses]
         repeated = [prompt for prompt in part for _ in range(k)]
         rewards = score(list(map(_shown, repeated)), texts)
+        options = chat_of(settings).options
         done.add(
             [
                 {
-                    **_columns(prompt, chat.options),
+                    **_columns(prompt, options),
                     "text": text,
                     "reward": reward,
                     "ended": ends.ended(tokens),
@@ -176,12 +198,35 @@ def _columns(prompt: str | Chat, options: dict) -> dict:
     return {"prompt": chat.messages, **context_columns(chat)}
 
 
-def _ids(tokenizer, prompt: str | Chat) -> list[int]:
+def _ids_to_ask(settings, tokenizer, rows: int | None, prompts: list) -> list[list[int]]:
+    """The tokens that responses are sampled behind, as in evaluations. rows: of the embedding.
+
+    Prints how many prompts are cut. Raises ConfigError for a token without a row.
+    """
+    limit = settings.max_prompt_length
+    whole = [_ids(tokenizer, prompt, limit) for prompt in prompts]
+    if rows is not None:
+        check_texts(whole, tokenizer, rows, settings.model.name_or_path)
+    if cut := sum(len(ids) > limit for ids in whole):
+        print(
+            f"{cut:,} of {len(whole):,} prompts are longer than max_prompt_length={limit} tokens:"
+            " responses continue their end"
+        )
+    # A user's own file keeps the end of its prompts in training too.
+    return [
+        prompt_to_ask(ids, limit, "keep_end", tokenizer.bos_token_id, chat=isinstance(prompt, Chat))
+        for ids, prompt in zip(whole, prompts, strict=True)
+    ]
+
+
+def _ids(tokenizer, prompt: str | Chat, limit: int) -> list[int]:
+    """All tokens of a prompt."""
     if isinstance(prompt, Chat):
         text = render(tokenizer, prompt, generation_prompt=True, where="--prompts")
-        return tokenizer(text, add_special_tokens=False)["input_ids"]
+        check_room(tokenizer, prompt, limit, "--prompts")
+        return tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
     bos = [tokenizer.bos_token_id] if tokenizer.bos_token_id is not None else []
-    return bos + tokenizer(prompt, add_special_tokens=False)["input_ids"]
+    return bos + tokenizer(prompt, add_special_tokens=False, verbose=False)["input_ids"]
 
 
 if __name__ == "__main__":

@@ -5,7 +5,8 @@
 
 The file has {"prompt" or "question", "response"} on each line, as generate.py writes them, or is a
 JSON list of such rows; "messages", or a prompt that is a list of messages, is a conversation, and
-"tools" and "chat_template_kwargs" beside it belong to it.
+"system", "tools" and "chat_template_kwargs" beside it belong to it. A response may be messages too,
+the answer alone or the whole conversation.
 outs.scored.jsonl gets every row with its "score" and its "length" in words.
 outs.scored.summary.json gets the reward's settings, the mean score, its standard error and the mean
 length, which are printed too. Scores are kept in outs.scored.partial.jsonl as they come, and the
@@ -23,6 +24,7 @@ from tqdm import tqdm
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from preflab.batching.chat import PromptText
+from preflab.readers.conversations import conversation_of
 from preflab.readers.messages import chat, messages_of
 from preflab.rewards.registry import build_reward
 from preflab.settings.compose import compose
@@ -107,20 +109,26 @@ def _parse(line: str, where: str):
 
 
 def _check_row(row, where: str) -> None:
-    prompt = _prompt(row, where) if isinstance(row, dict) else None
-    if not isinstance(prompt, str) or not isinstance(row.get("response"), str):
+    prompt, response = _texts(row, where) if isinstance(row, dict) else (None, None)
+    if not isinstance(prompt, str) or not isinstance(response, str):
         raise DataError(f'{where}: expected {{"prompt" or "question": text, "response": text}}')
     if taken := row.keys() & {"score", "length"}:
         raise DataError(f"{where}: has a {' and a '.join(sorted(taken))} already; rename it")
 
 
-def _prompt(row: dict, where: str = ""):
-    """The prompt for a reward, a conversation with its messages."""
-    for key in ("messages", "prompt"):
-        if (messages := messages_of(row, key, where)) is not None:
-            conversation = chat(row, messages, where)
-            return PromptText(conversation.messages, conversation.tools, conversation.options)
-    return row.get("prompt", row.get("question"))
+def _texts(row: dict, where: str = "") -> tuple:
+    """Prompt and response for a reward, a conversation with its messages; None for what is not
+    there. The response may be messages too: the answer alone or the whole conversation."""
+    asked = next((key for key in ("messages", "prompt") if row.get(key) is not None), "question")
+    if isinstance(row.get("response"), (list, dict)):  # text that looks like JSON was sampled
+        conversation, response = conversation_of(
+            row, "response", where, asked=asked, may_be_empty=True
+        )
+    elif (messages := messages_of(row, asked, where)) is not None:
+        conversation, response = chat(row, messages, where), row.get("response")
+    else:
+        return row.get(asked), row.get("response")
+    return PromptText(conversation.messages, conversation.tools, conversation.options), response
 
 
 def score_rows(rows: list[dict], score, done: PartialFile) -> list[dict]:
@@ -130,11 +138,12 @@ def score_rows(rows: list[dict], score, done: PartialFile) -> list[dict]:
     with bar as progress:
         for begin in range(n_done, len(rows), ROWS_AT_A_TIME):
             part = rows[begin : begin + ROWS_AT_A_TIME]
-            values = score([_prompt(row) for row in part], [row["response"] for row in part])
+            prompts, responses = map(list, zip(*map(_texts, part), strict=True))
+            values = score(prompts, responses)
             done.add(
                 [
-                    row | {"score": value, "length": len(row["response"].split())}
-                    for row, value in zip(part, values, strict=True)
+                    row | {"score": value, "length": len(response.split())}
+                    for row, response, value in zip(part, responses, values, strict=True)
                 ]
             )
             progress.update(len(part))

@@ -382,7 +382,7 @@ def run_on_ranks(n: int, folder: Path, commands: list[list[str]]) -> None:
 
 
 def read_rows(path: Path) -> list[dict]:
-    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+    return [json.loads(line) for line in path.read_text(encoding="utf-8").split("\n") if line]
 
 
 def run_here(*overrides: str) -> dict:

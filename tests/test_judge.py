@@ -9,11 +9,13 @@ import time
 import pytest
 from conftest import ROOT, write_jsonl
 
+from preflab.batching.chat import PromptText, transcript
 from preflab.evaluation import win_rates
 from preflab.evaluation.win_rates import both_orders, fill, pair_up, read_verdict, win_rate
 from preflab.reports.run_files import read_json, read_jsonl
 from preflab.reports.statistics import share_interval, wilson
-from preflab.rewards.llm_client import Endpoint, EndpointError
+from preflab.rewards.llm_client import Answers, Endpoint, EndpointError
+from preflab.rewards.llm_rater import _rating_question
 from utils import DataError
 
 
@@ -172,6 +174,39 @@ def test_texts_with_braces_do_not_fill_other_places():
 
 
 # ----------------------------------------------------------------------------------- what is paired
+
+
+def test_a_language_model_gets_the_conversation_with_its_tools(monkeypatch):
+    tools = [{"type": "function", "function": {"name": "look_up"}}]
+    calls = [{"type": "function", "function": {"name": "look_up", "arguments": {"word": "x"}}}]
+    messages = [
+        {"role": "system", "content": "Be brief."},
+        {"role": "user", "content": "What is x?"},
+        {"role": "assistant", "content": "I look.", "tool_calls": calls},
+        {"role": "tool", "content": "a letter"},
+    ]
+    rows = [
+        {"messages": messages, "tools": tools, "prompt": "text", "policy": "A {a}", "chosen": "B"}
+    ]
+    asked = []
+
+    class Asked:
+        def ask(self, questions, read, description):
+            asked.extend(question[0]["content"] for question in questions)
+            return Answers(["A", "B"])
+
+    verdicts, _ = win_rates.by_llm(pair_up(rows, "chosen"), Asked())
+    assert verdicts[0]["verdict"] == 1.0
+    conversation = (
+        f"The assistant may call these tools:\n{json.dumps(tools[0])}\n\nsystem: Be brief.\n\n"
+        f"user: What is x?\n\nassistant: I look.\n{json.dumps(calls)}\n\ntool: a letter"
+    )
+    assert asked[0] == win_rates.QUESTION.replace("{b}", "B").replace(
+        "{prompt}", conversation
+    ).replace("{a}", "A {a}", 1)
+    rating = _rating_question(pair_up(rows, "chosen")[0]["prompt"], "A")
+    assert f"Instruction:\n{conversation}\n\nResponse:\nA\n" in rating
+    assert transcript("text") == "text" and transcript(PromptText(messages[1:2])) == "What is x?"
 
 
 def test_the_last_evaluation_is_judged_by_the_scores_it_has(folder):

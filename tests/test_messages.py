@@ -179,6 +179,36 @@ def test_prompts_of_messages_are_sampled_and_the_file_trains(chat_model, tmp_pat
     assert summary
 
 
+def test_prompts_that_are_too_long_are_cut_as_in_evaluations(
+    chat_model, tmp_path, monkeypatch, capsys
+):
+    tokenizer = tokenizer_with(CHATML)
+    texts = ["a short\u2028one", "the long one " * 9, "p", chat("a long one " * 9), chat("q")]
+    prompts = write_jsonl(tmp_path / "prompts.jsonl", [{"prompt": text} for text in texts])
+    asked = []
+    monkeypatch.setattr(
+        build_preferences,
+        "sample",
+        lambda *arguments, **more: asked.extend(arguments[2]) or sample(*arguments, **more),
+    )
+    arguments = build(chat_model, tmp_path, prompts)[1:]
+    assert call(monkeypatch, build_preferences, *arguments) == 0
+    assert "2 of 5 prompts are longer than max_prompt_length=48 tokens" in capsys.readouterr().out
+    bos, generation = tokenizer.bos_token_id, "<|im_start|>assistant\n"
+    _, long, short, conversation, _ = asked[::2]
+    ids = tokenizer(texts[1], add_special_tokens=False)["input_ids"]
+    assert long == [bos, *ids[len(ids) - 47 :]] and short == [bos, *tokenizer("p")["input_ids"]]
+    assert len(conversation) == 48 and tokenizer.decode(conversation).endswith(generation)
+    assert conversation[0] != bos  # this template writes none
+    written = read_rows(tmp_path / "made-train.jsonl") + read_rows(tmp_path / "made-test.jsonl")
+    assert [row["prompt"] for row in written[::2]] == texts
+    short = [
+        one.replace("max_prompt_length=48", "max_prompt_length=4") for one in map(str, arguments)
+    ]
+    assert call(monkeypatch, build_preferences, *short) == 2
+    assert "does not hold what the chat template writes before" in capsys.readouterr().err
+
+
 def test_a_killed_script_continues_where_it_was(chat_model, tmp_path, monkeypatch, capsys):
     prompts = write_jsonl(
         tmp_path / "prompts.jsonl", [{"prompt": f"question {i}"} for i in range(140)]
@@ -216,6 +246,8 @@ def test_conversations_are_scored_by_their_messages(tmp_path, monkeypatch):
         {"prompt": chat("hi", "ho", "and?"), "response": "one two"},
         {"prompt": "text", "messages": chat("hi", "ho", "and?"), "response": "three"},
         {"prompt": "text", "response": "four"},
+        {"prompt": chat("hi"), "response": chat("hi", "five")},
+        {"question": "hi", "response": {"role": "assistant", "content": "six"}},
     ]
     path = write_jsonl(tmp_path / "outs.jsonl", rows)
     seen = tmp_path / "seen.jsonl"
@@ -224,10 +256,10 @@ def test_conversations_are_scored_by_their_messages(tmp_path, monkeypatch):
     (tmp_path / "reward" / "sees.yaml").write_text(f"name: sees\nmodule: {tmp_path / 'sees.py'}\n")
     arguments = ("--fname", path, "--reward", "sees", "--config-dir", tmp_path)
     assert call(monkeypatch, score_rewards, *arguments) == 0
-    assert read_rows(seen) == [chat("hi", "ho", "and?")] * 2 + [chat("text")]
+    assert read_rows(seen) == [chat("hi", "ho", "and?")] * 2 + [chat("text")] + [chat("hi")] * 2
     scored = read_rows(tmp_path / "outs.scored.jsonl")
-    assert [row["score"] for row in scored] == [7.0, 5.0, 4.0]
-    assert json.loads((tmp_path / "outs.scored.summary.json").read_text())["responses"] == 3
+    assert [row["score"] for row in scored] == [7.0, 5.0, 4.0, 4.0, 3.0]
+    assert json.loads((tmp_path / "outs.scored.summary.json").read_text())["responses"] == 5
 
 
 def test_an_online_run_on_conversations_is_stopped_and_continued(chat_model, tmp_path):
@@ -350,6 +382,7 @@ def test_a_file_of_build_preferences_trains_with_the_ids_it_was_sampled_with(
     )
     tokenizer, model = tokenizer_with(template), make_model("llama")
     model.resize_token_embeddings(len(tokenizer))
+    model.config.max_position_embeddings = 320
     model.save_pretrained(tmp_path / "model")
     tokenizer.save_pretrained(tmp_path / "model")
     rows = [
@@ -442,3 +475,12 @@ def test_conversations_are_scored_by_the_template_of_a_language_model(chat_model
         build_reward(settings)([prompt], ["yes"])
     assert _joined(prompt, "yes") == "user: hi\n\nassistant: ho\n\nuser: and?\n\nassistant: yes"
     assert _joined("text", " yes") == "text yes"
+    # Without a template in either, both read the roles and the answer's too.
+    (chat_model_copy := tmp_path / "third").mkdir()
+    for file in chat_model.iterdir():
+        if file.name != "chat_template.jinja":
+            shutil.copy(file, chat_model_copy)
+    settings = {**settings, "large": str(chat_model_copy)}
+    before = "user: hi\n\nassistant: ho\n\nuser: and?\n\nassistant: "
+    [score], [other_score] = (build_reward(settings)([one], ["yes"]) for one in (prompt, before))
+    assert abs(score - other_score) < 1e-6

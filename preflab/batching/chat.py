@@ -202,9 +202,19 @@ class PromptText(str):
 
 
 def _content(message: dict) -> str:
-    """The text of a message; of one that calls a tool, the calls as JSON."""
+    """The text of a message, and of one that calls tools the calls as JSON."""
     calls = message.get("tool_calls")
-    return message["content"] or (json.dumps(calls) if calls else "")
+    return "\n".join(filter(None, [message["content"], calls and json.dumps(calls)]))
+
+
+def transcript(prompt: str) -> str:
+    """A prompt as text for a reader who judges the answer: of a conversation also the tools that
+    the assistant may call, without which its calls cannot be judged."""
+    if not isinstance(prompt, PromptText) or not prompt.chat.tools:
+        return str(prompt)
+    tools = "\n".join(json.dumps(tool, ensure_ascii=False) for tool in prompt.chat.tools)
+    messages = "\n\n".join(f"{one['role']}: {_content(one)}" for one in prompt.messages)
+    return f"The assistant may call these tools:\n{tools}\n\n{messages}"
 
 
 def prompt_text(tokenizer, tokens: list[int], chat: Chat | None) -> str:

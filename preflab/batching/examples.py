@@ -9,7 +9,7 @@ import torch
 
 from preflab.batching.loader import Mixture, evaluation_order
 from preflab.batching.token_store import TokenStore
-from preflab.batching.truncation import cut_prompt
+from preflab.batching.truncation import prompt_to_ask
 from preflab.readers.messages import Chat
 from utils import DataError
 
@@ -225,13 +225,14 @@ class PromptToSample:
 
     tokens: the prompt, cut to max_prompt_length. chosen: the tokens of the best response that the
     data have. key: the number of the prompt in `PreferenceData.groups`. chat: the conversation that
-    it is made of, None for text.
+    it is made of, None for text. was_cut: whether the data's prompt is longer.
     """
 
     tokens: list[int]
     chosen: list[int]
     key: int
     chat: Chat | None = None
+    was_cut: bool = False
 
 
 def prompts_to_sample(data: PreferenceData, n: int, max_prompt_length: int) -> list[PromptToSample]:
@@ -250,15 +251,11 @@ def prompts_to_sample(data: PreferenceData, n: int, max_prompt_length: int) -> l
 def prompt_to_sample(data: PreferenceData, example: int, max_prompt_length: int) -> PromptToSample:
     """The prompt of an example."""
     store, responses = data.responses_of(example)
-    prompt = store.prompt_to_ask(int(store.response_prompt[responses[0]]))
+    whole = store.prompt_to_ask(int(store.response_prompt[responses[0]]))
     chat = store.chat(int(store.response_prompt[responses[0]]))
-    if len(prompt) > max_prompt_length:
-        truncation = store.truncation if chat is None else "keep_end"
-        head = 1 if truncation == "keep_end" else 0  # a BOS stays in front
-        if chat is not None and prompt[0] != store.bos:
-            head = 0
-        body = cut_prompt(prompt[head:], max_prompt_length - head, truncation)
-        prompt = [*prompt[:head], *body]
+    prompt = prompt_to_ask(
+        whole, max_prompt_length, store.truncation, store.bos, chat=chat is not None
+    )
     chosen = responses[0]
     if data.kind in ("responses", "lists"):
         chosen = _best_response(store, chosen)
@@ -267,6 +264,7 @@ def prompt_to_sample(data: PreferenceData, example: int, max_prompt_length: int)
         _without_prompt(store, chosen),
         int(data.groups[example]),
         chat,
+        was_cut=len(prompt) < len(whole),
     )
 
 

@@ -49,6 +49,18 @@ def truncate(
     return prompt, [response[:room] for response in responses], (prompt_cut, cuts)
 
 
+def prompt_to_ask(
+    prompt: list[int], limit: int, truncation: str, bos: int | None, *, chat: bool
+) -> list[int]:
+    """At most `limit` tokens of a prompt, which begins with BOS if there is one, to sample behind.
+    BOS stays where the end is kept, and of a conversation the end always is. bos: its id."""
+    if len(prompt) <= limit:
+        return prompt
+    truncation = "keep_end" if chat else truncation
+    head = 1 if truncation == "keep_end" and prompt[0] == bos else 0
+    return [*prompt[:head], *cut_prompt(prompt[head:], limit - head, truncation)]
+
+
 def cut_prompt(prompt, limit: int, truncation: str):
     """At most `limit` tokens of the prompt: its start ("keep_start") or its end ("keep_end")."""
     if len(prompt) <= limit:

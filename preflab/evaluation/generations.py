@@ -1,6 +1,7 @@
 """Samples of a policy as a file of prompts and responses."""
 
 import json
+import logging
 from pathlib import Path
 
 from preflab.batching.chat import prompt_columns, prompt_text, response_text
@@ -11,6 +12,8 @@ from preflab.settings.schema import Settings
 from preflab.settings.values import truncation, truncation_columns
 from utils import atomic_write
 
+logger = logging.getLogger(__name__)
+
 
 def write_generations(path: Path, settings: Settings, tokenizer, data: PreferenceData) -> None:
     """Write `samples_per_prompt` responses to each of the first `n_eval_examples` prompts.
@@ -19,6 +22,11 @@ def write_generations(path: Path, settings: Settings, tokenizer, data: Preferenc
     that of `model.archive`, and the samples are those of function=eval.
     """
     prompts = prompts_to_sample(data, settings.n_eval_examples, settings.max_prompt_length)
+    if cut := sum(prompt.was_cut for prompt in prompts):
+        logger.info(
+            f"{cut:,} of {len(prompts):,} prompts are cut to"
+            f" max_prompt_length={settings.max_prompt_length} tokens"
+        )
     drawn = [(prompt, i) for prompt in prompts for i in range(settings.samples_per_prompt)]
     room = settings.max_length - settings.max_prompt_length
     responses = sample(

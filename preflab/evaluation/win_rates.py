@@ -8,7 +8,7 @@ from pathlib import Path
 
 from omegaconf import OmegaConf
 
-from preflab.batching.chat import prompt_key, prompt_of_columns
+from preflab.batching.chat import prompt_key, prompt_of_columns, transcript
 from preflab.reports.run_files import read_config, read_jsonl
 from preflab.reports.statistics import share_interval
 from preflab.rewards.llm_client import Endpoint
@@ -213,6 +213,7 @@ def _read_labels(path: Path) -> dict[tuple[str, str, str], float]:
 
 def by_llm(pairs: list[dict], endpoint: Endpoint, template: str = QUESTION) -> Verdicts:
     """A language model decides. It sees each pair in both orders. Equal texts tie and are not sent.
+    Of a conversation it gets all messages and the tools.
 
     template: a text with {prompt}, {a} and {b}.
     """
@@ -221,7 +222,9 @@ def by_llm(pairs: list[dict], endpoint: Endpoint, template: str = QUESTION) -> V
     for i in different:
         prompt, ours, theirs = (pairs[i][key] for key in ("prompt", "policy", "opponent"))
         for a, b in ((ours, theirs), (theirs, ours)):
-            questions.append([{"role": "user", "content": fill(template, prompt, a, b)}])
+            questions.append(
+                [{"role": "user", "content": fill(template, transcript(prompt), a, b)}]
+            )
     result = endpoint.ask(questions, read_verdict, "judge")
     verdicts: list[dict] = [{"verdict": 0.5} for _ in pairs]
     for place, i in enumerate(different):

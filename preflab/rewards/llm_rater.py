@@ -3,6 +3,7 @@
 import re
 from pathlib import Path
 
+from preflab.batching.chat import transcript
 from preflab.rewards.registry import RewardError, Score, register_reward
 
 QUESTION = (
@@ -40,7 +41,8 @@ def ultrafeedbackgold(
 
     After UltraFeedback (arXiv:2310.01377), where a rater sees several responses at once; here it
     sees each response alone, in one request, so that a score does not depend on what else is
-    scored, and can be cached. The prompt is read too; an empty response is rated like any other.
+    scored, and can be cached. The prompt is read too, of a conversation all messages and the tools;
+    an empty response is rated like any other.
     The settings are those of `llm_client.Endpoint`. Raises RewardError where a response did not get
     both ratings.
     """
@@ -83,7 +85,7 @@ def ultrafeedbackgold(
 
 
 def _rating_question(prompt: str, response: str) -> str:
-    texts = {"{prompt}": prompt, "{response}": response}
+    texts = {"{prompt}": transcript(prompt), "{response}": response}
     return re.sub(r"\{(?:prompt|response)\}", lambda slot: texts[slot[0]], QUESTION)
 
 

@@ -360,7 +360,8 @@ def contrastivedistill(*, large: str, small: str, batch_size: int = 16) -> Score
     there is one; each model uses its own tokenizer. Without BOS the first token is not scored. A
     text that is too long for a model is cut to its last tokens. An empty response is scored by its
     prompt, and gets 0 where that is empty too. A conversation goes through the chat template of
-    each model, up to the end of the answer's turn, or is text to both where neither has one.
+    each model, up to the end of the answer's turn; where neither has one, it is `role: content` of
+    each message, the response's too.
     """
     large_logps, large_chats = _mean_logps(large, "reward.large", batch_size)
     small_logps, small_chats = _mean_logps(small, "reward.small", batch_size)
@@ -408,7 +409,8 @@ def _mean_logps(path: str, key: str, batch_size: int) -> tuple[Score, bool]:
         if isinstance(prompt, PromptText) and tokenizer.chat_template:
             before, answer = conversation_ids(tokenizer, prompt.chat, response, where=key)
             return _last_ids(tokenizer, before + answer, limit)
-        ids = _separate_ids(tokenizer, prompt, response)
+        before = _joined(prompt, "") if isinstance(prompt, PromptText) else prompt
+        ids = _separate_ids(tokenizer, before, response)
         return bos + (ids[-(limit - len(bos)) :] if limit else ids)
 
     @torch.no_grad()
