@@ -7,9 +7,9 @@ computed from them in float64. Code of others is no part of the repository, its 
 the code could not be had, the numbers are those of the formula in the paper, in plain Python.
 
 A row has `loss` and `settings` of ours, `source` (a repository on GitHub, or a paper), its
-`commit`, `where` in it, and what is `compared`: "each" pair, the "mean" of the batch, or the
-"list". `factor` times their numbers are to be ours. `running`: running means before the batch.
-`note`: what was done to compare. `reason`: that of a difference.
+`commit`, `where` in it, and what is `compared`: "each" pair, the "mean" of the batch, the "list",
+or pairs with log-probs of "tokens". `factor` times their numbers are to be ours. `running`: running
+means before the batch. `note`: what was done to compare. `reason`: that of a difference.
 """
 
 import argparse
@@ -28,22 +28,28 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import list_losses  # noqa: F401  registers losses
 import losses  # noqa: F401  registers losses
 import pair_losses  # noqa: F401  registers losses
+import token_losses  # noqa: F401  registers losses
 from preflab.objective.registry import bind_loss
 from preflab.objective.types import Pair, Ranking, Side
 from preflab.settings.keys import CONFIG_DIR
 from utils import atomic_write
 
 FIXTURES = Path(__file__).resolve().parent.parent / "tests" / "parity.json"
-LEAVES = ("policy_logps", "kl", "values")  # what the published numbers have gradients of
+LEAVES = (
+    "policy_logps",
+    "kl",
+    "values",
+    "token_logps",
+)  # what the published numbers have gradients of
 SMALLEST = 1e-12  # differences below this are rounding, which differs between processors
 
 HEAD = """# Parity with published code
 
 `python scripts/parity.py docs/parity.md` writes this page from `tests/parity.json`, and
 `python -m pytest tests/test_parity.py` compares the two. The file has the losses and gradients that
-the code of the authors computes from the same float64 inputs, six pairs or a list of four
-responses. The code itself is not part of this repository. A row whose source is a paper has the
-numbers of its formula, in plain Python, because no code of its authors was found.
+the code of the authors computes from the same float64 inputs: six pairs, four pairs with log-probs
+of tokens, or a list of four responses. The code itself is not part of this repository. A row whose
+source is a paper has the numbers of its formula, in plain Python: no code of its authors was found.
 
 The differences are the largest of the loss and of its gradient by the log-probs, relative to their
 number where that is above 1, and rounded up to a power of ten. Differences of 1e-12 and less are
@@ -90,7 +96,26 @@ def batch_of(fixtures: dict) -> tuple[Pair, dict[str, Tensor]]:
         return Side(**filled)
 
     columns = {key: torch.tensor(v, dtype=torch.float64) for key, v in fixtures["columns"].items()}
-    return Pair(side("chosen"), side("rejected"), columns), leaves
+    norms = torch.tensor(fixtures["head_norms"], dtype=torch.float64)
+    return Pair(side("chosen"), side("rejected"), columns, head_norms=norms), leaves
+
+
+def tokens_of(fixtures: dict) -> tuple[Pair, dict[str, Tensor]]:
+    """The pairs with log-probs of tokens, as `batch_of` returns the others."""
+    leaves: dict[str, Tensor] = {}
+
+    def side(name: str) -> Side:
+        own = {
+            key.removeprefix(f"{name}_"): torch.tensor(values)
+            for key, values in fixtures["tokens"].items()
+            if key.startswith(f"{name}_")
+        }
+        own |= {key: own[key].double() for key in own if key not in ("tokens", "lengths")}
+        leaf = leaves[f"{name}_token_logps"] = own["token_logps"].requires_grad_()
+        sums = {key.replace("token_", ""): own[key].sum(1) for key in own if "logps" in key}
+        return Side(**own, policy_logps=leaf.sum(1), reference_logps=sums["reference_logps"])
+
+    return Pair(side("chosen"), side("rejected")), leaves
 
 
 def list_of(fixtures: dict) -> tuple[Ranking, dict[str, Tensor]]:
@@ -100,11 +125,14 @@ def list_of(fixtures: dict) -> tuple[Ranking, dict[str, Tensor]]:
     return Ranking(**values, mask=torch.ones_like(leaf, dtype=torch.bool)), {"policy_logps": leaf}
 
 
+BATCHES = {"list": list_of, "tokens": tokens_of}
+
+
 def differences(row: dict, fixtures: dict) -> tuple[float, float]:
     """The largest relative difference of the losses, and of the gradients."""
     config = OmegaConf.to_container(OmegaConf.load(CONFIG_DIR / "loss" / f"{row['loss']}.yaml"))
     loss = bind_loss(config | row["settings"])
-    data, leaves = (list_of if row["compared"] == "list" else batch_of)(fixtures)
+    data, leaves = BATCHES.get(row["compared"], batch_of)(fixtures)
     running = {
         key: torch.tensor(v, dtype=torch.float64) for key, v in row.get("running", {}).items()
     }

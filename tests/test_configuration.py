@@ -159,6 +159,7 @@ def test_a_comment_stands_above_every_key_of_config_yaml():
 # Keys of every loss, and of every reward, that are none of the schema.
 COMMON = {"loss.module", "loss.weight", "loss.sft_weight", "loss.all_pairs", "reward.module"}
 COMMON |= {"loss.divergence", "loss.divergence_alpha"}
+COMMON |= {"loss.calibration", "loss.calibration_decay"}
 
 
 def test_the_schema_and_config_yaml_have_the_same_keys():
@@ -295,6 +296,7 @@ def test_no_value_of_any_key_leads_to_an_exception_that_is_not_ours():
     parser = OverridesParser.create()
     keys = [*sorted(RULES), "loss.beta", "loss.sft_weight", "loss.name", "reward.scale"]
     keys += ["loss.all_pairs", "loss.divergence", "loss.divergence_alpha"]
+    keys += ["loss.calibration", "loss.calibration_decay"]
     for key, value in ((key, value) for key in keys for value in rng.sample(WRONG, 4)):
         if key in GROUPS:
             continue

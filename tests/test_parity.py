@@ -34,7 +34,7 @@ def test_every_loss_has_a_row_unless_it_is_made_of_others():
     # tdpo is the switch between two others; kto_unpaired is kto on responses of their own; sft is
     # the log-prob itself
     others = {"tdpo", "kto_unpaired", "sft", "weighted_sum"}
-    modules = ("losses", "pair_losses", "list_losses")
+    modules = ("losses", "pair_losses", "list_losses", "token_losses")
     names = {name for name, spec in LOSSES.items() if spec.function.__module__ in modules}
     assert {row["loss"] for row in FIXTURES["rows"]} == names - others
 

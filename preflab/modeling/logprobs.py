@@ -27,6 +27,7 @@ from preflab.modeling.fused_head import (
     chunk_slices,
     concatenate,
 )
+from preflab.modeling.head_gradient import head_gradient_norms
 from utils import ConfigError
 
 
@@ -201,7 +202,7 @@ class ResponseScores:
     asked for.
 
     (R,): logps, reference_logps, kl, collision. (T,), in the order of `batch.targets`: token_logps,
-    reference_token_logps, token_kl, token_entropy.
+    reference_token_logps, token_kl, token_entropy. head_norms (groups,) of groups of responses.
     """
 
     logps: Tensor
@@ -212,6 +213,7 @@ class ResponseScores:
     token_kl: Tensor | None = None
     token_entropy: Tensor | None = None
     collision: Tensor | None = None
+    head_norms: Tensor | None = None
 
 
 @dataclass(frozen=True)
@@ -236,6 +238,7 @@ def score_responses(
     kl: str | None = None,
     entropy: bool = False,
     collision: bool = False,
+    groups: Tensor | None = None,
 ) -> ResponseScores:
     """Log-probs of every response token, under the policy (with gradient, if enabled) and the
     reference (without).
@@ -246,7 +249,8 @@ def score_responses(
     "policy||reference" (evaluation of samples); needs `reference`. entropy: of the policy's
     distribution at each scored position, in nats, without gradient. collision: the log of the
     probability that two draws from it are the same token, log sum_v pi(v)^2, without gradient,
-    summed over positions.
+    summed over positions. groups (groups, R): for `head_norms`, those of the gradient of the sums
+    of log-probs with these weights.
     """
     reference_hidden, reference_token_logps = None, batch.reference_logps
     if kl is not None:
@@ -255,10 +259,27 @@ def score_responses(
     elif reference is not None and reference_token_logps is None:
         reference_token_logps = reference.token_logps(batch)
     extras = _Extras(kl, entropy, collision, reference if kl else None, reference_hidden)
-    tokens = policy.run(lambda: _score_tokens(policy, batch, extras))
+    norms: list[Tensor] = []
+
+    def score() -> TokenScores:
+        hidden = policy.hidden(batch, batch.positions)
+        if groups is not None:
+            norms.append(_head_norms(policy, batch, hidden.detach(), groups))
+        return _score_hidden(policy, batch, hidden, extras)
+
+    tokens = policy.run(score)
     if kl is not None:
         reference_token_logps = tokens.reference_logps
-    return _sum_scores(batch, tokens, reference_token_logps)
+    scores = _sum_scores(batch, tokens, reference_token_logps)
+    if norms:
+        scores.head_norms = norms[0].to(batch.owners.device)
+    return scores
+
+
+def _head_norms(scorer: Scorer, batch: Batch, hidden: Tensor, groups: Tensor) -> Tensor:
+    weights = groups[:, batch.owners].to(hidden.device)
+    head, step = scorer.causal_lm.get_output_embeddings(), scorer.logit_step()
+    return head_gradient_norms(head, step, hidden, batch.targets.to(hidden.device), weights)
 
 
 def _sum_scores(
@@ -287,7 +308,11 @@ def _sum_scores(
 
 def _score_tokens(scorer: Scorer, batch: Batch, extras: _Extras) -> TokenScores:
     """Scores of the T scored tokens of a batch: body, then head."""
-    hidden = scorer.hidden(batch, batch.positions)
+    return _score_hidden(scorer, batch, scorer.hidden(batch, batch.positions), extras)
+
+
+def _score_hidden(scorer: Scorer, batch: Batch, hidden: Tensor, extras: _Extras) -> TokenScores:
+    """Scores of the T scored tokens of a batch from their hidden states (T, H)."""
     targets = batch.targets.to(hidden.device)
     scores = _score_fused(scorer, hidden, targets, extras)
     return _score_chunks(scorer, hidden, targets, extras) if scores is None else scores

@@ -1,5 +1,6 @@
 """The registry of losses: a signature is the settings of a loss, `reads` is its input."""
 
+import functools
 import inspect
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
@@ -8,6 +9,7 @@ from typing import Annotated, Any, Literal
 import torch
 from torch import Tensor
 
+from preflab.objective.calibration import calibrated, reason_against
 from preflab.objective.divergences import link_of, reads_logratios_alone, through_link
 from preflab.objective.needs import MadeUp
 from preflab.objective.ranges import (
@@ -28,6 +30,8 @@ COMMON = {
     "all_pairs": bool,
     "divergence": Literal["reverse_kl", "forward_kl", "js", "alpha"],
     "divergence_alpha": Annotated[float | None, Between(0, 1, "()")],
+    "calibration": bool,
+    "calibration_decay": Annotated[float, Between(0, 1)],
 }
 COMMON_KEYS = {"name", "module", "weight", *COMMON}
 Declared = Iterable[str] | Callable[[dict], Iterable[str]]
@@ -129,7 +133,8 @@ class BoundLoss:
     sft_weight: of the likelihood that is added to it. weight: the column of the data by which the
     loss of each pair is multiplied; None for none. all_pairs: a loss of pairs becomes one of lists,
     the mean over all pairs of a list. divergence, divergence_alpha: what holds the policy to the
-    reference, see `divergences`.
+    reference, see `divergences`. calibration, calibration_decay: rebalance the gradients of the two
+    sides, see `calibration`; it couples the pairs of a batch.
 
     Calling it changes neither the loss nor its input. A loss with means over the steps has them in
     `running`, which moves by `keep` alone.
@@ -144,12 +149,16 @@ class BoundLoss:
         all_pairs: bool = False,
         divergence: str = "reverse_kl",
         divergence_alpha: float | None = None,
+        calibration: bool = False,
+        calibration_decay: float = 0.98,
     ):
         self.name = spec.name
         self.divergence, self._link = divergence, link_of(divergence, divergence_alpha)
         self.all_pairs = all_pairs
         self.examples = "lists" if all_pairs else _declared(spec.examples, settings)
-        self.couples_batch = _declared(spec.couples_batch, settings)
+        self.has_own_losses = not _declared(spec.couples_batch, settings)  # for each example
+        self.calibration, self.calibration_decay = calibration, calibration_decay
+        self.couples_batch = calibration or not self.has_own_losses
         self.settings = settings
         self.sft_weight, self.weight = sft_weight, weight
         self.reads = frozenset(spec.reads(settings)) | ({"lengths"} if sft_weight else frozenset())
@@ -172,6 +181,13 @@ class BoundLoss:
 
     def after(self, data: Pair | Target | Ranking, running: Mapping[str, Tensor]) -> LossOutput:
         """The loss where `running` are the means over the steps so far."""
+        if self.calibration and isinstance(data, Pair) and data.head_norms is not None:
+            loss = functools.partial(self._plain, running=running)
+            return calibrated(loss, data, running, self.calibration_decay)
+        return self._plain(data, running)
+
+    def _plain(self, data: Pair | Target | Ranking, running: Mapping[str, Tensor]) -> LossOutput:
+        """`after`, without calibration."""
         read = data if self.divergence == "reverse_kl" else through_link(data, self._link)
         output = self._of_its_own(replace(read, running=running))
         losses = output.losses
@@ -185,6 +201,15 @@ class BoundLoss:
         """What the function returns, without what is common to all losses."""
         call = self._mean_over_pairs if self.all_pairs else self._spec.function
         return call(data, **self.settings)
+
+    def check_calibration(self) -> None:
+        """Raise ConfigError if calibration is set and the loss has no place for it."""
+        reason = reason_against(self.examples, self.reads) if self.calibration else None
+        if reason:
+            raise ConfigError(
+                "loss.calibration=true rebalances the gradients through the log-probs of the chosen"
+                f" and the rejected response, and loss={self.name} {reason}; set it to false"
+            )
 
     def check_divergence(self) -> None:
         """Raise ConfigError if another divergence is set and the loss has no place for it."""
@@ -268,6 +293,8 @@ def bind_loss(config: Mapping) -> BoundLoss:
         "all_pairs": config.get("all_pairs") or False,
         "divergence": config.get("divergence") or "reverse_kl",
         "divergence_alpha": config.get("divergence_alpha"),
+        "calibration": config.get("calibration") or False,
+        "calibration_decay": config.get("calibration_decay", 0.98),
     }
     _check_settings(spec, settings, common)
     sft_weight, all_pairs = common["sft_weight"], common["all_pairs"]
@@ -305,7 +332,7 @@ def _check_weight(loss: BoundLoss) -> None:
     reason = ""
     if loss.examples != "pairs":
         reason = f"is a loss of {loss.examples}, and columns of numbers belong to pairs"
-    elif loss.couples_batch:
+    elif not loss.has_own_losses:
         reason = "couples the pairs of a batch, so that no pair has a loss of its own to weight"
     if reason:
         raise ConfigError(f"loss.weight={loss.weight}: loss={loss.name} {reason}; set it to null")
@@ -364,6 +391,7 @@ def _try_out(loss: BoundLoss) -> None:
     models are loaded."""
     try:
         loss.check_divergence()
+        loss.check_calibration()
         output = loss(made_up_batch(loss))
     except (TypeError, AttributeError, KeyError) as error:
         raise ConfigError(

@@ -56,7 +56,12 @@ def bind_parts(key: str, given: Any) -> list[Part]:
         if problem := expected(Annotated[float, NonNegative], weight):
             raise ConfigError(f"{key}: the weight of {label} is {weight!r} and must be {problem}")
         try:
-            parts.append(Part(str(label), float(weight), bind_loss(settings)))
+            loss = bind_loss(settings)
+            if loss.calibration:
+                raise ConfigError(
+                    "calibration: true is of the whole sum; set loss.calibration=true in its place"
+                )
+            parts.append(Part(str(label), float(weight), loss))
         except ConfigError as error:
             raise ConfigError(f"{key}, {label}: {error}") from error
     labels = [part.label for part in parts]

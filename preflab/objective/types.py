@@ -169,7 +169,9 @@ class Pair:
 
     chosen, rejected: the two responses of each pair. columns: further numbers of the data by column
     name, (pairs,) each. names: which example each pair is, for error messages. running: means over
-    the steps so far by name, of a loss that returns some.
+    the steps so far by name, of a loss that returns some. head_norms: norms of the gradient of the
+    mean log-prob of the chosen and of the rejected responses by the weight of the LM head, (2,),
+    for reward calibration; None without it and in evaluations.
 
     The fields of a side can also be read by one name, with the side behind the model's name or in
     front of the others: `policy_chosen_logps`, `reference_rejected_logps`, `chosen_lengths`,
@@ -181,6 +183,7 @@ class Pair:
     columns: Mapping[str, Tensor] = field(default_factory=dict)
     names: Sequence[str] = ()
     running: Mapping[str, Tensor] = field(default_factory=dict)
+    head_norms: Tensor | None = None
 
 
 def _name_in_pair(side: str, name: str) -> str:

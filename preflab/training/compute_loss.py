@@ -36,7 +36,8 @@ def compute_loss(
     metric names. entropy: also measure that of the policy at the tokens of the responses.
     """
     needs = needs_of(loss.reads)
-    scores = _score(needs.values(), policy, reference, batch, entropy=entropy)
+    groups = _sides(batch) if loss.calibration and split == "train" else None
+    scores = _score(needs.values(), policy, reference, batch, entropy=entropy, groups=groups)
     inputs = _inputs(loss, needs, scores, batch, data)
     if not torch.is_grad_enabled():
         inputs = with_leaves(inputs)
@@ -67,7 +68,16 @@ def _inputs(
     if loss.examples != "pairs":
         return Target(**chosen, names=names)
     rejected = {name: values[batch.rejected] for name, values in taken.items()}
-    return Pair(Side(**chosen), Side(**rejected), batch.columns, names)
+    head_norms = getattr(scores, "head_norms", None)
+    return Pair(Side(**chosen), Side(**rejected), batch.columns, names, head_norms=head_norms)
+
+
+def _sides(batch: Batch) -> Tensor:
+    """The share of each response in the mean over pairs of the chosen and of the rejected ones,
+    (2, responses)."""
+    n = len(batch.lengths)
+    counts = [torch.bincount(side, minlength=n) for side in (batch.chosen, batch.rejected)]
+    return torch.stack(counts).double() / len(batch.chosen)
 
 
 def _score(
@@ -77,14 +87,16 @@ def _score(
     batch: Batch,
     *,
     entropy: bool,
+    groups: Tensor | None,
 ) -> ResponseScores | SimpleNamespace:
     """Run the models as far as these needs ask for it.
 
-    entropy: also that of the policy at every token, if it is a model of text.
+    entropy: also that of the policy at every token, if it is a model of text. groups: as in
+    `score_responses`.
     """
     if any(need.source == "head" for need in needs):
         return SimpleNamespace(values=policy.values(batch))
-    options: dict[str, Any] = {"entropy": entropy}
+    options: dict[str, Any] = {"entropy": entropy, "groups": groups}
     for need in needs:
         options |= need.score_options
     if not any(need.reference for need in needs):
