@@ -32,9 +32,9 @@ from preflab.evaluation.win_rates import (
     latest_samples,
     merge,
     pair_up,
-    table,
     win_rate,
 )
+from preflab.reports.evaluation_tables import winrate_table
 from preflab.reports.run_files import read_jsonl, read_winrates
 from preflab.rewards.llm_client import Endpoint
 from preflab.settings.refused import errors_in_one_line
@@ -47,7 +47,9 @@ def main() -> None:
     arguments = _parser().parse_args()
     with errors_in_one_line():
         rates = judge(arguments)
-    print(table(rates))
+    evaluations = read_jsonl(arguments.folder / "eval.jsonl")
+    if rates:
+        print(winrate_table(rates, evaluations).with_notes())
     if any(rate["unjudged"] for rate in rates):
         print(
             "not everything was judged; the answers so far are cached, and the same command"

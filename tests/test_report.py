@@ -16,9 +16,11 @@ from matplotlib.image import imread
 from omegaconf import OmegaConf
 
 from preflab.reports import plots, sweep_plots
+from preflab.reports.evaluation_tables import evaluation_tables, short_names, winrate_table
 from preflab.reports.page import sample_columns
 from preflab.reports.plot_style import KL_LABEL, smooth
 from preflab.reports.run import write_report
+from preflab.reports.run_files import read_jsonl
 from preflab.reports.runs import (
     MAX_POINTS,
     Run,
@@ -29,7 +31,7 @@ from preflab.reports.runs import (
 )
 from preflab.reports.statistics import envelope, over_seeds_and_prompts, paired_difference
 from preflab.reports.sweep import write_comparison
-from preflab.reports.tables import evaluation_table, latex, summary_table, verdict
+from preflab.reports.tables import CONSOLE_WIDTH, Table, latex, summary_table, verdict
 from utils import ConfigError, DataError, mean_and_error
 
 SUMMARY = {
@@ -179,13 +181,22 @@ def test_runs_without_samples_summary_or_pairs(tmp_path, options):
     assert (folder / "reward_kl.png").exists() == options.get("sampled", True)
 
 
-def test_an_incomplete_line_is_ignored_at_the_end_and_an_error_elsewhere(tmp_path):
+def test_damaged_rows_of_metrics_are_left_out_and_named_and_of_other_files_an_error(tmp_path):
     folder = make_run(tmp_path / "run")
     whole = (folder / "metrics.jsonl").read_text()
     (folder / "metrics.jsonl").write_text(whole + '{"examples": 16')
     assert "1.310" in write_report(folder)
-    (folder / "metrics.jsonl").write_text('{"broken\n' + whole)
+    (folder / "metrics.jsonl").write_text('{"broken\n{}\n' + whole)
+    text = write_report(folder)
+    assert "metrics.jsonl:1: not JSON" in text and "this row is left out" in text
+    assert "metrics.jsonl:2: the row has no 'split'" in text and "1.310" in text
+    page = (folder / "report.html").read_text()
+    assert "metrics.jsonl:1: not JSON" in page and (folder / "curves.png").exists()
     with pytest.raises(DataError, match=r"metrics\.jsonl:1: not JSON.*remove this one"):
+        read_jsonl(folder / "metrics.jsonl")  # of a resume
+    samples = (folder / "samples.jsonl").read_text()
+    (folder / "samples.jsonl").write_text('{"broken\n' + samples)
+    with pytest.raises(DataError, match=r"samples\.jsonl:1: not JSON.*remove this one"):
         write_report(folder)
 
 
@@ -278,7 +289,7 @@ def test_a_damaged_file_is_an_error_that_names_it_or_does_no_harm(tmp_path, name
             assert name in str(error) and "\n" not in str(error), damage
         except Exception as error:
             raise AssertionError(f"{name}, {damage}: {content[:300]}") from error
-    assert 0 < refused < n
+    assert refused < n and (refused > 0) == (name != "metrics.jsonl")  # its bad rows are left out
     (run / name).write_bytes(whole)
     write_report(run)
 
@@ -290,9 +301,99 @@ def test_verdict_claims_no_more_than_the_error_allows():
     assert "There are no samples" in verdict({})
 
 
-def test_missing_values_are_dashes():
-    lines = summary_table({"eval_loss": 0.5}).splitlines()
-    assert [line.split()[-1] for line in lines].count("-") == len(lines) - 1
+def test_a_summary_has_no_rows_of_what_was_not_measured():
+    assert summary_table({"eval_loss": 0.5, "policy_reward": None}) == f"eval loss{'0.5000':>18}"
+    assert summary_table({}) == "no number yet"
+
+
+def test_a_value_that_rounds_to_zero_has_no_sign_and_a_kl_its_temperature():
+    table = summary_table({"kl": -0.001, "kl_se": 0.0, "temperature": 1.0})
+    assert "KL to the reference (nats), samples at temperature 1  0.00 ± 0.00" in " ".join(
+        table.split(" " * 6)
+    ).replace("   ", "  ")
+    assert "-0.00" not in table
+
+
+def test_a_table_fits_a_terminal():
+    head = [f"column {i}" for i in range(20)]
+    rows = [["a/" * 90 + "name", *range(100_000, 100_019)] for _ in range(2)]
+    text = Table(rows, head=head, title="long " * 50, notes=["long " * 50]).with_notes()
+    lines = text.splitlines()
+    assert 110 < max(map(len, lines)) <= CONSOLE_WIDTH
+    assert all(text.count(f" {n}") == 2 for n in range(100_000, 100_019))
+    # Each row begins with its name again in every block of columns.
+    assert text.count("/a/name ") == 2 * sum(line.startswith("column 0") for line in lines) > 2
+
+
+def test_names_of_checkpoints_are_what_differs():
+    paths = [
+        f"/a/runs/{loss}-{seed}/LATEST/policy.pt" for loss in ("dpo", "ipo") for seed in (0, 1)
+    ]
+    assert short_names(paths) == ["dpo-0", "dpo-1", "ipo-0", "ipo-1"]
+    assert short_names(["x/step-1", "x/step-1/policy.pt"]) == ["step-1", "step-1/policy.pt"]
+    assert short_names(["/a/run/LATEST/policy.pt"] * 2) == ["run", "run"]
+
+
+def evaluated_rows(losses=("dpo", "ipo"), seeds=(0, 1, 2), temperatures=(0.5, 1.0)):
+    """Rows of eval.jsonl: the reward is 1, plus 1 for the second loss, plus a tenth of the seed."""
+    return [
+        {
+            "checkpoint": f"runs/{loss}-{seed}/LATEST/policy.pt",
+            "name": f"runs/{loss}-{seed}/LATEST/policy.pt",
+            "step": 100 + seed,  # an early stop
+            "run": f"/somewhere/runs/{loss}-{seed}",
+            "training": {"loss": {"name": loss, "beta": 0.1}, "seed": seed, "lr": 1e-5},
+            "temperature": temperature,
+            "samples_eval/policy_reward": 1 + i + seed / 10,
+            "samples_eval/policy_reward_se": 7.0,
+            "samples_eval/kl": -0.0001,
+        }
+        for i, loss in enumerate(losses)
+        for seed in seeds
+        for temperature in temperatures
+    ]
+
+
+def test_evaluations_are_a_row_for_each_loss_and_temperature():
+    table, checkpoints = evaluation_tables(evaluated_rows())
+    assert table.head == [
+        "trained with",
+        "seeds",
+        "temperature",
+        "reward",
+        "KL",
+        "KL along samples",
+    ]
+    error = math.sqrt(0.01 / 3)  # standard deviation 0.1 over three seeds
+    assert table.rows == [
+        ["dpo beta=0.1", 3, "0.5", f"1.100 ± {error:.3f}", "-", "0.00 ± 0.00"],
+        ["dpo beta=0.1", 3, "1", f"1.100 ± {error:.3f}", "0.00 ± 0.00", "-"],
+        ["ipo beta=0.1", 3, "0.5", f"2.100 ± {error:.3f}", "-", "0.00 ± 0.00"],
+        ["ipo beta=0.1", 3, "1", f"2.100 ± {error:.3f}", "0.00 ± 0.00", "-"],
+    ]
+    assert checkpoints.folded and len(checkpoints.rows) == 12
+    assert checkpoints.rows[0][:2] == ["dpo-0", 100] and "± 7.000" in checkpoints.rows[0][3]
+    rows = evaluated_rows(losses=("dpo",), seeds=(0, 1))
+    for row in rows[2:]:
+        row["training"] = row["training"] | {"lr": 1e-4}
+    names = [row[0] for row in evaluation_tables(rows)[0].rows]
+    assert names == ["dpo beta=0.1 lr=1e-05"] * 2 + ["dpo beta=0.1 lr=0.0001"] * 2
+
+
+def test_win_rates_are_a_row_for_each_loss_and_temperature():
+    evaluations = evaluated_rows()
+    rates = [
+        {"checkpoint": row["checkpoint"], "temperature": row["temperature"], "by": "reward lexicon"}
+        | {"against": "reference", "win_rate": rate, "low": 0.1, "high": 0.9, "wins": 2}
+        for row, rate in zip(evaluations, [0.5, 0.4, 0.6, 0.4, 0.7, 0.4] * 2, strict=True)
+    ]
+    table = winrate_table(rates, evaluations)
+    half = 4.302652729749464 * 0.1 / math.sqrt(3)  # t with two degrees of freedom
+    assert table.rows[0][:4] == ["dpo beta=0.1", "0.5", "reference", "reward lexicon"]
+    assert table.rows[0][4:] == [f"0.600 [{0.6 - half:.3f}, {0.6 + half:.3f}]", 6]
+    assert len(table.rows) == 4
+    assert winrate_table(rates[:1]).rows[0][:1] == ["dpo-0"]
+    assert max(map(len, winrate_table(rates).as_text().splitlines())) <= CONSOLE_WIDTH
 
 
 def test_smoothing_by_hand():
@@ -522,7 +623,7 @@ def test_broken_runs_are_named_and_the_rest_is_reported(tmp_path):
     with open(diverged / "metrics.jsonl", "a") as f:
         f.write('{"examples": 160, "split": "eval", "samples_eval/kl": NaN}\n{"examples": 16')
     runs, problems = find_runs(tmp_path)
-    assert sorted(run.loss for run in runs) == ["dpo", "ipo"] and len(problems) == 2
+    assert sorted(run.loss for run in runs) == ["dpo", "dpo", "ipo"] and len(problems) == 1
     table = write_comparison(tmp_path, runs, problems=problems)
     for text in ("unreadable/metrics.jsonl:1", "list/config.yaml", "NaN or infinite", "1.310"):
         assert text in table
@@ -613,19 +714,19 @@ def test_an_evaluation_of_checkpoints_has_a_table_and_figures(tmp_path):
 def test_the_kl_of_samples_that_are_not_the_policys_is_named_so(tmp_path):
     folder = make_evaluation(tmp_path / "eval", {("a", 1.0): 1.5, ("b", 1): 1.0, ("a", 0.5): 1.75})
     rows = read_rows(folder / "eval.jsonl")
-    assert "reward (lexicon)" in evaluation_table(rows, "lexicon").head
-    table = evaluation_table(rows)
+    assert "reward (lexicon)" in evaluation_tables(rows, "lexicon")[0].head
+    [table] = evaluation_tables(rows)
     place = table.head.index("KL")
     assert table.head[place + 1] == "KL along samples"
     shown = [row[place : place + 2] for row in table.rows]
-    assert shown == [["1.000", "-"], ["2.000", "-"], ["-", "3.000"]]
+    assert shown == [["1.00", "-"], ["2.00", "-"], ["-", "3.00"]]
     for values, expected in (
         ({"temperature": 1.0, "top_p": 1.0}, (True, False)),
         ({"temperature": 1.0, "top_p": 0.9}, (False, True)),
         ({"temperature": 1.0, "top_p": 1.0, "top_k": 50}, (False, True)),
         ({"temperature": 1.0, "top_p": 1.0, "min_p": 0.1}, (False, True)),
     ):
-        head = evaluation_table([row | values for row in rows]).head
+        head = evaluation_tables([row | values for row in rows])[0].head
         assert ("KL" in head, "KL along samples" in head) == expected
         assert ("top-p" in head) == (values["top_p"] < 1)
     figure = plots.checkpoints_figure(rows)

@@ -304,24 +304,3 @@ def win_rate(pairs: list[dict], by: str) -> dict:
         **counts,
         "unjudged": len(pairs) - n,
     }
-
-
-def table(rates: list[dict]) -> str:
-    """One line for each comparison."""
-    return "\n".join(map(_table_line, rates))
-
-
-def _table_line(rate: dict) -> str:
-    settings = [f"T={rate['temperature']}", f"against {rate['against']}, by {rate['by']}"]
-    if rate["checkpoint"] is not None:
-        settings.insert(0, str(rate["checkpoint"]))
-    result = "nothing judged"
-    if rate["pairs"]:
-        interval = f"[95% over prompts {rate['low']:.3f}, {rate['high']:.3f}]"
-        result = f"{rate['win_rate']:.3f} {interval}"
-    counts = ", ".join(
-        f"{rate[key]} {key}"
-        for key in ("wins", "ties", "losses", "contradictions", "unjudged")
-        if rate.get(key)
-    )
-    return f"{' '.join(settings)}: {result}; {counts}"

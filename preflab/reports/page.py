@@ -71,12 +71,12 @@ def sample_columns(sample: dict) -> dict:
     and columns (name, text, scores) for the reference, the policy and the data."""
 
     def scores(rewards: dict | None) -> str:
-        return ", ".join(f"{name} {value:.3f}" for name, value in (rewards or {}).items())
+        return ", ".join(f"{name} {value:z.3f}" for name, value in (rewards or {}).items())
 
     policy_scores = scores(sample.get("policy_reward"))
     if sample.get("kl") is not None:
         along = f" along a sample at {sampler}" if (sampler := other_sampler(sample)) else ""
-        policy_scores += f", KL {sample['kl']:.2f}{along}"
+        policy_scores += f", KL {sample['kl']:z.2f}{along}"
     columns = [
         ("reference", sample.get("reference"), scores(sample.get("reference_reward"))),
         ("policy", sample.get("policy"), policy_scores),

@@ -93,11 +93,6 @@ def smooth(values: list[float], weight: float = 0.9) -> list[float]:
     return smoothed
 
 
-def shorten(text: str, max_length: int = 40) -> str:
-    """The end of a text, after an ellipsis, if the text is too long for a title."""
-    return text if len(text) <= max_length else "…" + text[1 - max_length :]
-
-
 def legend_below(figure: Figure, names: list[str]) -> None:
     """One legend for all axes of a figure; the i-th name has `style(i)`."""
     handles = [

@@ -17,12 +17,12 @@ from preflab.reports.plot_style import (
     legend_below,
     new_axes,
     panel_grid,
-    shorten,
     smooth,
     style,
 )
 from preflab.reports.run_files import is_number
 from preflab.reports.runs import Run, left_out, other_sampler, training_names
+from preflab.reports.tables import shorten
 from utils import mean_and_error
 
 

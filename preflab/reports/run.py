@@ -7,16 +7,15 @@ from matplotlib.figure import Figure
 from omegaconf import OmegaConf
 
 from preflab.reports import plots
+from preflab.reports.evaluation_tables import evaluation_tables, winrate_table
 from preflab.reports.page import sample_columns, save_figures, write_page
 from preflab.reports.runs import Run, left_out
 from preflab.reports.tables import (
     Table,
     data_table,
-    evaluation_table,
     summary_rows,
     summary_table,
     verdict,
-    winrate_table,
 )
 from preflab.reports.why import why, why_figure, why_table
 
@@ -28,12 +27,12 @@ def write_report(run_dir: Path) -> str:
     summary = run.latest()
     # A folder with one evaluation is summarised like a run; several need a table.
     is_several = len(run.evaluations) > 1
-    evaluations = evaluation_table(run.evaluations, run.reward)
+    evaluations = evaluation_tables(run.evaluations, run.reward)
     tables = [
         None if is_several else Table(rows=summary_rows(summary)),
         why_table(run),
-        evaluations,
-        winrate_table(run.winrates),
+        *evaluations,
+        winrate_table(run.winrates, run.evaluations),
         data_table(run.data),
     ]
     name = run.config.get("exp_name", run.folder.name)
@@ -43,14 +42,13 @@ def write_report(run_dir: Path) -> str:
         title=f"{name}: {'evaluation' if run.is_evaluation else run.loss}",
         subtitle=unfinished + ("" if is_several else verdict(summary)),
         problems=_problems(run),
-        tables=[table for table in tables if table],
+        tables=[table for table in tables if table and table.rows],
         pictures=save_figures(run.folder, _figures(run)),
         samples=[sample_columns(sample) for sample in _grouped_by_prompt(run.samples())],
         config=OmegaConf.to_yaml(OmegaConf.create(run.config)),
     )
-    if is_several:
-        return evaluations.as_text()
-    return "\n".join(filter(None, [summary_table(summary), why(run)]))
+    texts = [evaluations[0].with_notes()] if is_several else [summary_table(summary), why(run)]
+    return "\n".join([*run.damaged, *filter(None, texts)])
 
 
 def _figures(run: Run) -> dict[str, tuple[str, Figure | None]]:
@@ -71,12 +69,7 @@ def _figures(run: Run) -> dict[str, tuple[str, Figure | None]]:
 
 
 def _problems(run: Run) -> list[str]:
-    problems = []
-    if n_missing := run.count_missing():
-        problems.append(
-            f"{n_missing:,} values of metrics.jsonl are null, NaN or infinite; the curves leave"
-            " them out."
-        )
+    problems = run.problems()
     if not run.is_evaluation and (note := left_out(run.n_beside_frontier())):
         problems.append(f"Reward against KL: {note}.")
     return problems

@@ -57,6 +57,8 @@ COLUMNS: dict[str, Check] = {
     **dict.fromkeys(("checkpoint", "stamp", "run", "name", "against", "by", "id"), _is_text),
     **dict.fromkeys(("examples", "step", "round", "request", "temperature", "kl"), _is_numeric),
     **dict.fromkeys(("sample", "policy_tokens", "win_rate", "low", "high"), _is_numeric),
+    **dict.fromkeys(("top_p", "top_k", "min_p"), _is_numeric),
+    **dict.fromkeys(("wins", "ties", "losses", "contradictions", "unjudged"), _is_numeric),
     **dict.fromkeys(("policy_reward", "reference_reward"), _is_scores),
     "training": _is_training,
     "messages": _is_messages,
@@ -82,16 +84,17 @@ REQUIRED = {
 }
 
 
-def read_jsonl(path: Path) -> list[dict]:
+def read_jsonl(path: Path, damaged: list[str] | None = None) -> list[dict]:
     """Rows of a JSON-lines file, and [] if there is no file.
 
     A last line that a running or killed process has not completed is left out. Raises DataError for
-    any other line that is not JSON, or not a row of a file of this name.
+    any other line that is not JSON, or not a row of a file of this name; with a list `damaged`,
+    what is wrong with it is appended there, and the line is left out.
     """
-    return [row for _, row in read_lines(path)]
+    return [row for _, row in read_lines(path, damaged)]
 
 
-def read_lines(path: Path) -> list[tuple[str, dict]]:
+def read_lines(path: Path, damaged: list[str] | None = None) -> list[tuple[str, dict]]:
     """The lines of a file with their rows, as `read_jsonl` reads them."""
     read = []
     lines = json_lines(path) if path.is_file() else []
@@ -103,9 +106,12 @@ def read_lines(path: Path) -> list[tuple[str, dict]]:
             if number == len(lines):
                 break
             problem = f"not JSON: {error}. Only the last line may be incomplete"
-        if problem:
+        if problem and damaged is None:
             raise DataError(f"{path}:{number}: {problem}; repair or remove this one.")
-        read.append((line, row))
+        if problem:
+            damaged.append(f"{path}:{number}: {problem}; this row is left out.")
+        else:
+            read.append((line, row))
     return read
 
 

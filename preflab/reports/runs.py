@@ -73,13 +73,15 @@ def left_out(n: int) -> str:
 
 class Run:
     """The content of a run folder so far. Raises DataError, naming the file, if a file cannot be
-    read."""
+    read; rows of metrics.jsonl that cannot are left out, and `damaged` says what is wrong with
+    them."""
 
     def __init__(self, folder: Path):
         self.folder = folder
         self.config = OmegaConf.to_container(read_config(folder / "config.yaml", resolve=False))
         self.loss = self.config["loss"]["name"]
-        self.rows = read_jsonl(folder / "metrics.jsonl")
+        self.damaged: list[str] = []
+        self.rows = read_jsonl(folder / "metrics.jsonl", self.damaged)
         self.evaluations = read_jsonl(folder / "eval.jsonl")
         self.winrates = read_winrates(folder / "winrates.json")
         self.summary = read_summary(folder)
@@ -129,15 +131,29 @@ class Run:
     def count_missing(self) -> int:
         """The number of values of metrics.jsonl that are null, NaN or infinite.
 
-        Standard errors and distinct n-grams are not counted, because they are null by design for a
-        single value or an empty text; neither is the checkpoint of a row.
+        Those that are null by design are not counted: standard errors of a single value, distinct
+        n-grams of an empty text, the accuracy of labels in a round of ties, and the checkpoint of a
+        row.
         """
+        by_design = ("checkpoint", "online/label_accuracy")
         return sum(
             is_missing(value)
             for row in self.rows
             for name, value in row.items()
-            if not name.endswith("_se") and "distinct" not in name and name != "checkpoint"
+            if not name.endswith("_se") and "distinct" not in name and name not in by_design
         )
+
+    def problems(self) -> list[str]:
+        """What is wrong with metrics.jsonl, a sentence each; of many damaged rows the first."""
+        texts = self.damaged[:3]
+        if more := len(self.damaged) - len(texts):
+            texts.append(f"{self.folder / 'metrics.jsonl'}: {more:,} further rows are left out.")
+        if n_missing := self.count_missing():
+            texts.append(
+                f"{self.folder / 'metrics.jsonl'}: {n_missing:,} values are null, NaN or infinite;"
+                " the curves leave them out."
+            )
+        return texts
 
     def _sampling(self, row: dict) -> dict:
         """How the samples of a row of metrics.jsonl, which leaves out what the config says, were

@@ -13,6 +13,7 @@ from matplotlib.figure import Figure
 from preflab.reports import plots, sweep_plots
 from preflab.reports.ceiling import reference_rewards
 from preflab.reports.ceiling_table import ceiling_table
+from preflab.reports.evaluation_tables import evaluation_tables, winrate_table
 from preflab.reports.overoptimization_table import overoptimization_table
 from preflab.reports.page import sample_columns, save_figures, write_page
 from preflab.reports.run import write_report
@@ -29,11 +30,9 @@ from preflab.reports.selection import envelopes, has_parts, sampled_evaluations
 from preflab.reports.statistics import Estimate, difference, over_seeds
 from preflab.reports.tables import (
     Table,
-    evaluation_table,
     latex,
     markdown,
     plus_minus,
-    winrate_table,
 )
 from preflab.reports.why import why_of_groups
 from utils import ConfigError, DataError, atomic_write, mean_and_error
@@ -110,8 +109,8 @@ def write_comparison(
         ceiling_table(groups, samples),
         why_of_groups(groups),
         overoptimization_table(groups),
-        evaluation_table(evaluations, rewards.pop() if len(rewards) == 1 else None),
-        winrate_table(winrates),
+        *evaluation_tables(evaluations, rewards.pop() if len(rewards) == 1 else None),
+        winrate_table(winrates, evaluations),
     ]
     tables = [table for table in tables if table]
     states = Counter(run.state.split(":")[0] for run in trained)
@@ -124,11 +123,7 @@ def write_comparison(
         pictures=save_figures(folder, _figures(groups, evaluations, winrates, samples)),
         samples=_samples_side_by_side(groups),
     )
-    return "\n\n".join([*problems, *map(_as_text, tables)])
-
-
-def _as_text(table: Table) -> str:
-    return "\n".join([table.title, table.as_text(), *table.notes])
+    return "\n\n".join([*problems, *(table.with_notes() for table in tables if not table.folded)])
 
 
 def _warnings(runs: list[Run]) -> list[str]:
@@ -137,11 +132,7 @@ def _warnings(runs: list[Run]) -> list[str]:
         f"{run.folder}: {run.state}" for run in runs if run.state.startswith(("failed", "killed"))
     ]
     for run in runs:
-        n_missing = run.count_missing()
-        if n_missing:
-            warnings.append(
-                f"{run.folder}: {n_missing:,} values of metrics.jsonl are null, NaN or infinite"
-            )
+        warnings += run.problems()
     for key, what in (
         ("datasets", "on different data"),
         ("reward.name", "with different rewards"),
@@ -209,18 +200,30 @@ def _write_csv(path: Path, rows: Iterable[Sequence]) -> None:
 
 
 def _comparison_table(groups: list[Group]) -> Table:
-    """A row for each group: its settings, its seeds, and means ± standard errors over the seeds."""
+    """A row for each group: its settings, its seeds where the groups have different ones, and means
+    ± standard errors over the seeds of the metrics that some group has."""
+    seeds = [[str(run.seed) for run in group.runs] for group in groups]
+    differ = any(of_group != seeds[0] for of_group in seeds)
+    shown = [name for name in COMPARED if any(group.by_seed(name) for group in groups)]
     rows = []
-    for group in groups:
+    for group, of_group in zip(groups, seeds, strict=True):
         means = (
             plus_minus(*mean_and_error(group.by_seed(name).values()), DIGITS.get(name, 3))
-            for name in COMPARED
+            for name in shown
         )
-        seeds = " ".join(str(run.seed) for run in group.runs)
-        rows.append([*group.settings.values(), seeds, *means, group.state])
+        settings = [*group.settings.values(), *([" ".join(of_group)] if differ else [])]
+        rows.append([*settings, *means, group.state])
+    over = "over seeds" if differ else f"over seeds {', '.join(seeds[0])}"
+    is_single = not differ and len(seeds[0]) == 1
     return Table(
-        title="Final evaluations: mean ± standard error over seeds",
-        head=[*groups[0].settings, "seeds", *_heads(groups, COMPARED), "state"],
+        title="Final evaluations"
+        + (f", seed {seeds[0][0]}" if is_single else f": mean ± standard error {over}"),
+        head=[
+            *groups[0].settings,
+            *(["seeds"] if differ else []),
+            *_heads(groups, shown),
+            "state",
+        ],
         rows=rows,
     )
 
@@ -332,10 +335,10 @@ def _by_seed_and_prompt(group: Group, name: str) -> dict[str, dict[str, float]] 
 def _format_difference(of: Estimate | None) -> str:
     if of is None:
         return "-"
-    text = f"{of.mean:+.3f}"
+    text = f"{of.mean:+z.3f}"
     if of.low is not None:
-        return f"{text} ± {of.se:.3f} [{of.low:+.3f}, {of.high:+.3f}]"
-    return f"{text} ({of.least:+.3f} to {of.greatest:+.3f})" if of.seeds > 1 else text
+        return f"{text} ± {of.se:.3f} [{of.low:+z.3f}, {of.high:+z.3f}]"
+    return f"{text} ({of.least:+z.3f} to {of.greatest:+z.3f})" if of.seeds > 1 else text
 
 
 def _span_notes(spans: dict[str, dict[str, None]], runs: list[Run]) -> list[str]:

@@ -1,35 +1,62 @@
 """Tables for the console, Markdown, LaTeX and the pages."""
 
+import textwrap
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from preflab.reports.run_files import is_number
-from preflab.reports.runs import SAMPLER, other_sampler, training_names
+from preflab.reports.runs import other_sampler
+
+CONSOLE_WIDTH = 120  # columns of a terminal
+MAX_CELL = 50  # characters of a cell in the console
 
 
 @dataclass(frozen=True)
 class Table:
-    """A table of a page or of the console; the cells of a page are converted to text."""
+    """A table of a page or of the console; the cells of a page are converted to text.
+
+    folded: whether a page shows it only on a click, and the console not at all.
+    """
 
     rows: list[Sequence]
     title: str = ""
     head: Sequence[str] = ()
     notes: Sequence[str] = ()
+    folded: bool = False
 
     def as_text(self) -> str:
-        return aligned([self.head, *self.rows])
+        """Aligned columns. Those that a terminal has no room for follow below, beside the first."""
+        rows = [[shorten(str(cell), MAX_CELL) for cell in row] for row in (self.head, *self.rows)]
+        columns = list(zip(*rows, strict=True))
+        widths = [max(map(len, column)) + 2 for column in columns]
+        parts = [[0]]
+        for i in range(1, len(columns)):
+            if sum(widths[j] for j in parts[-1]) + widths[i] > CONSOLE_WIDTH + 2:
+                parts.append([0])
+            parts[-1].append(i)
+        return "\n\n".join(aligned([[row[i] for i in part] for row in rows]) for part in parts)
+
+    def with_notes(self) -> str:
+        """The table with its title and its notes, as wide as a terminal."""
+        title, *notes = (textwrap.fill(text, CONSOLE_WIDTH) for text in (self.title, *self.notes))
+        return "\n".join(filter(None, [title, self.as_text(), *notes]))
+
+
+def shorten(text: str, max_length: int = 40) -> str:
+    """The end of a text, after an ellipsis, if the text is too long."""
+    return text if len(text) <= max_length else "…" + text[1 - max_length :]
 
 
 def plus_minus(value: float | None, error: float | None = None, digits: int = 3) -> str:
     """`value ± error`, without the error if there is none, and "-" if there is no value."""
     if value is None:
         return "-"
-    text = f"{value:.{digits}f}"
+    text = f"{value:z.{digits}f}"  # z: a value that rounds to zero has no sign
     return text if error is None else f"{text} ± {error:.{digits}f}"
 
 
 def summary_rows(summary: dict) -> list[tuple[str, str]]:
-    """The numbers of a summary.json with their names, standard errors where there are some."""
+    """The numbers that a summary.json has, with their names, and standard errors where there are
+    some."""
 
     def with_error(name: str, digits: int = 3) -> str:
         return plus_minus(summary.get(name), summary.get(f"{name}_se"), digits)
@@ -37,17 +64,27 @@ def summary_rows(summary: dict) -> list[tuple[str, str]]:
     reward = f" ({summary['reward']})" if summary.get("reward") else ""
     reference = "initial reference" if summary.get("reference_update") else "reference"
     rate, examples = summary.get("pairs_per_second"), summary.get("examples")
-    return [
+    rows = [
         (f"reward of the {reference}'s samples{reward}", with_error("reference_reward")),
         (f"reward of the policy's samples{reward}", with_error("policy_reward")),
         ("gain, paired by prompt", with_error("reward_gain")),
-        (f"KL to the {reference}{_along(summary)} (nats)", with_error("kl", digits=2)),
+        (
+            f"KL to the {reference}{_along(summary)} (nats){_at(summary)}",
+            with_error("kl", digits=2),
+        ),
         ("eval accuracy", plus_minus(summary.get("eval_accuracy"))),
         ("eval loss", plus_minus(summary.get("eval_loss"), digits=4)),
         ("pairs/s in training", f"{rate:.1f}" if rate else "-"),
         ("examples seen", f"{examples:,}" if examples is not None else "-"),
         *_online_rows(summary),
     ]
+    return [(name, value) for name, value in rows if value != "-"]
+
+
+def _at(row: dict) -> str:
+    """The temperature of samples of the policy, where it is known; `_along` says other samplers."""
+    is_policy = row.get("temperature") is not None and not other_sampler(row)
+    return f", samples at temperature {row['temperature']:g}" if is_policy else ""
 
 
 def _along(row: dict) -> str:
@@ -77,8 +114,10 @@ ERRORS = "± is the standard error over prompts, of this run alone"
 
 
 def summary_table(summary: dict) -> str:
-    """The numbers of a run as aligned text, with standard errors; "-" for a missing number."""
+    """The numbers of a run as aligned text, with standard errors."""
     rows = summary_rows(summary)
+    if not rows:
+        return "no number yet"
     width = max(len(name) for name, _ in rows)
     lines = [f"{name:<{width}}  {value:>16}" for name, value in rows]
     if any("±" in value for _, value in rows):
@@ -104,7 +143,7 @@ def verdict(summary: dict) -> str:
         )
     direction = "higher" if gain > 0 else "lower"
     return (
-        f"The policy's samples score {direction}, {scores}: {gain:+.3f} ± {error:.3f}"
+        f"The policy's samples score {direction}, {scores}: {gain:+z.3f} ± {error:.3f}"
         " (standard errors over prompts)."
     )
 
@@ -143,115 +182,6 @@ def data_table(data: dict) -> Table | None:
         rows=rows,
         notes=[*skipped, *notes],
     )
-
-
-WINRATE_COUNTS = ("wins", "ties", "losses", "contradictions", "unjudged")
-
-
-def winrate_table(winrates: list[dict]) -> Table | None:
-    """Entries of winrates.json with their intervals and counts."""
-    if not winrates:
-        return None
-    rows = []
-    for rate in winrates:
-        win_rate = "-"
-        if all(is_number(rate.get(key)) for key in ("win_rate", "low", "high")):
-            win_rate = f"{rate['win_rate']:.3f} [{rate['low']:.3f}, {rate['high']:.3f}]"
-        rows.append(
-            [
-                rate.get("checkpoint") or "policy",
-                rate.get("temperature"),
-                rate["against"],
-                rate["by"],
-                win_rate,
-                *(rate.get(count, 0) for count in WINRATE_COUNTS),
-            ]
-        )
-    return Table(
-        title="Win rates",
-        head=["", "temperature", "against", "by", "win rate [95%]", *WINRATE_COUNTS],
-        rows=rows,
-        notes=[
-            "A tie counts one half, and so does a pair whose two orders contradict each other."
-            " Intervals are over prompts, of one policy and its samples."
-        ],
-    )
-
-
-EVALUATION_COLUMNS = {  # head of the column -> metric of eval.jsonl
-    "reward": "samples_eval/policy_reward",
-    "reference's": "samples_eval/reference_reward",
-    "KL": "samples_eval/kl",
-    "KL along samples": "samples_eval/kl along samples",
-    "tokens": "samples_eval/policy_length",
-    "ended": "samples_eval/policy_ended",
-    "entropy": "samples_eval/entropy",
-    "repetition": "samples_eval/repetition",
-    "distinct-2": "samples_eval/policy_distinct_2",
-    "accuracy": "rewards_eval/accuracies",
-}
-
-
-def evaluation_table(evaluations: list[dict], reward: str | None = None) -> Table | None:
-    """A row for each evaluated checkpoint and temperature of eval.jsonl. The KL of the policy's
-    samples and that along samples of another sampler are in columns of their own. reward: its name,
-    for the head of its column."""
-    if not evaluations:
-        return None
-    names = training_names(evaluations)
-    evaluations = [_with_kl_named(row) for row in evaluations]
-    metrics = list(dict.fromkeys(key for row in evaluations for key in row))
-    further_rewards = {
-        metric.removeprefix("samples_eval/policy_reward"): metric
-        for metric in metrics
-        if metric.startswith("samples_eval/policy_reward[") and metric.endswith("]")
-    }
-    accuracies = {
-        f"accuracy on {metric.split('@')[1]}": metric
-        for metric in metrics
-        if metric.startswith("rewards_eval/accuracies@")
-    }
-    columns = EVALUATION_COLUMNS | further_rewards | accuracies
-    if columns["KL along samples"] not in metrics:
-        del columns["KL along samples"]
-    elif columns["KL"] not in metrics:
-        del columns["KL"]
-    limits = [
-        name
-        for name, plain in SAMPLER.items()
-        if name != "temperature" and any(row.get(name, plain) != plain for row in evaluations)
-    ]
-    rows = [
-        [
-            row["name"],
-            name,
-            row["temperature"],
-            *(row.get(limit, "-") for limit in limits),
-            *(plus_minus(row.get(key), row.get(f"{key}_se")) for key in columns.values()),
-        ]
-        for name, row in zip(names, evaluations, strict=True)
-    ]
-    heads = [f"reward ({reward})" if name == "reward" and reward else name for name in columns]
-    settings = ["temperature", *(limit.replace("_", "-") for limit in limits)]
-    return Table(
-        title="Checkpoints",
-        head=["checkpoint", "trained with", *settings, *heads],
-        rows=rows,
-        notes=[
-            "Values are means over prompts ± standard errors. KL is KL(policy || reference) of the"
-            " policy's samples. KL along samples is the same sum along samples at another"
-            " temperature, top-p, top-k or min-p: the KL neither of the policy nor of that sampler."
-        ],
-    )
-
-
-def _with_kl_named(row: dict) -> dict:
-    """A row whose KL is that along samples, under this name, unless they are the policy's."""
-    if not other_sampler(row):
-        return row
-    kl, along = (EVALUATION_COLUMNS[name] for name in ("KL", "KL along samples"))
-    renamed = {kl: along, f"{kl}_se": f"{along}_se"}
-    return {renamed.get(key, key): value for key, value in row.items()}
 
 
 LATEX_ESCAPES = str.maketrans(

@@ -1,0 +1,317 @@
+"""Tables of evaluated checkpoints and of win rates: by loss and temperature, means over seeds."""
+
+from collections import defaultdict
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+from preflab.reports.run_files import is_number
+from preflab.reports.runs import SAMPLER, other_sampler, training_names
+from preflab.reports.statistics import over_seeds
+from preflab.reports.tables import Table, plus_minus
+from utils import mean_and_error
+
+# Settings of a training run beside those of its loss that its checkpoint is named by.
+FURTHER_SETTINGS = ("lr", "n_epochs")
+
+EVALUATION_COLUMNS = {  # head of the column -> metric of eval.jsonl
+    "reward": "samples_eval/policy_reward",
+    "reference's": "samples_eval/reference_reward",
+    "KL": "samples_eval/kl",
+    "KL along samples": "samples_eval/kl along samples",
+    "tokens": "samples_eval/policy_length",
+    "ended": "samples_eval/policy_ended",
+    "entropy": "samples_eval/entropy",
+    "repetition": "samples_eval/repetition",
+    "distinct-2": "samples_eval/policy_distinct_2",
+    "accuracy": "rewards_eval/accuracies",
+}
+DIGITS = {"tokens": 1, "KL": 2, "KL along samples": 2}  # 3 for other columns
+
+ERRORS = (
+    "± is the standard error over seeds where a row has several, and over prompts where it has one."
+)
+WHICH_KL = "KL is KL(policy || reference) of the policy's samples, in nats."
+WHICH_OTHER_KL = (
+    "KL along samples is the same sum along samples at another temperature, top-p, top-k or min-p:"
+    " the KL neither of the policy nor of that sampler."
+)
+
+
+def short_names(names: Sequence[str]) -> list[str]:
+    """Paths without the folders that all of them begin or end with."""
+    distinct = [name.split("/") for name in dict.fromkeys(names)]
+    if len(distinct) < 2:
+        return [_run_of(name) for name in names]
+    room = min(map(len, distinct)) - 1  # at least one part of each remains
+    first = min(_n_equal(distinct), room)
+    last = min(_n_equal([parts[::-1] for parts in distinct]), room - first)
+    parts = (name.split("/") for name in names)
+    return ["/".join(of[first : len(of) - last]) for of in parts]
+
+
+def _n_equal(lists: Sequence[Sequence[str]]) -> int:
+    """With how many equal parts all begin."""
+    columns = list(zip(*lists, strict=False))
+    return next((i for i, column in enumerate(columns) if len(set(column)) > 1), len(columns))
+
+
+def _run_of(path: str) -> str:
+    """The folder of the run in the path of a checkpoint."""
+    folders = [part for part in path.split("/") if part not in ("", "LATEST", "hf", "policy.pt")]
+    return folders[-1] if folders else path
+
+
+class Trained(NamedTuple):
+    """What evaluations are grouped by; their rows differ in the seed of the training run only.
+
+    step: None where each run was evaluated at one step.
+    """
+
+    name: str
+    step: int | None
+    sampler: tuple
+
+
+def trained(evaluations: Sequence[dict]) -> list[Trained]:
+    """The group of each row of eval.jsonl."""
+    labels = _labels(evaluations)
+    steps = defaultdict(set)
+    for label, row in zip(labels, evaluations, strict=True):
+        steps[label, row.get("run")].add(row.get("step"))
+    has_steps = any(len(of_run) > 1 for of_run in steps.values())
+    return [
+        Trained(
+            label,
+            row.get("step") if has_steps else None,
+            tuple(row.get(name, plain) for name, plain in SAMPLER.items()),
+        )
+        for label, row in zip(labels, evaluations, strict=True)
+    ]
+
+
+def _labels(evaluations: Sequence[dict]) -> list[str]:
+    """`training_names`, with further settings that differ, and short names of checkpoints that no
+    training is known of."""
+    named = short_names([str(row.get("name")) for row in evaluations])
+    names = training_names(evaluations)
+    values: dict[str, set[str]] = defaultdict(set)
+    for row in evaluations:
+        for key in FURTHER_SETTINGS:
+            values[key].add(str((row.get("training") or {}).get(key)))
+    labels = []
+    for name, short, row in zip(names, named, evaluations, strict=True):
+        if name == str(row.get("name")):
+            labels.append(short)
+            continue
+        further = [
+            f"{key}={row['training'].get(key)}" for key in FURTHER_SETTINGS if len(values[key]) > 1
+        ]
+        labels.append(" ".join([name, *further]))
+    return labels
+
+
+def evaluation_tables(evaluations: Sequence[dict], reward: str | None = None) -> list[Table]:
+    """A table with a row for each loss and temperature of eval.jsonl, and where it has means over
+    seeds, one with a row for each checkpoint, folded.
+
+    The KL of the policy's samples and that along samples of another sampler are in columns of their
+    own. reward: its name, for the head of its column.
+    """
+    if not evaluations:
+        return []
+    groups = trained(evaluations)
+    evaluations = [_with_kl_named(row) for row in evaluations]
+    columns = _columns(evaluations)
+    members = defaultdict(list)
+    for group, row in zip(groups, evaluations, strict=True):
+        members[group].append(row)
+    notes = [ERRORS, *([WHICH_KL] if "KL" in columns else [])]
+    notes += [WHICH_OTHER_KL] if "KL along samples" in columns else []
+    heads = [f"reward ({reward})" if name == "reward" and reward else name for name in columns]
+    tables = [_grouped("Evaluations", members, heads, columns, notes)]
+    if len(members) < len(evaluations):
+        names = short_names([str(row.get("name")) for row in evaluations])
+        single = defaultdict(list)
+        for name, group, row in zip(names, groups, evaluations, strict=True):
+            single[group._replace(name=name, step=row.get("step"))].append(row)
+        by_checkpoint = _grouped("Each checkpoint", single, heads, columns, [], folded=True)
+        tables.append(by_checkpoint)
+    return tables
+
+
+def _columns(evaluations: Sequence[dict]) -> dict[str, str]:
+    """Heads of the columns and their metrics, of those that some row has."""
+    metrics = list(dict.fromkeys(key for row in evaluations for key in row if is_number(row[key])))
+    further_rewards = {
+        metric.removeprefix("samples_eval/policy_reward"): metric
+        for metric in metrics
+        if metric.startswith("samples_eval/policy_reward[") and metric.endswith("]")
+    }
+    accuracies = {
+        f"accuracy on {metric.split('@')[1]}": metric
+        for metric in metrics
+        if metric.startswith("rewards_eval/accuracies@")
+    }
+    columns = EVALUATION_COLUMNS | further_rewards | accuracies
+    return {name: metric for name, metric in columns.items() if metric in metrics}
+
+
+def _grouped(
+    title: str,
+    members: dict[Trained, list[dict]],
+    heads: Sequence[str],
+    columns: dict[str, str],
+    notes: Sequence[str],
+    *,
+    folded: bool = False,
+) -> Table:
+    """A row for each group, sorted by name (as they come), step and temperature."""
+    order = {name: i for i, name in enumerate(dict.fromkeys(group.name for group in members))}
+    limits, has_steps, has_seeds = _shown(members)
+    rows = []
+    for group in sorted(members, key=lambda of: (order[of.name], of.step or 0, of.sampler[0])):
+        of_group = members[group]
+        cells = [group.name, *([group.step] if has_steps else [])]
+        cells += [len({_seed(row) for row in of_group})] if has_seeds else []
+        cells += [_plain(group.sampler[i]) for i in limits]
+        rows.append([*cells, *(_cell(of_group, *column) for column in columns.items())])
+    names = list(SAMPLER)
+    return Table(
+        title=title,
+        head=[
+            "checkpoint" if folded else "trained with",
+            *(["step"] if has_steps else []),
+            *(["seeds"] if has_seeds else []),
+            *(names[i].replace("_", "-") for i in limits),
+            *heads,
+        ],
+        rows=rows,
+        notes=notes,
+        folded=folded,
+    )
+
+
+def _shown(members: dict[Trained, list[dict]]) -> tuple[list[int], bool, bool]:
+    """Which settings of the sampler have a column, and whether steps and seeds have one."""
+    plain = list(SAMPLER.values())
+    limits = [
+        i
+        for i in range(len(plain))
+        if i == 0 or any(group.sampler[i] not in (None, plain[i]) for group in members)
+    ]
+    has_steps = any(group.step is not None for group in members)
+    has_seeds = any(len({_seed(row) for row in rows}) > 1 for rows in members.values())
+    return limits, has_steps, has_seeds
+
+
+def _plain(value: Any) -> str:
+    return f"{value:g}" if is_number(value) else "-"
+
+
+def _seed(row: dict) -> str:
+    return str((row.get("training") or {}).get("seed", row.get("run") or row.get("checkpoint")))
+
+
+def _cell(rows: Sequence[dict], head: str, metric: str) -> str:
+    """The mean over seeds with its standard error, or the value of one with that over prompts."""
+    digits = DIGITS.get(head, 3)
+    by_seed = defaultdict(list)
+    for row in rows:
+        if is_number(row.get(metric)):
+            by_seed[_seed(row)].append(row[metric])
+    if len(rows) == 1 or not by_seed:
+        error = rows[0].get(f"{metric}_se")
+        return plus_minus(rows[0].get(metric), error if is_number(error) else None, digits)
+    means = [mean_and_error(of_seed)[0] for of_seed in by_seed.values()]
+    return plus_minus(*mean_and_error(means), digits)
+
+
+def _with_kl_named(row: dict) -> dict:
+    """A row whose KL is that along samples, under this name, unless they are the policy's."""
+    if not other_sampler(row):
+        return row
+    kl, along = (EVALUATION_COLUMNS[name] for name in ("KL", "KL along samples"))
+    renamed = {kl: along, f"{kl}_se": f"{along}_se"}
+    return {renamed.get(key, key): value for key, value in row.items()}
+
+
+# ---------------------------------------------------------------------------------------- win rates
+
+WINRATE_COUNTS = ("wins", "ties", "losses", "contradictions", "unjudged")
+
+
+def winrate_table(winrates: Sequence[dict], evaluations: Sequence[dict] = ()) -> Table | None:
+    """A row of winrates.json for each loss, temperature, opponent and judge: the mean over seeds.
+
+    evaluations: rows of eval.jsonl, which say what the checkpoints were trained with.
+    """
+    if not winrates:
+        return None
+    of_checkpoint = {
+        row.get("checkpoint"): (group, _seed(row))
+        for row, group in zip(evaluations, trained(evaluations), strict=True)
+    }
+    names = _opponents([rate.get("checkpoint") or "policy" for rate in winrates])
+    against = _opponents([rate["against"] for rate in winrates])
+    members = defaultdict(list)
+    for rate, name, opponent in zip(winrates, names, against, strict=True):
+        group, seed = of_checkpoint.get(rate.get("checkpoint"), (None, name))
+        label = group.name if group else name
+        step = group.step if group else None
+        key = (label, step, rate.get("temperature"), opponent, rate["by"])
+        members[key].append((seed, rate))
+    has_steps = any(step is not None for _, step, *_ in members)
+    counted = [name for name in WINRATE_COUNTS if any(rate.get(name) for rate in winrates)]
+    rows = []
+    for (label, step, temperature, opponent, by), rates in members.items():
+        where = [label, *([_plain(step)] if has_steps else []), _plain(temperature), opponent, by]
+        counts = [sum(rate.get(name) or 0 for _, rate in rates) for name in counted]
+        rows.append([*where, _rate_cell(rates, "win_rate", "low", "high"), *counts])
+    return Table(
+        title="Win rates",
+        head=[
+            "",
+            *(["step"] if has_steps else []),
+            *("temperature", "against", "by", "win rate [95%]", *counted),
+        ],
+        rows=rows,
+        notes=_winrate_notes(members),
+    )
+
+
+def _winrate_notes(members: dict[tuple, list]) -> list[str]:
+    notes = [
+        "A tie counts one half, and so does a pair whose two orders contradict each other."
+        " Intervals are over prompts, of one policy and its samples."
+    ]
+    if any(len(rates) > 1 for rates in members.values()):
+        notes.append(
+            "Rows of several seeds have means over seeds, with t intervals over them from three"
+            " seeds on, and counts of all seeds together."
+        )
+    return notes
+
+
+def _opponents(names: Sequence[str]) -> list[str]:
+    """Short names of those that are paths."""
+    paths = [name for name in names if "/" in name]
+    short = dict(zip(paths, short_names(paths), strict=True)) if paths else {}
+    return [short.get(name, name) for name in names]
+
+
+def _rate_cell(rates: Sequence[tuple[str, dict]], value: str, low: str, high: str) -> str:
+    """A win rate with its interval: over prompts of one row, over seeds of several."""
+    known = [(seed, rate) for seed, rate in rates if is_number(rate.get(value))]
+    if not known:
+        return "-"
+    if len(known) == 1:
+        [(_, rate)] = known
+        if not (is_number(rate.get(low)) and is_number(rate.get(high))):
+            return f"{rate[value]:.3f}"
+        return f"{rate[value]:.3f} [{rate[low]:.3f}, {rate[high]:.3f}]"
+    by_seed = defaultdict(list)
+    for seed, rate in known:
+        by_seed[seed].append(rate[value])
+    of = over_seeds(mean_and_error(of_seed)[0] for of_seed in by_seed.values())
+    interval = f" [{of.low:.3f}, {of.high:.3f}]" if of.low is not None else ""
+    return f"{of.mean:.3f}{interval}"
