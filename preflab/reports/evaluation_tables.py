@@ -172,7 +172,7 @@ def _grouped(
     for group in sorted(members, key=lambda of: (order[of.name], of.step or 0, of.sampler[0])):
         of_group = members[group]
         cells = [group.name, *([group.step] if has_steps else [])]
-        cells += [len({_seed(row) for row in of_group})] if has_seeds else []
+        cells += [len({seed_of(row) for row in of_group})] if has_seeds else []
         cells += [_plain(group.sampler[i]) for i in limits]
         rows.append([*cells, *(_cell(of_group, *column) for column in columns.items())])
     names = list(SAMPLER)
@@ -187,6 +187,7 @@ def _grouped(
         ],
         rows=rows,
         notes=notes,
+        keys=1 + has_steps + has_seeds + len(limits),
         folded=folded,
     )
 
@@ -200,7 +201,7 @@ def _shown(members: dict[Trained, list[dict]]) -> tuple[list[int], bool, bool]:
         if i == 0 or any(group.sampler[i] not in (None, plain[i]) for group in members)
     ]
     has_steps = any(group.step is not None for group in members)
-    has_seeds = any(len({_seed(row) for row in rows}) > 1 for rows in members.values())
+    has_seeds = any(len({seed_of(row) for row in rows}) > 1 for rows in members.values())
     return limits, has_steps, has_seeds
 
 
@@ -208,7 +209,8 @@ def _plain(value: Any) -> str:
     return f"{value:g}" if is_number(value) else "-"
 
 
-def _seed(row: dict) -> str:
+def seed_of(row: dict) -> str:
+    """The seed of the training run of a checkpoint; its run where the seed is not known."""
     return str((row.get("training") or {}).get("seed", row.get("run") or row.get("checkpoint")))
 
 
@@ -218,7 +220,7 @@ def _cell(rows: Sequence[dict], head: str, metric: str) -> str:
     by_seed = defaultdict(list)
     for row in rows:
         if is_number(row.get(metric)):
-            by_seed[_seed(row)].append(row[metric])
+            by_seed[seed_of(row)].append(row[metric])
     if len(rows) == 1 or not by_seed:
         error = rows[0].get(f"{metric}_se")
         return plus_minus(rows[0].get(metric), error if is_number(error) else None, digits)
@@ -248,7 +250,7 @@ def winrate_table(winrates: Sequence[dict], evaluations: Sequence[dict] = ()) ->
     if not winrates:
         return None
     of_checkpoint = {
-        row.get("checkpoint"): (group, _seed(row))
+        row.get("checkpoint"): (group, seed_of(row))
         for row, group in zip(evaluations, trained(evaluations), strict=True)
     }
     names = _opponents([rate.get("checkpoint") or "policy" for rate in winrates])
@@ -276,6 +278,7 @@ def winrate_table(winrates: Sequence[dict], evaluations: Sequence[dict] = ()) ->
         ],
         rows=rows,
         notes=_winrate_notes(members),
+        keys=4 + has_steps,
     )
 
 

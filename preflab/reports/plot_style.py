@@ -34,6 +34,9 @@ COLOR_CYCLE = [
 
 LINE_STYLES = ["-", "--", ":", "-."]
 
+# Seven, so that with eight colors 56 series differ in color or marker, and neighbors in both.
+MARKERS = ["o", "s", "^", "D", "v", "P", "x"]
+
 KL_LABEL = "KL(policy || reference) of samples (nats)"
 
 
@@ -52,6 +55,19 @@ def style(i: int) -> dict[str, str]:
         "color": COLOR_CYCLE[i % len(COLOR_CYCLE)],
         "linestyle": LINE_STYLES[i // len(COLOR_CYCLE) % len(LINE_STYLES)],
     }
+
+
+def marker(i: int) -> str:
+    """The marker of the i-th series of a figure."""
+    return MARKERS[i % len(MARKERS)]
+
+
+def unlisted(name: str, what: str = "") -> str:
+    """A label that puts an artist into a series of the page, and in no legend of a figure.
+
+    what: which part of the series it is, such as its raw values.
+    """
+    return f"_{name} · {what}" if what else f"_{name}"
 
 
 def new_axes(figure: Figure, n_rows: int, n_columns: int) -> list[Axes]:
@@ -96,7 +112,8 @@ def smooth(values: list[float], weight: float = 0.9) -> list[float]:
 def legend_below(figure: Figure, names: list[str]) -> None:
     """One legend for all axes of a figure; the i-th name has `style(i)`."""
     handles = [
-        Line2D([], [], **style(i), linewidth=1.6, label=name) for i, name in enumerate(names)
+        Line2D([], [], **style(i), marker=marker(i), markersize=4, linewidth=1.6, label=name)
+        for i, name in enumerate(names)
     ]
     longest = max(len(name) for name in names)
     figure.legend(

@@ -15,10 +15,12 @@ from preflab.reports.plot_style import (
     kl_label,
     label_axes,
     legend_below,
+    marker,
     new_axes,
     panel_grid,
     smooth,
     style,
+    unlisted,
 )
 from preflab.reports.run_files import is_number
 from preflab.reports.runs import Run, left_out, other_sampler, training_names
@@ -91,13 +93,14 @@ def _draw_curve(ax: Axes, run: Run, curve: Curve) -> None:
     """Training steps pale under their moving average, and evaluations as points."""
     examples, values = run.series("train", curve.metric.format("train"))
     color = COLORS[curve.color if curve.role else "train"]
-    ax.plot(examples, values, color=color, alpha=0.25, linewidth=0.8)
+    name = f"{curve.role} train".strip()
+    ax.plot(examples, values, color=color, alpha=0.25, linewidth=0.8, label=unlisted(name, "raw"))
     ax.plot(
         examples,
         smooth(values),
         color=color,
         linewidth=1.2,
-        label=f"{curve.role} train".strip() if examples else None,
+        label=name if examples else None,
     )
     if "{}" not in curve.metric:  # a metric of training alone
         return
@@ -166,6 +169,7 @@ def _draw_frontier(ax: Axes, points: list[tuple[float, float, float]]) -> None:
         marker="o",
         markersize=4,
         linewidth=1.2,
+        label=unlisted("policy"),
     )
     for kl, reward, examples in (points[0], points[-1]):
         ax.annotate(
@@ -243,8 +247,8 @@ ONLINE_PANELS = [
 
 
 def online_figure(runs_by_name: dict[str, list[Run]]) -> Figure | None:
-    """Rounds of online runs: one line for each name, the mean of its runs at each round, with a
-    moving average over about ten rounds."""
+    """Rounds of online runs: one line for each name, the mean of its runs at each round, pale
+    under its moving average over about ten rounds."""
     means = {name: _round_means(runs) for name, runs in runs_by_name.items()}
     panels = [
         panel
@@ -255,7 +259,7 @@ def online_figure(runs_by_name: dict[str, list[Run]]) -> Figure | None:
         return None
     figure, axes = panel_grid(len(panels), row_height=3.3)
     for ax, panel in zip(axes, panels, strict=True):
-        for i, of_name in enumerate(means.values()):
+        for i, (name, of_name) in enumerate(means.items()):
             points = [
                 (x, y)
                 # One of the two is missing where no run of this name logged it.
@@ -264,12 +268,16 @@ def online_figure(runs_by_name: dict[str, list[Run]]) -> Figure | None:
             ]
             if panel.x == "online/labels_bought" and len({x for x, _ in points}) == 1:
                 points = points[-1:]  # all labels were bought before the first round
+            xs, ys = [x for x, _ in points], [y for _, y in points]
+            raw = unlisted(name, "raw")
+            ax.plot(xs, ys, color=style(i)["color"], alpha=0.3, linewidth=0.8, label=raw)
             ax.plot(
-                [x for x, _ in points],
-                smooth([y for _, y in points]),
+                xs,
+                smooth(ys),
                 **style(i),
                 linewidth=1.4,
-                marker="o" if len(points) == 1 else None,
+                marker=marker(i) if len(points) == 1 else None,
+                label=unlisted(name),
             )
         x_label = panel.x_label
         if panel.x == "online/kl":
@@ -318,7 +326,8 @@ def temperature_figure(evaluations: list[dict], winrates: list[dict]) -> Figure 
     losses = list(dict.fromkeys(loss for panel in panels for loss, _, _ in panel.points))
     for ax, panel in zip(axes, panels, strict=True):
         for i, loss in enumerate(losses):
-            _draw_over_temperature(ax, panel.points, loss, style(i))
+            line_style = style(i) | {"marker": marker(i), "label": unlisted(loss)}
+            _draw_over_temperature(ax, panel.points, loss, line_style)
         label_axes(ax, panel.title, "temperature", panel.y_label)
     legend_below(figure, losses)
     return figure
@@ -375,7 +384,6 @@ def _draw_over_temperature(
         means,
         yerr=[error or 0 for error in errors],
         **line_style,
-        marker="o",
         markersize=4,
         capsize=2,
     )
@@ -399,7 +407,8 @@ def checkpoints_figure(evaluations: list[dict]) -> Figure | None:
     ]
     legend = list(dict.fromkeys(names))
     for name, checkpoints in zip(names, lines.values(), strict=True):
-        line_style = style(legend.index(name)) | {"marker": "o", "markersize": 4}
+        i = legend.index(name)
+        line_style = style(i) | {"marker": marker(i), "markersize": 4, "label": unlisted(name)}
         checkpoints = sorted(checkpoints, key=lambda row: row.get("step") or 0)
         rewards = [row["samples_eval/policy_reward"] for row in checkpoints]
         if all("step" in row for row in checkpoints):
@@ -411,5 +420,7 @@ def checkpoints_figure(evaluations: list[dict]) -> Figure | None:
     title = _with_note("reward against KL", n_left_out)
     label_axes(right, title, KL_LABEL, "reward of samples")
     right.set_visible(n_left_out < len(rows))
+    several_steps = any(len({row.get("step") for row in of}) > 1 for of in lines.values())
+    left.set_visible(several_steps or not right.get_visible())
     legend_below(figure, legend)
     return figure

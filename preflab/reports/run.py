@@ -1,15 +1,15 @@
 """The report of one run: report.html and its pictures."""
 
-from collections import defaultdict
 from pathlib import Path
 
 from matplotlib.figure import Figure
 from omegaconf import OmegaConf
 
 from preflab.reports import plots
-from preflab.reports.evaluation_tables import evaluation_tables, winrate_table
-from preflab.reports.page import sample_columns, save_figures, write_page
+from preflab.reports.evaluation_tables import evaluation_tables, seed_of, trained, winrate_table
+from preflab.reports.page import save_figures, write_page
 from preflab.reports.runs import Run, left_out
+from preflab.reports.sample_cards import Origin, sample_cards
 from preflab.reports.tables import (
     Table,
     data_table,
@@ -43,8 +43,8 @@ def write_report(run_dir: Path) -> str:
         subtitle=unfinished + ("" if is_several else verdict(summary)),
         problems=_problems(run),
         tables=[table for table in tables if table and table.rows],
-        pictures=save_figures(run.folder, _figures(run)),
-        samples=[sample_columns(sample) for sample in _grouped_by_prompt(run.samples())],
+        charts=save_figures(run.folder, _figures(run)),
+        samples=sample_cards(samples_of(run), run.reward),
         config=OmegaConf.to_yaml(OmegaConf.create(run.config)),
     )
     texts = [evaluations[0].with_notes()] if is_several else [summary_table(summary), why(run)]
@@ -75,10 +75,11 @@ def _problems(run: Run) -> list[str]:
     return problems
 
 
-def _grouped_by_prompt(samples: list[dict]) -> list[dict]:
-    """Samples in the order of their prompts, so that the checkpoints and temperatures of one prompt
-    are side by side."""
-    by_prompt = defaultdict(list)
-    for sample in samples:
-        by_prompt[sample.get("prompt")].append(sample)
-    return [sample for of_prompt in by_prompt.values() for sample in of_prompt]
+def samples_of(run: Run) -> list[tuple[Origin, dict]]:
+    """The samples of a run with the policy that each is of: its own, or an evaluated checkpoint."""
+    origins = {}
+    for row, group in zip(run.evaluations, trained(run.evaluations), strict=True):
+        step = "" if group.step is None else f", step {group.step}"
+        origins[row.get("checkpoint")] = Origin(group.name + step, group.name, seed_of(row))
+    own = Origin("policy", run.loss, str(run.seed))
+    return [(origins.get(row.get("checkpoint"), own), row) for row in run.samples()]

@@ -1,10 +1,9 @@
 """The report of a folder of runs: tables, figures and a page that compare them."""
 
 import csv
-import json
 import math
 from collections import Counter, defaultdict
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -15,8 +14,8 @@ from preflab.reports.ceiling import reference_rewards
 from preflab.reports.ceiling_table import ceiling_table
 from preflab.reports.evaluation_tables import evaluation_tables, winrate_table
 from preflab.reports.overoptimization_table import overoptimization_table
-from preflab.reports.page import sample_columns, save_figures, write_page
-from preflab.reports.run import write_report
+from preflab.reports.page import save_figures, write_page
+from preflab.reports.run import samples_of, write_report
 from preflab.reports.run_files import is_number
 from preflab.reports.runs import (
     Group,
@@ -26,6 +25,7 @@ from preflab.reports.runs import (
     group_runs,
     left_out,
 )
+from preflab.reports.sample_cards import Origin, sample_cards
 from preflab.reports.selection import envelopes, has_parts, sampled_evaluations
 from preflab.reports.statistics import Estimate, difference, over_seeds
 from preflab.reports.tables import (
@@ -116,12 +116,12 @@ def write_comparison(
     states = Counter(run.state.split(":")[0] for run in trained)
     write_page(
         folder,
-        title=f"{folder.resolve().name}: {len(trained)} runs",
+        title=f"{folder.resolve().name}: {len(trained)} run{'s' * (len(trained) != 1)}",
         subtitle=", ".join(f"{n} {state}" for state, n in states.items()),
         problems=problems,
         tables=tables,
-        pictures=save_figures(folder, _figures(groups, evaluations, winrates, samples)),
-        samples=_samples_side_by_side(groups),
+        charts=save_figures(folder, _figures(groups, evaluations, winrates, samples)),
+        samples=sample_cards(_samples(runs, groups)),
     )
     return "\n\n".join([*problems, *(table.with_notes() for table in tables if not table.folded)])
 
@@ -225,6 +225,7 @@ def _comparison_table(groups: list[Group]) -> Table:
             "state",
         ],
         rows=rows,
+        keys=len(groups[0].settings) + differ,
     )
 
 
@@ -272,25 +273,29 @@ def _find_baseline(groups: list[Group], settings: dict[str, str] | None) -> Grou
 def _write_differences(folder: Path, groups: list[Group], baseline: Group) -> Table | None:
     """Every other group minus the baseline, paired by seed and, where all share them, by prompt;
     differences.csv has full precision."""
-    rows, numbers, spans = [], [], {}
+    of_groups, numbers, spans = {}, [], {}
     for group in groups:
         if group is baseline:
             continue
-        cells = []
+        cells = {}
         for name in PAIRED:
-            estimate = _difference(group, baseline, name)
-            cells.append(_format_difference(estimate))
+            cells[name] = estimate = _difference(group, baseline, name)
             if estimate:
                 spans.setdefault(estimate.over, {})[name] = None
                 numbers.append([group.name, baseline.name, name, *_numbers(estimate)])
-        rows.append([group.name, *cells])
+        of_groups[group.name] = cells
     if not numbers:
         return None
+    known = [name for name in PAIRED if any(cells[name] for cells in of_groups.values())]
+    rows = [
+        [name, *(_format_difference(cells[metric]) for metric in known)]
+        for name, cells in of_groups.items()
+    ]
     columns = ["group", "baseline", "metric", *COLUMNS_OF_A_DIFFERENCE]
     _write_csv(folder / "differences.csv", [columns, *numbers])
     return Table(
         title=f"Differences from {baseline.name}: mean ± standard error [95% interval]",
-        head=["", *_heads(groups, PAIRED)],
+        head=["", *_heads(groups, known)],
         rows=rows,
         notes=_span_notes(spans, [run for group in groups for run in group.runs]),
     )
@@ -406,27 +411,12 @@ def _write_frontier(folder: Path, groups: list[Group]) -> Table | None:
     )
 
 
-def _samples_side_by_side(groups: list[Group]) -> list[dict]:
-    """For each prompt the answers of the first seed of every group, beside the reference's and the
-    data's."""
-    entries: dict[str, dict] = {}
+def _samples(runs: list[Run], groups: list[Group]) -> Iterator[tuple[Origin, dict]]:
+    """Samples of every run of the groups, or of the evaluated checkpoints where there is none."""
     for group in groups:
-        for row in group.runs[0].samples():
-            if row.get("sample", 0) != 0 or row.get("policy") is None:
-                continue
-            sample = sample_columns(row)
-            # Conversations with the same text may have other tools.
-            parts = [row["prompt"], row.get("tools"), row.get("chat_template_kwargs")]
-            entry = entries.setdefault(
-                json.dumps(parts), {"prompt": row["prompt"], "source": "", "columns": []}
-            )
-            names = {name for name, *_ in entry["columns"]}
-            policies = [column for column in sample["columns"] if column[0] == "policy"]
-            others = [
-                column
-                for column in sample["columns"]
-                if column[0] != "policy" and column[0] not in names
-            ]
-            entry["columns"] += others
-            entry["columns"] += [(group.name, *column[1:]) for column in policies]
-    return list(entries.values())
+        for run in group.runs:
+            origin = Origin(group.name, group.name, str(run.seed))
+            yield from ((origin, row) for row in run.samples())
+    if not groups:
+        for run in runs:
+            yield from samples_of(run)

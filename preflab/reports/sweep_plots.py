@@ -19,9 +19,11 @@ from preflab.reports.plot_style import (
     kl_label,
     label_axes,
     legend_below,
+    marker,
     new_axes,
     panel_grid,
     style,
+    unlisted,
 )
 from preflab.reports.run_files import is_number
 from preflab.reports.runs import Group, Run, left_out
@@ -52,9 +54,9 @@ def frontier_figure(groups: list[Group], rewards: np.ndarray | None = None) -> F
     grid = [max_kl * i / N_GRID for i in range(N_GRID + 1)]
     curves = fitted_curves(families)
     for i, (name, runs) in enumerate(families.items()):
-        _draw_envelope(ax, name, runs, grid, style(i))
+        _draw_envelope(ax, name, runs, grid, i)
         if name in curves:
-            _draw_fit(ax, *curves[name], style(i)["color"])
+            _draw_fit(ax, *curves[name], name, style(i)["color"])
     if rewards is not None:
         _draw_ceiling(ax, rewards, max_kl)
     title = "reward against KL; lines: best reward within a KL, mean over seeds"
@@ -65,17 +67,17 @@ def frontier_figure(groups: list[Group], rewards: np.ndarray | None = None) -> F
     return figure
 
 
-def _draw_envelope(
-    ax: Axes, name: str, runs: list[Run], grid: list[float], line_style: dict
-) -> None:
+def _draw_envelope(ax: Axes, name: str, runs: list[Run], grid: list[float], i: int) -> None:
+    line_style = style(i)
     points = [point for run in runs for point in run.frontier()]
     ax.plot(
         [kl for kl, _, _ in points],
         [reward for _, reward, _ in points],
-        ".",
+        marker(i),
         color=line_style["color"],
         alpha=0.35,
-        markersize=5,
+        markersize=3,
+        label=unlisted(name, "an evaluation"),
     )
     by_kl = zip(grid, *envelopes(runs, grid).values(), strict=True)
     # Only where every seed has a value: the mean jumps where a seed drops out.
@@ -95,13 +97,15 @@ def _draw_envelope(
         color=line_style["color"],
         alpha=0.15,
         linewidth=0,
+        label=unlisted(name, "range over seeds"),
     )
 
 
-def _draw_fit(ax: Axes, start: float, fitted: Fit, color: str) -> None:
+def _draw_fit(ax: Axes, start: float, fitted: Fit, name: str, color: str) -> None:
     """The fit of over-optimisation to all points of a loss, where there are some."""
     kls = np.linspace(fitted.low, fitted.high, N_GRID)
-    ax.plot(kls, start + fitted.gain(kls), ":", color=color, linewidth=1.2)
+    label = unlisted(name, "fit")
+    ax.plot(kls, start + fitted.gain(kls), ":", color=color, linewidth=1.2, label=label)
 
 
 def _draw_ceiling(ax: Axes, rewards: np.ndarray, max_kl: float) -> None:
@@ -146,21 +150,23 @@ def bands_figure(groups: list[Group]) -> Figure | None:
     figure, axes = panel_grid(len(panels), row_height=3.1)
     for ax, panel in zip(axes, panels, strict=True):
         for i, group in enumerate(groups):
-            _draw_band(ax, group, panel.metric, style(i))
+            _draw_band(ax, group, panel.metric, i)
         samplers = (run.sampler() for group in groups for run in group.runs)
         label_axes(ax, panel.title, "examples", panel.y_label or kl_label(samplers))
     legend_below(figure, [group.name for group in groups])
     return figure
 
 
-def _draw_band(ax: Axes, group: Group, metric: str, line_style: dict) -> None:
+def _draw_band(ax: Axes, group: Group, metric: str, i: int) -> None:
+    line_style = style(i) | {"label": unlisted(group.name)}
     values = defaultdict(list)
     for run in group.runs:
         for examples, value in zip(*run.series("eval", metric), strict=True):
             values[examples].append(value)
     points = [(examples, *mean_and_error(values[examples])) for examples in sorted(values)]
     examples = [x for x, _, _ in points]
-    ax.plot(examples, [mean for _, mean, _ in points], **line_style, marker=".", linewidth=1.4)
+    means = [mean for _, mean, _ in points]
+    ax.plot(examples, means, **line_style, marker=marker(i), markersize=3, linewidth=1.4)
     ax.fill_between(
         examples,
         [mean - (error or 0) for _, mean, error in points],
@@ -168,6 +174,7 @@ def _draw_band(ax: Axes, group: Group, metric: str, line_style: dict) -> None:
         color=line_style["color"],
         alpha=0.15,
         linewidth=0,
+        label=unlisted(group.name, "± standard error"),
     )
 
 
@@ -186,15 +193,16 @@ def length_figure(groups: list[Group]) -> Figure | None:
         )
         if len(points) >= 2:
             is_empty = False
-            _draw_lengths(ax, group.name, points, style(i))
+            _draw_lengths(ax, group.name, points, i)
     label_axes(
         ax, "reward of samples against their length; lines: means of sixths", "tokens", "reward"
     )
     return None if is_empty else figure
 
 
-def _draw_lengths(ax: Axes, name: str, points: list[tuple[float, float]], line_style: dict) -> None:
+def _draw_lengths(ax: Axes, name: str, points: list[tuple[float, float]], i: int) -> None:
     """points: (tokens, reward), sorted by tokens."""
+    line_style = style(i)
     thinned = points[:: max(1, len(points) // MAX_DRAWN_SAMPLES)]
     ax.plot(
         [tokens for tokens, _ in thinned],
@@ -203,6 +211,7 @@ def _draw_lengths(ax: Axes, name: str, points: list[tuple[float, float]], line_s
         color=line_style["color"],
         alpha=0.2,
         markersize=4,
+        label=unlisted(name, "a sample"),
     )
     n = len(points)
     bounds = [n * i // N_LENGTH_BINS for i in range(N_LENGTH_BINS + 1)]
@@ -211,7 +220,7 @@ def _draw_lengths(ax: Axes, name: str, points: list[tuple[float, float]], line_s
         [mean_and_error(tokens for tokens, _ in members)[0] for members in bins],
         [mean_and_error(reward for _, reward in members)[0] for members in bins],
         **line_style,
-        marker="o",
+        marker=marker(i),
         markersize=4,
         label=name,
     )

@@ -14,25 +14,28 @@ MAX_CELL = 50  # characters of a cell in the console
 class Table:
     """A table of a page or of the console; the cells of a page are converted to text.
 
-    folded: whether a page shows it only on a click, and the console not at all.
+    keys: how many columns say what a row is about. folded: whether a page shows the table only on a
+    click, and the console not at all.
     """
 
     rows: list[Sequence]
     title: str = ""
     head: Sequence[str] = ()
     notes: Sequence[str] = ()
+    keys: int = 1
     folded: bool = False
 
     def as_text(self) -> str:
-        """Aligned columns. Those that a terminal has no room for follow below, beside the first."""
+        """Aligned columns. Those that a terminal has no room for follow below, beside the keys."""
         rows = [[shorten(str(cell), MAX_CELL) for cell in row] for row in (self.head, *self.rows)]
         columns = list(zip(*rows, strict=True))
         widths = [max(map(len, column)) + 2 for column in columns]
-        parts = [[0]]
-        for i in range(1, len(columns)):
+        keys = list(range(self.keys))
+        parts = [keys]
+        for i in range(self.keys, len(columns)):
             if sum(widths[j] for j in parts[-1]) + widths[i] > CONSOLE_WIDTH + 2:
-                parts.append([0])
-            parts[-1].append(i)
+                parts.append(keys)
+            parts[-1] = [*parts[-1], i]
         return "\n\n".join(aligned([[row[i] for i in part] for row in rows]) for part in parts)
 
     def with_notes(self) -> str:

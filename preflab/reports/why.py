@@ -9,7 +9,7 @@ from statistics import fmean
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from preflab.reports.plot_style import COLORS, label_axes, panel_grid, smooth
+from preflab.reports.plot_style import COLORS, label_axes, panel_grid, smooth, unlisted
 from preflab.reports.runs import Group, Run
 from preflab.reports.tables import Table, plus_minus
 
@@ -263,7 +263,8 @@ def _draw(ax: Axes, role: str, split: str, examples: list, values: list) -> None
     color = COLORS.get(role, COLORS[split])
     label = f"{role} {split}" if role in COLORS else split
     if split == "train":
-        ax.plot(examples, values, color=color, alpha=0.25, linewidth=0.8)
+        raw = unlisted(label, "raw")
+        ax.plot(examples, values, color=color, alpha=0.25, linewidth=0.8, label=raw)
         ax.plot(examples, smooth(values), color=color, linewidth=1.2, label=label)
     else:
         ax.plot(examples, values, color=color, marker="o", markersize=4, linewidth=1.5, label=label)
