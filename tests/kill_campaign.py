@@ -110,7 +110,7 @@ class Campaign:
     """Runs in a folder, with the models and the data that all of them read."""
 
     def __init__(self, folder: Path, seed: int):
-        self.folder, self.random = folder, random.Random(seed)
+        self.folder, self.random, self.ports = folder, random.Random(seed), random.Random()
         for name in ("llama", "gpt2"):
             make_model(name, scale=1.0 if name == "gpt2" else 4.0).save_pretrained(folder / name)
             make_tokenizer().save_pretrained(folder / name)
@@ -130,7 +130,7 @@ class Campaign:
     def run(self, kind: Kind, folder: Path, doom: "Doom | None" = None) -> "Outcome":
         """Fork the processes of a try, and wait for all of them."""
         folder.mkdir(parents=True, exist_ok=True)
-        port, outcome = _free_port(), Outcome()
+        port, outcome = self._free_port(), Outcome()
         for name in kind.runs:
             for rank in range(kind.ranks):
                 number = len(outcome.pids)
@@ -143,6 +143,14 @@ class Campaign:
                 outcome.pids.append(pid)
         outcome.wait(folder, kind.ranks)
         return outcome
+
+    def _free_port(self) -> int:
+        """A port that no other program is given by chance: systems choose higher ones."""
+        while True:
+            port = self.ports.randrange(10_000, 32_000)
+            with socket.socket() as probe, contextlib.suppress(OSError):
+                probe.bind(("localhost", port))
+                return port
 
     def try_once(self, name: str, whole: "Whole", number: int) -> tuple[int, list[str]]:
         """Kill a run of a kind some times and continue it. Returns the kills, and what is lost."""
@@ -298,12 +306,6 @@ def watch_files(folder: Path, counts: dict[str, int], doom: Doom | None) -> None
             doom.strike()
 
     sys.addaudithook(hook)
-
-
-def _free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("localhost", 0))
-        return probe.getsockname()[1]
 
 
 # ---------------------------------------------------------------------------------------- comparing

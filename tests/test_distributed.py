@@ -8,6 +8,7 @@ import json
 import os
 import signal
 import socket
+import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -798,6 +799,34 @@ def test_ranks_that_nobody_watches_name_the_one_that_does_not_come(monkeypatch):
         for rank, line in zip(ranks, said, strict=True):
             assert line.startswith(f"rank {rank} of 3 waited up to 0 s at localhost:{port} for")
             assert f"for rank {missing}, which has not come" in line
+
+
+def test_a_rank_that_dies_after_it_came_is_not_waited_for(capfd):
+    if (pid := os.fork()) == 0:
+        with process_group._ends_the_process_after(0.1, 0, 2):
+            time.sleep(60)
+        os._exit(0)
+    assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == 2
+    assert capfd.readouterr().err.startswith("error: rank 0 of 2 waited 0 s for the others to")
+    with process_group._ends_the_process_after(60, 0, 2):
+        pass
+    timers = [t for t in threading.enumerate() if isinstance(t, threading.Timer)]
+    assert all(timer.finished.is_set() for timer in timers)  # none ends this process later
+
+
+def test_a_connection_of_a_port_to_itself_is_no_answer(monkeypatch):
+    with socket.socket() as alone:  # as the system makes one when it chooses this port
+        alone.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        alone.bind(("localhost", 0))
+        alone.connect(alone.getsockname())
+        port = alone.getsockname()[1]
+        monkeypatch.setattr(socket, "create_connection", lambda *_, **__: alone)
+        assert not process_group._answers("localhost", port, 0.0)
+    monkeypatch.undo()
+    with socket.socket() as free:  # which it does not block
+        free.bind(("localhost", port))
+        free.listen()
+        assert process_group._answers("localhost", port, 0.0)
 
 
 def test_an_error_of_rank_0_ends_the_others_silently():

@@ -74,7 +74,7 @@ def launch(worker: Callable, n: int, port: int | None, arguments: tuple, stop: S
             monitor_interval=0.1,
             run_id=str(os.getpid()),
             rdzv_backend="c10d",
-            rdzv_endpoint=f"localhost:{_free_port(port)}",
+            rdzv_endpoint=f"localhost:{_usable(port)}",
             signals_to_handle="SIGQUIT",  # StopSignals handles the others
         )
         stop.note = Path(folder) / "signal"
@@ -92,18 +92,21 @@ def launch(worker: Callable, n: int, port: int | None, arguments: tuple, stop: S
         raise Stopped(stop.received or max(filter(None, by_worker.values())))
 
 
-def _free_port(port: int | None) -> int:
-    """`port`, or for None a free port. Raises ConfigError if the port cannot be used."""
+def _usable(port: int | None) -> int:
+    """`port`, or 0 for None: the store of the workers then takes a free one when it opens it.
+    Raises ConfigError if the port cannot be used."""
+    if port is None:
+        return 0
     with socket.socket() as probe:
         probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         try:
-            probe.bind(("localhost", port or 0))
+            probe.bind(("localhost", port))
         except OSError as error:
             raise ConfigError(
                 f"fsdp_port={port} cannot be used ({error.strerror}); take another, or"
                 " fsdp_port=null for a free one"
             ) from error
-        return probe.getsockname()[1]
+    return port
 
 
 def _run_worker(worker: Callable, arguments: tuple, folder: str, launcher: int) -> int | None:

@@ -9,8 +9,10 @@ import atexit
 import contextlib
 import os
 import socket
+import struct
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
@@ -30,6 +32,7 @@ TIMEOUT = timedelta(hours=3)
 # srun may not, and starts ranks on machines of which some read slowly; nobody watches ranks that
 # were started by hand.
 WAIT_BY_HAND, WAIT_OF_SRUN = 60.0, 600.0
+CONNECT_SECONDS = 45.0  # that they then have to connect; NCCL may take minutes on many machines
 
 
 @dataclass
@@ -225,9 +228,14 @@ def _join() -> World:
         os.environ.setdefault("MASTER_PORT", str(_port_of_command_line() or 20_000 + job % 20_000))
     joined = World(rank, size, local_rank, local_size)
     try:
-        watched = "TORCHELASTIC_RUN_ID" in os.environ
-        more = {} if watched else {"store": _meet(rank, size)}
-        _init_process_group(rank=rank, world_size=size, device=joined.device, **more)
+        here = {"rank": rank, "world_size": size, "device": joined.device}
+        if "TORCHELASTIC_RUN_ID" in os.environ:  # torchrun ends the ranks when one has died
+            _init_process_group(**here)
+        else:
+            store = _meet(rank, size)
+            seconds = CONNECT_SECONDS if joined.device.type == "cpu" else WAIT_OF_SRUN
+            with _ends_the_process_after(seconds, rank, size):
+                _init_process_group(store=store, **here)
     except dist.DistNetworkError as error:
         where = f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}"
         raise ConfigError(
@@ -269,8 +277,11 @@ def _meet(rank: int, size: int) -> dist.Store:
 def _answers(host: str, port: int, end: float) -> bool:
     """Wait until somebody listens at a port, at most until `end`; returns whether one does."""
     while True:
-        with contextlib.suppress(OSError), socket.create_connection((host, port), timeout=5.0):
-            return True
+        with contextlib.suppress(OSError), socket.create_connection((host, port), timeout=5.0) as s:
+            # A port of this machine from which connections are made can be connected to itself.
+            if s.getsockname() != s.getpeername():
+                return True
+            s.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))  # free it
         if time.monotonic() > end:
             return False
         time.sleep(0.2)
@@ -289,6 +300,29 @@ def _missing(store: dist.Store, rank: int, size: int, end: float) -> list[str]:
             return store.get("missing").decode().split(",")
         time.sleep(0.05)
     return []
+
+
+@contextlib.contextmanager
+def _ends_the_process_after(seconds: float, rank: int, size: int) -> Iterator[None]:
+    """Bound what is done inside, where a rank waits in torch's code for the others: one that has
+    come to the store and died since would be waited for as long as for one that tokenises."""
+
+    def end() -> None:
+        print(
+            f"error: rank {rank} of {size} waited {seconds:.0f} s for the others to connect, one of"
+            " which came and has died since; look for its error, and start all ranks together",
+            file=sys.stderr,
+            flush=True,
+        )
+        os._exit(2)
+
+    timer = threading.Timer(seconds, end)
+    timer.daemon = True
+    timer.start()
+    try:
+        yield
+    finally:
+        timer.cancel()
 
 
 def join_alone() -> None:
