@@ -46,11 +46,14 @@ def test_without_git_there_is_no_commit(monkeypatch, error):
     assert provenance.describe_code() == {"commit": None, "dirty": None}
 
 
-@pytest.mark.parametrize("content", ["", "[]", '{"starts": []}', '{"starts": [5]}'])
-def test_a_damaged_file_is_written_again(tmp_path, content):
+@pytest.mark.parametrize("content", ["", "[]", '{"starts": {}}', '{"starts": [5]}'])
+def test_a_damaged_file_is_set_aside_and_written_again(tmp_path, content):
     (tmp_path / "provenance.json").write_text(content, encoding="utf-8")
+    said = provenance.write_provenance(tmp_path, provenance.describe({}))
+    assert said == "provenance.json was damaged and is now damaged-provenance.json"
+    assert (tmp_path / "damaged-provenance.json").read_text() == content
     assert provenance.write_provenance(tmp_path, provenance.describe({})) == ""
-    assert len(starts(tmp_path)) == 1
+    assert len(starts(tmp_path)) == 2
 
 
 def test_a_missing_criterion_is_refused(imdb_dir, llama_folder, tmp_path):

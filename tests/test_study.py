@@ -3,6 +3,10 @@
 import itertools
 import json
 import math
+import os
+import signal
+import time
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -13,7 +17,7 @@ from experiments.pairs import flip
 from preflab.distributed.signals import StopSignals
 from preflab.objective.registry import LOSSES
 from preflab.reports.distributions import t_cdf
-from preflab.reports.run_files import read_jsonl
+from preflab.reports.run_files import read_jsonl, read_summary
 from preflab.reports.selection import TEST, part_of
 from preflab.reports.statistics import Spread, over_seeds, over_seeds_and_prompts
 from preflab.reports.verdicts import (
@@ -33,8 +37,16 @@ from preflab.study.estimate import describe_plan
 from preflab.study.measures import Trial, best_of, load_runs, table_of_measure
 from preflab.study.page import write_study
 from preflab.study.plan import FOLDER, parse_study, read_study
-from preflab.study.work import Worker, begin, is_finished, missing, prepare
-from utils import ConfigError
+from preflab.study.work import (
+    Worker,
+    begin,
+    is_finished,
+    missing,
+    prepare,
+    read_log,
+    write_log,
+)
+from utils import ConfigError, DataError
 
 # ---------------------------------------------------------------------------------------- verdicts
 
@@ -263,6 +275,57 @@ def test_workers_run_what_is_missing_and_one_failure_stops_no_other(tmp_path, mo
     bad = None
     Worker(study, criterion, 0, "two").work(StopSignals())  # a later command tries it again
     assert not missing(study)
+
+
+@pytest.mark.parametrize("summary", ["[]", '{"fini', '{"kl": "high"}'])
+def test_a_run_with_a_damaged_summary_is_not_finished_and_stops_no_other(
+    tmp_path, monkeypatch, summary
+):
+    study, taken = make_study(tmp_path, seeds=[1], grid={}), []
+    for run in study.runs():
+        write_run(study, run, (1.0, 1.0))
+    (study.runs_dir / study.runs()[0].name / "summary.json").write_text(summary)
+
+    def execute(config, folder, stop):
+        taken.append(folder.name)
+        read_summary(folder)  # as a real run does first
+
+    monkeypatch.setattr(work, "execute", execute)
+    assert missing(study) == [study.runs()[0]]
+    Worker(study, begin(study, amended=False), 0, "s").work(StopSignals())
+    [failure] = read_log(study)
+    assert taken == [failure["run"]] and "summary.json: not" in failure["error"]
+
+
+def test_a_log_and_a_provenance_that_are_damaged(tmp_path):
+    study = make_study(tmp_path, seeds=[1], grid={})
+    study.work.mkdir()
+    write_log(study, run="one", session="s", error=None, seconds=1.0)
+    with open(study.work / "log.jsonl", "a") as log:
+        log.write('[]\n5\n{"seconds": "long"}\n{"run": "two", "sess')  # a full disk
+    write_log(study, run="three", session="s", error="e", seconds=2.0)
+    assert [row["run"] for row in read_log(study)] == ["one", "three"]
+    for run in study.runs():
+        write_run(study, run, (1.0, 1.0))
+    (study.runs_dir / run.name / "provenance.json").write_text('{"starts": {}}')
+    with pytest.raises(DataError, match=r"provenance\.json: not what was written there"):
+        write_study(study)
+
+
+def test_a_step_ends_with_its_worker(tmp_path):
+    note = "open('{work}/pid', 'w').write(str(os.getpid()))"
+    sleep = f'python -c "import os, time; {note}; time.sleep(99)"'
+    study = make_study(tmp_path, prepare=[{"makes": "nothing", "run": sleep}])
+    study.work.mkdir()
+    if (worker := os.fork()) == 0:
+        prepare(study, study.runs()[0], StopSignals())
+    note = study.work / "pid"
+    while not (note.is_file() and note.read_text()):
+        time.sleep(0.05)
+    os.kill(worker, signal.SIGKILL)
+    os.waitpid(worker, 0)
+    while Path(f"/proc/{note.read_text()}").exists():
+        time.sleep(0.05)
 
 
 def test_a_run_of_another_worker_is_left_to_it(tmp_path, monkeypatch):

@@ -147,3 +147,12 @@ def test_a_missing_package_is_named_before_anything_loads(monkeypatch):
 
 def test_without_a_tracker_nothing_is_written(run):
     assert not (run("run", "tracker=none", "wandb.enabled=true") / "tracker.json").exists()
+
+
+@pytest.mark.parametrize("found", ["../../x", "a' OR '", 5, None, "", "0" * 9])
+def test_an_id_that_is_none_is_replaced(tmp_path, found):
+    path = tmp_path / "tracker.json"
+    path.write_text(json.dumps({"id": found}))
+    made = trackers._id_of_run(tmp_path)
+    assert made != found and made == json.loads(path.read_text())["id"]
+    assert trackers._id_of_run(tmp_path) == made  # it stays the same

@@ -177,6 +177,19 @@ def read_status(folder: Path) -> dict:
     return content
 
 
+def read_starts(folder: Path) -> list[dict]:
+    """The starts of a run that provenance.json names; [] if there is none. Raises DataError for
+    another content."""
+    starts = _read_object(folder / "provenance.json").get("starts", [])
+    if not isinstance(starts, list) or not all(map(_is_start, starts)):
+        raise _not_written(folder / "provenance.json", "'starts' is no list of starts")
+    return starts
+
+
+def _is_start(start: Any) -> bool:
+    return isinstance(start, dict) and isinstance(start.get("criterion") or {}, dict)
+
+
 def read_data(folder: Path) -> dict:
     """data.json of a run folder; {} if there is none. Raises DataError for another content."""
     content = _read_object(folder / "data.json")

@@ -4,9 +4,8 @@ import statistics
 from collections.abc import Sequence
 from pathlib import Path
 
-from preflab.reports.run_files import read_jsonl
 from preflab.study.plan import PlannedRun, Study
-from preflab.study.work import LOG, compose_run, missing
+from preflab.study.work import compose_run, missing, read_log
 from utils import Progress
 
 
@@ -36,8 +35,7 @@ def describe_plan(study: Study, n_jobs: int = 2) -> str:
 
 
 def _time(study: Study, left: Sequence[PlannedRun], n_jobs: int) -> str:
-    rows = read_jsonl(study.work / LOG)
-    seconds = [row["seconds"] for row in rows if not row["error"]]
+    seconds = [row["seconds"] for row in read_log(study) if not row["error"]]
     if not seconds:
         return "time: not known before a run has finished; --limit 1 runs one for each worker"
     median = statistics.median(seconds)

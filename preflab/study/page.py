@@ -8,7 +8,7 @@ from pathlib import Path
 
 from preflab.reports.overoptimization_table import overoptimization_table
 from preflab.reports.plot_style import png
-from preflab.reports.run_files import read_json
+from preflab.reports.run_files import read_starts
 from preflab.reports.runs import Group
 from preflab.reports.selection import envelopes
 from preflab.reports.statistics import Estimate, Spread, difference, over_seeds
@@ -90,7 +90,7 @@ def _criterion(study: Study, runs: Sequence[StudyRun]) -> str:
 
 def _hash_of(folder: Path) -> str | None:
     """The hash of the criterion at the first start of a run."""
-    starts = read_json(folder / "provenance.json").get("starts") or [{}]
+    starts = read_starts(folder) or [{}]
     return (starts[0].get("criterion") or {}).get("hash")
 
 

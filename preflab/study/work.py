@@ -6,6 +6,7 @@ kill, finds the runs in their folders.
 """
 
 import contextlib
+import functools
 import json
 import os
 import shlex
@@ -20,16 +21,20 @@ from filelock import FileLock, Timeout
 
 from preflab.distributed.signals import Stopped, StopSignals
 from preflab.execution import execute
-from preflab.reports.run_files import read_json, read_jsonl
+from preflab.reports.run_files import read_summary
 from preflab.settings.compose import compose
 from preflab.settings.keys import ROOT
 from preflab.settings.load import validate
 from preflab.study.plan import PlannedRun, Step, Study
+from preflab.sweeps.pool import end_with
 from utils import (
     ConfigError,
+    DataError,
     PrefLabError,
+    atomic_write,
     content_hash,
     first_line,
+    json_lines,
     one_at_a_time,
     say_without_locks,
 )
@@ -47,7 +52,7 @@ def begin(study: Study, *, amended: bool) -> Path:
     """
     copies = sorted(study.work.glob("study*.yaml"), key=lambda path: (len(path.name), path.name))
     for copy in copies:
-        if copy.read_text(encoding="utf-8") == study.text:
+        if copy.read_text(encoding="utf-8", errors="replace") == study.text:
             return copy
     if copies and not amended:
         raise ConfigError(
@@ -57,12 +62,17 @@ def begin(study: Study, *, amended: bool) -> Path:
         )
     path = study.work / (f"study-{len(copies) + 1}.yaml" if copies else COPY)
     study.work.mkdir(parents=True, exist_ok=True)
-    path.write_text(study.text, encoding="utf-8")
+    with atomic_write(path) as f:
+        f.write(study.text)
     return path
 
 
 def is_finished(study: Study, run: PlannedRun) -> bool:
-    return bool(read_json(study.runs_dir / run.name / "summary.json").get("finished"))
+    """Whether a run is finished. One whose summary is damaged is not: its next start says so."""
+    try:
+        return bool(read_summary(study.runs_dir / run.name).get("finished"))
+    except DataError:
+        return False
 
 
 def missing(study: Study) -> list[PlannedRun]:
@@ -138,13 +148,26 @@ class Worker:
     def _has_failed(self, run: PlannedRun) -> bool:
         return any(
             row["run"] == run.name and row["session"] == self.session and row["error"]
-            for row in read_jsonl(self.study.work / LOG)
+            for row in read_log(self.study)
         )
 
 
+def read_log(study: Study) -> list[dict]:
+    """The lines of the log. One that is none, because a disk was full, is passed over: it would
+    say that a run has failed, or how long it took."""
+    path, rows = study.work / LOG, []
+    for line in json_lines(path) if path.is_file() else ():
+        with contextlib.suppress(ValueError, RecursionError):
+            row = json.loads(line)
+            if isinstance(row, dict) and isinstance(row.get("seconds"), (int, float)):
+                rows.append({"run": None, "session": None, "error": None} | row)
+    return rows
+
+
 def write_log(study: Study, **row) -> None:
-    """Append a line to the log. One write of a line is whole where several processes append."""
-    line = json.dumps(row | {"time": time.time()}, ensure_ascii=False) + "\n"
+    """Append a line to the log. One write of a line is whole where several processes append; it
+    begins with a newline, in case that an earlier one was cut short."""
+    line = "\n" + json.dumps(row | {"time": time.time()}, ensure_ascii=False) + "\n"
     descriptor = os.open(study.work / LOG, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o666)
     try:
         os.write(descriptor, line.encode())
@@ -190,7 +213,12 @@ def _make(step: Step, made: Path, stop: StopSignals) -> None:
     if words[0] == "python":
         words[0] = sys.executable
     print(f"prepare: {step.run}", flush=True)
-    process = subprocess.Popen(words, cwd=ROOT, stdin=subprocess.DEVNULL)
+    process = subprocess.Popen(
+        words,
+        cwd=ROOT,
+        stdin=subprocess.DEVNULL,
+        preexec_fn=functools.partial(end_with, os.getpid()),
+    )
     while process.poll() is None:
         if stop.received:
             process.terminate()

@@ -1,5 +1,6 @@
 """Several workers of a study side by side on this machine, and their progress."""
 
+import functools
 import os
 import signal
 import subprocess
@@ -12,7 +13,7 @@ from pathlib import Path
 from preflab.settings.keys import ROOT
 from preflab.study.plan import Study
 from preflab.study.work import missing
-from preflab.sweeps.pool import SIGNALS, shares, visible_gpus
+from preflab.sweeps.pool import SIGNALS, end_with, shares, visible_gpus
 from utils import Progress
 
 
@@ -60,6 +61,7 @@ class Team:
                 stderr=subprocess.STDOUT,
                 env=environment,
                 start_new_session=True,  # Ctrl-C reaches this process, which sends it on
+                preexec_fn=functools.partial(end_with, os.getpid()),
             )
         os.sched_setaffinity(process.pid, cores)
         print(f"worker {number} ({len(cores)} cores) prints to {log}", flush=True)

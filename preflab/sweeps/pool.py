@@ -105,7 +105,7 @@ class Pool:
             stderr=subprocess.STDOUT,
             env=os.environ | ({"CUDA_VISIBLE_DEVICES": ",".join(gpus)} if gpus else {}),
             start_new_session=True,  # Ctrl-C reaches this process, which sends it on
-            preexec_fn=functools.partial(_end_with, os.getpid()),
+            preexec_fn=functools.partial(end_with, os.getpid()),
         )
         # Torch's threads follow it, those of the workers of a distributed trainer too.
         os.sched_setaffinity(process.pid, cores)
@@ -129,10 +129,11 @@ class Pool:
         return result
 
 
-def _end_with(pool: int) -> None:
-    """In a run's process, before its command: end with the pool, also where it has died already."""
+def end_with(parent: int) -> None:
+    """In a new process, before its command: end with the process that started it, also where that
+    has died already."""
     die_with_parent()
-    if os.getppid() != pool:
+    if os.getppid() != parent:
         os.kill(os.getpid(), signal.SIGKILL)
 
 

@@ -10,7 +10,8 @@ from pathlib import Path
 
 import torch
 
-from utils import atomic_write, content_hash
+from preflab.reports.run_files import read_starts
+from utils import DataError, atomic_write, content_hash
 
 NAME = "provenance.json"
 ROOT = Path(__file__).resolve().parents[2]
@@ -89,10 +90,12 @@ def write_provenance(run_dir: Path, now: dict) -> str:
     """
     path = run_dir / NAME
     try:
-        starts = json.loads(path.read_text(encoding="utf-8"))["starts"]
-        different = differences(starts[-1], now)
-    except (OSError, ValueError, TypeError, LookupError, AttributeError, RecursionError):
-        starts, different = [], []
+        starts = read_starts(run_dir)
+        different = differences(starts[-1], now) if starts else []
+    except DataError:
+        aside = f"damaged-{NAME}"
+        path.replace(run_dir / aside)
+        starts, different = [], [f"{NAME} was damaged and is now {aside}"]
     with atomic_write(path) as f:
         json.dump({"starts": [*starts, now]}, f, indent=1)
     return ", ".join(different)

@@ -7,6 +7,7 @@ import logging
 import netrc
 import os
 import queue
+import re
 import secrets
 import threading
 import time
@@ -215,10 +216,13 @@ def start_tracker(settings: Settings, run_dir: Path, config: dict) -> "Tracker |
 
 
 def _id_of_run(run_dir: Path) -> str:
-    """The id of the run in its tracker, made at its first start and the same ever after."""
+    """The id of the run in its tracker, made at its first start and the same ever after. What is
+    no id, in a file that is damaged or a stranger's, is not used: trackers make paths of it."""
     path = run_dir / "tracker.json"
-    with contextlib.suppress(OSError, ValueError, TypeError, KeyError):
-        return str(json.loads(path.read_text(encoding="utf-8"))["id"])
+    with contextlib.suppress(OSError, ValueError, TypeError, KeyError, RecursionError):
+        found = json.loads(path.read_text(encoding="utf-8"))["id"]
+        if re.fullmatch(r"[0-9a-f]{8}", found):
+            return found
     run_id = secrets.token_hex(4)
     with atomic_write(path) as f:
         json.dump({"id": run_id}, f)
