@@ -4,6 +4,7 @@ from pathlib import Path
 
 from omegaconf import DictConfig
 
+from preflab.atlas.checks import check_atlas
 from preflab.distributed.process_group import world
 from preflab.evaluation.worklist import draws_samples, expand_archives
 from preflab.modeling.parallelism import check_placement_settings, data_ranks
@@ -21,6 +22,7 @@ from preflab.readers.records import Source
 from preflab.readers.registry import DATASETS, open_dataset
 from preflab.rewards.registry import all_rewards, check_reward
 from preflab.settings.load import validate
+from preflab.settings.run_folder import COMPARING
 from preflab.settings.schema import ModelSettings, Settings
 from preflab.settings.values import dataset_names, dataset_weights, exists
 from preflab.training.best import check_best
@@ -53,7 +55,7 @@ def check_settings(settings: Settings) -> tuple[BoundLoss, dict[str, list[Source
         )
     _check_length_of_run(settings)
     _check_lengths(settings, data_ranks(trainer, settings, world()))
-    if settings.function != "eval":
+    if settings.function not in COMPARING:
         check_optimizer(settings, trainer.placement)
     _check_model(settings.model)
     _check_archives(settings)
@@ -82,6 +84,8 @@ def check_settings(settings: Settings) -> tuple[BoundLoss, dict[str, list[Source
     if settings.function == "online":
         check_online(settings, loss)
         schedule_of(settings, None)
+    if settings.function == "atlas":
+        check_atlas(settings, loss, trainer.placement, world().size)
     check_tracker(settings)
     if settings.criterion and not Path(settings.criterion).is_file():
         raise ConfigError(f"criterion={settings.criterion}: no such file")
@@ -103,15 +107,15 @@ def check_service(settings: Settings) -> None:
 
 def _check_archives(settings: Settings) -> None:
     archive, reference = settings.model.archive, settings.model.reference_archive
-    if settings.function == "eval":
+    if settings.function in COMPARING:
         expand_archives(archive)
     elif not isinstance(archive, (str, type(None))):
         raise ConfigError(
-            f"model.archive={archive}: training starts from one archive; function=eval compares"
-            " several"
+            f"model.archive={archive}: training starts from one archive; function=eval and"
+            " function=atlas compare several"
         )
     for key, path in (
-        ("archive", archive if settings.function != "eval" else None),
+        ("archive", archive if settings.function not in COMPARING else None),
         ("reference_archive", reference),
     ):
         if path and not exists(str(archive_place(path))):
@@ -243,6 +247,7 @@ def _open_datasets(settings: Settings, loss: BoundLoss) -> dict[str, list[Source
         "online": ("train", "test"),
         "eval": ("test",),
         "plan": ("train",),
+        "atlas": ("train",),
     }[settings.function]
     sources = {split: [open_dataset(name, split, **options) for name in names] for split in splits}
     for source in (

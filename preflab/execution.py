@@ -14,6 +14,7 @@ from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
 
+from preflab.atlas.run import run_atlas
 from preflab.batching.chat_template import chat_of, set_chat
 from preflab.batching.examples import PreferenceData
 from preflab.batching.loader import count_steps
@@ -44,6 +45,7 @@ from preflab.rewards.registry import build_rewards
 from preflab.settings.identity import same_settings
 from preflab.settings.load import validate
 from preflab.settings.run_folder import (
+    COMPARING,
     WORKERS_LOCK,
     finished_summary,
     owned,
@@ -190,7 +192,7 @@ def _finished_like(config: DictConfig, settings: Settings) -> Path | None:
             continue
         if not same_settings(read_config(path), config):
             continue
-        if settings.function != "eval" or covered(settings, path.parent):
+        if settings.function not in COMPARING or covered(settings, path.parent):
             return path.parent
     return None
 
@@ -251,6 +253,9 @@ def _train_or_evaluate(settings: Settings, run_dir: Path, inputs: Inputs, tracke
     trainer = find_trainer(settings.trainer)
     if settings.function == "eval":
         return _evaluate(settings, run_dir, inputs, trainer, tracker)
+    if settings.function == "atlas":
+        pairs = inputs.data["train"]
+        return run_atlas(settings, inputs.loss, inputs.tokenizer, pairs, run_dir, world())
     parts = (settings, run_dir, inputs.loss, inputs.tokenizer, inputs.data)
     shared = {"world": world(), "tracker": tracker}
     if settings.function == "online":

@@ -32,7 +32,7 @@ LAYERS = [
     ["preflab.training", "preflab.rewards"],
     ["preflab.evaluation"],
     ["trainers"],
-    ["preflab.online"],
+    ["preflab.atlas", "preflab.online"],
     ["preflab.checks"],
     ["preflab.execution"],
     ["preflab.api"],

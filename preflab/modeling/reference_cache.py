@@ -92,6 +92,8 @@ def plan_reference(
     sample from the reference. Raises ConfigError for `reference.cache=true` where the log-probs
     cannot be cached.
     """
+    if function == "atlas":
+        return ReferencePlan(cached=False, built=True)
     if function == "eval":
         return ReferencePlan(cached=False, built=draws_samples)
     if not any(NEEDS[name].reference for name in reads):

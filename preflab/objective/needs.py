@@ -52,7 +52,7 @@ class Need:
     made-up side, from a `MadeUp`. source: "text" comes from log-probs, "head" from a scalar head,
     "data" from the batch alone. score_options: further arguments that `score_responses` needs.
     reference: whether the reference takes part. trained: whether it has a gradient, through the
-    policy.
+    policy. by_token: whether it has a value for each token of a response.
     """
 
     name: str
@@ -63,3 +63,4 @@ class Need:
     score_options: Mapping[str, Any] = field(default_factory=dict)
     reference: bool = False
     trained: bool = False
+    by_token: bool = False

@@ -88,6 +88,7 @@ class Side:
             take=lambda scores, batch: _by_response(scores.token_logps.double(), batch),
             made_up=lambda draw: draw.of_tokens(-draw.normal(5).abs()),
             trained=True,
+            by_token=True,
         ),
     ] = None
     # as token_logps
@@ -99,6 +100,7 @@ class Side:
             take=lambda scores, batch: _by_response(scores.reference_token_logps.double(), batch),
             made_up=lambda draw: draw.of_tokens(-draw.normal(5).abs()),
             reference=True,
+            by_token=True,
         ),
     ] = None
     # int64, shaped as token_logps
@@ -110,6 +112,7 @@ class Side:
             take=lambda scores, batch: _by_response(batch.targets, batch),
             made_up=lambda draw: draw.of_tokens((100 * draw.normal(5).abs()).long()),
             source="data",
+            by_token=True,
         ),
     ] = None
     # as token_logps
@@ -121,6 +124,7 @@ class Side:
             take=lambda scores, batch: _by_response(batch.token_weights, batch),
             made_up=lambda draw: draw.of_tokens(draw.normal(5).abs()),
             source="data",
+            by_token=True,
         ),
     ] = None
     collision: Annotated[

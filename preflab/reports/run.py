@@ -6,6 +6,7 @@ from matplotlib.figure import Figure
 from omegaconf import OmegaConf
 
 from preflab.reports import plots
+from preflab.reports.atlas import write_atlas_report
 from preflab.reports.evaluation_tables import evaluation_tables, seed_of, trained, winrate_table
 from preflab.reports.page import save_figures, write_page
 from preflab.reports.runs import Run, left_out
@@ -24,6 +25,8 @@ def write_report(run_dir: Path) -> str:
     """Write the pictures and report.html of a run folder; return the table of its numbers as
     text."""
     run = Run(Path(run_dir))
+    if run.is_atlas:
+        return write_atlas_report(run)
     summary = run.latest()
     # A folder with one evaluation is summarised like a run; several need a table.
     is_several = len(run.evaluations) > 1

@@ -51,6 +51,13 @@ def _is_messages(value: Any) -> bool:
     )
 
 
+def _is_list_with(*keys: str) -> Check:
+    return lambda value: (
+        isinstance(value, list)
+        and all(isinstance(item, dict) and item.keys() >= set(keys) for item in value)
+    )
+
+
 # What a column holds where it is not null; the names of metrics have a slash, and hold numbers.
 COLUMNS: dict[str, Check] = {
     **dict.fromkeys(("split", "prompt", "policy", "reference", "chosen"), _is_text),
@@ -62,6 +69,8 @@ COLUMNS: dict[str, Check] = {
     **dict.fromkeys(("policy_reward", "reference_reward"), _is_scores),
     "training": _is_training,
     "messages": _is_messages,
+    "updates": _is_list_with("loss", "settings", "cosine", "chosen", "rejected", "x", "y"),
+    "clusters": _is_list_with("name", "center", "losses"),
 }
 SUMMARY_NUMBERS = (
     *("policy_reward", "reference_reward", "reward_gain", "kl", "eval_accuracy", "eval_loss"),
@@ -80,6 +89,7 @@ REQUIRED = {
     "samples.jsonl": ("prompt",),
     "judgements.jsonl": ("against", "by"),
     "winrates.json": ("against", "by"),
+    "atlas.jsonl": ("stamp", "baseline", "pairs", "updates", "clusters"),
     "answers.jsonl": ("id", "request", "answer"),
 }
 

@@ -98,7 +98,11 @@ class Run:
 
     @property
     def is_evaluation(self) -> bool:
-        return self.config.get("function") == "eval"
+        return self.config.get("function") in ("eval", "atlas")
+
+    @property
+    def is_atlas(self) -> bool:
+        return self.config.get("function") == "atlas"
 
     @property
     def finished(self) -> bool:

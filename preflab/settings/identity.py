@@ -29,8 +29,8 @@ def must_match(saved: DictConfig, config: DictConfig) -> None:
 
 def same_settings(saved: DictConfig, config: DictConfig) -> bool:
     """Whether two configs ask for the same run, wherever its folder is. The settings of online
-    learning count for function=online alone."""
-    unread = () if config.function == "online" else ("online",)
+    learning and of the atlas count for these functions alone."""
+    unread = {"online", "atlas"} - {config.function}
     before, now = (
         {
             key: value

@@ -20,6 +20,9 @@ from utils import ConfigError, PrefLabError, in_use, remove_leftovers
 # Who has a run folder: the process of the command, and the first of the workers that it starts.
 LOCK, WORKERS_LOCK = ".lock", ".lock-workers"
 
+# Functions that look at checkpoints of runs, and train nothing.
+COMPARING = ("eval", "atlas")
+
 
 def register_resolvers(purpose: str | None = None) -> None:
     """The `${here:...}` and `${run_dir:...}` of config.yaml.
@@ -44,7 +47,8 @@ def choose_run_dir(
     purpose: str | None = None,
 ) -> str:
     """`resume`, else `local_run_dir`, else a new folder `<first usable of
-    local_dirs>/<user>/<exp_name>_<timestamp>`; the name of an evaluation's begins with `eval_`."""
+    local_dirs>/<user>/<exp_name>_<timestamp>`; the name of an evaluation's begins with `eval_`,
+    that of an atlas with `atlas_`."""
     if resume:
         return parse_value("resume", resume)
     if local_run_dir:
@@ -54,7 +58,7 @@ def choose_run_dir(
         OmegaConf.to_container(local_dirs) if OmegaConf.is_config(local_dirs) else local_dirs,
     )
     exp_name = parse_value("exp_name", exp_name)
-    purpose = purpose or ("eval" if function == "eval" else None)
+    purpose = purpose or (function if function in COMPARING else None)
     name = f"{purpose}_{exp_name}" if purpose else exp_name
     from preflab.distributed.process_group import world  # here, for it imports torch
 
@@ -95,10 +99,11 @@ def saved_config(config: DictConfig, run_dir: Path) -> DictConfig:
 
 
 def run_dir_for(config: DictConfig, run_dir: Path) -> Path:
-    """`run_dir`, or for an evaluation a folder inside it when another run lives there; one that was
-    cut short continues."""
-    if config.function == "eval":
-        folders = itertools.chain([run_dir], (run_dir / f"eval-{n}" for n in itertools.count(1)))
+    """`run_dir`, or for an evaluation or an atlas a folder inside it when another run lives there;
+    one that was cut short continues."""
+    if config.function in COMPARING:
+        inner = (run_dir / f"{config.function}-{n}" for n in itertools.count(1))
+        folders = itertools.chain([run_dir], inner)
         return next(
             folder
             for folder in folders

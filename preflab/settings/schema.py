@@ -176,6 +176,16 @@ class PlanSettings:
 
 
 @dataclass(frozen=True)
+class AtlasSettings:
+    pairs: int = setting(COUNT)
+    losses: list[str | dict] | None = setting(
+        ListOf(Either((TEXT, MAPPING)), may_be_empty=False), null=True
+    )
+    sketch: str | int = setting(Either((Choice(("auto",)), Integer(0))), hint="0: no sketch")
+    same: float = setting(Number(above=0, most=1))
+
+
+@dataclass(frozen=True)
 class OnlineSettings:
     rounds: int = setting(COUNT, may_change=ALWAYS)
     prompts_per_round: int | None = setting(COUNT, null=True)
@@ -210,7 +220,7 @@ class RunSettings:
     """The run and its folder."""
 
     seed: int = setting(SEED)
-    function: str = setting(Choice(("train", "eval", "online", "plan")))
+    function: str = setting(Choice(("train", "eval", "online", "plan", "atlas")))
     exp_name: str = setting(TEXT, may_change=ALWAYS, part_of_run=False)
     debug: bool = setting(FLAG)
     tracker: str = setting(
@@ -373,6 +383,7 @@ class Settings(
     reference: ReferenceSettings = group()
     wandb: WandbSettings = group(may_change=ALWAYS, part_of_run=False)
     plan: PlanSettings = group(may_change=ALWAYS, part_of_run=False)
+    atlas: AtlasSettings = group(may_change=ALWAYS)
 
 
 TOPICS = (

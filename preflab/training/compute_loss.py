@@ -49,6 +49,21 @@ def compute_loss(
         return output, metrics | pushes
 
 
+def read_responses(
+    needs: Mapping[str, Need], policy: Scorer, reference: Scorer | None, batch: Batch
+) -> dict[str, Tensor]:
+    """Values of every response of a batch by field, (responses, ...) each, with gradient if it is
+    enabled."""
+    return _take(needs, _score(needs.values(), policy, reference, batch), batch)
+
+
+def _take(
+    needs: Mapping[str, Need], scores: ResponseScores | SimpleNamespace, batch: Batch
+) -> dict[str, Tensor]:
+    device = batch.chosen.device
+    return {name: need.take(scores, batch).to(device) for name, need in needs.items()}
+
+
 def _inputs(
     loss: BoundLoss,
     needs: Mapping[str, Need],
@@ -57,9 +72,7 @@ def _inputs(
     data: PreferenceData | None,
 ) -> Pair | Target | Ranking:
     """What the loss reads of a batch, and no more."""
-    device = batch.chosen.device
-    # (responses, ...) each: a response may take part in several examples
-    taken = {name: need.take(scores, batch).to(device) for name, need in needs.items()}
+    taken = _take(needs, scores, batch)  # a response may take part in several examples
     names = ExampleNames(data, batch.examples)
     if loss.examples == "lists":
         listed = {name: values[batch.lists] for name, values in taken.items()}
@@ -86,8 +99,8 @@ def _score(
     reference: Scorer | None,
     batch: Batch,
     *,
-    entropy: bool,
-    groups: Tensor | None,
+    entropy: bool = False,
+    groups: Tensor | None = None,
 ) -> ResponseScores | SimpleNamespace:
     """Run the models as far as these needs ask for it.
 
