@@ -20,7 +20,7 @@ from torch import Tensor
 import preflab.objective.sums  # noqa: F401  registers sums of losses
 from preflab.objective.ranges import Between, NonNegative, Positive
 from preflab.objective.registry import register_loss
-from preflab.objective.types import LossOutput, Pair, Target
+from preflab.objective.types import LossOutput, Pair, Side, Target
 from utils import ConfigError, DataError
 
 Beta = Annotated[float, Positive]  # inverse temperature of the implicit reward
@@ -423,38 +423,38 @@ def beta_dpo(
     return _output(pair, losses, beta, metrics=metrics, running={"gap": usual})
 
 
-@register_loss("aot", reads={"reference"}, couples_batch=True)
-def aot(pair: Pair, *, beta: Beta) -> LossOutput:
-    """-log S(beta (sort(pi_w - pi_l) - sort(ref_w - ref_l))), sorted over the batch (paired AOT,
-    arXiv:2406.05882).
-
-    A pair's loss is that of its own margin, against the reference's margin of the same rank.
-    """
-    margins = pair.policy_chosen_logps - pair.policy_rejected_logps
-    reference = (pair.reference_chosen_logps - pair.reference_rejected_logps).sort().values
-    ranks = margins.detach().argsort(stable=True).argsort()
-    return _output(pair, -F.logsigmoid(beta * (margins - reference[ranks])), beta)
+PointName = Literal["batch", "mismatched"]
 
 
-def _reference_point(logratios: Tensor) -> Tensor:
-    """KTO's z: the mean log-ratio of all responses of the batch, at least 0, without gradient."""
-    return logratios.mean().clamp(min=0).detach()
+def _reference_point(sides: list[Side], name: str) -> Tensor:
+    """KTO's z: a mean log-ratio over the batch, at least 0, without gradient."""
+    of_sides = [side.logratio if name == "batch" else side.mismatched for side in sides]
+    return torch.cat(of_sides).mean().clamp(min=0).detach()
 
 
-@register_loss("kto", reads={"reference"}, couples_batch=True)
+def _kto_reads(settings: Mapping) -> set:
+    return {"reference"} | ({"mismatched"} if settings.get("point") == "mismatched" else set())
+
+
+@register_loss("kto", reads=_kto_reads, couples_batch=True)
 def kto(
-    pair: Pair, *, beta: Beta, desirable_weight: Weight = 1.0, undesirable_weight: Weight = 1.0
+    pair: Pair,
+    *,
+    beta: Beta,
+    desirable_weight: Weight = 1.0,
+    undesirable_weight: Weight = 1.0,
+    point: PointName = "batch",
 ) -> LossOutput:
     """(lambda_D (1 - S(beta (d_w - z))) + lambda_U (1 - S(beta (z - d_l)))) / 2 (KTO,
     arXiv:2402.01306), chosen desirable, rejected not.
 
-    z estimates KL(pi || ref): here max(0, mean of d over the responses of the batch), whose
-    log-probs are there; the paper takes responses to other prompts of the batch, which costs
-    another forward pass of both models. The mean over both responses of a pair, so that the same
-    responses one by one (`kto_unpaired`) give the same.
+    point: z, an estimate of KL(pi || ref), is max(0, mean of d) over the responses of the batch by
+    "batch", and over responses put to other prompts of the batch by "mismatched", as in the paper.
+    The mean over both responses of a pair, so that the same responses one by one (`kto_unpaired`)
+    give the same.
     """
     chosen, rejected = pair.chosen_logratio, pair.rejected_logratio
-    z = _reference_point(torch.cat([chosen, rejected]))
+    z = _reference_point([pair.chosen, pair.rejected], point)
     desirable = desirable_weight * torch.sigmoid(beta * (z - chosen))
     undesirable = undesirable_weight * torch.sigmoid(beta * (rejected - z))
     losses = (desirable + undesirable) / 2
@@ -462,7 +462,10 @@ def kto(
 
 
 @register_loss(
-    "kto_unpaired", reads={"reference", "scores"}, examples="responses", couples_batch=True
+    "kto_unpaired",
+    reads=lambda settings: _kto_reads(settings) | {"scores"},
+    examples="responses",
+    couples_batch=True,
 )
 def kto_unpaired(
     target: Target,
@@ -471,6 +474,7 @@ def kto_unpaired(
     desirable_weight: Weight = 1.0,
     undesirable_weight: Weight = 1.0,
     threshold: float = 0.5,
+    point: PointName = "batch",
 ) -> LossOutput:
     """lambda_D (1 - S(beta (d - z))) of a desirable response, lambda_U (1 - S(beta (z - d))) of
     another (KTO, arXiv:2402.01306), for responses that need not come in pairs; z as in `kto`.
@@ -479,7 +483,7 @@ def kto_unpaired(
     rewards_{split}/all and, as accuracy, how often d lies on the label's side of z.
     """
     logratio = target.logratio
-    z = _reference_point(logratio)
+    z = _reference_point([target], point)
     desirable = target.scores > threshold
     above = beta * (logratio - z)
     losses = torch.where(

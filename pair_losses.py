@@ -252,6 +252,19 @@ def alphapo(pair: Pair, *, beta: Beta, gamma: Weight = 1.0, alpha: float = 0.25)
 # -------------------------------------------------------------------------------- over a batch
 
 
+@register_loss("aot", reads={"reference"}, couples_batch=True)
+def aot(pair: Pair, *, beta: Beta) -> LossOutput:
+    """-log S(beta (sort(pi_w - pi_l) - sort(ref_w - ref_l))), sorted over the batch (paired AOT,
+    arXiv:2406.05882).
+
+    A pair's loss is that of its own margin, against the reference's margin of the same rank.
+    """
+    margins = pair.policy_chosen_logps - pair.policy_rejected_logps
+    reference = (pair.reference_chosen_logps - pair.reference_rejected_logps).sort().values
+    ranks = margins.detach().argsort(stable=True).argsort()
+    return _output(pair, -F.logsigmoid(beta * (margins - reference[ranks])), beta)
+
+
 @register_loss("dr-dpo", reads={"reference"}, couples_batch=True)
 def dr_dpo(pair: Pair, *, beta: Beta, beta_prime: Beta = 1.0) -> LossOutput:
     """-b log mean_i exp(-l_i / b), l_i = -log S(beta h_i), b = beta_prime (Dr. DPO,

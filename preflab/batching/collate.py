@@ -8,10 +8,12 @@ from preflab.batching.packing import Batch, Layout, keep_scored, lay_out
 from preflab.batching.token_store import TokenStore
 
 
-def collate(data: PreferenceData, examples: np.ndarray, layout: Layout) -> Batch:
+def collate(
+    data: PreferenceData, examples: np.ndarray, layout: Layout, *, mismatched: bool = False
+) -> Batch:
     """A batch with each distinct response of the examples once, in however many pairs it is.
 
-    examples (examples,): indices into `data`.
+    examples (examples,): indices into `data`. mismatched: with `Batch.mismatched`.
     """
     located = [data.responses_of(int(example)) for example in examples]
     trees = _trees(data, located)
@@ -45,8 +47,34 @@ def collate(data: PreferenceData, examples: np.ndarray, layout: Layout) -> Batch
         batch.reference_logps = torch.from_numpy(np.concatenate(reference_logps))
     if len(weights) == len(scores):
         batch.token_weights = torch.from_numpy(np.concatenate(weights))
+    if mismatched:
+        batch.mismatched = _mismatched(sequences, scored, layout)
     if any(store.scored is not None for store in data.stores):
         keep_scored(batch, torch.from_numpy(np.concatenate(scored)))
+    return batch
+
+
+def _mismatched(
+    sequences: list[tuple[np.ndarray, list[np.ndarray]]],
+    scored: list[np.ndarray],
+    layout: Layout,
+) -> Batch:
+    """Each prompt with as many responses as its own, from the prompt that follows in the batch,
+    after the last the first. They are cut to the longest row of the batch.
+
+    sequences: (prompt tokens, [response tokens, ...]). scored: which tokens of each response count.
+    """
+    masks = iter(scored)
+    answers = [[(tokens, next(masks)) for tokens in responses] for _, responses in sequences]
+    limit = max(len(p) + max(map(len, responses)) for p, responses in sequences)
+    trees, counted = [], []
+    for (prompt, responses), others in zip(sequences, answers[1:] + answers[:1], strict=True):
+        room = limit - len(prompt)
+        drawn = [others[i % len(others)] for i in range(len(responses))]
+        trees.append((prompt, [tokens[:room] for tokens, _ in drawn]))
+        counted += [mask[:room] for _, mask in drawn]
+    batch = lay_out(trees, layout)
+    keep_scored(batch, torch.from_numpy(np.concatenate(counted)))
     return batch
 
 

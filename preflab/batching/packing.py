@@ -54,7 +54,8 @@ class Batch:
     reference_logps (tokens,): log-probs under the frozen reference, where they are known already.
     token_weights (tokens,): float64 weights that came with the data; None where it has none.
     columns: (examples,) by name. examples: indices into the data. n_tokens: input tokens without
-    padding.
+    padding. mismatched: for each response, in this order, its prompt with a response to another
+    one; only for losses that read their log-probs.
     """
 
     input_ids: Tensor
@@ -77,6 +78,7 @@ class Batch:
     n_tokens: int = 0
     lists: Tensor | None = None
     listed: Tensor | None = None
+    mismatched: "Batch | None" = None
 
     def to(self, device) -> "Batch":
         """A copy on a device; `segments` stay on the CPU, where attention reads them."""
@@ -85,6 +87,8 @@ class Batch:
         def move(value):
             if isinstance(value, tuple):
                 return tuple(map(move, value))
+            if isinstance(value, Batch):
+                return value.to(device)
             if not isinstance(value, Tensor):
                 return value
             if device.type == "cuda":

@@ -52,7 +52,8 @@ def evaluate_loss(
     )
     for part, n_real in batches:
         world.stop_if_asked()
-        batch = collate(data, part, layout).to(policy.device)
+        batch = collate(data, part, layout, mismatched="mismatched" in loss.reads)
+        batch = batch.to(policy.device)
         _, metrics = compute_loss(
             loss, policy, reference, batch, data, "eval", entropy="scalar_head" not in loss.reads
         )

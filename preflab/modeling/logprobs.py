@@ -203,6 +203,7 @@ class ResponseScores:
 
     (R,): logps, reference_logps, kl, collision. (T,), in the order of `batch.targets`: token_logps,
     reference_token_logps, token_kl, token_entropy. head_norms (groups,) of groups of responses.
+    mismatched (R,): log-ratio of a response to another prompt, see `Batch.mismatched`.
     """
 
     logps: Tensor
@@ -214,6 +215,7 @@ class ResponseScores:
     token_entropy: Tensor | None = None
     collision: Tensor | None = None
     head_norms: Tensor | None = None
+    mismatched: Tensor | None = None
 
 
 @dataclass(frozen=True)

@@ -116,6 +116,8 @@ def _obstacle(reads: Collection[str], loss_name: str, function: str, from_scratc
     """What prevents computing the log-probs before the first step; empty if nothing does."""
     if "token_kl" in reads:
         return f"loss={loss_name} reads the reference's whole distribution at every token"
+    if "mismatched" in reads:
+        return f"loss={loss_name} reads log-probs of responses to other prompts of the batch"
     if from_scratch:
         return "model.from_scratch=true draws new weights for the reference"
     if function == "online":

@@ -137,6 +137,16 @@ class Side:
             score_options={"collision": True},
         ),
     ] = None
+    mismatched: Annotated[
+        Tensor | None,
+        Need(
+            "mismatched",
+            "log-ratio of a response to another prompt of the batch, without gradient",
+            take=lambda scores, batch: scores.mismatched,
+            made_up=lambda draw: draw.normal(),
+            reference=True,
+        ),
+    ] = None
     values: Annotated[
         Tensor | None,
         Need(

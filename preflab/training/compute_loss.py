@@ -114,7 +114,14 @@ def _score(
         options |= need.score_options
     if not any(need.reference for need in needs):
         reference = None
-    return score_responses(policy, batch, reference=reference, **options)
+    mismatched = None
+    if batch.mismatched is not None:
+        with torch.no_grad():
+            other = score_responses(policy, batch.mismatched, reference=reference)
+        mismatched = other.logps - other.reference_logps
+    scores = score_responses(policy, batch, reference=reference, **options)
+    scores.mismatched = mismatched
+    return scores
 
 
 def _equal_to_reference(side: Side) -> Tensor | bool:

@@ -196,8 +196,14 @@ class Learner:
             grouping=self.settings.length_grouping,
         )
         [mine] = self.world.share(parts)
+        mismatched = "mismatched" in self.loss.reads
         return [
-            (collate(data, part if len(part) else examples[:1], self.layout), len(part))
+            (
+                collate(
+                    data, part if len(part) else examples[:1], self.layout, mismatched=mismatched
+                ),
+                len(part),
+            )
             for part in mine
         ]
 
