@@ -196,15 +196,8 @@ class Learner:
             grouping=self.settings.length_grouping,
         )
         [mine] = self.world.share(parts)
-        mismatched = "mismatched" in self.loss.reads
         return [
-            (
-                collate(
-                    data, part if len(part) else examples[:1], self.layout, mismatched=mismatched
-                ),
-                len(part),
-            )
-            for part in mine
+            (_collated(self, data, part if len(part) else examples[:1]), len(part)) for part in mine
         ]
 
     def _microbatch_tokens(self) -> int:
@@ -348,6 +341,12 @@ class Learner:
         if self.placement.shards_state and self._group is None:
             self._group = torch.distributed.new_group(backend="gloo")
         return self._group
+
+
+def _collated(learner: Learner, data: PreferenceData, examples: np.ndarray) -> Batch:
+    """A batch with all that the learner's loss reads."""
+    mismatched = "mismatched" in learner.loss.reads
+    return collate(data, examples, learner.layout, mismatched=mismatched)
 
 
 def _prepare_blocks(settings: Settings, policy: Scorer) -> None:
