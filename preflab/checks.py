@@ -65,10 +65,11 @@ def check_settings(settings: Settings) -> tuple[BoundLoss, dict[str, list[Source
     if loss.couples_batch and (
         settings.gradient_accumulation_steps > 1 or data_ranks(trainer, settings, world()) > 1
     ):
+        option = " with loss.calibration=true" if loss.has_own_losses else ""
         raise ConfigError(
-            f"loss={loss.name} couples the pairs of a batch, so the batch must not be split; set"
-            " gradient_accumulation_steps=1, and train on one rank or with tensor_parallel_size"
-            " equal to the ranks"
+            f"loss={loss.name}{option} couples the pairs of a batch, so the batch must not be"
+            " split; set gradient_accumulation_steps=1, and train on one rank or with"
+            " tensor_parallel_size equal to the ranks"
         )
     plan_reference(
         loss.reads,

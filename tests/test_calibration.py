@@ -108,7 +108,9 @@ def test_what_it_does_not_go_with():
     with pytest.raises(ConfigError, match=r"calibration_decay=1 of loss=dpo must be .* \[0, 1\)"):
         bind("dpo", calibration=True, calibration_decay=1)
     assert bind("dpo", calibration=True, weight="w").weight == "w"  # each pair has its own loss
-    with pytest.raises(ConfigError, match=r"couples the pairs of a batch.* must not be split"):
+    with pytest.raises(
+        ConfigError, match=r"loss=dpo with loss\.calibration=true couples .* must not be split"
+    ):
         check_config(compose(["loss.calibration=true", "gradient_accumulation_steps=2"]))
 
 
