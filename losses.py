@@ -28,6 +28,7 @@ Weight = Annotated[float, NonNegative]
 FlipRate = Annotated[float, Between(0, 0.5)]  # assumed share of flipped labels
 Momentum = Annotated[float, Between(0, 1)]  # share of the old value in a running mean
 LogFlipRate = Annotated[float, Between(0, 0.5, "()", "its logarithm enters")]
+PointName = Literal["batch", "mismatched"]  # which responses KTO's z is from
 Sharpness = Annotated[float, Between(0, 1, "(]", "above 1, exp(-x) outgrows its weight S(x / tau)")]
 
 
@@ -421,9 +422,6 @@ def beta_dpo(
     losses = -F.logsigmoid(b * gap)
     metrics = {"beta_{split}/mean": b.expand_as(losses)}
     return _output(pair, losses, beta, metrics=metrics, running={"gap": usual})
-
-
-PointName = Literal["batch", "mismatched"]
 
 
 def _reference_point(sides: list[Side], name: str) -> Tensor:
