@@ -103,6 +103,8 @@ def test_texts_that_look_like_objects_are_texts(tmp_path, form):
     "prompt, better, message",
     [
         ([], "a", "is an empty list, expected chat messages"),
+        ("q", [{"role": "gpt", "content": "a"}], "is not part of the messages of"),
+        ("q", [*chat("q"), {"role": "gpt", "content": "a"}], "'gpt', expected the answer, from"),
         (chat("q"), [{"role": "user", "content": "a"}], "'user', expected the|is not part of"),
         (chat("q"), chat("other", "a"), "is not part of the messages of"),
         ("q", [{"from": "gpt", "value": "a"}], "expected {role, content}"),

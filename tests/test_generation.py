@@ -176,6 +176,16 @@ def test_end_tokens_are_those_of_tokenizer_and_model(plain):
     assert ends_of(model, 7) == ends_of(model, [7, 256, 7]) == (256, 7)
 
 
+def test_end_tokens_of_a_config_count_where_a_generation_config_has_none(plain):
+    tokenizer, model = make_tokenizer(), load(plain)
+    model.generation_config.eos_token_id, model.config.eos_token_id = None, [65, 256]
+    assert set(response_ends(tokenizer, model).tokens) == {65, 256}
+    model.config.eos_token_id = 2  # a default of the class
+    assert response_ends(tokenizer, model).tokens == (256,)
+    model.generation_config.eos_token_id, model.config.eos_token_id = 66, [65, 256]
+    assert set(response_ends(tokenizer, model).tokens) == {66, 256}
+
+
 def test_ended():
     ends = ResponseEnds((256, 2))
     assert ends.ended([1, 2]) and ends.ended([256])

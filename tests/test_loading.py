@@ -42,7 +42,14 @@ from preflab.rewards.models import classifier, contrastivedistill, reward_model
 from preflab.settings.keys import CONFIG_DIR
 from utils import ConfigError, DataError
 
-WRAPPERS = ("_orig_mod.", "module.", "model.", "module._orig_mod.", "_fsdp_wrapped_module.")
+WRAPPERS = (
+    "_orig_mod.",
+    "module.",
+    "model.",
+    "module._orig_mod.",
+    "_fsdp_wrapped_module.",
+    "base_model.model.",
+)
 
 
 def model_config(path, **more):
@@ -122,6 +129,55 @@ def test_a_weight_of_another_shape_is_an_error(tmp_path):
     expected = r"no weights for model.norm.weight \(\d+,\) \(in the file: \(3,\)\)"
     with pytest.raises(ConfigError, match=expected):
         load_model(model_config(path), "float32")
+
+
+@pytest.mark.parametrize("more", ["layers.2.mlp.up_proj.weight", "layers.0.self_attn.q_proj.bias"])
+def test_weights_of_further_parts_of_the_model_are_refused(tmp_path, more):
+    """config.json is then that of another model, which would compute something else."""
+    model = make_model("llama")
+    state = model.state_dict() | {f"model.{more}": torch.ones(4)}
+    with pytest.raises(
+        ConfigError, match=rf"^model.name_or_path=.* no place for.*{more}; give the"
+    ):
+        load_model(model_config(folder_with(tmp_path / "more", model, state)), "float32")
+
+
+def test_weights_of_another_head_are_named_and_old_buffers_are_not(tmp_path, caplog):
+    model = make_model("llama")
+    old = {"model.layers.0.self_attn.rotary_emb.inv_freq": torch.ones(4)}
+    path = folder_with(tmp_path / "old", model, model.state_dict() | old)
+    assert same_weights(load_model(model_config(path), "float32").state_dict(), model.state_dict())
+    assert not caplog.records
+    value_head = {"v_head.summary.weight": torch.ones(4)}
+    path = folder_with(tmp_path / "value", model, model.state_dict() | value_head)
+    load_model(model_config(path), "float32")
+    assert "has weights that are not used: v_head.summary.weight" in caplog.text
+
+
+@pytest.mark.parametrize("suffix", ["safetensors", "bin"])
+def test_damaged_files_of_weights_are_an_error_of_one_line(tmp_path, suffix):
+    model = make_model("llama")
+    path = folder_with(tmp_path / "half", model, model.state_dict())
+    file = path / "model.safetensors"
+    if suffix == "bin":
+        file.unlink()
+        file = path / "pytorch_model.bin"
+        torch.save(model.state_dict(), file)
+    file.write_bytes(file.read_bytes()[:3000])
+    with pytest.raises(ConfigError, match=r"model.name_or_path=.*half is a folder that cannot be"):
+        load_model(model_config(path), "float32")
+    with pytest.raises(ConfigError, match=rf"archive .*{file.name} is"):
+        load_archive(model, path)
+
+
+def test_weights_that_are_not_finite_are_named_as_such(tmp_path):
+    model = make_model("llama")
+    state = model.state_dict() | {
+        "model.norm.weight": torch.full_like(model.model.norm.weight, torch.nan)
+    }
+    path = folder_with(tmp_path / "nan", model, state)
+    with pytest.raises(ConfigError, match="returns logits that are NaN or infinite"):
+        build_policy(model_config(path))
 
 
 def test_only_a_scalar_head_may_be_new(tmp_path):

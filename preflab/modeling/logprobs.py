@@ -153,6 +153,12 @@ class Scorer:
         batch = Batch(ids, *[None] * 8, attention_mask=torch.ones_like(ids))
         ours = self.run(lambda: self.logits(self.hidden(batch, torch.arange(8))))
         theirs = self._own_logits(ids).to(ours)
+        if not theirs.isfinite().all():
+            raise ConfigError(
+                f"{type(self.causal_lm).__name__} returns logits that are NaN or infinite: its"
+                " weights are not finite, or overflow in this dtype; look at the files, or take"
+                " float32"
+            )
         self._check_causal(ids, theirs)
         error = (ours.log_softmax(-1) - theirs.log_softmax(-1)).abs().max().item()
         bound = 1e-3 if self.is_full_precision() else 0.1

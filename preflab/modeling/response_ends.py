@@ -56,17 +56,24 @@ class _StopsAtText(StoppingCriteria):
 
 
 def response_ends(tokenizer, model: nn.Module) -> ResponseEnds:
-    """What ends a response: the tokenizer's EOS, the tokens of the model's generation config, and
-    the end of a turn in the chat template.
+    """What ends a response: the tokenizer's EOS, the tokens of the model's generation config (of
+    its config where that has none), and the end of a turn in the chat template.
 
     A chat model often has several, for example one that ends a turn and one that ends a text.
     model: the transformers model, without a wrapper.
     """
-    own = model.generation_config.eos_token_id
-    own = own if isinstance(own, (list, tuple)) else [own]
-    ids = [tokenizer.eos_token_id, *own, end_of_turn(tokenizer)]
-    tokens = tuple(dict.fromkeys(token for token in ids if token is not None))
+    own = _ids(model.generation_config.eos_token_id)
+    if not own and tokenizer.eos_token_id in (ids := _ids(model.config.eos_token_id)):
+        own = ids  # a generation config that has none; that of a config may be a class's default
+    ends = [tokenizer.eos_token_id, *own, end_of_turn(tokenizer)]
+    tokens = tuple(dict.fromkeys(token for token in ends if token is not None))
     turn = known_turn_end(tokenizer)
     if turn is None or turn.token is not None or not turn.text:
         return ResponseEnds(tokens)
     return ResponseEnds(tokens, turn, tokenizer)
+
+
+def _ids(value: int | list[int] | None) -> list[int]:
+    if value is None:
+        return []
+    return list(value) if isinstance(value, (list, tuple)) else [value]

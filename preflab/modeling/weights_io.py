@@ -6,8 +6,10 @@ import os
 import re
 import zipfile
 from pathlib import Path
+from pickle import UnpicklingError
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import nn
 from transformers.core_model_loading import revert_weight_conversion
@@ -36,9 +38,11 @@ WEIGHT_FILES = (
 # The file of a checkpoint's weights in the repository of Rafailov et al. (2023) and its forks.
 POLICY_PT = "policy.pt"
 
-# What torch.compile, data parallelism, FSDP and Lightning put before the names of weights.
+# What torch.compile, data parallelism, FSDP, DeepSpeed, peft and Lightning put before the names of
+# weights.
 WRAPPERS = (
-    re.compile(r"^(?:(?:_orig_mod|module|_fsdp_wrapped_module)\.)+"),
+    re.compile(r"^(?:(?:_orig_mod|module|_fsdp_wrapped_module|_forward_module)\.)+"),
+    re.compile(r"^base_model\.model\."),
     re.compile(r"^model\."),
 )
 
@@ -52,7 +56,9 @@ def readable(key: str, path: str):
     """
     try:
         yield
-    except (OSError, ValueError) as error:
+    except ConfigError:  # which says more
+        raise
+    except (OSError, ValueError, SafetensorError, RuntimeError, UnpicklingError) as error:
         if os.path.isdir(path):
             problem = "is a folder that cannot be read as such"
         else:
@@ -169,7 +175,12 @@ def _shards(index: Path) -> list[str]:
 
 def _read_tensors(path: Path) -> dict[str, torch.Tensor]:
     if path.suffix == ".safetensors":
-        return load_file(path)
+        try:
+            return load_file(path)
+        except SafetensorError as error:
+            raise ConfigError(
+                f"archive {path} is damaged: {first_line(error)}; copy it again"
+            ) from error
     try:
         content = torch.load(
             path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path)

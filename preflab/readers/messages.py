@@ -252,10 +252,10 @@ def split_answer(messages: list[dict], key: str, where: str) -> tuple[list[dict]
             f"{where}: no 'prompt', and {key!r} is a single message, expected the messages before"
             " the answer too"
         )
-    if last["role"] in ("user", "system", "tool"):
+    if last["role"] not in ASSISTANT:
         raise DataError(
             f"{where}: the last message of {key!r} is from role {last['role']!r}, expected the"
-            " assistant's answer"
+            " answer, from role 'assistant'"
         )
     return before, _response([last])
 
