@@ -34,18 +34,11 @@ from preflab.reports.verdicts import (
 )
 from preflab.study import work
 from preflab.study.estimate import describe_plan
+from preflab.study.halving import is_finished
 from preflab.study.measures import Trial, best_of, load_runs, table_of_measure
 from preflab.study.page import write_study
 from preflab.study.plan import FOLDER, parse_study, read_study
-from preflab.study.work import (
-    Worker,
-    begin,
-    is_finished,
-    missing,
-    prepare,
-    read_log,
-    write_log,
-)
+from preflab.study.work import Worker, begin, missing, prepare, read_log, write_log
 from utils import ConfigError, DataError
 
 # ---------------------------------------------------------------------------------------- verdicts

@@ -17,6 +17,7 @@ from preflab.reports.selection import (
     of_mixture,
     sampled_evaluations,
 )
+from preflab.study.halving import due
 from preflab.study.plan import AT_KL, PlannedRun, Study
 from utils import DataError
 
@@ -56,15 +57,16 @@ def of_case(runs: Sequence[StudyRun], case: str) -> list[StudyRun]:
 def table_of_measure(study: Study, runs: Sequence[StudyRun], measure: str) -> Table:
     """A measure of each loss and seed of a case, over all trials of its grid.
 
-    A seed counts once all of its trials of the loss are finished, so that each loss is the best of
-    as many trials. It has no value where no evaluation is within the KL.
+    A seed counts once all of its trials of the loss are finished, or stopped by halving, so that
+    each loss is the best of as many trials. It has no value where no evaluation is within the KL.
     """
     cells: dict[tuple[str, int], list[StudyRun]] = defaultdict(list)
     for run in runs:
         cells[run.planned.loss, run.planned.seed].append(run)
     table: Table = {loss: {} for loss in study.arms}
     for (loss, seed), trials in cells.items():
-        if all(trial.run and trial.run.finished for trial in trials):
+        are_finished = all(trial.run and trial.run.finished for trial in trials)
+        if are_finished and not due(study, [trial.planned for trial in trials]):
             evaluations = [e for trial in trials for e in _of(trial)]
             if values := _value(study, evaluations, measure):
                 table[loss][str(seed)] = values

@@ -15,6 +15,7 @@ from preflab.reports.statistics import Estimate, Spread, difference, over_seeds
 from preflab.reports.sweep_plots import frontier_figure
 from preflab.reports.tables import markdown
 from preflab.reports.verdicts import BETTER, WORSE, Verdict, check, decide, power_of
+from preflab.study.halving import compared_kl, examples_of, stages
 from preflab.study.measures import (
     StudyRun,
     Table,
@@ -46,6 +47,7 @@ def write_study(study: Study) -> str:
             parts.append(text)
             numbers.setdefault(case, {})[measure] = result
         parts += [_frontier(study, case, of), _budgets(study, of), _sensitivity(study, of)]
+    parts.append(_halving(study, runs))
     parts.append(_failures(runs))
     page = "\n".join(part for part in parts if part)
     with atomic_write(study.work / "study.md") as f:
@@ -283,6 +285,35 @@ def _short(of: Estimate | None) -> str:
     if of is None:
         return "-"
     return f"{of.mean:.3f}" + ("" if of.se is None else f" ± {of.se:.3f}")
+
+
+def _halving(study: Study, runs: Sequence[StudyRun]) -> str:
+    """Which trials went how far, and what was saved."""
+    if study.halving is None:
+        return ""
+    begun = [run for run in runs if run.run]
+    head = ["loss", "trial", *(f"{share:.0%} of the run" for share in (*study.halving.rungs, 1.0))]
+    counts: Counter = Counter()
+    trained = full = 0
+    for run in begun:
+        ends, seen = stages(study, run.planned), examples_of(study, run.planned)
+        trained, full = trained + seen, full + ends[-1]
+        for number, end in enumerate(ends):
+            counts[run.planned.loss, run.planned.trial, number] += seen >= end
+    rows = [
+        [loss, trial, *(counts[loss, trial, i] for i in range(len(head) - 2))]
+        for loss, arm in study.arms.items()
+        for trial in arm.trials
+    ]
+    share = f" The runs took {trained / full:.0%} of the examples of the full grid." * bool(full)
+    kl = compared_kl(study)
+    most = "" if kl is None else f", at most {kl:g},"
+    return (
+        "## Halving\n\nIn how many seeds and cases each trial was trained so far. At each rung,"
+        f" the best {study.halving.keep:.0%} go on: by the reward on dev prompts at the largest KL"
+        f"{most} that all trials of the loss have reached. The numbers of those that were stopped"
+        f" are from before.{share}\n\n{markdown([head, *rows])}"
+    )
 
 
 def _failures(runs: Sequence[StudyRun]) -> str:

@@ -8,7 +8,7 @@ import itertools
 import math
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -33,11 +33,13 @@ KEYS = {
     "config_dir": str,
     "settings": Sequence,
     "choose_within_kl": (int, float),
+    "halving": Mapping,
     "compare": Mapping,
     "assume": Mapping,
 }
 REQUIRED = ("question", "baseline", "losses", "seeds", "settings", "compare")
 OF_A_LOSS = ("settings", "grid", "seed_offset")
+OF_HALVING = ("rungs", "keep")
 SPREADS = ("seeds", "prompts", "rest", "n_prompts")
 
 # What can be compared, and whether more is better; None for neither.
@@ -81,6 +83,26 @@ class PlannedRun:
     seed: int
     overrides: list[str]
 
+    def until(self, examples: int) -> "PlannedRun":
+        """The same run, which ends after so many examples and can be continued later."""
+        others = [word for word in self.overrides if not word.startswith("n_examples=")]
+        return replace(self, overrides=[*others, f"n_examples={examples}"])
+
+
+@dataclass(frozen=True)
+class Halving:
+    """At each rung, a share of a run's examples, the share `keep` of the trials goes on."""
+
+    rungs: list[float]
+    keep: float
+
+    def counts(self, trials: int) -> list[int]:
+        """How many of the trials train up to each rung, and to the end."""
+        counts = [trials]
+        for _ in self.rungs:
+            counts.append(math.ceil(self.keep * counts[-1] - 1e-9))
+        return counts
+
 
 @dataclass(frozen=True)
 class Study:
@@ -100,6 +122,7 @@ class Study:
     choose_within_kl: float | None
     compare: dict[str, float]
     assume: dict[str, dict[str, float]]
+    halving: Halving | None = None
 
     @property
     def hash(self) -> str:
@@ -123,6 +146,12 @@ class Study:
             for loss, arm in self.arms.items()
             for trial in arm.trials
         ]
+
+    def cells(self) -> list[list[PlannedRun]]:
+        """The runs of each seed, case and loss: the trials among which dev prompts choose."""
+        runs = self.runs()
+        size = len(self.arms[self.baseline].trials)
+        return [runs[i : i + size] for i in range(0, len(runs), size)]
 
     def _run(self, seed: int, case: str, loss: str, trial: str) -> PlannedRun:
         arm = self.arms[loss]
@@ -202,6 +231,7 @@ def parse_study(name: str, text: str, content: Any, path: Path) -> Study:
         choose_within_kl=content.get("choose_within_kl"),
         compare=dict(content["compare"]),
         assume=dict(content.get("assume", {})),
+        halving=_halving(path, content["halving"]) if "halving" in content else None,
     )
     _check(study, path)
     return study
@@ -243,6 +273,25 @@ def _arm(path: Path, name: str, given: Any, grid: Mapping) -> Arm:
     return Arm(settings, trials, offset)
 
 
+def _halving(path: Path, given: Mapping) -> Halving:
+    """Raises ConfigError for shares that are none."""
+    if set(given) != set(OF_HALVING):
+        raise ConfigError(f"{path}: halving has {sorted(given)}; it needs {', '.join(OF_HALVING)}")
+    rungs, keep = given["rungs"], given["keep"]
+    is_list = isinstance(rungs, list) and all(_is_size(r) and 0 < r < 1 for r in rungs)
+    if not is_list or not rungs or rungs != sorted(set(rungs)):
+        raise ConfigError(
+            f"{path}: halving.rungs={rungs!r} must be growing shares of the examples of a run,"
+            " between 0 and 1, such as [0.25, 0.5]"
+        )
+    if not _is_size(keep) or not 0 < keep < 1:
+        raise ConfigError(
+            f"{path}: halving.keep={keep!r} must be the share of the trials that goes on, between"
+            " 0 and 1"
+        )
+    return Halving(rungs, keep)
+
+
 def _is_seed(value: Any) -> bool:
     return isinstance(value, int) and not isinstance(value, bool) and value >= 0
 
@@ -268,6 +317,8 @@ def _check(study: Study, path: Path) -> None:
     distinct = all(map(_is_seed, study.seeds)) and len(set(study.seeds)) == len(study.seeds)
     if not distinct or not study.seeds:
         raise ConfigError(f"{path}: seeds={study.seeds} must be different whole numbers from 0")
+    if study.halving and min(counts.values()) < 2:
+        raise ConfigError(f"{path}: halving needs a grid: each loss has a single trial")
     if not study.cases:
         raise ConfigError(f"{path}: cases has none; leave the key out for a study without cases")
     for measure, margin in study.compare.items():

@@ -2,7 +2,8 @@
 
 A worker takes one run after the other and leaves out what is finished and what another worker
 holds, which a lock file says. Nothing else has to be kept: whoever starts later, or again after a
-kill, finds the runs in their folders.
+kill, finds the runs in their folders. With halving, a worker waits for the runs of others where the
+next ones depend on them.
 """
 
 import contextlib
@@ -14,22 +15,21 @@ import subprocess
 import sys
 import time
 import traceback
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from filelock import FileLock, Timeout
 
 from preflab.distributed.signals import Stopped, StopSignals
 from preflab.execution import execute
-from preflab.reports.run_files import read_summary
 from preflab.settings.compose import compose
 from preflab.settings.keys import ROOT
 from preflab.settings.load import validate
+from preflab.study.halving import due
 from preflab.study.plan import PlannedRun, Step, Study
 from preflab.sweeps.pool import end_with
 from utils import (
     ConfigError,
-    DataError,
     PrefLabError,
     atomic_write,
     content_hash,
@@ -67,16 +67,9 @@ def begin(study: Study, *, amended: bool) -> Path:
     return path
 
 
-def is_finished(study: Study, run: PlannedRun) -> bool:
-    """Whether a run is finished. One whose summary is damaged is not: its next start says so."""
-    try:
-        return bool(read_summary(study.runs_dir / run.name).get("finished"))
-    except DataError:
-        return False
-
-
 def missing(study: Study) -> list[PlannedRun]:
-    return [run for run in study.runs() if not is_finished(study, run)]
+    """What can be run now. With halving, more follows once it is done."""
+    return [run for cell in study.cells() for run in due(study, cell)]
 
 
 def compose_run(study: Study, run: PlannedRun, criterion: Path) -> tuple:
@@ -110,19 +103,40 @@ class Worker:
         self.study, self.criterion, self.session, self.limit = study, criterion, session, limit
         first = number % len(study.seeds)
         seeds = [*study.seeds[first:], *study.seeds[:first]]
-        self.order = sorted(study.runs(), key=lambda run: seeds.index(run.seed))
+        self.cells = sorted(study.cells(), key=lambda cell: seeds.index(cell[0].seed))
+        self.done = 0
 
     def work(self, stop: StopSignals) -> None:
         """Run what is missing. stop: listens. Raises Stopped after a signal."""
-        done = 0
-        for run in self.order:
-            if done == self.limit:
-                break
-            with claimed(self.study.work / "locks" / f"{run.name}.lock") as is_mine:
-                is_left = is_mine and not is_finished(self.study, run)
-                if is_left and not self._has_failed(run):
-                    self._run(run, stop)
-                    done += 1
+        while True:
+            before, held = self.done, 0
+            for cell in self.cells:
+                held += self._work_on(cell, stop)
+            if self.study.halving is None or self.done == self.limit:
+                return
+            if self.done == before:
+                if not held:
+                    return
+                _wait(stop)
+
+    def _work_on(self, cell: Sequence[PlannedRun], stop: StopSignals) -> int:
+        """Run what is due in a cell, until there is nothing; returns how many runs others hold."""
+        while True:
+            before, held = self.done, 0
+            for run in due(self.study, cell, self._has_failed):
+                if self.done == self.limit:
+                    return 0
+                held += not self._take(run, cell, stop)
+            if self.done == before or self.study.halving is None:
+                return held
+
+    def _take(self, run: PlannedRun, cell: Sequence[PlannedRun], stop: StopSignals) -> bool:
+        """Make a run that is still due; returns whether no other worker holds it."""
+        with claimed(self.study.work / "locks" / f"{run.name}.lock") as is_mine:
+            if is_mine and run in due(self.study, cell, self._has_failed):
+                self._run(run, stop)
+                self.done += 1
+        return is_mine
 
     def _run(self, run: PlannedRun, stop: StopSignals) -> None:
         """A run, and its line in the log; what it raises stops no other."""
@@ -150,6 +164,15 @@ class Worker:
             row["run"] == run.name and row["session"] == self.session and row["error"]
             for row in read_log(self.study)
         )
+
+
+def _wait(stop: StopSignals, seconds: float = 2.0) -> None:
+    """Raises Stopped after a signal."""
+    until = time.monotonic() + seconds
+    while time.monotonic() < until:
+        if stop.received:
+            raise Stopped(stop.received)
+        time.sleep(0.2)
 
 
 def read_log(study: Study) -> list[dict]:

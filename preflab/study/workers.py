@@ -11,8 +11,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from preflab.settings.keys import ROOT
+from preflab.study.halving import count_stages
 from preflab.study.plan import Study
-from preflab.study.work import missing
 from preflab.sweeps.pool import SIGNALS, end_with, shares, visible_gpus
 from utils import Progress
 
@@ -68,12 +68,12 @@ class Team:
         return process
 
     def _wait(self) -> None:
-        total = len(missing(self.study))
-        with Progress(total=total, desc=f"study {self.study.name}") as bar:
+        first, total = count_stages(self.study)
+        with Progress(total=total - first, desc=f"study {self.study.name}") as bar:
             while any(process.poll() is None for process in self.processes):
                 time.sleep(1.0)
-                bar.update(total - len(missing(self.study)) - bar.n)
-            bar.update(total - len(missing(self.study)) - bar.n)
+                bar.update(count_stages(self.study)[0] - first - bar.n)
+            bar.update(count_stages(self.study)[0] - first - bar.n)
 
 
 def worker_command(name: str, session: str, *more: str) -> list[str]:
