@@ -26,7 +26,7 @@ ROWS = "atlas.jsonl"
 MARKERS = "os^Dv"
 MAX_LINES = 24  # of a figure
 LONGEST_SETTINGS = 50  # characters in the table; atlas.csv has all
-NEAR = 0.03  # of the width or height of a map: a cluster this near to a named one has no name there
+NEAR = 0.07  # of the width or height of a map: a cluster this near to a named one has no name there
 NAMED_MEMBERS = 8  # losses of a cluster that its line of the legend lists
 
 NOTES = (
@@ -128,11 +128,13 @@ def _signed(value: float | None) -> str:
 
 
 def cluster_table(row: dict) -> Table:
-    """The losses of each cluster."""
+    """The losses of each cluster, and those that are alone in one."""
+    joined = [c for c in row["clusters"] if len(c["losses"]) > 1]
+    alone = [c["losses"][0] for c in row["clusters"] if len(c["losses"]) == 1]
+    rows = [[f"{c['name']}: {', '.join(c['losses'])}"] for c in joined]
     return Table(
         title="Clusters",
-        head=["", "losses"],
-        rows=[[c["name"], ", ".join(c["losses"])] for c in row["clusters"]],
+        rows=rows + ([[f"unlike any other: {', '.join(alone)}"]] if alone else []),
         notes=[
             f"All cosines within a cluster are at least {row['same']:g}. It has the name of its"
             " most central loss, with what that loss does to these pairs."
@@ -144,7 +146,8 @@ def left_out_table(row: dict) -> Table | None:
     """The losses that cannot be computed on these pairs, with the reason."""
     if not row["left_out"]:
         return None
-    return Table(title="Left out", head=["", "reason"], rows=sorted(row["left_out"].items()))
+    rows = [[f"{label}: {reason}"] for label, reason in sorted(row["left_out"].items())]
+    return Table(title="Left out", rows=rows)
 
 
 def steps_table(rows: list[dict]) -> Table | None:
@@ -157,6 +160,7 @@ def steps_table(rows: list[dict]) -> Table | None:
         title=f"Cosine with {rows[-1]['baseline']} along the run",
         head=["", *map(_name, rows)],
         rows=[[name, *(plus_minus(of.get(name)) for of in at)] for name in names],
+        folded=True,
     )
 
 
