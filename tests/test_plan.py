@@ -82,6 +82,12 @@ def test_a_reference_that_moves_is_counted_with_the_initial_one(
     assert several == n_models * one
 
 
+def test_calibration_needs_two_gradients_of_the_head(imdb_dir, llama_folder, tmp_path):
+    run = small_run(llama_folder, imdb_dir, tmp_path / "run")
+    memory = planned([*run, "loss.calibration=true"]).memory
+    assert memory["calibration"] == 2 * 4 * 258 * 32 and "calibration" not in planned(run).memory
+
+
 def test_two_real_ranks(imdb_dir, llama_folder, tmp_path):
     overrides = small_run(
         llama_folder,

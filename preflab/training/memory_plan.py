@@ -95,6 +95,9 @@ def make_plan(config: Settings, loss, data: PreferenceData) -> Plan:
     if (uses := reference_plan(config, loss)).built:
         plan.memory["reference"] = _reference_bytes(config, uses)
     plan.memory["activations"] = _activations(config, scalar, plan.largest_microbatch)
+    if loss.calibration:  # two gradients of the head in float32, while the activations are there
+        text = model.config.get_text_config()
+        plan.memory["calibration"] = 2 * 4 * text.vocab_size * text.hidden_size
     if plan.one_microbatch:
         # Backward frees the activations of a layer before the next layer's gradients are there.
         both = plan.memory["gradients"], plan.memory["activations"]
