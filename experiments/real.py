@@ -1,4 +1,5 @@
-"""Experiments with a real language model: sentiment control of reviews, and shorter chat answers.
+"""Experiments with a real language model: sentiment control of reviews, shorter chat answers, and
+answers that end.
 
 They need a folder with the model (`--model`). SmolLM2-135M-Instruct without a model hub:
 
@@ -9,6 +10,8 @@ They need a folder with the model (`--model`). SmolLM2-135M-Instruct without a m
 
 import json
 from pathlib import Path
+
+from transformers import AutoTokenizer
 
 from experiments.analysis import mean, picture_of, select_runs
 from experiments.workspace import ROOT, Workspace
@@ -24,6 +27,9 @@ REVIEW_LENGTHS = ("max_length=44", "max_prompt_length=24", "max_new_tokens=20")
 CHAT_LENGTHS = ("max_length=112", "max_prompt_length=64", "max_new_tokens=48")
 CHAT_TRAIN, CHAT_TEST, CHAT_STEPS = 96, 64, 12
 
+TURN_TRAIN, TURN_TEST, TURN_STEPS = 192, 128, 12
+TURN_TOKENS = int(CHAT_LENGTHS[-1].partition("=")[2])
+
 VERBS = ("explain", "describe", "define", "summarize")
 TOPICS = (
     *("gravity", "photosynthesis", "inflation", "a solar eclipse", "the water cycle", "a vaccine"),
@@ -33,6 +39,12 @@ TOPICS = (
     *("natural selection", "a thunderstorm", "the moon", "a magnet", "a coral reef", "a bicycle"),
     *("chess", "a sonnet", "a symphony", "the alphabet", "a census", "an atlas", "a lighthouse"),
     *("an avalanche", "a desert"),
+)
+ONE_SENTENCE = (
+    *("Explain {} in one sentence.", "Describe {} in one short sentence."),
+    *("Define {} in one sentence.", "Summarize {} in a single sentence."),
+    *("In one sentence, tell me about {}.", "Write one sentence about {}."),
+    *("Give me a one-sentence fact about {}.", "In one sentence, say why people care about {}."),
 )
 
 
@@ -102,6 +114,74 @@ def real_chat(workspace: Workspace) -> tuple[dict, dict]:
         )
     found = f"Of {CHAT_TEST} answers to held-out questions {'; '.join(texts)}."
     return {"holds": bool(holds), "found": found, "numbers": numbers}, {}
+
+
+def real_turns(workspace: Workspace) -> tuple[dict, dict]:
+    """Answers that end: pairs of the model's own answers to requests for one sentence, the one of
+    fewer tokens chosen, where an answer that does not end counts as the longest."""
+    reward = [f"--config-dir={ROOT / 'experiments' / 'config'}", "reward=short"]
+    requests = [request.format(topic) for topic in TOPICS for request in ONE_SENTENCE]
+    prompts = [[{"role": "user", "content": request}] for request in requests]
+    data = _pairs(workspace, "turns", prompts, TURN_TEST, reward, CHAT_LENGTHS)
+    _score_by_tokens(workspace, data)
+    runs = _train(
+        workspace, "real/turns-dpo", data, reward, CHAT_LENGTHS, "loss=dpo", "loss.beta=0.1",
+        steps=TURN_STEPS, n_test=TURN_TEST,
+    )  # fmt: skip
+    holds, texts, numbers = True, [], {}
+    for run in runs:
+        measured = _turns_of(run)
+        more, fewer = measured["more_ended"], measured["fewer_tokens"]
+        holds &= more[0] > 2 * more[1] and fewer[0] > 2 * fewer[1]
+        numbers[str(run.seed)] = measured
+        texts.append(
+            f"seed {run.seed}: {measured['ended'][0]:.0%} end before and"
+            f" {measured['ended'][1]:.0%} after (by {more[0]:.3f} \N{PLUS-MINUS SIGN}"
+            f" {more[1]:.3f}), with {measured['tokens'][0]:.1f} and {measured['tokens'][1]:.1f}"
+            f" tokens ({fewer[0]:.1f} \N{PLUS-MINUS SIGN} {fewer[1]:.1f} fewer) and"
+            f" {measured['words'][0]:.1f} and {measured['words'][1]:.1f} words, at KL"
+            f" {measured['kl']:.1f}"
+        )
+    found = f"Of {TURN_TEST} answers about held-out topics {'; '.join(texts)}."
+    return {"holds": bool(holds), "found": found, "numbers": numbers}, {}
+
+
+def _turns_of(run: Run) -> dict:
+    """Which answers of the last evaluation end, their tokens and words, before and after training;
+    differences with their standard errors over prompts."""
+    samples = run.samples()
+    last = [row for row in samples if row["examples"] == samples[-1]["examples"]]
+    models = ("reference", "policy")
+    ended = {m: [float(row[f"{m}_ended"]) for row in last] for m in models}
+    tokens = {m: [row[f"{m}_tokens"] for row in last] for m in models}
+    words = {m: [len(row[m].split()) for row in last] for m in models}
+    more_ended = [b - a for a, b in zip(ended["reference"], ended["policy"], strict=True)]
+    fewer_tokens = [a - b for a, b in zip(tokens["reference"], tokens["policy"], strict=True)]
+    return {
+        "ended": [mean(ended[m]) for m in models],
+        "more_ended": list(mean_and_error(more_ended)),
+        "tokens": [mean(tokens[m]) for m in models],
+        "fewer_tokens": list(mean_and_error(fewer_tokens)),
+        "words": [mean(words[m]) for m in models],
+        "empty": [mean(float(n == 0) for n in words[m]) for m in models],
+        "kl": run.latest()["kl"],
+    }
+
+
+def _score_by_tokens(workspace: Workspace, folder: Path) -> None:
+    """Score the answers of `folder` by minus their tokens, the end of turn included. One that does
+    not end counts as one token longer than the longest that does."""
+    tokenizer = AutoTokenizer.from_pretrained(**workspace.tokenizer())
+    for split in ("train", "test"):
+        path = folder / f"{split}.jsonl"
+        rows = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+        for row in rows:
+            n_text = len(tokenizer(row["text"], add_special_tokens=False)["input_ids"])
+            row["reward"] = -float(
+                min(n_text + 1, TURN_TOKENS) if row["ended"] else TURN_TOKENS + 1
+            )
+        with atomic_write(path) as f:
+            f.writelines(json.dumps(row) + "\n" for row in rows)
 
 
 def _openings() -> list[str]:

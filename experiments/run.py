@@ -3,7 +3,7 @@ claim holds here.
 
     python experiments/run.py frontier|offset|sequential_kl|calibration|temperature|d2po|labels|all
         [--work DIR] [--seeds 11 12 13]
-    python experiments/run.py real|real_chat --model FOLDER
+    python experiments/run.py real|real_chat|real_turns --model FOLDER
 
 Each takes some minutes on two cores: a seed is a sequence of `python train.py -m ...`, and the
 seeds run in parallel. Runs that exist already are not repeated. The results are
@@ -32,7 +32,7 @@ from experiments.analysis import (
 from experiments.claims import CLAIMS, WITH_MODEL
 from experiments.labels import labels
 from experiments.online import d2po
-from experiments.real import real, real_chat
+from experiments.real import real, real_chat, real_turns
 from experiments.workspace import ROOT, Workspace
 from preflab.evaluation.win_rates import pair_up, win_rate
 from preflab.reports import plot_style, sweep_plots
@@ -63,7 +63,9 @@ def main() -> None:
         help="optimizer steps instead of each experiment's own, for a trial; writes no results",
     )
     parser.add_argument(
-        "--model", type=Path, help="for real and real_chat: a folder or a GGUF file of a chat model"
+        "--model",
+        type=Path,
+        help=f"for {', '.join(WITH_MODEL)}: a folder or a GGUF file of a chat model",
     )
     arguments = parser.parse_args()
     names = [name for name in CLAIMS if name not in WITH_MODEL]
@@ -472,6 +474,7 @@ EXPERIMENTS = {
         labels,
         real,
         real_chat,
+        real_turns,
     )
 }
 

@@ -31,6 +31,13 @@ class Workspace:
         """Overrides that choose the given language model."""
         return _model(self._model_folder)
 
+    def tokenizer(self) -> dict[str, str]:
+        """Arguments of `from_pretrained` for the tokenizer of the given language model."""
+        folder = self._model_folder
+        if folder.suffix == ".gguf":
+            return {"pretrained_model_name_or_path": str(folder.parent), "gguf_file": folder.name}
+        return {"pretrained_model_name_or_path": str(folder)}
+
     def command(self, script: str, *arguments) -> None:
         """Run one of the project's commands on one core, and save its output in logs/."""
         name = re.sub(r"[^\w=,.-]+", "_", " ".join(map(str, [script, *arguments])))[-150:]
