@@ -332,6 +332,7 @@ def test_training_starts_from_the_weights_of_a_gguf_file(tmp_path, imdb_dir):
     assert final_weights(run).keys() == load_file(run / "LATEST/hf/model.safetensors").keys()
     config = json.loads((run / "LATEST" / "hf" / "config.json").read_text())
     assert "quantization_config" not in config
+    assert not (run / "LATEST" / "hf").is_symlink()  # it is not the adapter of a quantised base
 
 
 def test_a_gguf_file_without_the_package_says_what_to_install(tmp_path, monkeypatch):

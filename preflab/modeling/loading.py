@@ -264,10 +264,12 @@ def load_model(config, dtype: str, *, scalar_head: bool = False, mapped: bool = 
         model = load_complete(
             cls, source.path, "model.name_or_path", new_head=scalar_head, **options
         )
-    if is_quantized(model):
+    if source.options:  # transformers has dequantised the weights of a GGUF file
+        model.is_quantized = False
+        if hasattr(model.config, "quantization_config"):
+            del model.config.quantization_config
+    elif is_quantized(model):
         prepare_quantized(model)
-    if hasattr(model.config, "quantization_config") and source.options:
-        del model.config.quantization_config  # the weights are dequantised
     if source.adapter is not None:
         name = f"model.name_or_path={source.adapter}"
         base = f"its base {source.path}"
