@@ -13,9 +13,12 @@ position twice, the pair is a tie. Its key comes from the environment (--key-env
 are cached. The command writes judgements.jsonl and winrates.json into FOLDER; `python report.py
 FOLDER` shows them.
 
+    python judge.py FOLDER --alpaca-eval DIR      writes the samples as AlpacaEval reads them
+
 A win counts 1 and a tie 1/2. The 95% interval is over prompts, of this policy and these samples:
-Wilson's, and with several samples of a prompt or ties that of prompts as clusters. No model is
-loaded, unless the reward is one.
+Wilson's, and with several samples of a prompt or ties that of prompts as clusters. The rate of
+equal lengths is the length-controlled one (arXiv:2404.04475). No model is loaded, unless the reward
+is one.
 """
 
 import argparse
@@ -23,6 +26,8 @@ import json
 import sys
 from pathlib import Path
 
+from preflab.evaluation.alpaca_eval import export_samples
+from preflab.evaluation.length_control import length_controlled
 from preflab.evaluation.win_rates import (
     QUESTION,
     by_labels,
@@ -44,8 +49,16 @@ ROOT = Path(__file__).resolve().parent
 
 
 def main() -> None:
-    arguments = _parser().parse_args()
+    parser = _parser()
+    arguments = parser.parse_args()
+    if not arguments.by and not arguments.alpaca_eval:
+        parser.error("the following arguments are required: --by")
     with errors_in_one_line():
+        if arguments.alpaca_eval:
+            rows = latest_samples(arguments.folder)
+            print("\n".join(map(str, export_samples(rows, arguments.alpaca_eval))))
+        if not arguments.by:
+            return
         rates = judge(arguments)
     evaluations = read_jsonl(arguments.folder / "eval.jsonl")
     if rates:
@@ -70,7 +83,13 @@ def _parser() -> argparse.ArgumentParser:
         default=["reference"],
         help="reference, chosen (of the data), or another folder of samples",
     )
-    parser.add_argument("--by", choices=("reward", "labels", "llm"), required=True)
+    parser.add_argument("--by", choices=("reward", "labels", "llm"))
+    parser.add_argument(
+        "--alpaca-eval",
+        type=Path,
+        metavar="DIR",
+        help="write the samples as files that alpaca_eval reads; --by is then optional",
+    )
     parser.add_argument(
         "--reward",
         nargs="+",
@@ -84,6 +103,14 @@ def _parser() -> argparse.ArgumentParser:
     llm.add_argument("--model", help="the name of the model at the endpoint")
     llm.add_argument(
         "--question", type=Path, help="a text with {prompt}, {a} and {b}, instead of the default"
+    )
+    llm.add_argument(
+        "--body",
+        nargs="+",
+        default=[],
+        metavar="KEY=VALUE",
+        help="further fields of a request, such as temperature=1 or reasoning_effort=low; null"
+        " leaves a field out (by default: temperature=0.0 max_tokens=256)",
     )
     llm.add_argument("--key-env", default="OPENAI_API_KEY", help="environment variable of the key")
     llm.add_argument("--max-requests", type=int, default=1000, help="hard cap, retries included")
@@ -108,7 +135,11 @@ def judge(arguments) -> list[dict]:
     verdicts, counts, by = _verdicts(pairs, arguments)
     for pair, verdict in zip(pairs, verdicts, strict=True):
         pair |= verdict | {"by": by}
-    rates = [win_rate(group, by) for group in judged_groups(pairs).values()]
+    rates = []
+    for group in judged_groups(pairs).values():
+        controlled = length_controlled(group)
+        named = {f"length_controlled_{key}": value for key, value in controlled.items()}
+        rates.append(win_rate(group, by) | named)
     if counts and rates:
         print(", ".join(f"{count} {n:,}" for count, n in counts.items()))
     merge(
@@ -147,8 +178,23 @@ def _verdicts(pairs: list[dict], arguments) -> tuple[list[dict], dict[str, int],
         concurrency=arguments.concurrency,
         timeout=arguments.timeout,
         retries=arguments.retries,
+        body=_body(arguments.body),
     )
     return *by_llm(pairs, endpoint, template), f"llm {arguments.model}"
+
+
+def _body(pairs: list[str]) -> dict:
+    """KEY=VALUE as fields of a JSON object. A value that is not JSON is a text."""
+    body = {}
+    for pair in pairs:
+        key, equals, value = pair.partition("=")
+        if not key or not equals:
+            raise DataError(f"--body {pair}: expected KEY=VALUE")
+        try:
+            body[key] = json.loads(value)
+        except ValueError:
+            body[key] = value
+    return body
 
 
 def _question(path: Path | None) -> str:

@@ -448,7 +448,7 @@ def http_server():
     of all further ones.
 
     An answer: a status, "drop" (the connection), "stall", "drip" (a byte at a time), "nonsense", or
-    a function from the body.
+    a function from the body to an answer, or to a status and an answer.
     """
     servers = []
 
@@ -468,9 +468,12 @@ def http_server():
                     time.sleep(3)
                     return
                 content = b"<html>no JSON</html>"
+                status = answer if isinstance(answer, int) else 200
                 if callable(answer):
-                    content = json.dumps(answer(body)).encode()
-                self.send_response(answer if isinstance(answer, int) else 200)
+                    made = answer(body)
+                    status, made = made if isinstance(made, tuple) else (200, made)
+                    content = json.dumps(made).encode()
+                self.send_response(status)
                 self.end_headers()
                 with contextlib.suppress(OSError):
                     if answer == "drip":

@@ -1,23 +1,28 @@
 """Win rates, and the endpoint that a judge may be."""
 
 import json
+import math
 import re
 import subprocess
 import sys
 import time
 
+import numpy as np
 import pytest
 from conftest import ROOT, write_jsonl
 
+from judge import _body
 from preflab.batching.chat import PromptText, transcript
 from preflab.evaluation import win_rates
+from preflab.evaluation.alpaca_eval import export_samples
+from preflab.evaluation.length_control import PRIOR, length_controlled
 from preflab.evaluation.win_rates import both_orders, fill, pair_up, read_verdict, win_rate
 from preflab.reports.run_files import read_json, read_jsonl
 from preflab.reports.statistics import share_interval, wilson
 from preflab.reports.tables import CONSOLE_WIDTH
 from preflab.rewards.llm_client import Answers, Endpoint, EndpointError
 from preflab.rewards.llm_rater import _rating_question
-from utils import DataError
+from utils import ConfigError, DataError
 
 
 def sample(i, policy, **more):
@@ -174,7 +179,91 @@ def test_texts_with_braces_do_not_fill_other_places():
     assert fill("{prompt}|{a}|{b}|{c}", "{a}", "{b}", "\\1") == "{a}|{b}|\\1|{c}"
 
 
+def pairs_of(gaps, verdicts, prompts=None):
+    """Judged pairs whose responses differ by so many characters."""
+    prompts = range(len(gaps)) if prompts is None else prompts
+    return [
+        {"prompt": f"p{p}", "policy": "x" * (500 + gap), "opponent": "y" * 500, "verdict": verdict}
+        for p, gap, verdict in zip(prompts, gaps, verdicts, strict=True)
+    ]
+
+
+def test_a_judge_that_sees_the_length_alone_has_no_preference_at_equal_lengths():
+    gaps = np.random.default_rng(0).integers(-50, 400, 4000)  # mostly longer
+    longer = np.tanh(gaps / gaps.std(ddof=1))
+    biased = 1 / (1 + np.exp(-2 * longer))
+    assert biased.mean() > 0.7
+    result = length_controlled(pairs_of(gaps, biased))
+    assert result["rate"] == pytest.approx(0.5, abs=1e-3)
+    assert result["effect"] == pytest.approx(2, abs=1e-2)
+    better = 1 / (1 + np.exp(-(2 * longer + math.log(3))))
+    assert length_controlled(pairs_of(gaps, better))["rate"] == pytest.approx(0.75, abs=1e-3)
+
+
+def test_length_controlled_rates_equal_a_naive_fit():
+    """Gradient ascent on the penalised likelihood, and the sandwich variance from derivatives by
+    differences."""
+    rng = np.random.default_rng(1)
+    gaps, verdicts = rng.integers(-200, 300, 60), rng.choice([0.0, 0.5, 1.0], 60, p=[0.3, 0.2, 0.5])
+    prompts = np.arange(60) // 3  # three samples of a prompt
+    longer = np.tanh(gaps / gaps.std(ddof=1))
+
+    def likelihood(at, members=slice(None), prior=1.0):
+        logits = at[0] + at[1] * longer[members]
+        wins = verdicts[members]
+        of = wins * -np.logaddexp(0, -logits) + (1 - wins) * -np.logaddexp(0, logits)
+        return of.sum() - prior * at[1] ** 2 / (2 * PRIOR**2)
+
+    def slope(f, at, h=1e-5):
+        return np.array([(f(at + h * e) - f(at - h * e)) / (2 * h) for e in np.eye(2)])
+
+    at = np.zeros(2)
+    for _ in range(3000):
+        at = at + 0.03 * slope(likelihood, at)
+    hessian = slope(lambda x: slope(likelihood, x, 1e-4), at, 1e-4)
+    scores = np.array(
+        [slope(lambda x, m=prompts == p: likelihood(x, m, 0.0), at) for p in range(20)]
+    )
+    inverse = np.linalg.inv(hessian)
+    error = math.sqrt((inverse @ (scores.T @ scores) @ inverse)[0, 0] * 20 / 19)
+    t = 2.093024054408263  # 19 degrees of freedom
+    expected = [1 / (1 + math.exp(-(at[0] + shift))) for shift in (-t * error, 0, t * error)]
+    result = length_controlled(pairs_of(gaps, verdicts, prompts))
+    assert [result[key] for key in ("low", "rate", "high")] == pytest.approx(expected, abs=1e-6)
+    assert result["effect"] == pytest.approx(at[1], abs=1e-6)
+
+
+def test_a_length_controlled_rate_is_not_made_up():
+    equal = dict.fromkeys(("rate", "low", "high", "effect"))
+    gaps, verdicts = [5, -5] * 6, [1.0, 0.0, 0.0, 1.0] * 3
+    assert length_controlled(pairs_of(gaps, verdicts))["rate"] == pytest.approx(0.5)
+    assert length_controlled(pairs_of(gaps[:9], verdicts[:9])) == equal  # few prompts
+    assert length_controlled(pairs_of([7] * 12, verdicts)) == equal  # one difference
+    assert length_controlled(pairs_of(gaps, [1.0] * 12)) == equal
+    always = length_controlled(pairs_of(gaps, [1.0, 0.0] * 6))  # the longer one always wins
+    assert always["rate"] == pytest.approx(0.5) and 1 < always["effect"] < 20
+
+
 # ----------------------------------------------------------------------------------- what is paired
+
+
+def test_samples_are_written_for_alpaca_eval(tmp_path):
+    messages = [{"role": "user", "content": "p0"}]
+    rows = [sample(0, "ours", messages=messages), sample(1, "too", chosen=None)]
+    rows += [sample(0, "another", sample=1)]
+    files = export_samples(rows, tmp_path / "out")
+    assert [file.name for file in files] == ["policy.json", "reference.json", "chosen.json"]
+    assert read_json(files[0]) == [
+        {"instruction": "p0", "output": "ours", "generator": "policy"},
+        {"instruction": "p1", "output": "too", "generator": "policy"},
+    ]
+    assert len(read_json(files[1])) == 2 and len(read_json(files[2])) == 1
+    paths = ("runs/a/LATEST/policy.pt", "runs/b/LATEST/policy.pt")
+    rows = [
+        sample(0, f"{path} {t}", checkpoint=path, temperature=t) for path in paths for t in (0.5, 1)
+    ]
+    names = [file.name for file in export_samples(rows, tmp_path / "several")]
+    assert {"a-T0.5.json", "a-T1.json", "b-T1.json", "reference-T0.5.json"} <= set(names)
 
 
 def test_a_language_model_gets_the_conversation_with_its_tools(monkeypatch):
@@ -351,6 +440,62 @@ def test_a_refusal_ends_it_at_once(answer, message, folder, http_server):
     done = by_llm(folder, server, "--concurrency", 1)
     assert done.returncode == 2 and message in done.stderr and len(server.received) == 1
     assert not (folder / "winrates.json").exists()
+
+
+def asks(tmp_path, server, **options):
+    return Endpoint(server.url, "m", cache=tmp_path / "c.sqlite", retries=0, **options)
+
+
+def test_the_fields_of_a_request_are_free(tmp_path, http_server):
+    server = http_server([completion("x")])
+    question = [[{"role": "user", "content": "?"}]]
+    body = _body(["temperature=null", "max_completion_tokens=4000", "reasoning_effort=low"])
+    asks(tmp_path, server, body=body).ask(question, str)
+    assert server.received[0].keys() - {"model", "messages"} == body.keys() - {"temperature"}
+    assert server.received[0]["max_completion_tokens"] == 4000
+    assert server.received[0]["reasoning_effort"] == "low"
+    asks(tmp_path, server).ask(question, str)  # other fields: not the answer of the cache
+    assert server.received[1]["temperature"] == 0.0 and server.received[1]["max_tokens"] == 256
+    with pytest.raises(ConfigError, match="--body stream: this field cannot be set"):
+        asks(tmp_path, server, body={"stream": True})
+    with pytest.raises(DataError, match="--body temperature: expected KEY=VALUE"):
+        _body(["temperature"])
+
+
+def refuses(*names):
+    """A server that refuses fields of a request as OpenAI's does."""
+
+    def answer(body):
+        for name in names:
+            if name in body:
+                message = f"Unsupported parameter: '{name}' is not supported with this model."
+                message += " Use 'max_completion_tokens' instead." * (name == "max_tokens")
+                error = {"message": message, "param": name, "code": "unsupported_parameter"}
+                return 400, {"error": error | {"type": "invalid_request_error"}}
+        return completion("x")(body)
+
+    return answer
+
+
+def test_max_tokens_that_is_refused_has_a_new_name(tmp_path, http_server, caplog):
+    server = http_server([refuses("max_tokens")])
+    questions = [[{"role": "user", "content": str(i)}] for i in range(3)]
+    asked = asks(tmp_path, server, concurrency=1).ask(questions, str)
+    assert asked.answers == ["x"] * 3 and asked.requests == 4
+    assert [body.get("max_completion_tokens") for body in server.received] == [None, 256, 256, 256]
+    assert "m refuses max_tokens; max_completion_tokens=256 is sent instead" in caplog.text
+    again = asks(tmp_path, server).ask(questions, str)
+    assert again.from_cache == 3 and len(server.received) == 4
+
+
+def test_another_field_that_is_refused_is_named_with_the_fix(tmp_path, http_server):
+    server = http_server([refuses("temperature")])
+    questions = [[{"role": "user", "content": str(i)}] for i in range(3)]
+    with pytest.raises(EndpointError, match=r"leave it out with --body temperature=null"):
+        asks(tmp_path, server, concurrency=1).ask(questions, str)
+    assert len(server.received) == 1
+    asked = asks(tmp_path, server, body={"temperature": None}).ask(questions, str)
+    assert asked.answers == ["x"] * 3
 
 
 def test_a_dead_server_ends_it(tmp_path, http_server):

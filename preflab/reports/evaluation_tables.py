@@ -242,6 +242,12 @@ def _with_kl_named(row: dict) -> dict:
 WINRATE_COUNTS = ("wins", "ties", "losses", "contradictions", "unjudged")
 
 
+RATES = {  # head of the column -> keys of winrates.json: the rate and its interval
+    "win rate [95%]": ("win_rate", "low", "high"),
+    "of equal lengths [95%]": tuple(f"length_controlled_{key}" for key in ("rate", "low", "high")),
+}
+
+
 def winrate_table(winrates: Sequence[dict], evaluations: Sequence[dict] = ()) -> Table | None:
     """A row of winrates.json for each loss, temperature, opponent and judge: the mean over seeds.
 
@@ -264,29 +270,41 @@ def winrate_table(winrates: Sequence[dict], evaluations: Sequence[dict] = ()) ->
         members[key].append((seed, rate))
     has_steps = any(step is not None for _, step, *_ in members)
     counted = [name for name in WINRATE_COUNTS if any(rate.get(name) for rate in winrates)]
+    shown = {
+        head: keys
+        for head, keys in RATES.items()
+        if head == "win rate [95%]" or any(is_number(rate.get(keys[0])) for rate in winrates)
+    }
     rows = []
     for (label, step, temperature, opponent, by), rates in members.items():
         where = [label, *([_plain(step)] if has_steps else []), _plain(temperature), opponent, by]
         counts = [sum(rate.get(name) or 0 for _, rate in rates) for name in counted]
-        rows.append([*where, _rate_cell(rates, "win_rate", "low", "high"), *counts])
+        cells = [_rate_cell(rates, *keys) for keys in shown.values()]
+        rows.append([*where, *cells, *counts])
     return Table(
         title="Win rates",
         head=[
             "",
             *(["step"] if has_steps else []),
-            *("temperature", "against", "by", "win rate [95%]", *counted),
+            *("temperature", "against", "by", *shown, *counted),
         ],
         rows=rows,
-        notes=_winrate_notes(members),
+        notes=_winrate_notes(members, has_lengths=len(shown) > 1),
         keys=4 + has_steps,
     )
 
 
-def _winrate_notes(members: dict[tuple, list]) -> list[str]:
+def _winrate_notes(members: dict[tuple, list], *, has_lengths: bool) -> list[str]:
     notes = [
         "A tie counts one half, and so does a pair whose two orders contradict each other."
         " Intervals are over prompts, of one policy and its samples."
     ]
+    if has_lengths:
+        notes.append(
+            "Of equal lengths: the length-controlled win rate (arXiv:2404.04475), sigmoid(theta) of"
+            " P(win) = sigmoid(theta + phi tanh(difference in characters / its standard"
+            " deviation))."
+        )
     if any(len(rates) > 1 for rates in members.values()):
         notes.append(
             "Rows of several seeds have means over seeds, with t intervals over them from three"

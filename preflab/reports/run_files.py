@@ -65,6 +65,7 @@ COLUMNS: dict[str, Check] = {
     **dict.fromkeys(("examples", "step", "round", "request", "temperature", "kl"), _is_numeric),
     **dict.fromkeys(("sample", "policy_tokens", "win_rate", "low", "high"), _is_numeric),
     **dict.fromkeys(("top_p", "top_k", "min_p"), _is_numeric),
+    **dict.fromkeys((f"length_controlled_{key}" for key in ("rate", "low", "high")), _is_numeric),
     **dict.fromkeys(("wins", "ties", "losses", "contradictions", "unjudged"), _is_numeric),
     **dict.fromkeys(("policy_reward", "reference_reward"), _is_scores),
     "training": _is_training,

@@ -2,6 +2,7 @@
 number, and cached on disk."""
 
 import json
+import logging
 import os
 import sqlite3
 import threading
@@ -14,7 +15,11 @@ from random import random
 
 import httpx
 
-from utils import PrefLabError, Progress, content_hash
+from utils import ConfigError, PrefLabError, Progress, content_hash
+
+logger = logging.getLogger(__name__)
+
+DEFAULTS = {"temperature": 0.0, "max_tokens": 256}  # fields of a request
 
 MAX_ANSWER_BYTES = 2**20  # a server that sends more is not answering the question
 MAX_CONSECUTIVE_FAILURES = 8  # then the server counts as down
@@ -61,6 +66,8 @@ class Endpoint:
         settings.
     max_requests: hard cap on the requests that this object sends, retries included.
     timeout: seconds per attempt, until the whole answer has arrived.
+    body: further fields of a request, in place of DEFAULTS; None leaves a field out. Where the
+        model refuses `max_tokens`, the number is sent as `max_completion_tokens`.
     retries: further attempts after a timeout, a lost connection, a status 408, 409, 429 or 5xx, or
         a body that is not a completion. The waits between them start at `backoff` seconds and
         double.
@@ -78,13 +85,13 @@ class Endpoint:
         timeout: float = 60.0,
         retries: int = 4,
         backoff: float = 1.0,
-        temperature: float = 0.0,
-        max_tokens: int = 256,
+        body: dict | None = None,
     ):
         self.url, self.model = url.rstrip("/"), model
         self.max_requests, self.concurrency = max_requests, concurrency
         self.timeout, self.retries, self.backoff = timeout, retries, backoff
-        self.settings = {"temperature": temperature, "max_tokens": max_tokens}
+        self.settings = _settings(body or {})
+        self._sent_settings = dict(self.settings)  # `_use_new_name` may change it
         key = os.environ.get(key_env)
         self._client = httpx.Client(
             timeout=timeout, headers={"Authorization": f"Bearer {key}"} if key else {}
@@ -185,11 +192,21 @@ class Endpoint:
             if self._stopped or self._sent >= self.max_requests:
                 raise _CapReachedError
             self._sent += 1
-        response, body = self._send({"model": self.model, "messages": messages, **self.settings})
+        settings = dict(self._sent_settings)
+        response, body = self._send({"model": self.model, "messages": messages, **settings})
         status, start = response.status_code, body[:200].decode(errors="replace")
         message = f"status {status}: {start}"
         if status in RETRIED_STATUS or status >= 500:
             raise _RequestFailedError(message, wait=_retry_after(response))
+        if status == 400 and "max_tokens" in settings and b"max_completion_tokens" in body:
+            self._use_new_name()
+            return self._post(messages)
+        if status == 400 and (name := _refused(body, settings)):
+            self._stopped = True
+            raise EndpointError(
+                f"{self.url}: {self.model} refuses {name}={json.dumps(settings[name])}: {start};"
+                f" set it with --body {name}=VALUE, or leave it out with --body {name}=null"
+            )
         if status in REJECTED_STATUS:
             raise _RequestFailedError(message, retriable=False)
         if status != 200:
@@ -200,6 +217,17 @@ class Endpoint:
         except (ValueError, LookupError, TypeError) as error:
             raise _RequestFailedError(f"no chat completion: {start}") from error
         return text if isinstance(text, str) else ""
+
+    def _use_new_name(self) -> None:
+        """Send the limit of an answer as `max_completion_tokens` from now on."""
+        with self._lock:
+            if "max_tokens" not in self._sent_settings:
+                return
+            limit = self._sent_settings.pop("max_tokens")
+            self._sent_settings["max_completion_tokens"] = limit
+        logger.warning(
+            "%s refuses max_tokens; max_completion_tokens=%s is sent instead", self.model, limit
+        )
 
     def _send(self, payload: dict) -> tuple[httpx.Response, bytes]:
         """The response and its body. It is streamed, because httpx's own timeout starts again with
@@ -217,6 +245,27 @@ class Endpoint:
         except httpx.InvalidURL as error:
             raise EndpointError(f"{self.url} is not a URL: {error}") from error
         return response, body
+
+
+def _settings(body: dict) -> dict:
+    """The fields of a request beside its model and messages. Raises ConfigError for a field that
+    is set elsewhere, or that changes the form of the answer."""
+    if taken := sorted(body.keys() & {"model", "messages", "stream", "n"}):
+        raise ConfigError(f"--body {taken[0]}: this field cannot be set; each request is one chat")
+    defaults = dict(DEFAULTS)
+    if "max_completion_tokens" in body:
+        del defaults["max_tokens"]
+    return {key: value for key, value in (defaults | body).items() if value is not None}
+
+
+def _refused(body: bytes, settings: dict) -> str | None:
+    """The field of the request that the answer to it calls unsupported."""
+    try:
+        error = json.loads(body)["error"]
+        name = error["param"] if str(error["code"]).startswith("unsupported") else None
+    except (ValueError, LookupError, TypeError):
+        return None
+    return name if isinstance(name, str) and name in settings else None
 
 
 def _retry_after(response: httpx.Response) -> float:
