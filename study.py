@@ -72,6 +72,7 @@ def report(study: Study) -> None:
 
     print(write_study(study))
     print(study.work / "study.md")
+    print(study.work / "report.html")
 
 
 def run(study: Study, arguments: argparse.Namespace) -> int:

@@ -7,18 +7,22 @@ import contextlib
 import json
 import os
 import random
+import re
 import shutil
 import subprocess
 
 import numpy as np
 import pytest
-from conftest import read_rows, write_jsonl
+from conftest import ROOT, read_rows, write_jsonl
 from test_report import SUMMARY, change_config, evaluated_rows, make_evaluation, make_run
 
+from preflab.reports.charts import chart_of
+from preflab.reports.markdown_page import write_markdown_page
 from preflab.reports.plot_style import COLOR_CYCLE, LINE_STYLES, marker, style
 from preflab.reports.run import write_report
-from preflab.reports.runs import Run, find_runs
+from preflab.reports.runs import Group, Run, find_runs
 from preflab.reports.sweep import write_comparison
+from preflab.reports.sweep_plots import frontier_figure
 from utils import mean_and_error
 
 CHROMIUM = next(
@@ -221,12 +225,17 @@ def pages(tmp_path_factory):
         make_checkpoints(folder / "evaluation", rng)
         for name in ("run", "online", "evaluation"):
             write_report(folder / name)
+        runs = [Run(folder / "run")]
+        study = (ROOT / "experiments" / "results" / "study-quick" / "study.md").read_text()
+        (folder / "study").mkdir()
+        charts = [chart_of("Frontier", frontier_figure([Group({"loss.name": "dpo"}, runs)]))]
+        write_markdown_page(folder / "study", study, charts)
         make_sweep(folder / "sweep", rng)
         write_comparison(folder / "sweep", find_runs(folder / "sweep")[0])
     return folder
 
 
-KINDS = ("run", "online", "evaluation", "sweep")
+KINDS = ("run", "online", "evaluation", "sweep", "study")
 
 # ----------------------------------------------------------------------- errors, widths and colors
 
@@ -465,6 +474,17 @@ def longest_common(a, b):
 
 
 # ------------------------------------------------------------------------------ without a browser
+
+
+def test_a_page_in_markdown_has_its_tables_and_texts(pages):
+    page = (pages / "study" / "report.html").read_text().partition("<script>")[0]
+    text = (ROOT / "experiments" / "results" / "study-quick" / "study.md").read_text()
+    tables = re.findall(r"(?m)^\|[^|]*---", text)
+    rows = re.findall(r"(?m)^\|", text)
+    assert page.count("<table") == len(tables) and len(rows) - len(tables) == page.count("<tr>")
+    assert page.count("<h2>") == text.count("\n## ") + 1  # and that of the picture
+    word = re.search(r"\*\*([a-z]+)\*\*", text)[1]
+    assert f">{word}</td>" in page and "**" not in page and "![" not in page
 
 
 def test_what_is_on_a_page_needs_no_browser(pages):

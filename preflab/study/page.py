@@ -6,6 +6,8 @@ from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 
+from preflab.reports.charts import Chart, chart_of
+from preflab.reports.markdown_page import write_markdown_page
 from preflab.reports.overoptimization_table import overoptimization_table
 from preflab.reports.plot_style import png
 from preflab.reports.run_files import read_starts
@@ -33,8 +35,10 @@ COMPARISONS = 200
 
 
 def write_study(study: Study) -> str:
-    """Write study.md, its pictures and study.json into the study's folder; returns the page."""
+    """Write study.md, its pictures, study.json and report.html into the study's folder; returns the
+    page."""
     runs = load_runs(study)
+    charts: list[Chart] = []
     parts = [_head(study, runs)]
     numbers: dict[str, dict] = {}
     for case in study.cases:
@@ -46,7 +50,7 @@ def write_study(study: Study) -> str:
             text, result = _verdicts(study, measure, margin, table)
             parts.append(text)
             numbers.setdefault(case, {})[measure] = result
-        parts += [_frontier(study, case, of), _budgets(study, of), _sensitivity(study, of)]
+        parts += [_frontier(study, case, of, charts), _budgets(study, of), _sensitivity(study, of)]
     parts.append(_halving(study, runs))
     parts.append(_failures(runs))
     page = "\n".join(part for part in parts if part)
@@ -54,6 +58,7 @@ def write_study(study: Study) -> str:
         f.write(page)
     with atomic_write(study.work / "study.json") as f:
         json.dump({"hash": study.hash, "cases": numbers}, f, indent=1)
+    write_markdown_page(study.work, page, charts)
     return page
 
 
@@ -208,8 +213,8 @@ def _groups(study: Study, runs: Sequence[StudyRun]) -> list[Group]:
     return groups
 
 
-def _frontier(study: Study, case: str, runs: Sequence[StudyRun]) -> str:
-    """The reward within some KLs, and its picture with a band over seeds."""
+def _frontier(study: Study, case: str, runs: Sequence[StudyRun], charts: list[Chart]) -> str:
+    """The reward within some KLs, and its picture with a band over seeds, also for `charts`."""
     groups = _groups(study, runs)
     if not groups:
         return ""
@@ -234,6 +239,7 @@ def _frontier(study: Study, case: str, runs: Sequence[StudyRun]) -> str:
     if figure := frontier_figure(groups):
         with atomic_write(study.work / picture, "wb") as f:
             f.write(png(figure))
+        charts.append(chart_of("Frontier" if case == "-" else f"Frontier: {case}", figure))
         lines.append(f"![reward against KL; bands are the range over seeds]({picture})\n")
     return "\n".join(lines)
 
