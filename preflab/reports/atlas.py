@@ -172,16 +172,17 @@ def map_figure(row: dict) -> Figure:
     named: list[tuple[float, float]] = []
     for number, cluster in enumerate(row["clusters"]):
         members = [drawn[name] for name in cluster["losses"]]
-        ax.plot(
-            [loss["x"] for loss in members],
-            [loss["y"] for loss in members],
-            color=COLOR_CYCLE[number % len(COLOR_CYCLE)],
-            marker=MARKERS[number // len(COLOR_CYCLE) % len(MARKERS)],
-            linestyle="",
-            markersize=7,
-            alpha=0.85,
-            label=_legend(cluster),
-        )
+        look = {
+            "color": COLOR_CYCLE[number % len(COLOR_CYCLE)],
+            "marker": MARKERS[number // len(COLOR_CYCLE) % len(MARKERS)],
+            "linestyle": "",
+            "markersize": 7,
+            "alpha": 0.85,
+        }
+        ax.plot([], [], **look, label=_legend(cluster))
+        for loss in members:
+            label = unlisted(_legend(cluster), loss["loss"])
+            ax.plot(loss["x"], loss["y"], **look, label=label)
         _name_cluster(ax, cluster, members, named, list(drawn.values()))
     label_axes(
         ax,

@@ -146,10 +146,15 @@ def _line(ax: Axes, line: Line2D, label: str, bars: Sequence[np.ndarray]) -> Par
         points=_units(ax, values),
         values=values,
         dash=DASHES.get(style) if style not in ("None", "", " ") else None,
-        marker=str(line.get_marker()) if line.get_marker() in MARKERS else "",
+        marker=_marker(line.get_marker()),
         width=line.get_linewidth(),
         bars=[(a[0], a[1], b[1]) for a, b in ends if np.isfinite([*a, *b]).all()],
     )
+
+
+def _marker(marker: Any) -> str:
+    """A marker of MARKERS, "o" for another one, and "" for none."""
+    return "" if marker in (None, "None", "none", " ", "") else marker if marker in MARKERS else "o"
 
 
 def _shape(ax: Axes, shape: Any) -> Iterator[Part]:

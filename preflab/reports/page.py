@@ -1,5 +1,6 @@
 """report.html: the template, its pictures and its samples, for a run and for a sweep."""
 
+import re
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -21,6 +22,17 @@ TEMPLATES = jinja2.Environment(
     trim_blocks=True,
     lstrip_blocks=True,
 )
+
+NUMBER = re.compile(r"[-+<>(]?\d|-$|beyond \d")
+
+
+def _number_columns(table: Table) -> list[bool]:
+    """Which columns have numbers, which are aligned at the right and not broken."""
+    columns = zip(*table.rows, strict=True)
+    return [all(NUMBER.match(str(cell)) for cell in column) for column in columns]
+
+
+TEMPLATES.filters["number_columns"] = _number_columns
 
 
 def write_page(
