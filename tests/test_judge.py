@@ -456,7 +456,7 @@ def test_the_fields_of_a_request_are_free(tmp_path, http_server):
     assert server.received[0]["reasoning_effort"] == "low"
     asks(tmp_path, server).ask(question, str)  # other fields: not the answer of the cache
     assert server.received[1]["temperature"] == 0.0 and server.received[1]["max_tokens"] == 256
-    with pytest.raises(ConfigError, match="--body stream: this field cannot be set"):
+    with pytest.raises(ConfigError, match="body: stream cannot be set"):
         asks(tmp_path, server, body={"stream": True})
     with pytest.raises(DataError, match="--body temperature: expected KEY=VALUE"):
         _body(["temperature"])
@@ -491,7 +491,9 @@ def test_max_tokens_that_is_refused_has_a_new_name(tmp_path, http_server, caplog
 def test_another_field_that_is_refused_is_named_with_the_fix(tmp_path, http_server):
     server = http_server([refuses("temperature")])
     questions = [[{"role": "user", "content": str(i)}] for i in range(3)]
-    with pytest.raises(EndpointError, match=r"leave it out with --body temperature=null"):
+    with pytest.raises(
+        EndpointError, match=r"--body temperature=null, or reward.body={temperature: null}"
+    ):
         asks(tmp_path, server, concurrency=1).ask(questions, str)
     assert len(server.received) == 1
     asked = asks(tmp_path, server, body={"temperature": None}).ask(questions, str)

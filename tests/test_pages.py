@@ -14,15 +14,18 @@ import subprocess
 import numpy as np
 import pytest
 from conftest import ROOT, read_rows, write_jsonl
+from matplotlib.figure import Figure
 from test_report import SUMMARY, change_config, evaluated_rows, make_evaluation, make_run
 
 from preflab.reports.charts import chart_of
 from preflab.reports.markdown_page import write_markdown_page
+from preflab.reports.page import write_page
 from preflab.reports.plot_style import COLOR_CYCLE, LINE_STYLES, marker, style
 from preflab.reports.run import write_report
 from preflab.reports.runs import Group, Run, find_runs
 from preflab.reports.sweep import write_comparison
 from preflab.reports.sweep_plots import frontier_figure
+from preflab.reports.tables import Table
 from utils import mean_and_error
 
 CHROMIUM = next(
@@ -474,6 +477,22 @@ def longest_common(a, b):
 
 
 # ------------------------------------------------------------------------------ without a browser
+
+
+def test_names_in_charts_are_text(tmp_path):
+    evil = "\"><img src=x onerror='throw 1'>"
+    figure = Figure()
+    ax = figure.subplots()
+    ax.plot([1, 2], [1, 2], label=evil)
+    ax.plot([1, 2], [2, 1], label="other")
+    ax.annotate(evil, (1, 1))
+    ax.set_title(evil, loc="left")
+    ax.set_xlabel(evil)
+    write_page(
+        tmp_path, evil, evil, [evil], [Table([[evil]], title=evil)], [chart_of(evil, figure)]
+    )
+    page = (tmp_path / "report.html").read_text()
+    assert "<img" not in page and page.count("&lt;img src=x") >= 10
 
 
 def test_a_page_in_markdown_has_its_tables_and_texts(pages):

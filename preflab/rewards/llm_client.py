@@ -205,7 +205,8 @@ class Endpoint:
             self._stopped = True
             raise EndpointError(
                 f"{self.url}: {self.model} refuses {name}={json.dumps(settings[name])}: {start};"
-                f" set it with --body {name}=VALUE, or leave it out with --body {name}=null"
+                f" give it another value in the body of the requests, or leave it out: judge.py"
+                f" --body {name}=null, or reward.body={{{name}: null}}"
             )
         if status in REJECTED_STATUS:
             raise _RequestFailedError(message, retriable=False)
@@ -251,7 +252,7 @@ def _settings(body: dict) -> dict:
     """The fields of a request beside its model and messages. Raises ConfigError for a field that
     is set elsewhere, or that changes the form of the answer."""
     if taken := sorted(body.keys() & {"model", "messages", "stream", "n"}):
-        raise ConfigError(f"--body {taken[0]}: this field cannot be set; each request is one chat")
+        raise ConfigError(f"body: {taken[0]} cannot be set; each request is one chat, to the model")
     defaults = dict(DEFAULTS)
     if "max_completion_tokens" in body:
         del defaults["max_tokens"]

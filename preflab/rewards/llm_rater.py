@@ -35,6 +35,7 @@ def ultrafeedbackgold(
     concurrency: int = 8,
     timeout: float = 60.0,
     retries: int = 4,
+    body: dict | None = None,
 ) -> Score:
     """The mean of two ratings from 1 to 5, for instruction following and for helpfulness, by a
     language model behind an endpoint.
@@ -57,6 +58,7 @@ def ultrafeedbackgold(
         concurrency=concurrency,
         timeout=timeout,
         retries=retries,
+        body=body,
     )
 
     def score(prompts: list[str], responses: list[str]) -> list[float]:
