@@ -42,7 +42,8 @@ def _is_scores(value: Any) -> bool:
 
 
 def _is_training(value: Any) -> bool:
-    return isinstance(value, dict) and isinstance(value.get("loss") or {}, dict)
+    loss = value.get("loss") or {} if isinstance(value, dict) else None
+    return isinstance(loss, dict) and (loss.get("name") is None or _is_text(loss["name"]))
 
 
 def _is_messages(value: Any) -> bool:
