@@ -43,7 +43,8 @@ from preflab.reports.evaluation_tables import winrate_table
 from preflab.reports.run_files import read_jsonl, read_winrates
 from preflab.rewards.llm_client import Endpoint
 from preflab.settings.refused import errors_in_one_line
-from utils import DataError, check_writable
+from preflab.settings.value_types import from_home
+from utils import DataError, check_writable, path_argument
 
 ROOT = Path(__file__).resolve().parent
 
@@ -76,10 +77,13 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("folder", type=Path, help="a run, or the folder of a function=eval")
+    parser.add_argument(
+        "folder", type=path_argument, help="a run, or the folder of a function=eval"
+    )
     parser.add_argument(
         "--against",
         nargs="+",
+        type=from_home,
         default=["reference"],
         help="reference, chosen (of the data), or another folder of samples",
     )
@@ -97,12 +101,16 @@ def _parser() -> argparse.ArgumentParser:
         metavar="NAME KEY=VALUE",
         help="a file of config/reward/, and settings of it",
     )
-    parser.add_argument("--labels", type=Path, help="JSON lines of labels, for --by labels")
+    parser.add_argument(
+        "--labels", type=path_argument, help="JSON lines of labels, for --by labels"
+    )
     llm = parser.add_argument_group("--by llm")
     llm.add_argument("--url", help="of an OpenAI-compatible endpoint, up to and including /v1")
     llm.add_argument("--model", help="the name of the model at the endpoint")
     llm.add_argument(
-        "--question", type=Path, help="a text with {prompt}, {a} and {b}, instead of the default"
+        "--question",
+        type=path_argument,
+        help="a text with {prompt}, {a} and {b}, instead of the default",
     )
     llm.add_argument(
         "--body",
@@ -119,7 +127,7 @@ def _parser() -> argparse.ArgumentParser:
     llm.add_argument("--retries", type=int, default=4, help="further attempts of a request")
     llm.add_argument(
         "--cache",
-        type=Path,
+        type=path_argument,
         default=ROOT / ".cache" / "judge.sqlite",
         help="sqlite file of answers",
     )

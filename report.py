@@ -15,10 +15,10 @@ by seed). The command does not import torch and starts in about a second.
 import argparse
 import contextlib
 import time
-from pathlib import Path
 
 from preflab.reports.sweep import report_folder
 from preflab.settings.refused import errors_in_one_line
+from utils import path_argument
 
 
 def main() -> None:
@@ -38,7 +38,9 @@ def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("folder", type=Path, help="a run folder, or a folder of run folders")
+    parser.add_argument(
+        "folder", type=path_argument, help="a run folder, or a folder of run folders"
+    )
     parser.add_argument(
         "--baseline",
         nargs="+",

@@ -361,6 +361,11 @@ def model_folder(path: str | Path) -> Path | str:
     return next((folder for folder in candidates if folder.is_dir()), path)
 
 
+def path_argument(text: str) -> Path:
+    """A path of a command line. ~ is the home folder, also behind `=`, where no shell reads it."""
+    return Path(text).expanduser()
+
+
 def load_module(module: str, key: str) -> ModuleType:
     """Import `my_losses` or `path/to/my_losses.py`, whose decorators add to a registry.
 

@@ -39,12 +39,12 @@ from preflab.readers.json_text import decode, parse_json
 from preflab.readers.messages import Chat
 from preflab.rewards.registry import build_reward
 from preflab.settings.compose import compose
-from preflab.settings.load import load_settings
+from preflab.settings.load import load_settings, validate
 from preflab.settings.refused import errors_in_one_line
 from preflab.settings.values import changed, temperatures, truncation
 from scripts.partial_file import PartialFile
 from trainers import BasicTrainer
-from utils import ConfigError, DataError, atomic_write, content_hash
+from utils import ConfigError, DataError, atomic_write, content_hash, path_argument
 
 PROMPTS_AT_A_TIME = 64
 
@@ -53,6 +53,7 @@ def main() -> None:
     arguments, overrides = _parser().parse_known_args()
     with errors_in_one_line():
         config = compose(overrides, arguments.config_dir)
+        validate(config)  # writes each value in its type, and paths from the home folder whole
         prompts = _read_prompts(arguments.prompts)
         partial = Path(f"{arguments.output}-partial.jsonl")
         rows = build_rows(config, prompts, arguments.k, arguments.n_test, partial)
@@ -69,17 +70,20 @@ def _parser() -> argparse.ArgumentParser:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument(
-        "--prompts", type=Path, required=True, help='JSON lines with a "prompt" each'
+        "--prompts", type=path_argument, required=True, help='JSON lines with a "prompt" each'
     )
     parser.add_argument(
-        "--output", required=True, help="the files are OUTPUT-train.jsonl and OUTPUT-test.jsonl"
+        "--output",
+        type=path_argument,
+        required=True,
+        help="the files are OUTPUT-train.jsonl and OUTPUT-test.jsonl",
     )
     parser.add_argument("--k", type=int, default=6, help="responses per prompt")
     parser.add_argument(
         "--n_test", type=int, default=200, help="how many of the last prompts make the test file"
     )
     parser.add_argument(
-        "--config-dir", type=Path, help="a folder with your own reward/ or model/ yamls"
+        "--config-dir", type=path_argument, help="a folder with your own reward/ or model/ yamls"
     )
     return parser
 

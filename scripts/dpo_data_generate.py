@@ -24,7 +24,7 @@ from preflab.readers.fields import present, text, type_and_value
 from preflab.readers.files import FILE_TYPES, check_file, file_rows
 from preflab.readers.json_text import as_object, decode, parse_json
 from preflab.settings.refused import errors_in_one_line
-from utils import ConfigError, DataError, atomic_write
+from utils import ConfigError, DataError, atomic_write, path_argument
 
 ANSWERS = ("exact", "variants", "both")
 
@@ -33,9 +33,12 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--input", type=Path, required=True, help="file of situations")
+    parser.add_argument("--input", type=path_argument, required=True, help="file of situations")
     parser.add_argument(
-        "--output", type=Path, required=True, help="JSON file to write, for datasets=[OUTPUT]"
+        "--output",
+        type=path_argument,
+        required=True,
+        help="JSON file to write, for datasets=[OUTPUT]",
     )
     parser.add_argument(
         "--sample_size", type=int, default=500, help="situations to take; all where there are fewer"

@@ -27,7 +27,7 @@ from preflab.objective.types import Pair, Side
 from preflab.reports.plot_style import png, style
 from preflab.settings.keys import CONFIG_DIR
 from preflab.settings.refused import errors_in_one_line
-from utils import atomic_write
+from utils import atomic_write, path_argument
 
 GAPS = torch.linspace(-40, 40, 801, dtype=torch.float64)
 EXTRA = {"dpo, label_smoothing=0.1": {"name": "dpo", "beta": 0.1, "label_smoothing": 0.1}}
@@ -37,7 +37,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("output", type=Path, help="the PNG file to write")
+    parser.add_argument("output", type=path_argument, help="the PNG file to write")
     path = parser.parse_args().output
     bound = {name: loss for name, loss in bound_losses().items() if depends_on_gap_only(loss)}
     with atomic_write(path, "wb") as f:

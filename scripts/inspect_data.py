@@ -40,7 +40,7 @@ from preflab.settings.refused import errors_in_one_line
 from preflab.settings.run_folder import register_resolvers
 from preflab.training.registry import find_trainer
 from scripts.data_checks import CHECKS, COUNTED, SplitStatistics, findings_of
-from utils import ConfigError, atomic_write
+from utils import ConfigError, atomic_write, path_argument
 
 
 def main() -> None:
@@ -93,7 +93,9 @@ def _parser() -> argparse.ArgumentParser:
         default=0.01,
         help="share of the pairs or prompts up to which contradictions and the like are warnings",
     )
-    parser.add_argument("--json", type=Path, help="a file for the numbers and the findings")
+    parser.add_argument(
+        "--json", type=path_argument, help="a file for the numbers and the findings"
+    )
     return parser
 
 

@@ -13,14 +13,16 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from preflab.rewards.arithmetic import math_prompts
 from preflab.settings.refused import errors_in_one_line
-from utils import atomic_write
+from utils import atomic_write, path_argument
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--output", type=Path, required=True, help="JSON-lines file to write")
+    parser.add_argument(
+        "--output", type=path_argument, required=True, help="JSON-lines file to write"
+    )
     parser.add_argument("--n", type=int, default=5000, help="prompts; fewer if too many repeat")
     parser.add_argument("--seed", type=int, default=0)
     arguments = parser.parse_args()

@@ -32,7 +32,7 @@ from tqdm import tqdm
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from preflab.settings.refused import errors_in_one_line
-from utils import ConfigError, atomic_write
+from utils import ConfigError, atomic_write, path_argument
 
 AGREE = 0.85
 DENSITIES = (0.4, 0.8, 1.0)
@@ -239,7 +239,7 @@ def make_corpus(n: int, n_prompts: int, seed: int) -> tuple[list[dict], list[dic
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--output", type=Path, required=True, help="folder to write to")
+    parser.add_argument("--output", type=path_argument, required=True, help="folder to write to")
     parser.add_argument(
         "--n",
         type=int,

@@ -20,7 +20,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from preflab.settings.refused import errors_in_one_line
-from utils import ConfigError, DataError, atomic_directory
+from utils import ConfigError, DataError, atomic_directory, path_argument
 
 # BOS and EOS are one token, as in GPT-2; padding has its own, so that a mask made from the ids
 # keeps every EOS.
@@ -101,9 +101,11 @@ def tokens_per_word(tokenizer: PreTrainedTokenizerFast, texts: list[str]) -> flo
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument(
-        "--corpus", type=Path, required=True, help="folder of make_review_corpus.py"
+        "--corpus", type=path_argument, required=True, help="folder of make_review_corpus.py"
     )
-    parser.add_argument("--output", type=Path, required=True, help="folder to make; must not exist")
+    parser.add_argument(
+        "--output", type=path_argument, required=True, help="folder to make; must not exist"
+    )
     parser.add_argument("--vocab_size", type=int, default=1536, help="tokens of the tokenizer")
     parser.add_argument("--seed", type=int, default=0, help="of the weights")
     args = parser.parse_args()

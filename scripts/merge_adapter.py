@@ -26,7 +26,7 @@ from transformers.utils import logging
 
 from preflab.modeling.adapters import add_adapter, read_adapter
 from preflab.settings.refused import errors_in_one_line
-from utils import ConfigError, atomic_directory, check_writable, model_folder
+from utils import ConfigError, atomic_directory, check_writable, model_folder, path_argument
 
 MODEL_CLASSES = {
     "CAUSAL_LM": (AutoModelForCausalLM, {}),
@@ -39,13 +39,17 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument(
-        "--adapter_model_name", metavar="A", type=Path, required=True, help="folder of the adapter"
+        "--adapter_model_name",
+        metavar="A",
+        type=path_argument,
+        required=True,
+        help="folder of the adapter",
     )
     parser.add_argument(
         "--base_model_name", metavar="B", required=True, help="the model it was trained on"
     )
     parser.add_argument(
-        "--output_name", metavar="C", type=Path, required=True, help="folder to write"
+        "--output_name", metavar="C", type=path_argument, required=True, help="folder to write"
     )
     arguments = parser.parse_args()
     # transformers would warn about a new head, although the adapter has its weights.

@@ -32,7 +32,7 @@ import token_losses  # noqa: F401  registers losses
 from preflab.objective.registry import bind_loss
 from preflab.objective.types import Pair, Ranking, Side
 from preflab.settings.keys import CONFIG_DIR
-from utils import atomic_write
+from utils import atomic_write, path_argument
 
 FIXTURES = Path(__file__).resolve().parent.parent / "tests" / "parity.json"
 LEAVES = (
@@ -66,7 +66,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("output", type=Path, help="the Markdown file to write")
+    parser.add_argument("output", type=path_argument, help="the Markdown file to write")
     path = parser.parse_args().output
     with atomic_write(path, "w") as f:
         f.write(render(read_fixtures()))

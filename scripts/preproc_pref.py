@@ -27,7 +27,7 @@ from preflab.readers.fields import items, number, present, text
 from preflab.readers.json_text import as_object, streamed_rows
 from preflab.readers.records import Skip
 from preflab.settings.refused import errors_in_one_line
-from utils import DataError, atomic_write
+from utils import DataError, atomic_write, path_argument
 
 ROOT = Path(__file__).resolve().parent.parent
 SPLITS = ("train", "test")
@@ -74,10 +74,13 @@ def run(description: str, default: Path, make: Callable[[dict, str], dict]) -> N
         description=description, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument(
-        "folder", type=Path, metavar="DIR", help="holds train and test, as .json or .jsonl"
+        "folder", type=path_argument, metavar="DIR", help="holds train and test, as .json or .jsonl"
     )
     parser.add_argument(
-        "--output", type=Path, default=default, help="folder to write train.json and test.json to"
+        "--output",
+        type=path_argument,
+        default=default,
+        help="folder to write train.json and test.json to",
     )
     arguments = parser.parse_args()
     with errors_in_one_line():

@@ -28,9 +28,10 @@ from preflab.readers.conversations import conversation_of
 from preflab.readers.messages import chat, messages_of
 from preflab.rewards.registry import build_reward
 from preflab.settings.compose import compose
+from preflab.settings.load import validate
 from preflab.settings.refused import errors_in_one_line
 from scripts.partial_file import PartialFile
-from utils import DataError, atomic_write, content_hash, mean_and_error
+from utils import DataError, atomic_write, content_hash, mean_and_error, path_argument
 
 ROWS_AT_A_TIME = 256
 
@@ -40,6 +41,7 @@ def main() -> None:
     output = arguments.output or arguments.fname.with_suffix(".scored.jsonl")
     with errors_in_one_line():
         config = compose([*overrides, f"reward={arguments.reward}"], arguments.config_dir)
+        validate(config)  # writes each value in its type, and paths from the home folder whole
         if output.resolve() == arguments.fname.resolve():
             raise DataError(
                 f"--output {output} is the file of generations itself; give another name"
@@ -68,12 +70,18 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--fname", type=Path, required=True, help="the file of generations")
+    parser.add_argument(
+        "--fname", type=path_argument, required=True, help="the file of generations"
+    )
     parser.add_argument("--reward", required=True, help="a file of config/reward/")
     parser.add_argument(
-        "--output", type=Path, help="default: the name of the file, with the suffix .scored.jsonl"
+        "--output",
+        type=path_argument,
+        help="default: the name of the file, with the suffix .scored.jsonl",
     )
-    parser.add_argument("--config-dir", type=Path, help="a folder with your own reward/ yamls")
+    parser.add_argument(
+        "--config-dir", type=path_argument, help="a folder with your own reward/ yamls"
+    )
     return parser
 
 

@@ -43,7 +43,14 @@ from preflab.settings.compose import compose
 from preflab.settings.load import validate
 from preflab.settings.overrides import fail, model_overrides, quoted
 from preflab.settings.run_folder import register_resolvers
-from utils import ConfigError, PrefLabError, Progress, atomic_directory, machine_error
+from utils import (
+    ConfigError,
+    PrefLabError,
+    Progress,
+    atomic_directory,
+    machine_error,
+    path_argument,
+)
 
 LEAST, MOST = 0.7, 1.3  # weights of `rank` and `scale`
 BOUND = 1.5  # reward in nats beyond which `scale` is constant
@@ -77,7 +84,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--negative", help="archive of pi-; default: the model as it is")
     parser.add_argument("--method", required=True, choices=METHODS)
     parser.add_argument("--share", type=float, default=0.3, help="of tokens that top selects")
-    parser.add_argument("--output", type=Path, required=True, help="folder to write")
+    parser.add_argument("--output", type=path_argument, required=True, help="folder to write")
     return parser
 
 

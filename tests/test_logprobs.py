@@ -6,6 +6,7 @@ import copy
 import pytest
 import torch
 from conftest import ARCHITECTURES, make_model
+from transformers import AutoConfig, AutoModelForCausalLM
 
 from preflab.batching.packed_models import enable
 from preflab.batching.packing import LAYOUTS, Layout, lay_out
@@ -384,3 +385,21 @@ def test_what_a_loss_reads_per_token_is_padded_by_response(layout):
 def test_sums_by_owner():
     values, owners = torch.tensor([1.0, 2.0, 4.0, 8.0]), torch.tensor([0, 0, 1, 2])
     assert sum_by_owner(values, owners, 3).tolist() == [3.0, 4.0, 8.0]
+
+
+def test_a_body_that_the_class_names_wrongly():
+    """Llama4ForCausalLM, whose `base_model_prefix` is no part of it."""
+    torch.manual_seed(0)
+    config = AutoConfig.for_model(
+        "llama4_text", hidden_size=32, num_hidden_layers=2, num_attention_heads=2,
+        num_key_value_heads=1, head_dim=16, intermediate_size=64, intermediate_size_mlp=64,
+        num_local_experts=2, vocab_size=258, pad_token_id=257, attention_chunk_size=64,
+    )  # fmt: skip
+    config._experts_implementation = "eager"
+    model = AutoModelForCausalLM.from_config(config, dtype=torch.float64).eval()
+    with torch.no_grad():
+        for p in model.parameters():
+            p.normal_(0, 0.3)
+    expected, *_ = naive(model, model, sequences())
+    scores = score_responses(Scorer(model), lay_out(trees(), PADDED))
+    assert torch.allclose(scores.logps, expected, atol=1e-6)

@@ -9,7 +9,7 @@ from dataclasses import replace
 import pyarrow
 import pyarrow.parquet
 import pytest
-from conftest import write_jsonl
+from conftest import ROOT, write_jsonl
 from dataset_files import PAIRS, as_file, hub_cache, named_pairs, read  # noqa: F401  a fixture
 from omegaconf import OmegaConf
 
@@ -20,6 +20,7 @@ from preflab.settings.compose import compose
 from preflab.settings.load import validate
 from preflab.settings.run_folder import choose_run_dir
 from preflab.settings.schema import RULES
+from scripts import build_preferences, score_rewards
 from utils import ConfigError, DataError
 
 # ------------------------------------------------------------------------- splits by their names
@@ -396,6 +397,22 @@ def test_run_folders_and_further_rewards_below_the_home_folder(tmp_path, monkeyp
     assert choose_run_dir(None, None, ["~/runs"], "x").startswith(str(tmp_path / "runs"))
     config = compose(["more_rewards=[{name: lexicon, path: '~/words.json'}]"])
     assert validate(config).more_rewards[0]["path"] == str(tmp_path / "words.json")
+
+
+def test_a_tilde_behind_an_equals_sign_of_a_command_line(tmp_path, monkeypatch):
+    """No shell reads it there, and --output=~/x made a folder of that name."""
+    monkeypatch.setenv("HOME", str(tmp_path))
+    parsed = build_preferences._parser().parse_args(["--prompts=~/p.jsonl", "--output=~/made"])
+    assert (parsed.prompts, parsed.output) == (tmp_path / "p.jsonl", tmp_path / "made")
+    for file in [*ROOT.glob("*.py"), *ROOT.glob("scripts/*.py")]:
+        assert "type=Path" not in file.read_text(encoding="utf-8"), file
+    # settings that scripts compose
+    write_jsonl(tmp_path / "outs.jsonl", [{"prompt": "p", "response": "good"}])
+    (tmp_path / "words.json").write_text((ROOT / "data" / "lexicon.json").read_text())
+    command = ["score_rewards.py", "--fname=~/outs.jsonl", "--reward=lexicon"]
+    monkeypatch.setattr("sys.argv", [*command, "reward.path='~/words.json'"])
+    score_rewards.main()
+    assert (tmp_path / "outs.scored.jsonl").is_file()
 
 
 def test_parquet_files_are_read_by_pieces_in_any_order(tmp_path, monkeypatch):

@@ -25,6 +25,12 @@ def find_blocks(model: nn.Module, name: str | None) -> list[nn.Module]:
     return blocks
 
 
+def body_of(model: nn.Module) -> nn.Module:
+    """The part of a causal LM below its head. `base_model_prefix` names it, in Llama 4 wrongly."""
+    named = getattr(model, model.base_model_prefix, None)
+    return model.model if named is None else named
+
+
 def cast(module: nn.Module, dtype: torch.dtype) -> None:
     """Convert parameters to `dtype`, in place.
 

@@ -20,6 +20,7 @@ from torch.utils.checkpoint import checkpoint
 
 from preflab.batching.packed_attention import block_mask
 from preflab.batching.packing import Batch
+from preflab.modeling.blocks import body_of
 from preflab.modeling.fused_head import (
     LinearLogProbs,
     LogitStep,
@@ -86,7 +87,7 @@ class Scorer:
 
     def hidden(self, batch: Batch, positions: Tensor) -> Tensor:
         """Last hidden states (T, H) at `positions` (T,), indices into rows*width."""
-        body = getattr(self.causal_lm, self.causal_lm.base_model_prefix)
+        body = body_of(self.causal_lm)
         options = {} if batch.segments is None else {"position_ids": batch.position_ids}
         if self.keep_router_logits:
             options["output_router_logits"] = True

@@ -93,7 +93,7 @@ def full_weights(scorer: Scorer, scratch: Path, *, keep: bool) -> tuple[dict[str
     in the snapshot.
     """
     reshard(scorer.model)
-    if isinstance(body := getattr(scorer.model, scorer.causal_lm.base_model_prefix), Body):
+    if isinstance(body := getattr(scorer.model, scorer.causal_lm.base_model_prefix, None), Body):
         return full_weights_of_split(scorer.model, body.shards), set()
     state: dict[str, Tensor] = {}
     in_use: set[str] = set()
