@@ -269,6 +269,17 @@ def test_arguments_are_passed_on_and_win():
     assert compose(overrides).model.name_or_path == compose([]).model.name_or_path
 
 
+def test_paths_belong_to_the_folder_a_script_is_started_from(tmp_path):
+    """It changed to the repository, where datasets=[pairs.jsonl] is another file or none."""
+    result = subprocess.run(
+        ["bash", ROOT / "scripts" / "d2po" / "eval.sh", "datasets=[pairs.jsonl]"],
+        capture_output=True, text=True, cwd=tmp_path, check=True,
+        env={"PATH": os.environ["PATH"], "BASEMODEL": "tiny", "MLEN": "8", "DRYRUN": "1"},
+    )  # fmt: skip
+    line = result.stdout.splitlines()[-1]
+    assert line.startswith(f"python {ROOT / 'train.py'} function=eval") and " model=tiny" in line
+
+
 def test_reinit_leaves_nothing_of_the_base_model(tmp_path):
     _, overrides = dry("train_rm", REINIT="True", NOLORA="True", BASEMODEL="tiny", BSIZE="2")
     run_here(

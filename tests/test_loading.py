@@ -28,6 +28,7 @@ from transformers import (
     LlamaConfig,
     Phi3Config,
     T5Config,
+    XLNetConfig,
 )
 
 from preflab.modeling.loading import (
@@ -37,6 +38,7 @@ from preflab.modeling.loading import (
     load_tokenizer,
 )
 from preflab.modeling.logprobs import Scorer
+from preflab.modeling.model_checks import check_length
 from preflab.modeling.weights_io import load_archive
 from preflab.rewards.models import classifier, contrastivedistill, reward_model
 from preflab.settings.keys import CONFIG_DIR
@@ -403,6 +405,12 @@ def test_rotary_embeddings_follow_the_longest_row_beyond_the_original_length_onl
     torch.testing.assert_close(logps_beside(model, 40), alone, rtol=0, atol=1e-4)
     assert (logps_beside(model, 41) - alone).abs().max() > 1e-2 or config.model_type == "llama"
     assert (logps_beside(model, 100) - alone).abs().max() > 1e-2
+
+
+def test_positions_of_minus_one_are_no_limit():
+    check_length(XLNetConfig(), "xlnet", 4096)  # its max_position_embeddings is -1
+    with pytest.raises(ConfigError, match="exceeds the 2048 positions"):
+        check_length(LlamaConfig(max_position_embeddings=2048), "llama", 4096)
 
 
 def test_a_length_beyond_the_original_length_is_refused(tmp_path):

@@ -15,7 +15,13 @@ from transformers import AutoModelForCausalLM, LlamaConfig
 from preflab.batching.packing import Layout, lay_out
 from preflab.modeling import model_source as sources
 from preflab.modeling.blocks import cast
-from preflab.modeling.loading import build_policy, build_reference, check_model, load_model
+from preflab.modeling.loading import (
+    build_policy,
+    build_reference,
+    check_model,
+    load_model,
+    load_tokenizer,
+)
 from preflab.modeling.model_checks import warn_about_bfloat16
 from preflab.modeling.model_source import model_source, weight_files
 from preflab.modeling.weights_io import read_archive
@@ -354,6 +360,18 @@ def test_a_run_or_its_file_says_which_folder_to_give(tmp_path):
     ]:
         with pytest.raises(ConfigError, match=f"give {tmp_path / instead}"):
             model_source(str(tmp_path / name))
+
+
+@pytest.mark.parametrize("named", ["run", "run/LATEST", "run/LATEST/policy.pt"])
+def test_a_run_is_no_tokenizer_and_says_which_folder_is(tmp_path, named):
+    folder = save_model(tmp_path / "run" / "LATEST" / "hf")
+    (folder.parent / "policy.pt").write_bytes(b"")
+    model = settings(folder)
+    model.tokenizer_name_or_path = str(tmp_path / named)
+    with pytest.raises(ConfigError, match=r"holds no tokenizer; give .*run/LATEST/hf"):
+        load_tokenizer(model)
+    model.tokenizer_name_or_path = str(folder)
+    assert load_tokenizer(model).eos_token_id is not None
 
 
 @pytest.mark.parametrize(

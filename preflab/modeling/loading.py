@@ -31,7 +31,7 @@ from preflab.modeling.model_checks import (
     vocabulary_rows,
     warn_about_bfloat16,
 )
-from preflab.modeling.model_source import model_config, model_source
+from preflab.modeling.model_source import instead_of_run, model_config, model_source
 from preflab.modeling.parallelism import Place
 from preflab.modeling.pretrained import load_complete
 from preflab.modeling.quantization import (
@@ -99,8 +99,10 @@ def load_tokenizer(config, rows: int | None = None):
 
 def _tokenizer_source(config) -> tuple[str, dict]:
     """Path and options of the tokenizer; an adapter folder may have one of its own."""
-    if config.tokenizer_name_or_path:
-        return config.tokenizer_name_or_path, {}
+    if path := config.tokenizer_name_or_path:
+        if (hint := instead_of_run(path)) and not is_adapter(path):
+            raise ConfigError(f"model.tokenizer_name_or_path={path} holds no tokenizer; {hint}")
+        return path, {}
     source = model_source(config.name_or_path)
     if source.adapter is not None and (source.adapter / "tokenizer_config.json").is_file():
         return str(source.adapter), {}

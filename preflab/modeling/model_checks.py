@@ -36,7 +36,7 @@ def check_length(model, path: str, max_length: int) -> None:
     """
     text = model.get_text_config()
     limit = getattr(text, "max_position_embeddings", None)
-    if limit is not None and max_length > limit:
+    if limit is not None and 0 < limit < max_length:  # XLNet has -1, for no limit
         raise ConfigError(
             f"max_length={max_length} exceeds the {limit} positions of {path}; lower it"
         )

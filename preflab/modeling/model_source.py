@@ -81,6 +81,13 @@ def weight_files(model, archive: str | Path | None) -> list[Path]:
     return files + archive_files(archive)
 
 
+def instead_of_run(path: str) -> str:
+    """What to give in place of a run, a checkpoint or a file of one; empty for anything else."""
+    if os.path.isdir(path):
+        return _instead(Path(path))
+    return _instead(Path(path).parent) if os.path.isfile(path) else ""
+
+
 def _instead(folder: Path) -> str:
     for inner in ("LATEST/hf", "hf"):
         if (folder / inner).is_dir():

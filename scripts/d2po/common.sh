@@ -6,7 +6,7 @@
 # refused: none is ignored silently. Arguments of the script are overrides of train.py and take precedence. DRYRUN=1 prints
 # the command and does not run it.
 set -euo pipefail
-cd "$(dirname "${BASH_SOURCE[0]}")/../.."
+root=$(CDPATH='' cd -- "$(dirname -- "${BASH_SOURCE[0]}")/../.." && pwd)
 
 known="APBSIZE ATYPE BASEMODEL BETA BOTTOM BSIZE CFG CRATIO DPOBASEAPI DPOBATCHSIZE DSET EVFIRST EXTRAEVAL GBATCH GBSIZE GREWARD KEEPLONG
     LR LTYPE MBSIZE MLEN NOLORA ONLYOLDUPDATES PPOUPDATES REINIT RELABELS SAMPN SEED SFREQ STEPS SUPDATES TOP UEPOCHS ULR USEDPO"
@@ -87,7 +87,7 @@ takes_model() {
                 ;;
         esac
     done
-    if [ -f "config/model/$BASEMODEL.yaml" ]; then
+    if [ -f "$root/config/model/$BASEMODEL.yaml" ]; then
         settles BASEMODEL "model=$BASEMODEL"
     else
         settles BASEMODEL model=blank_model "model.name_or_path=$(quoted "$BASEMODEL")"
@@ -115,7 +115,7 @@ takes_rounds() {
 
 # runs: refuses the variables that remain, prints the command, and replaces this process by it.
 runs() {
-    local variable line
+    local variable line script
     accepts CRATIO 1
     accepts KEEPLONG 0
     accepts LTYPE normal
@@ -130,7 +130,9 @@ runs() {
         printf 'error: %s\n' "${problems[@]}" >&2
         exit 2
     fi
-    line=(train.py "${overrides[@]}" ${arguments[@]+"${arguments[@]}"})
+    # Relative paths belong to the folder that the script is started from.
+    [ "$PWD" = "$root" ] && script=train.py || script=$root/train.py
+    line=("$script" "${overrides[@]}" ${arguments[@]+"${arguments[@]}"})
     printf 'python%s\n' "$(printf ' %q' "${line[@]}")"
     if [ "${DRYRUN:-0}" != 0 ]; then exit 0; fi
     exec "${PYTHON:-python}" "${line[@]}"
