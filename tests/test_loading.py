@@ -124,6 +124,21 @@ def test_missing_weights_are_an_error(tmp_path, part):
         contrastivedistill(large=str(whole), small=str(path))
 
 
+@pytest.mark.parametrize("content", [b"", b"[]", b"5", b"\x80\x04}.", None])
+@pytest.mark.parametrize("file", ["model.safetensors", "tokenizer.json", "tokenizer_config.json"])
+def test_a_damaged_file_of_a_model_is_an_error(tmp_path, file, content):
+    path = save_model(tmp_path / "model")
+    whole = (path / file).read_bytes()
+    (path / file).write_bytes(whole[: len(whole) // 2] if content is None else content)
+    load = load_tokenizer if "tokenizer" in file else lambda config: load_model(config, "float32")
+    with pytest.raises(ConfigError, match="is a folder that cannot be read as such: .") as error:
+        load(model_config(path))
+    assert "\n" not in str(error.value)
+    if file == "model.safetensors":
+        with pytest.raises(ConfigError, match=r"model\.safetensors is damaged"):
+            load_archive(make_model("llama"), path)
+
+
 def test_a_weight_of_another_shape_is_an_error(tmp_path):
     model = make_model("llama")
     state = model.state_dict() | {"model.norm.weight": torch.ones(3)}

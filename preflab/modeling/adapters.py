@@ -5,6 +5,7 @@ import os
 from pathlib import Path
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import nn
 
@@ -94,7 +95,11 @@ def load_saved_adapter(model: nn.Module, checkpoint: Path) -> None:
         state = torch.load(earlier, map_location="cpu", weights_only=True)
         model.load_state_dict(state, strict=False)
     else:
-        set_peft_model_state_dict(model, load_file(checkpoint / "adapter" / WEIGHTS))
+        weights = checkpoint / "adapter" / WEIGHTS
+        try:
+            set_peft_model_state_dict(model, load_file(weights))
+        except SafetensorError as error:
+            raise ConfigError(f"{weights} is damaged ({first_line(error)}); restore it") from error
 
 
 def merge_adapter(

@@ -47,6 +47,13 @@ WRAPPERS = (
 )
 
 
+# What transformers and safetensors raise for files that are missing or damaged.
+DAMAGED = (
+    *(OSError, ValueError, TypeError, AttributeError, KeyError, RecursionError, RuntimeError),
+    *(SafetensorError, UnpicklingError),
+)
+
+
 @contextlib.contextmanager
 def readable(key: str, path: str):
     """Inside, whatever error transformers raises for a folder or a hub name becomes a ConfigError
@@ -58,7 +65,7 @@ def readable(key: str, path: str):
         yield
     except ConfigError:  # which says more
         raise
-    except (OSError, ValueError, SafetensorError, RuntimeError, UnpicklingError) as error:
+    except DAMAGED as error:
         if os.path.isdir(path):
             problem = "is a folder that cannot be read as such"
         else:
