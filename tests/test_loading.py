@@ -131,7 +131,7 @@ def test_a_damaged_file_of_a_model_is_an_error(tmp_path, file, content):
     whole = (path / file).read_bytes()
     (path / file).write_bytes(whole[: len(whole) // 2] if content is None else content)
     load = load_tokenizer if "tokenizer" in file else lambda config: load_model(config, "float32")
-    with pytest.raises(ConfigError, match="is a folder that cannot be read as such: .") as error:
+    with pytest.raises(ConfigError, match=r"is a folder that cannot be read as such: .") as error:
         load(model_config(path))
     assert "\n" not in str(error.value)
     if file == "model.safetensors":

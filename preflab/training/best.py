@@ -80,7 +80,7 @@ def parse_metric(text: str) -> Metric:
     """NAME or NAME@kl<=NUMBER. Raises ConfigError for anything else."""
     name, at, limit = text.partition("@")
     if name not in NUMBERS:
-        raise ConfigError(f"best_metric={text}; {nearest(name, NUMBERS)}")
+        raise ConfigError(f"best_metric={text!r}; {nearest(name, NUMBERS)}")
     if not at:
         return Metric(name)
     found = re.fullmatch(r"kl<=(\d+\.?\d*|\.\d+)", limit.replace(" ", ""))
