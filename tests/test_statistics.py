@@ -23,6 +23,7 @@ from preflab.reports.statistics import (
     over_seeds_and_prompts,
     p_value,
     share_interval,
+    variance_df,
     wilson,
 )
 
@@ -146,6 +147,33 @@ def test_the_interval_of_a_win_rate_holds_the_truth_where_prompts_differ(concent
     naive = np.array([wilson(float(of.mean()), 240) for of in results])
     held_naive = ((naive[:, 0] <= 0.7) & (naive[:, 1] >= 0.7)).mean()
     assert (held_naive < 0.85) == (concentration == 1.0)
+
+
+def test_the_interval_of_a_win_rate_holds_at_extreme_rates_too():
+    """Few prompts with most of the wins: P - 1 degrees of freedom take their variance as known."""
+    rng = np.random.default_rng(2)
+    for rate in (0.05, 0.95):
+        chances = rng.beta(rate / 2, (1 - rate) / 2, size=(500, 20, 1))
+        results = (rng.random((500, 20, 10)) < chances).astype(float)
+        held = [low <= rate <= high for low, high in map(share_interval, results)]
+        assert 0.935 <= np.mean(held) <= 0.99
+        plain = []
+        for of in results:
+            residuals = of.sum(1) - 10 * of.mean()
+            variance = (residuals**2).sum() / 200**2 * 20 / 19
+            trials = of.mean() * (1 - of.mean()) / variance if variance else 20
+            low, high = wilson(of.mean(), trials, 2.093)
+            plain.append(low <= rate <= high)
+        assert np.mean(plain) < 0.92
+
+
+def test_the_degrees_of_freedom_of_a_variance():
+    rng = np.random.default_rng(3)
+    assert variance_df(rng.normal(size=2000)) == pytest.approx(1999, rel=0.2)
+    # The fourth moment of Laplace's distribution is 6 s^4, so Var(s^2) is 5 s^4 / n.
+    assert variance_df(rng.laplace(size=40_000)) == pytest.approx(0.4 * 40_000, rel=0.1)
+    assert variance_df(np.array([5.0, *[0.0] * 30])) == pytest.approx(2.0, abs=0.3)
+    assert variance_df(np.array([1.0, -1.0] * 10)) == 19.0
 
 
 # ---------------------------------------------------------------------------------------- selection

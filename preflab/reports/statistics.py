@@ -245,8 +245,11 @@ def share_interval(by_prompt: Iterable[Sequence[float]]) -> tuple[float, float]:
     """The 95% interval of a share over prompts, each with the results (0, 1/2 or 1) of its samples.
 
     One result for each prompt and no tie: Wilson's interval. Else prompts are clusters: Wilson's
-    interval, with t of P - 1 degrees of freedom, of as many trials as have the variance that the
-    prompts show. Prompts without any difference count as one trial each.
+    interval of as many trials as have the variance that the prompts show, with Student's t instead
+    of the normal quantile (`variance_df`). Prompts without any difference count as one trial each.
+    For rates of 0.05 to 0.95, 20 to 150 prompts and 3 or 10 samples each, it holds the truth in 92
+    to 99% of the cases; with P - 1 degrees of freedom, or on the logit scale, in 88 to 99%, and on
+    the arcsine scale in 85 to 100%.
     """
     prompts = [np.asarray(of_prompt, float) for of_prompt in by_prompt]
     results = np.concatenate(prompts)
@@ -258,7 +261,18 @@ def share_interval(by_prompt: Iterable[Sequence[float]]) -> tuple[float, float]:
     if n < 2 or variance == 0:
         return wilson(rate, n)
     trials = rate * (1 - rate) / variance * (n - 1) / n
-    return wilson(rate, trials, float(t_quantile(0.5 + CONFIDENCE / 2, n - 1.0)))
+    df = variance_df(np.array(residuals))
+    return wilson(rate, trials, float(t_quantile(0.5 + CONFIDENCE / 2, df)))
+
+
+def variance_df(residuals: np.ndarray) -> float:
+    """The degrees of freedom of the variance s^2 of residuals, 2 s^4 / Var(s^2), by their fourth
+    moment, from 1 to n - 1. Where a few prompts have all of the wins, s^2 is known badly."""
+    n = len(residuals)
+    variance = float((residuals**2).sum()) / (n - 1)
+    fourth = float((residuals**4).mean())
+    uncertainty = (fourth - (n - 3) / (n - 1) * variance**2) / n
+    return min(n - 1.0, max(1.0, 2 * variance**2 / uncertainty)) if uncertainty > 0 else n - 1.0
 
 
 def wilson(rate: float, n: float, z: float = Z) -> tuple[float, float]:
