@@ -57,7 +57,7 @@ def labels(workspace: Workspace) -> tuple[dict, dict]:
         total=len(SELECTIONS) * len(workspace.seeds), initial=0, unit=" curves", desc="labels"
     )
     for seed in workspace.seeds:
-        trial = Trial(workspace, seed)
+        trial = Trial(workspace.of(seed), seed)
         bounds[seed] = trial.bounds()
         for name in SELECTIONS:
             curves[name][seed] = trial.curve(name)

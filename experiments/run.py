@@ -2,13 +2,14 @@
 claim holds here.
 
     python experiments/run.py frontier|offset|sequential_kl|calibration|temperature|d2po|labels|all
-        [--work DIR] [--seeds 11 12 13]
+        [--work DIR] [--seeds 11 12 13] [--redraw]
     python experiments/run.py real|real_chat|real_turns --model FOLDER
 
 Each takes some minutes on two cores: a seed is a sequence of `python train.py -m ...`, and the
 seeds run in parallel. Runs that exist already are not repeated. The results are
 experiments/results/NAME.json and pictures, and the verdicts in experiments/README.md. The claims
-and the criteria are in claims.py.
+and the criteria are in claims.py. Seeds share a language, an SFT model and the data; with --redraw
+each draws its own, and the results are those of NAME-redrawn.
 """
 
 import argparse
@@ -33,13 +34,13 @@ from experiments.claims import CLAIMS, WITH_MODEL
 from experiments.labels import labels
 from experiments.online import d2po
 from experiments.real import real, real_chat, real_turns
-from experiments.workspace import ROOT, Workspace
+from experiments.verdict_page import write_results
+from experiments.workspace import ROOT, RedrawnWorkspace, Workspace
 from preflab.evaluation.win_rates import pair_up, win_rate
-from preflab.reports import plot_style, sweep_plots
+from preflab.reports import sweep_plots
 from preflab.reports.runs import Run
 from utils import atomic_write, mean_and_error
 
-RESULTS = ROOT / "experiments" / "results"
 SEEDS = [11, 12, 13]
 OWN_SEEDS = {"labels": [51, 52, 53, 54, 55]}
 BETAS = (0.1, 0.5, 2)
@@ -67,6 +68,12 @@ def main() -> None:
         type=Path,
         help=f"for {', '.join(WITH_MODEL)}: a folder or a GGUF file of a chat model",
     )
+    parser.add_argument(
+        "--redraw",
+        action="store_true",
+        help="draw language, SFT model, data and prompts for each seed again; a verdict beside the"
+        " one with shared ones",
+    )
     arguments = parser.parse_args()
     names = [name for name in CLAIMS if name not in WITH_MODEL]
     if arguments.name != "all":
@@ -76,39 +83,14 @@ def main() -> None:
     for name in names:
         model = arguments.model and arguments.model.resolve()
         seeds = arguments.seeds or OWN_SEEDS.get(name, SEEDS)
-        workspace = Workspace(arguments.work, seeds, arguments.steps, model)
+        kind = RedrawnWorkspace if arguments.redraw else Workspace
+        workspace = kind(arguments.work, seeds, arguments.steps, model)
         result, figures = EXPERIMENTS[name](workspace)
         verdict = "holds" if result["holds"] else "does not hold"
         print(f"{name}: {verdict} here\n{result['found']}")
         if arguments.steps is None:
-            write_results(name, result | {"seeds": seeds}, figures)
-
-
-def write_results(name: str, result: dict, figures: dict) -> None:
-    """The numbers, the pictures, and the verdict in the README."""
-    with atomic_write(RESULTS / f"{name}.json") as f:
-        # Paths are written relative to the repository.
-        f.write(json.dumps(result, indent=1).replace(f"{ROOT}/", "") + "\n")
-    for picture, figure in figures.items():
-        if figure is not None:
-            with atomic_write(RESULTS / f"{picture}.png", "wb") as f:
-                f.write(plot_style.png(figure))
-    page = ROOT / "experiments" / "README.md"
-    claim, criterion = CLAIMS[name]
-    verdict = "**It holds here.**" if result["holds"] else "**It does not hold here.**"
-    section = (
-        f"<!-- {name} -->\n*Claim.* {claim}\n\n"
-        f"*Criterion, fixed before the run.* {criterion}\n\n"
-        f"{verdict} {result['found']}\n<!-- end {name} -->"
-    )
-    text = re.sub(
-        rf"<!-- {name} -->.*<!-- end {name} -->",
-        lambda _: section,
-        page.read_text(encoding="utf-8"),
-        flags=re.DOTALL,
-    )
-    with atomic_write(page) as f:
-        f.write(text)
+            result |= {"seeds": seeds}
+            write_results(name, result, figures, redrawn=arguments.redraw)
 
 
 # ------------------------------------------------------------------------------ offline experiments
@@ -311,8 +293,9 @@ def first_pairs(workspace: Workspace, n: int) -> Path:
 
 def calibration(workspace: Workspace) -> tuple[dict, dict]:
     data = {
-        "random pairs": first_pairs(workspace, 440),  # more than 400, since some of them tie
-        "one-word pairs": one_word_pairs(workspace, 400),
+        # More than 400 random pairs, since some of them tie.
+        "random pairs": workspace.across(lambda part: first_pairs(part, 440)),
+        "one-word pairs": workspace.across(lambda part: one_word_pairs(part, 400)),
     }
     overrides = ["loss=dpo,cal-dpo", "loss.beta=0.1,0.01"]
     runs = {
@@ -438,14 +421,17 @@ def rates_against_data(workspace: Workspace, rows: list[dict], samples: list[dic
     responses."""
     from preflab.rewards.registry import build_reward
 
-    gold_file, words = ROOT / "experiments" / "gold.py", workspace.words / "words.json"
+    gold_file = ROOT / "experiments" / "gold.py"
+    words = workspace.of(workspace.seeds[0]).words / "words.json"  # the same for all seeds
     score = build_reward({"name": "two_sizes", "module": str(gold_file), "path": str(words)})
-    rates = []
-    for i, row in enumerate(rows):
+    rates, references = [], set()  # references: those that were compared already
+    for row in rows:
         mine = _samples_of(row, samples)
         theirs = score([s["prompt"] for s in mine], [s["chosen"] for s in mine])
         models = [("policy", row["training"]["loss"]["name"], row["checkpoint"])]
-        if i < len(TEMPERATURES):  # all checkpoints have the same reference
+        seed = row["training"]["seed"] if workspace.redrawn else None
+        if (seed, row["temperature"]) not in references:
+            references.add((seed, row["temperature"]))
             models.append(("reference", "sft", "sft"))
         for model, name, checkpoint in models:
             pairs = [

@@ -1,11 +1,17 @@
-"""Where an experiment works, and the commands that it runs there."""
+"""Where an experiment works, and the commands that it runs there.
+
+In a `Workspace` all seeds share the SFT model, the data and the prompts. In a `RedrawnWorkspace`
+each seed has its own, so that intervals over seeds are about these too.
+"""
 
 import os
 import re
 import subprocess
 import sys
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import NamedTuple
 
 from preflab.reports.runs import Run, find_runs
 
@@ -18,14 +24,37 @@ class Workspace:
     """A folder for data, models and runs, which are made when an experiment first needs them.
 
     steps: optimizer steps (or rounds) instead of each experiment's own number, for a trial. model:
-    a folder with a language model, for the experiments with a real one.
+    a folder with a language model, for the experiments with a real one. drawn_by: the seed that
+    draws language, SFT model and data; None for those that all seeds share.
     """
 
-    def __init__(self, work: Path, seeds: list[int], steps: int | None, model: Path | None = None):
+    redrawn = False
+
+    def __init__(
+        self,
+        work: Path,
+        seeds: list[int],
+        steps: int | None,
+        model: Path | None = None,
+        drawn_by: int | None = None,
+    ):
         # A trial works in its own folder, so that a real run builds on nothing of it.
         self.work = work if steps is None else work / f"steps-{steps}"
         self.seeds, self.steps, self._model_folder = seeds, steps, model
         self.words, self.sft = self.work / "words", self.work / "sft"
+        self.drawn_by = drawn_by
+
+    def of(self, seed: int) -> "Workspace":
+        """The workspace that holds the model and the data of a seed."""
+        return self
+
+    def across(self, make: Callable[["Workspace"], Path]) -> Path:
+        """What `make` makes in this workspace."""
+        return make(self)
+
+    def runs_folder(self, name: str) -> Path:
+        """Where the runs of a sweep are."""
+        return self.work / name
 
     def model(self) -> list[str]:
         """Overrides that choose the given language model."""
@@ -72,7 +101,8 @@ class Workspace:
     def base(self) -> Path:
         """The SFT model that policy and reference start from."""
         if not (self.sft / "summary.json").exists():
-            self.command("experiments/words.py", "--output", self.words)
+            drawn = [] if self.drawn_by is None else ["--seed", self.drawn_by]
+            self.command("experiments/words.py", "--output", self.words, *drawn)
             self.command(
                 "train.py",
                 "loss=sft",
@@ -89,6 +119,7 @@ class Workspace:
                 "eval_batch_size=256",
                 *self._folders(self.sft),
                 "sample_during_eval=false",
+                *([] if self.drawn_by is None else [f"seed={self.drawn_by}"]),
             )
         return self.sft / "LATEST" / "hf"
 
@@ -126,7 +157,7 @@ class Workspace:
                 *_model(base),
                 "eval_batch_size=512",
                 *MODEL_LENGTHS,
-                "seed=1",
+                f"seed={1 if self.drawn_by is None else self.drawn_by}",
             )
             for split in ("train", "test"):
                 os.replace(folder / f"made-{split}.jsonl", folder / f"{split}.jsonl")
@@ -161,7 +192,7 @@ class Workspace:
             "n_eval_model_samples=512",
             "n_eval_examples=512",
             "eval_batch_size=512",
-            *self._folders(self.work / name),
+            *self._folders(self.runs_folder(name)),
             "keep_checkpoints=1",
             "save_every=1000000",
             *overrides,
@@ -200,7 +231,7 @@ class Workspace:
             "online.discriminator_lr=5e-4",
             "online.discriminator_epochs=2",
             "online.discriminator_batch_size=32",
-            *self._folders(self.work / name),
+            *self._folders(self.runs_folder(name)),
             "keep_checkpoints=1",
             *overrides,
         )
@@ -231,6 +262,79 @@ class Workspace:
                 *overrides,
             )
         return Run(folder)
+
+
+class Evaluated(NamedTuple):
+    """What several evaluations have written."""
+
+    evaluations: list[dict]
+    rows: list[dict]
+
+    def samples(self) -> list[dict]:
+        return self.rows
+
+
+class RedrawnWorkspace(Workspace):
+    """A workspace in which the language, the SFT model, the data and the prompts of each seed are
+    its own. In its paths `{seed}` stands for the seed."""
+
+    redrawn = True
+
+    def __init__(self, work: Path, seeds: list[int], steps: int | None, model: Path | None = None):
+        super().__init__(work / "redrawn", seeds, steps, model)
+        self.parts = {
+            seed: Workspace(self.work / f"seed-{seed}", [seed], None, drawn_by=seed)
+            for seed in seeds
+        }
+        for part in self.parts.values():
+            part.steps = steps
+        self.words = self.work / "seed-{seed}" / "words"
+
+    def of(self, seed: int) -> Workspace:
+        return self.parts[seed]
+
+    def across(self, make: Callable[[Workspace], Path]) -> Path:
+        """What `make` makes in the workspace of each seed, the seeds in parallel."""
+        with ThreadPoolExecutor(os.cpu_count()) as pool:
+            made = dict(zip(self.parts, pool.map(make, self.parts.values()), strict=True))
+        seed, path = next(iter(made.items()))
+        return self.work / "seed-{seed}" / path.relative_to(self.of(seed).work)
+
+    def runs_folder(self, name: str) -> Path:
+        return self.work / "seed-{seed}" / name
+
+    def base(self) -> Path:
+        return self.across(lambda part: part.base())
+
+    def pairs(self, reward: str) -> Path:
+        return self.across(lambda part: part.pairs(reward))
+
+    def for_each_seed(self, *overrides: str) -> None:
+        with ThreadPoolExecutor(os.cpu_count()) as pool:
+            jobs = [
+                pool.submit(part.for_each_seed, *(_for(seed, word) for word in overrides))
+                for seed, part in self.parts.items()
+            ]
+        for job in jobs:
+            job.result()
+
+    def _runs(self, name: str) -> list[Run]:
+        return [run for part in self.parts.values() for run in part._runs(name)]
+
+    def evaluate(
+        self, name: str, sweeps: list[str], data: Path, reward: str, *overrides: str
+    ) -> Evaluated:
+        """An evaluation for each seed, with its own data and reference."""
+        runs = [
+            part.evaluate(name, sweeps, Path(_for(seed, str(data))), reward, *overrides)
+            for seed, part in self.parts.items()
+        ]
+        rows = [row for run in runs for row in run.evaluations]
+        return Evaluated(rows, [sample for run in runs for sample in run.samples()])
+
+
+def _for(seed: int, text: str) -> str:
+    return text.replace("{seed}", str(seed))
 
 
 def _model(folder: Path) -> list[str]:

@@ -8,9 +8,10 @@ from conftest import ROOT, read_rows
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from experiments import run as experiments
-from experiments import words
+from experiments import verdict_page, words
 from experiments.claims import WITH_MODEL
 from experiments.gold import HALF
+from experiments.workspace import RedrawnWorkspace, Workspace
 from preflab.rewards.registry import build_reward
 
 
@@ -81,3 +82,60 @@ def test_the_readme_says_what_the_results_say(name):
         text in page for text in experiments.CLAIMS[name]
     )
     assert len(result["seeds"]) >= (1 if name in WITH_MODEL else 3)
+
+
+def written(command: list[str]) -> dict[str, str]:
+    return dict(word.split("=", 1) for word in command if "=" in word)
+
+
+def test_redrawn_seeds_share_nothing(tmp_path, monkeypatch):
+    """Language, SFT model, pairs and runs of each seed are drawn by it; without --redraw all seeds
+    have those of the seed that no command names."""
+    commands = []
+    monkeypatch.setattr(Workspace, "command", lambda self, *words: commands.append(words))
+    monkeypatch.setattr("os.replace", lambda *paths: None)
+    monkeypatch.setattr(Workspace, "_runs", lambda self, name: [])
+
+    def of(workspace) -> list[list[str]]:
+        commands.clear()
+        data = workspace.across(lambda part: part.pairs("lexicon"))
+        workspace.sweep("frontier", data, "lexicon", "loss=dpo", steps=8)
+        return [list(map(str, command)) for command in commands]
+
+    redrawn = of(RedrawnWorkspace(tmp_path, [11, 12], None))
+    for seed, other in ((11, 12), (12, 11)):
+        own = [c for c in redrawn if f"seed-{seed}" in " ".join(c)]
+        assert not any(f"seed-{other}" in " ".join(command) for command in own)
+        assert {command[0] for command in own} == {
+            *("experiments/words.py", "train.py", "scripts/build_preferences.py")
+        }
+        for command in own:
+            named = written(command).get("seed") or command[command.index("--seed") + 1]
+            assert named == str(seed)
+        [run] = [written(c) for c in own if "loss=dpo" in c]
+        folder = tmp_path / "redrawn" / f"seed-{seed}"
+        assert run["datasets"] == f"[{folder / 'pairs' / 'lexicon'}]"
+        assert run["model.name_or_path"] == str(folder / "sft" / "LATEST" / "hf")
+        assert run["local_run_dir"] == str(folder / "frontier")
+    assert not any("{seed}" in " ".join(command) for command in redrawn)
+    shared = of(Workspace(tmp_path, [11, 12], None))
+    runs = [written(c) for c in shared if "loss=dpo" in c]
+    assert [run["seed"] for run in runs] == ["11", "12"]
+    assert len({(run["datasets"], run["model.name_or_path"]) for run in runs}) == 1
+    assert not any("--seed" in c or str(tmp_path / "redrawn") in " ".join(c) for c in shared)
+
+
+def test_the_verdict_of_redrawn_seeds_stands_beside_the_old_one():
+    page = "before <!-- frontier -->earlier verdict<!-- end frontier --> after"
+    result = {"holds": False, "found": "First.", "seeds": [11, 12, 13]}
+    once = verdict_page.with_verdict(page, "frontier", result, redrawn=True)
+    twice = verdict_page.with_verdict(
+        once, "frontier", result | {"holds": True, "found": "Second."}, redrawn=True
+    )
+    assert "First." in once and "First." not in twice and twice.count("Second.") == 1
+    assert twice.startswith("before <!-- frontier -->earlier verdict<!-- end frontier -->\n\n")
+    assert "**It holds here with language, SFT model, data and prompts drawn again" in twice
+    old = verdict_page.with_verdict(twice, "frontier", result | {"found": "Third."})
+    assert (
+        "earlier verdict" not in old and "Third." in old and "Second." in old and "*Claim.*" in old
+    )
