@@ -62,6 +62,9 @@ def test_the_four_verdicts():
     assert decide({"small": small}, 0.2)["small"].word == EQUAL
     two = decide({"two": over_seeds([1.0, 1.0]), "none": None}, 0.2)
     assert [v.word for v in two.values()] == [UNDECIDED] * 2 and two["two"].p_differs is None
+    one = over_seeds_and_prompts(np.ones((1, 30)) + np.linspace(-0.1, 0.1, 30))
+    assert one.low > 0.9  # over prompts, for this one seed
+    assert decide({"one": one}, 0.2)["one"].word == UNDECIDED
 
 
 def test_the_equivalence_test_is_two_one_sided_t_tests():

@@ -55,8 +55,10 @@ def decide(
     so that the probability of any false *better* or *worse*, and that of any false *equal*, is at
     most alpha.
     """
-    differ = holm({name: p_value(of) if of else None for name, of in differences.items()})
-    equal = holm({name: p_equal(of, margin) if of else None for name, of in differences.items()})
+    # The interval of a single seed is over prompts, and says nothing about another seed.
+    enough = {n: of if of and of.seeds >= FEWEST_SEEDS else None for n, of in differences.items()}
+    differ = holm({name: p_value(of) if of else None for name, of in enough.items()})
+    equal = holm({name: p_equal(of, margin) if of else None for name, of in enough.items()})
     verdicts = {}
     for name, of in differences.items():
         word = UNDECIDED
