@@ -62,8 +62,8 @@ def due(
 def stages(study: Study, run: PlannedRun) -> list[int]:
     """The numbers of examples after which a run is looked at: rungs, and its end.
 
-    A rung is where the whole run evaluates too, so that a run that goes on is the whole run.
-    Raises ConfigError for settings with which it would not be.
+    A rung is where the whole run evaluates too. Raises ConfigError for settings with which a run
+    that goes on would be another one than the whole run.
     """
     filled = [word for word in run.overrides if not word.startswith(("seed=", "datasets="))]
     return list(_stages(tuple(filled), tuple(study.halving.rungs), study.config_dir))
