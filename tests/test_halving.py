@@ -43,7 +43,7 @@ def test_trials_are_compared_at_the_largest_kl_that_all_have_reached():
         "fast": curve((0, 0), (1.0, 0.5), (4.0, 2.0)),  # the highest reward at its own end
         "efficient": curve((0, 0), (0.5, 0.6), (1.0, 0.9)),
         "middling": curve((0, 0), (0.8, 0.5), (1.5, 0.7)),
-        "still": curve((0, 0), (0.01, 5.0)),  # has hardly moved, and is not compared
+        "still": curve((0, 0), (0.005, 5.0)),  # has hardly moved, and is not compared
     }
     assert survivors(trials, 1, largest_kl=1.0) == {"efficient"}
     assert survivors(trials, 2, largest_kl=1.0) == {"efficient", "middling"}
@@ -99,7 +99,7 @@ def run_study(tmp_path, monkeypatch):
             tmp_path / name,
             grid={"loss.beta": list(BETAS)},
             settings=SETTINGS,
-            seeds=[1, 2],
+            seeds=[1],
             compare={"reward@kl=1": 0.1},
             **changes,
         )
@@ -134,12 +134,12 @@ def best_trials(study) -> dict[tuple, str]:
 def test_halving_finds_the_winner_of_the_full_grid_with_fewer_runs(run_study):
     full, of_full = run_study("full")
     halved, starts = run_study("halved", halving={"rungs": [0.25, 0.5], "keep": 0.5})
-    assert set(map(tuple, of_full.values())) == {(LENGTH,)} and len(of_full) == 24
+    assert set(map(tuple, of_full.values())) == {(LENGTH,)} and len(of_full) == 12
     assert not missing(halved) and not missing(full)
     # Six trials up to 300 examples, three up to 600, two to the end: of each loss and seed.
     ends = sorted(tuple(of_run) for of_run in starts.values())
-    assert ends == sorted(4 * [*3 * [(300,)], (300, 600), *2 * [(300, 600, 1200)]])
-    assert count_stages(halved) == (44, 44)
+    assert ends == sorted(2 * [*3 * [(300,)], (300, 600), *2 * [(300, 600, 1200)]])
+    assert count_stages(halved) == (22, 22)
     assert best_trials(halved) == best_trials(full)
     assert set(best_trials(full).values()) == {"loss.beta=0.3"}  # the most efficient one
     at_kl = [table_of_measure(study, load_runs(study), "reward@kl=1") for study in (full, halved)]
@@ -149,7 +149,7 @@ def test_halving_finds_the_winner_of_the_full_grid_with_fewer_runs(run_study):
     plan = "\n".join(_halving(halved))
     assert "6 trials up to 300 examples, 3 trials up to 600 examples, 2 trials up to 1,200" in plan
     page = write_study(halved)
-    assert "| a | loss.beta=0.3 | 2 | 2 | 2 |" in page and "| a | loss.beta=2 | 2 | 0 | 0 |" in page
+    assert "| a | loss.beta=0.3 | 1 | 1 | 1 |" in page and "| a | loss.beta=2 | 1 | 0 | 0 |" in page
     assert "took 54% of the examples" in page  # 6 * 300 + 3 * 300 + 2 * 600 of 6 * 1200
 
 

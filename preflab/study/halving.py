@@ -17,9 +17,9 @@ from preflab.settings.compose import compose
 from preflab.study.plan import AT_KL, PlannedRun, Study
 from utils import ConfigError, DataError
 
-# A trial whose KL is below this share of the furthest one's has gained too little (the gain grows
-# with the root of the KL) to be compared there.
-MOVED = 0.1
+# A trial whose KL is below this share of the furthest one's has hardly left the start: the gain
+# grows with the root of the KL, so that all would have a tenth of it there, and noise would choose.
+MOVED = 0.01
 
 
 def is_finished(study: Study, run: PlannedRun) -> bool:
@@ -146,9 +146,9 @@ def survivors(
 ) -> set[str]:
     """The trials that go on: the `n` best ones at the largest KL that all have reached, by dev.
 
-    largest_kl: where the study compares; None for no limit. A trial with less than a tenth of the
-    furthest one's KL is not compared and does not go on. Where none of the `n` has gone as far as
-    the furthest, or as `largest_kl`, the furthest goes on as well, because the frontier of the
+    largest_kl: where the study compares; None for no limit. A trial with less than a hundredth of
+    the furthest one's KL is not compared and does not go on. Where none of the `n` has gone as far
+    as the furthest, or as `largest_kl`, the furthest goes on as well, because the frontier of the
     others may end too early.
     """
     limit = math.inf if largest_kl is None else largest_kl
