@@ -1,10 +1,10 @@
 """Plans against measured peaks of memory, on a CPU: `function=plan` and the same run, side by side.
 
-    python benchmarks/plan_memory.py [--model FOLDER] [--output FILE]
+    python benchmarks/plan_memory.py [--sizes tiny 30M 124M] [--model FOLDER] [--output FILE]
 
-The model is a random GPT-2 with 30M parameters, or the given one. Each of three settings (float32,
-bfloat16, LoRA) trains three steps in a process of its own, whose peak is that of its resident
-memory.
+The models are the small one in data/tiny and random GPT-2s, or the given one. Each of three
+settings (float32, bfloat16, LoRA) trains three steps in a process of its own, whose peak is that of
+its resident memory.
 """
 
 import argparse
@@ -16,6 +16,8 @@ import tempfile
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
+# vocabulary, hidden size, layers, heads
+SIZES = {"tiny": None, "30M": (32_000, 384, 10, 6), "124M": (50_257, 768, 12, 12)}
 SETTINGS = {
     "float32": (),
     "bfloat16": ("model.policy_dtype=bfloat16", "model.reference_dtype=bfloat16"),
@@ -32,27 +34,37 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--model", type=Path, help="a folder; default: a random GPT-2 of 30M")
+    parser.add_argument("--sizes", nargs="+", choices=SIZES, default=list(SIZES))
+    parser.add_argument("--model", type=Path, help="a folder of a model, instead of all sizes")
     parser.add_argument("--output", type=Path, help="a file for the numbers, JSON")
     arguments = parser.parse_args()
+    rows = []
     with tempfile.TemporaryDirectory() as folder:
-        model = arguments.model or make_model(Path(folder) / "model")
-        rows = [measure(name, model.resolve(), Path(folder)) for name in SETTINGS]
-    for row in rows:
-        print(
-            f"{row['setting']:<10} planned {row['planned_mib']:>8,.0f} MiB, measured"
-            f" {row['measured_mib']:>8,.0f} MiB: {row['difference']:+.1%}"
-        )
+        models = {size: make_model(Path(folder) / size, size) for size in arguments.sizes}
+        if arguments.model:
+            models = {arguments.model.name: arguments.model.resolve()}
+        for size, model in models.items():
+            for name in SETTINGS:
+                row = {"model": size, **measure(name, model, Path(folder) / f"{size}-runs")}
+                rows.append(row)
+                print(
+                    f"{size:<10} {name:<10} planned {row['planned_mib']:>8,.0f} MiB, measured"
+                    f" {row['measured_mib']:>8,.0f} MiB: {row['difference']:+.1%}",
+                    flush=True,
+                )
     if arguments.output:
         arguments.output.write_text(json.dumps(rows, indent=1) + "\n", encoding="utf-8")
 
 
-def make_model(folder: Path) -> Path:
+def make_model(folder: Path, size: str) -> Path:
+    if SIZES[size] is None:
+        return ROOT / "data" / "tiny"
     from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
     tokenizer = AutoTokenizer.from_pretrained(ROOT / "data" / "tiny")
+    vocabulary, hidden, layers, heads = SIZES[size]
     config = AutoConfig.for_model(
-        "gpt2", vocab_size=32_000, n_embd=384, n_layer=10, n_head=6,
+        "gpt2", vocab_size=vocabulary, n_embd=hidden, n_layer=layers, n_head=heads,
         bos_token_id=tokenizer.bos_token_id, eos_token_id=tokenizer.eos_token_id,
     )  # fmt: skip
     AutoModelForCausalLM.from_config(config).save_pretrained(folder)

@@ -3,6 +3,8 @@
 Shapes: T scored tokens, V vocabulary, H hidden size.
 """
 
+import contextlib
+import contextvars
 from typing import NamedTuple
 
 import torch
@@ -16,6 +18,8 @@ SAVED_ELEMENTS = 2**26
 # A GPU gets this many times both budgets: each chunk reads the whole weight of the head and adds to
 # its whole gradient, so that small chunks are slow.
 GPU_FACTOR = 4
+
+_planned_device = contextvars.ContextVar("planned_device", default=None)
 
 
 class LogitStep(NamedTuple):
@@ -65,7 +69,18 @@ def chunk_slices(hidden: Tensor, vocabulary: int, buffers: int = 1) -> list[slic
 
 
 def _budget(elements: int, hidden: Tensor) -> int:
-    return elements * (GPU_FACTOR if hidden.device.type == "cuda" else 1)
+    device = _planned_device.get() or hidden.device.type
+    return elements * (GPU_FACTOR if device == "cuda" else 1)
+
+
+@contextlib.contextmanager
+def planned_on(device: str):
+    """Chunks in this context are as large as on this type of device, whatever the tensors' is."""
+    before = _planned_device.set(device)
+    try:
+        yield
+    finally:
+        _planned_device.reset(before)
 
 
 class LinearLogProbs(torch.autograd.Function):

@@ -194,10 +194,7 @@ def _ready(
     """The scorer in evaluation mode, placed and resharded."""
     disable_dropout(scorer.model)
     fuse_activations(scorer.model)
-    model = scorer.causal_lm
-    trusted = config.trust_remote_code
-    if not config.attn_implementation and supports_packed_rows(model.config, trusted).ok:
-        enable_segments(model)
+    _enable_segments_of(scorer.causal_lm, config)
     scorer.model.eval()
     if place is not None:
         place(scorer, dtype)
@@ -205,6 +202,12 @@ def _ready(
         scorer.check()
     reshard(scorer.model)
     return scorer
+
+
+def _enable_segments_of(model: nn.Module, config) -> None:
+    trusted = config.trust_remote_code
+    if not config.attn_implementation and supports_packed_rows(model.config, trusted).ok:
+        enable_segments(model)
 
 
 def skeleton(config, *, scalar_head: bool = False, trainable: bool = True) -> nn.Module:
@@ -221,6 +224,27 @@ def skeleton(config, *, scalar_head: bool = False, trainable: bool = True) -> nn
             trust_remote_code=config.trust_remote_code,
         )
         return _add_lora(model, config.lora, scalar_head) if trainable and config.lora.r else model
+
+
+def one_layer_model(config, vocabulary: int, *, scalar_head: bool = False) -> nn.Module:
+    """A random model with one layer of the policy and a small vocabulary, on the CPU, in the
+    policy's dtype and with its LoRA adapter. config: the settings of the model."""
+    settings = model_config(config, **({"num_labels": 1} if scalar_head else {}))
+    text = settings.get_text_config()
+    n_layers = text.num_hidden_layers
+    for name, value in vars(text).items():
+        if isinstance(value, list) and len(value) == n_layers:
+            setattr(text, name, value[:1])
+        elif name.endswith("_token_id") and value is not None:
+            setattr(text, name, 0)
+    text.num_hidden_layers, text.vocab_size = 1, vocabulary
+    model = _model_class(scalar_head).from_config(
+        settings, dtype=dtype_of(config.policy_dtype), trust_remote_code=config.trust_remote_code
+    )
+    disable_dropout(model)
+    fuse_activations(model)
+    _enable_segments_of(model, config)
+    return _add_lora(model, config.lora, scalar_head) if config.lora.r else model
 
 
 def _model_class(scalar_head: bool) -> type:

@@ -2,21 +2,18 @@
 
 No weight is loaded. The model is built on torch's meta device and placed by the code that places it
 in the run, in a fake process group of as many ranks, so that weights, gradients and optimizer state
-are counted, not estimated. Activations are the tensors that autograd saves in a forward pass of the
-largest microbatch, also counted on the meta device.
+are counted, not estimated. Activations are counted by `step_bytes` on the largest microbatch; on a
+CPU the process itself is measured by `process_bytes`.
 """
 
 import contextlib
 import itertools
 import math
-import resource
 from dataclasses import dataclass, field
 
 import torch
 import torch.distributed as dist
 from torch.distributed.tensor import DTensor
-from transformers import AttentionInterface
-from transformers.masking_utils import AttentionMaskInterface
 
 from preflab.batching.collate import collate
 from preflab.batching.examples import PreferenceData
@@ -24,7 +21,6 @@ from preflab.batching.loader import Loader
 from preflab.batching.microbatches import default_microbatch_tokens, split_step
 from preflab.batching.packing import Batch, Layout
 from preflab.distributed.process_group import ALONE, World
-from preflab.modeling.fused_head import CHUNK_ELEMENTS, GPU_FACTOR
 from preflab.modeling.layout_choice import known_layouts
 from preflab.modeling.loading import disable_dropout, dtype_of, fuse_activations, skeleton
 from preflab.modeling.logprobs import Scorer
@@ -33,17 +29,23 @@ from preflab.modeling.parallelism import bind_place, data_ranks
 from preflab.modeling.reference_cache import ReferencePlan
 from preflab.settings.schema import Settings
 from preflab.training.optimizers import state_slots
+from preflab.training.process_memory import process_bytes
 from preflab.training.reference import reference_plan
 from preflab.training.registry import find_trainer
+from preflab.training.step_memory import step_bytes
 
 GIB = 2**30
 
-# Of a CPU's memory, the share of activations that the heap keeps in blocks which the next step does
-# not fit into. benchmarks/plan_memory.py compares plans with measured peaks.
-HEAP = 0.25
-
 # The tokens of an example and the largest microbatch are those of the first steps.
 STEPS_TO_MEASURE = 50
+
+# Of a CPU's memory, the share of activations that the heap keeps in blocks which the next step does
+# not fit into, because its rows have another width. benchmarks/plan_memory.py compares plans with
+# measured peaks.
+HEAP = 0.25
+
+# Microbatches that a model of one layer computes to measure what the libraries take on a CPU.
+BATCHES_TO_RUN = 16
 
 
 @dataclass
@@ -53,7 +55,8 @@ class Plan:
     parameters, trained: numbers of all and of trained parameters. ranks: number of processes.
     memory: bytes on a rank by what they hold. examples, steps, tokens: of the whole run, tokens
     estimated. largest_microbatch: (rows, tokens in a row). one_microbatch: whether a rank computes
-    every step in a single one, and keeps no gradients while it computes activations.
+    every step in a single one, and keeps no gradients while it computes activations. batches: the
+    first microbatches. largest: the one of `largest_microbatch`.
     """
 
     parameters: int
@@ -65,6 +68,8 @@ class Plan:
     tokens: int = 0
     largest_microbatch: tuple[int, int] = (0, 0)
     one_microbatch: bool = True
+    batches: list[Batch] = field(default_factory=list, repr=False)
+    largest: Batch | None = field(default=None, repr=False)
 
     @property
     def total(self) -> int:
@@ -75,7 +80,6 @@ class Plan:
 def make_plan(config: Settings, loss, data: PreferenceData) -> Plan:
     """The plan of training with `config`, a checked config, on `data`."""
     scalar = "scalar_head" in loss.reads
-    libraries = _libraries(config)
     model = skeleton(config.model, scalar_head=scalar)
     trained = [p for p in model.parameters() if p.requires_grad]
     plan = Plan(
@@ -84,6 +88,10 @@ def make_plan(config: Settings, loss, data: PreferenceData) -> Plan:
         _ranks(config),
     )
     _count_data(plan, config, loss, data)
+    # Before anything else, because what follows imports more than training does.
+    libraries = (
+        0 if _device(config) == "cuda" else process_bytes(config, plan.batches, scalar_head=scalar)
+    )
     policy, gathered = _bytes_on_a_rank(config, scalar, config.model.policy_dtype)
     trained_bytes = sum(size for size, is_trained in policy if is_trained)
     plan.memory = {
@@ -94,14 +102,10 @@ def make_plan(config: Settings, loss, data: PreferenceData) -> Plan:
     }
     if (uses := reference_plan(config, loss)).built:
         plan.memory["reference"] = _reference_bytes(config, uses)
-    plan.memory["activations"] = _activations(config, scalar, plan.largest_microbatch)
+    _count_activations(plan, config, loss)
     if loss.calibration:  # two gradients of the head in float32, while the activations are there
         text = model.config.get_text_config()
         plan.memory["calibration"] = 2 * 4 * text.vocab_size * text.hidden_size
-    if plan.one_microbatch:
-        # Backward frees the activations of a layer before the next layer's gradients are there.
-        both = plan.memory["gradients"], plan.memory["activations"]
-        plan.memory["freed during backward"] = -min(both)
     if _device(config) != "cuda":
         plan.memory["heap"] = int(HEAP * plan.memory["activations"])
         if not config.debug:
@@ -110,19 +114,47 @@ def make_plan(config: Settings, loss, data: PreferenceData) -> Plan:
     return plan
 
 
+def _count_activations(plan: Plan, config: Settings, loss) -> None:
+    """Add what is alive in a step at its peak beside weights, optimizer and gradients."""
+    sharded = find_trainer(config.trainer).placement.shards_state
+    uses, models = reference_plan(config, loss), []
+    in_step = "token_kl" in loss.reads or (uses.built and not uses.cached)
+    for is_needed in (True, in_step):
+        models.append(_on_meta(config, "scalar_head" in loss.reads) if is_needed else None)
+    policy, reference = models
+    if config.activation_checkpointing:
+        policy.model.gradient_checkpointing_enable(
+            gradient_checkpointing_kwargs={"use_reentrant": False}
+        )
+    alive = step_bytes(
+        policy,
+        reference,
+        loss,
+        plan.largest,
+        device=_device(config),
+        keeps_gradients=not sharded,
+        n_microbatches=1 if plan.one_microbatch else 2,
+    )
+    gradients = plan.memory["gradients"]
+    plan.memory["activations"] = alive if sharded else alive - gradients
+    if sharded and plan.one_microbatch:
+        # Backward frees the activations of a layer before the next layer's gradients are there.
+        plan.memory["freed during backward"] = -min(gradients, alive)
+
+
+def _on_meta(config: Settings, scalar: bool) -> Scorer:
+    """The policy on the meta device, in the dtype that it computes in."""
+    model = skeleton(config.model, scalar_head=scalar).train()
+    disable_dropout(model)
+    fuse_activations(model)
+    return Scorer(model.to(dtype_of(config.model.fsdp_policy_mp or config.model.policy_dtype)))
+
+
 def _snapshot_bytes(config: Settings, plan: Plan, trained_bytes: int) -> int:
     """Bytes of the copy that a checkpoint is written from while training continues. Sharded weights
     are copied into a file instead."""
     weights = 0 if find_trainer(config.trainer).placement.shards_state else trained_bytes
     return plan.memory["optimizer"] + weights
-
-
-def _libraries(config: Settings) -> int:
-    """Bytes of the process without a model, on a CPU, where they share its memory: code of the
-    libraries, and the data. A GPU has other memory, of which its driver takes some too."""
-    if _device(config) == "cuda":
-        return 0
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 
 def _reference_bytes(config: Settings, uses: ReferencePlan) -> int:
@@ -210,8 +242,11 @@ def _count_data(plan: Plan, config: Settings, loss, data: PreferenceData) -> Non
         for part in (part for of_rank in parts for part in of_rank if len(part)):
             batch = collate(data, part, layout)
             tokens += batch.n_tokens
+            if len(plan.batches) < BATCHES_TO_RUN:
+                plan.batches.append(batch)
             shape = tuple(batch.input_ids.shape)
-            plan.largest_microbatch = max(plan.largest_microbatch, shape, key=math.prod)
+            if math.prod(shape) > math.prod(plan.largest_microbatch):
+                plan.largest_microbatch, plan.largest = shape, batch
         n_measured += len(examples)
     plan.tokens = round(tokens / n_measured * plan.examples)
 
@@ -292,60 +327,3 @@ def _peers(config: Settings) -> int:
 def _ranks(config: Settings) -> int:
     """All ranks of the run."""
     return data_ranks(find_trainer(config.trainer), config, ALONE) * _peers(config)
-
-
-class _FusedAttention(torch.autograd.Function):
-    """Saves what fused kernels save: queries, keys, values and output, all linear in the length."""
-
-    @staticmethod
-    def forward(ctx, query, key, value):
-        output = torch.empty_like(query)
-        ctx.save_for_backward(query, key, value, output)
-        return output
-
-
-def _fused_attention(module, query, key, value, attention_mask, **options):
-    return _FusedAttention.apply(query, key, value).transpose(1, 2).contiguous(), None
-
-
-def _activations(config: Settings, scalar: bool, shape: tuple[int, int]) -> int:
-    """Bytes of activations of a microbatch, on one of the peers. shape: (rows, tokens in a row).
-
-    They are the tensors that autograd saves in a forward pass, and one chunk of the head's logits.
-    """
-    rows, width = shape
-    model = skeleton(config.model, scalar_head=scalar).train()
-    disable_dropout(model)
-    fuse_activations(model)
-    compute = dtype_of(config.model.fsdp_policy_mp or config.model.policy_dtype)
-    model.to(compute)
-    if config.model.attn_implementation in (None, "sdpa") and model._supports_sdpa:
-        AttentionInterface.register("counted", _fused_attention)
-        AttentionMaskInterface.register("counted", lambda *arguments, **options: None)
-        model.set_attn_implementation("counted")
-    scorer = Scorer(model)
-    ids = torch.zeros(rows, width, dtype=torch.long, device="meta")
-    batch = Batch(ids, *[None] * 8, attention_mask=torch.ones_like(ids))
-    saved = {}  # storages by address; a reference to each keeps its address from being used again
-    weights = {p.untyped_storage()._cdata for p in model.parameters()}
-
-    def save(tensor):
-        storage = tensor.untyped_storage()
-        if storage._cdata not in weights:
-            saved[storage._cdata] = storage
-        return tensor
-
-    with torch.autograd.graph.saved_tensors_hooks(save, lambda tensor: tensor):
-        scorer.hidden(batch, torch.arange(rows * width, device="meta"))
-    total = sum(storage.nbytes() for storage in saved.values())
-    architecture = model.config.get_text_config()
-    if config.activation_checkpointing:
-        # The input of every layer, and the activations of the one that is computed again.
-        layers, hidden = architecture.num_hidden_layers, architecture.hidden_size
-        total = total // layers + layers * rows * width * hidden * compute.itemsize
-    chunk = 0
-    if not scalar:
-        limit = CHUNK_ELEMENTS * (GPU_FACTOR if _device(config) == "cuda" else 1)
-        # Logits, their softmax and their gradient, in float32.
-        chunk = 3 * 4 * min(limit, rows * width * architecture.vocab_size)
-    return total // _peers(config) + chunk
