@@ -146,11 +146,13 @@ def test_a_resume_with_a_damaged_text_file_is_an_error_that_names_it(two_steps, 
     before = (run / file).read_bytes()
     last_line = content if file != "metrics.jsonl" else content + b"\n" + before
     (run / file).write_bytes(last_line)
+    # A finished run prints its report, which leaves damaged rows of metrics.jsonl out.
+    n_examples = 24 if file == "metrics.jsonl" else 16
     try:
         if (file, content) == ("metrics.jsonl", b""):
             return  # a blank line
         with pytest.raises((ConfigError, DataError), match=rf"{file}:") as refused:
-            go("text", "n_examples=16")
+            go("text", f"n_examples={n_examples}")
         assert "\n" not in str(refused.value)
     finally:
         (run / file).write_bytes(before)
