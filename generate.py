@@ -42,6 +42,7 @@ def generate(config: DictConfig, run_dir: Path) -> Path:
     from preflab.evaluation.generations import write_generations
     from preflab.evaluation.worklist import expand_archives
     from preflab.execution import load_inputs, register_built_in
+    from preflab.serving.checks import check_policy_only
     from preflab.settings.load import validate
     from preflab.settings.values import changed, temperatures
     from preflab.training.registry import find_trainer
@@ -54,6 +55,7 @@ def generate(config: DictConfig, run_dir: Path) -> Path:
             f"trainer={settings.trainer}: generate.py samples in one process; leave it out, or use"
             " train.py function=eval"
         )
+    check_policy_only(settings.sampler)
     loss, sources = check_settings(settings)
     archives = expand_archives(settings.model.archive)
     for key, values in (("temperature", temperatures(settings)), ("model.archive", archives)):

@@ -21,6 +21,7 @@ from preflab.readers.columns import (
 from preflab.readers.records import Source
 from preflab.readers.registry import DATASETS, open_dataset
 from preflab.rewards.registry import all_rewards, check_reward
+from preflab.serving.checks import check_sampler
 from preflab.settings.load import validate
 from preflab.settings.run_folder import COMPARING
 from preflab.settings.schema import ModelSettings, Settings
@@ -79,6 +80,13 @@ def check_settings(settings: Settings) -> tuple[BoundLoss, dict[str, list[Source
         from_scratch=settings.model.from_scratch,
         draws_samples=draws_samples(settings, loss),
         update=settings.reference.update,
+    )
+    check_sampler(
+        settings,
+        n_policies=len(expand_archives(settings.model.archive))
+        if settings.function == "eval"
+        else 0,
+        samples=draws_samples(settings, loss),
     )
     check_update(settings, loss)
     check_best(settings, scalar="scalar_head" in loss.reads)

@@ -38,9 +38,12 @@ from preflab.readers.conversations import prompt_of
 from preflab.readers.json_text import decode, parse_json
 from preflab.readers.messages import Chat
 from preflab.rewards.registry import build_reward
+from preflab.serving.checks import check_policy_only
+from preflab.serving.sampler import ServedModel, weights_stamp
 from preflab.settings.compose import compose
 from preflab.settings.load import load_settings, validate
 from preflab.settings.refused import errors_in_one_line
+from preflab.settings.schema import Settings
 from preflab.settings.values import changed, temperatures, truncation
 from scripts.partial_file import PartialFile
 from trainers import BasicTrainer
@@ -53,7 +56,9 @@ def main() -> None:
     arguments, overrides = _parser().parse_known_args()
     with errors_in_one_line():
         config = compose(overrides, arguments.config_dir)
-        validate(config)  # writes each value in its type, and paths from the home folder whole
+        # Writes each value in its type, and paths from the home folder whole.
+        settings = validate(config)
+        check_policy_only(settings.sampler)
         prompts = _read_prompts(arguments.prompts)
         partial = Path(f"{arguments.output}-partial.jsonl")
         rows = build_rows(config, prompts, arguments.k, arguments.n_test, partial)
@@ -63,6 +68,7 @@ def main() -> None:
                 f.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in split_rows)
             print(f"{path}: {len(split_rows):,} responses")
         partial.unlink(missing_ok=True)
+        _kept(partial).unlink(missing_ok=True)
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -130,6 +136,8 @@ def _settings(config, prompts: list, k: int) -> dict:
     keys += ("max_length", "max_prompt_length", "chat_template_kwargs", "chat_date")
     chosen = OmegaConf.to_container(OmegaConf.masked_copy(config, keys), resolve=True)
     texts = [one if isinstance(one, str) else json.loads(one.to_json()) for one in prompts]
+    if config.sampler.url is not None:
+        chosen["sampler"] = {"server": config.sampler.server, "model": config.sampler.model}
     return chosen | {"k": k, "prompts": content_hash(json.dumps(texts))}
 
 
@@ -151,11 +159,12 @@ def _sample_and_score(config, prompts: list, k: int, done: PartialFile) -> None:
     set_chat(tokenizer, chat_of(settings))
     ids = _ids_to_ask(settings, tokenizer, rows, prompts)
     policy = build_policy(settings.model, trainable=False)
+    draw = _served_policy(settings, done.path) or sample
     score, ends = build_reward(config.reward), response_ends(tokenizer, policy.causal_lm)
     bar = tqdm(total=len(prompts), desc="prompts", unit="prompts", initial=len(done.rows) // k)
     for begin in range(len(done.rows) // k, len(prompts), PROMPTS_AT_A_TIME):
         part = prompts[begin : begin + PROMPTS_AT_A_TIME]
-        responses = sample(
+        responses = draw(
             policy,
             tokenizer,
             [tokens for tokens in ids[begin : begin + len(part)] for _ in range(k)],
@@ -185,6 +194,24 @@ def _sample_and_score(config, prompts: list, k: int, done: PartialFile) -> None:
         )
         bar.update(len(part))
     bar.close()
+
+
+def _served_policy(settings: Settings, partial: Path) -> ServedModel | None:
+    """The policy on a server, which then samples it, if there is one."""
+    if settings.sampler.url is None:
+        return None
+    return ServedModel(
+        settings.sampler,
+        name=settings.sampler.model,
+        of="policy",
+        stamp=weights_stamp(settings.model, settings.model.archive),
+        store=_kept(partial),
+    )
+
+
+def _kept(partial: Path) -> Path:
+    """The file of the responses of a server that have no rewards yet."""
+    return partial.with_name(partial.name.replace("-partial.jsonl", "-partial-served.jsonl"))
 
 
 def _shown(prompt: str | Chat) -> str:

@@ -30,6 +30,7 @@ LAYERS = [
     ],
     ["preflab.modeling", "preflab.sweeps"],
     ["preflab.training", "preflab.rewards"],
+    ["preflab.serving"],
     ["preflab.evaluation"],
     ["trainers"],
     ["preflab.atlas", "preflab.online"],

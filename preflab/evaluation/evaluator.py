@@ -14,7 +14,13 @@ from preflab.distributed.process_group import World
 from preflab.evaluation.held_out import evaluate_loss
 from preflab.evaluation.samples import Samples, Sampling, sample_and_measure
 from preflab.evaluation.sides import held_out_sides
-from preflab.evaluation.worklist import Checkpoint, draws_samples, finish_evaluation, temperatures
+from preflab.evaluation.worklist import (
+    Checkpoint,
+    draws_samples,
+    expand_archives,
+    finish_evaluation,
+    temperatures,
+)
 from preflab.modeling.fsdp import reshard
 from preflab.modeling.layout_choice import choose_layout
 from preflab.modeling.loading import build_policy, build_reference
@@ -22,6 +28,7 @@ from preflab.modeling.logprobs import Scorer
 from preflab.modeling.parallelism import bind_place
 from preflab.objective.registry import BoundLoss
 from preflab.rewards.registry import Score
+from preflab.serving.build import served_columns, served_models
 from preflab.settings.schema import Settings
 from preflab.settings.values import changed, truncation, truncation_columns
 from preflab.training.checkpoints import Counters
@@ -51,6 +58,10 @@ class Evaluator:
     ):
         self.settings, self.loss, self.tokenizer, self.data = settings, loss, tokenizer, data
         self.rewards, self.run_dir, self.world = rewards, run_dir, world
+        archive = None  # of training, where the policy is not served
+        if settings.function == "eval":
+            archive = expand_archives(settings.model.archive)[0]
+        self.served = served_models(settings, run_dir, archive)
         self._reference_samples: dict[Sampling, Samples] = {}
         self._sides: dict[str, np.ndarray] | None = None  # of the held-out examples
 
@@ -141,6 +152,7 @@ class Evaluator:
             layout,
             self.world,
             self._reference_samples,
+            self.served,
         )
 
 
@@ -257,6 +269,7 @@ def _evaluate_at(
             **truncation_columns(settings),
             "samples_per_prompt": settings.samples_per_prompt,
             "eval_seed": settings.seed,
+            **served_columns(settings),
         }
         finish_evaluation(evaluator.run_dir, checkpoint, rows, sampling | losses | means)
     return means

@@ -8,6 +8,7 @@ from preflab.batching.chat import prompt_columns, prompt_text, response_text
 from preflab.batching.examples import PreferenceData, prompts_to_sample
 from preflab.modeling.generation import sample
 from preflab.modeling.loading import build_policy
+from preflab.serving.build import served_columns, served_models
 from preflab.settings.schema import Settings
 from preflab.settings.values import truncation, truncation_columns
 from utils import atomic_write
@@ -29,7 +30,8 @@ def write_generations(path: Path, settings: Settings, tokenizer, data: Preferenc
         )
     drawn = [(prompt, i) for prompt in prompts for i in range(settings.samples_per_prompt)]
     room = settings.max_length - settings.max_prompt_length
-    responses = sample(
+    served = served_models(settings, path.parent, settings.model.archive).get("policy")
+    responses = (served or sample)(
         build_policy(settings.model, trainable=False),
         tokenizer,
         [prompt.tokens for prompt, _ in drawn],
@@ -50,5 +52,6 @@ def write_generations(path: Path, settings: Settings, tokenizer, data: Preferenc
                 "temperature": settings.temperature,
                 **truncation_columns(settings),
                 "seed": settings.seed,
+                **served_columns(settings),
             }
             f.write(json.dumps(row, ensure_ascii=False) + "\n")

@@ -2,7 +2,9 @@
 
 import functools
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
+from types import MappingProxyType
 
 import torch
 
@@ -18,6 +20,7 @@ from preflab.modeling.response_ends import response_ends
 from preflab.modeling.shared_samples import SHARED
 from preflab.reports.selection import number_on
 from preflab.rewards.registry import Score
+from preflab.serving.sampler import ServedModel
 from utils import mean_and_error
 
 
@@ -63,6 +66,7 @@ def sample_and_measure(
     layout: Layout,
     world: World = ALONE,
     reference_samples: dict[Sampling, Samples] | None = None,
+    served: Mapping[str, ServedModel] = MappingProxyType({}),
 ) -> tuple[list[dict], dict[str, float]]:
     """Sample responses of both models to held-out prompts, and measure them.
 
@@ -74,11 +78,12 @@ def sample_and_measure(
     are paired. KL is measured on the policy's samples; it is the KL of the sampled distribution
     only at temperature 1 and top_p 1, without top_k and min_p. Without a reference there are
     neither KL nor reference samples. reference_samples: a cache of the reference's samples, for
-    evaluating several policies with the same reference.
+    evaluating several policies with the same reference. served: what a server samples, of "policy"
+    and "reference".
     """
     prompts = prompts_to_sample(data, sampling.n, sampling.max_prompt_length)
     shared = (tokenizer, prompts, rewards, sampling, world)
-    samples = {"policy": _draw(policy, *shared, description="sample policy")}
+    samples = {"policy": _draw(policy, *shared, served.get("policy"), of="policy")}
     prompt_tokens = [prompt.tokens for prompt in prompts for _ in range(sampling.k)]
     measured = measure_samples(
         policy,
@@ -92,7 +97,7 @@ def sample_and_measure(
     if reference is not None:
         cache = {} if reference_samples is None else reference_samples
         if sampling not in cache:
-            cache[sampling] = _draw(reference, *shared, description="sample reference")
+            cache[sampling] = _draw(reference, *shared, served.get("reference"), of="reference")
         samples["reference"] = cache[sampling]
     rows = _rows(tokenizer, prompts, samples, measured, sampling)
     means = _sample_means(rows, list(rewards), list(measured), sampling.k)
@@ -109,17 +114,19 @@ def _draw(
     rewards: dict[str, Score],
     sampling: Sampling,
     world: World,
+    served: ServedModel | None,
     *,
-    description: str,
+    of: str,
 ) -> Samples:
-    """`k` responses of a model to each prompt, with their rewards."""
+    """`k` responses of a model to each prompt, with their rewards. served: that model on a server,
+    which then samples them. of: policy or reference."""
     # The random numbers of a response depend on its key: the prompt's, with a number from the
     # second response on.
     keys = [(p.key, i) if i else p.key for p in prompts for i in range(sampling.k)]
     prompt_tokens = [prompt.tokens for prompt in prompts for _ in range(sampling.k)]
     ends = response_ends(tokenizer, scorer.causal_lm)
     draw = functools.partial(
-        sample,
+        served or sample,
         scorer,
         tokenizer,
         prompt_tokens,
@@ -132,12 +139,12 @@ def _draw(
         seed=sampling.seed,
         batch_size=sampling.batch_size,
         world=world,
-        description=description,
+        description=f"sample {of}",
     )
     numbers = [list(map(int, tokens)) for tokens in prompt_tokens]
     decoded = tokenizer_hash(tokenizer) if ends.turn else None  # an end that is text is decoded
     question = (numbers, keys, sampling, ends, decoded, tokenizer.pad_token_id)
-    tokens = SHARED.draw(scorer, question, draw, world)
+    tokens = draw() if served else SHARED.draw(scorer, question, draw, world)
     texts = [response_text(tokenizer, response) for response in tokens]
     prompt_texts = [text for text in _prompt_texts(tokenizer, prompts) for _ in range(sampling.k)]
     mine = world.share(prompt_texts), world.share(texts)

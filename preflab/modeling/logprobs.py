@@ -127,6 +127,14 @@ class Scorer:
         """Log-probs of the scored tokens of a batch, (T,), without gradient."""
         return self.run(lambda: _score_tokens(self, batch, _Extras())).logps
 
+    @torch.no_grad()
+    def token_gaps(self, batch: Batch) -> Tensor:
+        """How far the log-prob of each scored token is below that of the likeliest token there,
+        (T,) in nats, 0 for greedy responses. For a few tokens: it holds all logits of them."""
+        logits = self.run(lambda: self.logits(self.hidden(batch, batch.positions)))
+        targets = batch.targets.to(logits.device)[:, None]
+        return logits.max(-1).values - logits.gather(-1, targets).squeeze(-1)
+
     def plain_head(self) -> tuple[Tensor, Tensor | None] | None:
         """Weight (V, H) and bias (V,) of the LM head where logits are one linear layer with
         unsharded weights, and then `logit_step`; else None."""

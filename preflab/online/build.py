@@ -14,6 +14,7 @@ from preflab.online.labelers import DiscriminatorLabels, GoldLabels, RemoteLabel
 from preflab.online.ledger import Ledger
 from preflab.online.measures import RoundMeasures
 from preflab.rewards.registry import REWARDS, Score, build_rewards
+from preflab.serving.build import served_models
 from preflab.settings.schema import Settings
 from preflab.training.checkpointer import Checkpointer
 from preflab.training.learner import Learner
@@ -58,7 +59,8 @@ def build_parts(
     rewards = build_rewards(settings)
     learner = Learner(settings, loss, tokenizer, trainer, world, checkpoint=checkpointer.latest())
     learner.build_reference()
-    drawing = Drawing(settings, build_sampler(settings, learner), tokenizer, world)
+    served = served_models(settings, run_dir).get("sampler")
+    drawing = Drawing(settings, build_sampler(settings, learner), tokenizer, world, served)
     score = next(iter(rewards.values()))  # of the reward that labels
     ranks = loss.examples == "lists"
     labeler = make_labeler(trainer, settings, score, run_dir, world, ranks=ranks)

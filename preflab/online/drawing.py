@@ -12,6 +12,7 @@ from preflab.modeling.generation import sample
 from preflab.modeling.loading import build_policy
 from preflab.modeling.logprobs import Scorer
 from preflab.online.rollouts import Rollouts
+from preflab.serving.sampler import ServedModel
 from preflab.settings.schema import Settings
 from preflab.settings.values import changed, truncation
 from preflab.training.learner import Learner
@@ -64,11 +65,19 @@ class Drawing:
     """Draws K responses to each prompt of a round.
 
     The random numbers of a response depend only on the seed, its prompt, the round and its number
-    in the round.
+    in the round. served: the sampler on a server, which then draws them.
     """
 
-    def __init__(self, settings: Settings, sampler: Scorer, tokenizer, world: World):
+    def __init__(
+        self,
+        settings: Settings,
+        sampler: Scorer,
+        tokenizer,
+        world: World,
+        served: ServedModel | None = None,
+    ):
         self.settings, self.sampler = settings, sampler
+        self.sample = served or sample
         self.tokenizer, self.world = tokenizer, world
         self.k = settings.online.responses_per_prompt
         self.max_new_tokens = (
@@ -109,7 +118,7 @@ class Drawing:
         if not items:
             return []
         settings = self.settings
-        return sample(
+        return self.sample(
             self.sampler,
             self.tokenizer,
             [prompt.tokens for prompt, _ in items],

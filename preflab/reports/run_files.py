@@ -89,6 +89,7 @@ REQUIRED = {
     "metrics.jsonl": ("split",),
     "eval.jsonl": ("name", "temperature"),
     "samples.jsonl": ("prompt",),
+    "served_samples.jsonl": ("key", "tokens"),
     "judgements.jsonl": ("against", "by"),
     "winrates.json": ("against", "by"),
     "atlas.jsonl": ("stamp", "baseline", "pairs", "updates", "clusters"),

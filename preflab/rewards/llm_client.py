@@ -15,6 +15,7 @@ from random import random
 
 import httpx
 
+from preflab.rewards.transport import RequestFailedError, is_transient, retry_after, send
 from utils import ConfigError, PrefLabError, Progress, content_hash
 
 logger = logging.getLogger(__name__)
@@ -23,8 +24,6 @@ DEFAULTS = {"temperature": 0.0, "max_tokens": 256}  # fields of a request
 
 MAX_ANSWER_BYTES = 2**20  # a server that sends more is not answering the question
 MAX_CONSECUTIVE_FAILURES = 8  # then the server counts as down
-MAX_WAIT = 60.0  # seconds; a Retry-After above it is cut to it
-RETRIED_STATUS = (408, 409, 429)  # and 5xx
 REJECTED_STATUS = (400, 413, 422)  # about one question, such as one that is too long
 
 
@@ -34,15 +33,6 @@ class EndpointError(PrefLabError):
 
 class _CapReachedError(Exception):
     """`max_requests` requests were sent."""
-
-
-class _RequestFailedError(Exception):
-    """A question got no answer. retriable: another attempt may succeed; wait: the seconds that the
-    server asked for before one."""
-
-    def __init__(self, message: str, *, retriable: bool = True, wait: float = 0.0):
-        super().__init__(message)
-        self.retriable, self.wait = retriable, wait
 
 
 @dataclass
@@ -145,7 +135,7 @@ class Endpoint:
             except _CapReachedError:
                 result.unsent += len(members)
                 continue
-            except _RequestFailedError as error:
+            except RequestFailedError as error:
                 result.failed += len(members)
                 result.errors.append(str(error))
                 consecutive_failures += 1
@@ -180,7 +170,7 @@ class Endpoint:
         for attempt in range(self.retries):
             try:
                 return self._post(messages)
-            except _RequestFailedError as error:
+            except RequestFailedError as error:
                 if not error.retriable:
                     raise
                 time.sleep(max(error.wait, self.backoff * 2**attempt * (0.5 + random() / 2)))
@@ -196,8 +186,8 @@ class Endpoint:
         response, body = self._send({"model": self.model, "messages": messages, **settings})
         status, start = response.status_code, body[:200].decode(errors="replace")
         message = f"status {status}: {start}"
-        if status in RETRIED_STATUS or status >= 500:
-            raise _RequestFailedError(message, wait=_retry_after(response))
+        if is_transient(status):
+            raise RequestFailedError(message, wait=retry_after(response))
         if status == 400 and "max_tokens" in settings and b"max_completion_tokens" in body:
             self._use_new_name()
             return self._post(messages)
@@ -209,14 +199,14 @@ class Endpoint:
                 f" --body {name}=null, or reward.body={{{name}: null}}"
             )
         if status in REJECTED_STATUS:
-            raise _RequestFailedError(message, retriable=False)
+            raise RequestFailedError(message, retriable=False)
         if status != 200:
             self._stopped = True
             raise EndpointError(f"{self.url}/chat/completions answered {message}")
         try:
             text = json.loads(body)["choices"][0]["message"]["content"]
         except (ValueError, LookupError, TypeError) as error:
-            raise _RequestFailedError(f"no chat completion: {start}") from error
+            raise RequestFailedError(f"no chat completion: {start}") from error
         return text if isinstance(text, str) else ""
 
     def _use_new_name(self) -> None:
@@ -231,21 +221,18 @@ class Endpoint:
         )
 
     def _send(self, payload: dict) -> tuple[httpx.Response, bytes]:
-        """The response and its body. It is streamed, because httpx's own timeout starts again with
-        each piece."""
-        body, deadline = b"", time.monotonic() + self.timeout
         address = f"{self.url}/chat/completions"
         try:
-            with self._client.stream("POST", address, json=payload) as response:
-                for piece in response.iter_bytes():
-                    body += piece
-                    if len(body) > MAX_ANSWER_BYTES or time.monotonic() > deadline:
-                        raise _RequestFailedError("the answer does not end")
-        except httpx.RequestError as error:
-            raise _RequestFailedError(f"{type(error).__name__}: {error}") from error
+            return send(
+                self._client,
+                "POST",
+                address,
+                payload,
+                timeout=self.timeout,
+                max_bytes=MAX_ANSWER_BYTES,
+            )
         except httpx.InvalidURL as error:
             raise EndpointError(f"{self.url} is not a URL: {error}") from error
-        return response, body
 
 
 def _settings(body: dict) -> dict:
@@ -267,9 +254,3 @@ def _refused(body: bytes, settings: dict) -> str | None:
     except (ValueError, LookupError, TypeError):
         return None
     return name if isinstance(name, str) and name in settings else None
-
-
-def _retry_after(response: httpx.Response) -> float:
-    """Seconds of a Retry-After header; 0 without one, or for a date."""
-    value = response.headers.get("retry-after", "")
-    return min(float(value), MAX_WAIT) if value.replace(".", "", 1).isdigit() else 0.0

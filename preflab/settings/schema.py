@@ -30,8 +30,7 @@ from preflab.settings.value_types import (
 )
 from utils import ConfigError
 
-FLAG, TEXT, PATH = Flag(), Text(), PathText()
-MAPPING, MODULE = Mapping(), Module()
+FLAG, TEXT, PATH, MAPPING, MODULE = Flag(), Text(), PathText(), Mapping(), Module()
 COUNT, POSITIVE, NOT_NEGATIVE = Integer(1), Number(above=0), Number(least=0)
 SHARE = Number(above=0, below=1)
 DTYPE = Choice(("float32", "bfloat16", "float16", "float64"))
@@ -93,8 +92,7 @@ def open_group(
     null_is_empty: bool = False,
 ):
     """A field that holds a dict, which the signature of a registered function checks."""
-    accepts = Mapping(null_is_empty)
-    rule = Rule(accepts, may_change, True, frozenset(entries_may_change))
+    rule = Rule(Mapping(null_is_empty), may_change, True, frozenset(entries_may_change))
     return dataclasses.field(metadata={"rule": rule})
 
 
@@ -210,6 +208,20 @@ class OnlineSettings:
     select: str | dict = setting(Either((TEXT, MAPPING)))
     replay: int = setting(Integer(0))
     stop_labels: int | None = setting(Integer(0), null=True)
+
+
+@dataclass(frozen=True)
+class SamplerSettings:
+    url: str | None = setting(TEXT, null=True)
+    server: str = setting(Choice(("vllm", "sglang", "transformers")))
+    model: str | None = setting(TEXT, null=True)
+    reference_model: str | None = setting(TEXT, null=True)
+    token_env: str = setting(TEXT)
+    tolerance: float | None = setting(POSITIVE, null=True)
+    concurrency: int = setting(COUNT)
+    timeout: float = setting(POSITIVE)
+    retries: int = setting(Integer(0))
+    backoff: float = setting(NOT_NEGATIVE)
 
 
 # ------------------------------------------------------------------- settings outside of any group
@@ -381,6 +393,7 @@ class Settings(
     dataset_columns: ColumnSettings = group()
     online: OnlineSettings = group()
     reference: ReferenceSettings = group()
+    sampler: SamplerSettings = group(may_change=ALWAYS)
     wandb: WandbSettings = group(may_change=ALWAYS, part_of_run=False)
     plan: PlanSettings = group(may_change=ALWAYS, part_of_run=False)
     atlas: AtlasSettings = group(may_change=ALWAYS)
