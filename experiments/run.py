@@ -80,6 +80,8 @@ def main() -> None:
         names = [arguments.name]
     if arguments.name in WITH_MODEL and arguments.model is None:
         parser.error(f"{arguments.name} needs --model; experiments/real.py says how to get one")
+    if arguments.redraw and arguments.name in WITH_MODEL:
+        parser.error(f"--redraw draws the models of the language; {arguments.name} is given one")
     for name in names:
         model = arguments.model and arguments.model.resolve()
         seeds = arguments.seeds or OWN_SEEDS.get(name, SEEDS)
