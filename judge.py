@@ -90,7 +90,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--by", choices=("reward", "labels", "llm"))
     parser.add_argument(
         "--alpaca-eval",
-        type=Path,
+        type=path_argument,
         metavar="DIR",
         help="write the samples as files that alpaca_eval reads; --by is then optional",
     )

@@ -256,7 +256,7 @@ def test_the_flags_of_samples_and_of_rollouts_count_every_end_token(plain):
         batch_size=20,
     )
     args = (Scorer(model), make_tokenizer(), prompts, {}, sampling, ALONE)
-    drawn = samples._draw(*args, description="")
+    drawn = samples._draw(*args, None, of="policy")
     assert drawn.ended == [response[-1] in ends for response in drawn.tokens]
     assert set(drawn.ended) == {False, True}
     learner = SimpleNamespace(tokenizer=make_tokenizer(), policy=Scorer(model))

@@ -35,7 +35,7 @@ BAD = [
     ("again", "again and", " no"),
     ("L" * 50, " c", " d"),
     ("R", " " + "e" * 60, " " + "e" * 61),
-    ("[{'role': 'user'}]", " u", " vv"),
+    ("[{'from': 'user'}]", " u", " vv"),
 ]
 # Counted by hand, with max_length=40 and max_prompt_length=20. The pairs of p1: each has its
 # opposite, one is repeated.

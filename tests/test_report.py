@@ -578,7 +578,7 @@ def test_a_sweep_reports_differences_and_frontiers_by_seed(tmp_path):
         assert (tmp_path / f"{name}.svg").stat().st_size > 1000
     page = (tmp_path / "report.html").read_text()
     assert page.count('<section class="chart') == 3
-    assert "<td>odpo" in page and "http://" not in page
+    assert ">odpo</td>" in page and "http://" not in page
 
 
 def test_a_frontier_ends_at_the_largest_kl_that_a_loss_reaches(tmp_path):
