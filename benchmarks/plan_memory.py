@@ -15,7 +15,10 @@ import sys
 import tempfile
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+from benchmarks.placement import ROOT, machine
+
 # vocabulary, hidden size, layers, heads
 SIZES = {"tiny": None, "30M": (32_000, 384, 10, 6), "124M": (50_257, 768, 12, 12)}
 SETTINGS = {
@@ -53,7 +56,8 @@ def main() -> None:
                     flush=True,
                 )
     if arguments.output:
-        arguments.output.write_text(json.dumps(rows, indent=1) + "\n", encoding="utf-8")
+        results = {"machine": machine(), "rows": rows}
+        arguments.output.write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
 
 
 def make_model(folder: Path, size: str) -> Path:
