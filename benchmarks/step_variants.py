@@ -65,7 +65,7 @@ def _import_everything(variant: str) -> None:
     ]
     modules.append("datasets")
     if variant.startswith("TRL"):
-        modules.append("trl.trainer.dpo_trainer")
+        modules += ["trl.trainer.dpo_trainer", "trl.trainer.sft_trainer"]
     for module in modules:
         __import__(module)
 
@@ -73,6 +73,8 @@ def _import_everything(variant: str) -> None:
 def _variant_class(variant: str) -> type:
     if variant == "classic":
         return Classic
+    if variant.startswith("TRL SFT"):
+        return TrlSft
     return Trl if variant.startswith("TRL") else Ours
 
 
@@ -121,7 +123,7 @@ class Ours:
             f"model.fsdp_policy_mp={'bfloat16' if job['bf16'] else 'null'}",
             f"datasets=[{folder / job.get('data', 'pairs')}]",
             f"loss={job['loss']}",
-            f"loss.beta={BETA}",
+            *([] if job["loss"] == "sft" else [f"loss.beta={BETA}"]),
             f"layout={layout}",
             f"reference.cache={cache}",
             f"cache_dir={folder / 'cache'}",
@@ -304,8 +306,56 @@ class Trl:
         return loss.item()
 
 
-def read_pairs(folder: Path) -> list[dict]:
-    lines = (folder / "pairs" / "train.jsonl").read_text(encoding="utf-8").splitlines()
+class TrlSft(Trl):
+    """TRL's SFTTrainer on prompts and completions, one step at a time; the loss is the mean over
+    the tokens of the completions."""
+
+    def __init__(self, job: dict):
+        import torch
+        from datasets import Dataset
+        from transformers import AutoModelForCausalLM, AutoTokenizer
+        from trl import SFTConfig, SFTTrainer
+
+        folder = Path(job["folder"])
+        best = {
+            "padding_free": True,
+            "max_length": None,
+            "gradient_checkpointing": False,
+            "optim": "adamw_torch_fused",
+        }
+        more = best if job["variant"] == "TRL SFT, best" else {"max_length": 1024}
+        config = SFTConfig(
+            output_dir=str(folder / "trl-sft"),
+            per_device_train_batch_size=job["n_pairs"],
+            learning_rate=1e-12,
+            bf16=job["bf16"],
+            report_to="none",
+            use_cpu=not torch.cuda.is_available(),
+            max_grad_norm=1e9,
+            **more,
+        )
+        rows = [
+            {"prompt": row["prompt"], "completion": row["chosen"]}
+            for row in read_pairs(folder, "targets")
+        ]
+        self.trainer = SFTTrainer(
+            AutoModelForCausalLM.from_pretrained(folder / "model"),
+            args=config,
+            train_dataset=Dataset.from_list(rows),
+            processing_class=AutoTokenizer.from_pretrained(folder / "model"),
+        )
+        self.model = self.trainer.model
+        if config.gradient_checkpointing:
+            self.model.gradient_checkpointing_enable(config.gradient_checkpointing_kwargs)
+        self.model.train()
+        self.trainer.create_optimizer()
+        self.trainer.current_gradient_accumulation_steps = 1
+        self.optimizer = self.trainer.optimizer
+        self.rows = list(self.trainer.train_dataset)
+
+
+def read_pairs(folder: Path, name: str = "pairs") -> list[dict]:
+    lines = (folder / name / "train.jsonl").read_text(encoding="utf-8").splitlines()
     return [json.loads(line) for line in lines]
 
 
