@@ -308,10 +308,12 @@ def test_losses_that_the_data_do_not_serve_are_left_out_and_named(setting):
     some = [
         e for e in entries if e.label in ("dpo", "sft", "lipo", "kto_unpaired", "xpo", "tis-dpo")
     ]
-    measured = measured_with(setting, [*some, entry("mappo", scale=0.01)])
+    more = [entry("mappo", scale=0.01), entry("kto", point="mismatched")]
+    measured = measured_with(setting, [*some, *more])
     assert [e.label for e in measured.entries] == ["dpo", "kto_unpaired", "lipo", "sft"]
     assert measured.left_out["xpo"] == "reads the column from_reference, which the data do not have"
     assert "weights of tokens" in measured.left_out["tis-dpo"]
+    assert any("put to other prompts" in reason for reason in measured.left_out.values())
     assert "set loss.scale" in measured.left_out["mappo"]
     with pytest.raises(DataError, match="loss=xpo: reads the column"):
         measured_with(setting, [e for e in entries if e.label == "xpo"])

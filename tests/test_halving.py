@@ -70,7 +70,13 @@ def planted_run(study, run, config, rng_seed=0):
             row = {"samples_eval/kl": kl, "samples_eval/policy_reward": rewards.mean()}
             rows.append({"split": "eval", "examples": examples} | row)
             samples += [
-                {"prompt": prompt, "examples": examples, "kl": kl, "policy_reward": {"r": reward}}
+                {
+                    "prompt": prompt,
+                    "examples": examples,
+                    "kl": kl,
+                    "policy_reward": {"r": reward},
+                    "reference_reward": {"r": 0.0},
+                }
                 for prompt, reward in zip(PROMPTS, rewards.tolist(), strict=True)
             ]
     write_jsonl(folder / "metrics.jsonl", rows)
@@ -83,7 +89,9 @@ def planted_run(study, run, config, rng_seed=0):
 def quick_compose(overrides, config_dir=None):
     """The keys that are looked at, without the two tenths of a second that hydra takes."""
     given = dict(word.split("=", 1) for word in overrides)
-    config = {"lr_schedule": "constant", "warmup_steps": 5}
+    config = {"lr_schedule": "constant", "warmup_steps": 5, "patience": None}
+    config |= {"do_first_eval": True, "sample_during_eval": True}
+    config |= {"temperature": 1.0, "topp": 1.0, "top_k": None, "min_p": None}
     config |= {key: int(given[key]) for key in ("n_examples", "eval_every", "batch_size")}
     return OmegaConf.create(
         {"n_epochs": None, "loss": {"name": given["loss"], "beta": given["loss.beta"]}} | config
@@ -149,6 +157,7 @@ def test_halving_finds_the_winner_of_the_full_grid_with_fewer_runs(run_study):
     plan = "\n".join(_halving(halved))
     assert "6 trials up to 300 examples, 3 trials up to 600 examples, 2 trials up to 1,200" in plan
     page = write_study(halved)
+    assert "## Over-optimisation" in page and (halved.work / "report.html").exists()
     assert "| a | loss.beta=0.3 | 1 | 1 | 1 |" in page and "| a | loss.beta=2 | 1 | 0 | 0 |" in page
     assert "took 54% of the examples" in page  # 6 * 300 + 3 * 300 + 2 * 600 of 6 * 1200
 
@@ -161,6 +170,7 @@ def test_a_failed_trial_does_not_hold_up_the_others_and_is_tried_again(run_study
     (study.runs_dir / gone.name / "summary.json").unlink()  # killed before its rung's summary
     assert due(study, cell) == [gone.until(600)]
     assert due(study, cell, lambda run: run.name == gone.name) == []
+    assert due(study, cell, lambda run: True) == []
     best = next(run for run in cell if run.trial == "loss.beta=0.3")
     (study.runs_dir / gone.name / "summary.json").write_text('{"finished": true, "examples": 600}')
     (study.runs_dir / best.name / "summary.json").unlink()  # killed while it was continued
@@ -199,6 +209,11 @@ def test_halving_that_cannot_work_is_refused(tmp_path, changes, message):
         ("lr_schedule=cosine", "depend on the length"),
         ("warmup_steps=0.1", "depend on the length"),
         ("eval_every=1200", "no evaluations at the rungs"),
+        ("patience=2", "set patience=null"),
+        ("do_first_eval=false", "do_first_eval=true"),
+        ("sample_during_eval=false", "sample_during_eval=true"),
+        ("temperature=0.7", "temperature=1"),
+        ("top_k=20", "top_k=null"),
     ],
 )
 def test_runs_that_cannot_be_stopped_and_continued_are_refused(tmp_path, setting, message):

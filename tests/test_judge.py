@@ -225,12 +225,27 @@ def test_length_controlled_rates_equal_a_naive_fit():
         [slope(lambda x, m=prompts == p: likelihood(x, m, 0.0), at) for p in range(20)]
     )
     inverse = np.linalg.inv(hessian)
-    error = math.sqrt((inverse @ (scores.T @ scores) @ inverse)[0, 0] * 20 / 19)
+    sandwich = (inverse @ (scores.T @ scores) @ inverse)[0, 0] * 20 / 19
+    error = math.sqrt(max(sandwich, -inverse[0, 0]))
     t = 2.093024054408263  # 19 degrees of freedom
     expected = [1 / (1 + math.exp(-(at[0] + shift))) for shift in (-t * error, 0, t * error)]
     result = length_controlled(pairs_of(gaps, verdicts, prompts))
     assert [result[key] for key in ("low", "rate", "high")] == pytest.approx(expected, abs=1e-6)
     assert result["effect"] == pytest.approx(at[1], abs=1e-6)
+
+
+@pytest.mark.parametrize(("mean", "theta"), [(100, 0.5), (0, 0.5)])
+def test_length_controlled_intervals_hold_where_the_policy_is_nearly_always_longer(mean, theta):
+    """Of 200 simulated judgements of 60 pairs each, with phi = 1."""
+    rng = np.random.default_rng(7)
+    held = 0
+    for _ in range(200):
+        gaps = rng.normal(mean, 30, 60).round().astype(int)
+        longer = np.tanh(gaps / gaps.std(ddof=1))
+        wins = (rng.random(60) < 1 / (1 + np.exp(-(theta + longer)))).astype(float)
+        result = length_controlled(pairs_of(gaps, wins))
+        held += result["low"] <= 1 / (1 + math.exp(-theta)) <= result["high"]
+    assert held >= 184  # three standard errors below 95%
 
 
 def test_a_length_controlled_rate_is_not_made_up():

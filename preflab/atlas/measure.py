@@ -171,7 +171,8 @@ def _read(
         available = {
             name: need
             for name, need in needs.items()
-            if need.name != "token_weights" or batch.token_weights is not None
+            if need.name not in ("token_weights", "mismatched")
+            or (need.name == "token_weights" and batch.token_weights is not None)
         }
         read = read_responses(available, policy, reference, batch)
         parts.append({name: values.cpu() for name, values in read.items()})
@@ -209,6 +210,8 @@ def _obstacle(loss: BoundLoss, taken: Taken, columns: Mapping[str, Tensor], pair
         return f"reads the column {missing[0]}, which the data do not have"
     if "token_weights" in loss.reads and "token_weights" not in taken:
         return "reads weights of tokens, which the data do not have"
+    if "mismatched" in loss.reads:
+        return "reads responses put to other prompts, which an atlas does not score"
     if loss.calibration:
         return "is calibrated by the norms of training steps, which an atlas does not take"
     if has_own_gradient(loss) and loss.couples_batch:

@@ -31,7 +31,7 @@ def length_controlled(pairs: Sequence[dict]) -> dict[str, float | None]:
     which is estimated from a whole leaderboard. phi has a normal prior N(0, 3^2), so that it stays
     finite where the longer response always wins; the paper's code has an L1 penalty, chosen by
     cross-validation, and made-up models. The interval is sigmoid(theta +- t se), with the sandwich
-    variance of prompts as clusters.
+    variance of prompts as clusters, or that of the prior and the pairs where it is larger.
     """
     judged = [pair for pair in pairs if pair["verdict"] is not None]
     by_prompt = defaultdict(list)
@@ -49,7 +49,10 @@ def length_controlled(pairs: Sequence[dict]) -> dict[str, float | None]:
     clusters = np.array([scores[members].sum(0) for members in by_prompt.values()])
     n = len(clusters)
     variance = bread @ (clusters.T @ clusters) @ bread * n / (n - 1)
-    half = float(t_quantile(0.5 + CONFIDENCE / 2, n - 1.0)) * math.sqrt(variance[0, 0])
+    # Where one side is nearly always longer, the prior decides what holds at equal lengths, and the
+    # sandwich knows nothing of its width; the inverse information does.
+    error = math.sqrt(max(variance[0, 0], bread[0, 0]))
+    half = float(t_quantile(0.5 + CONFIDENCE / 2, n - 1.0)) * error
     theta, phi = (float(value) for value in coefficients)
     low, rate, high = (float(_sigmoid(np.array(theta + shift))) for shift in (-half, 0.0, half))
     return {"rate": rate, "low": low, "high": high, "effect": phi}

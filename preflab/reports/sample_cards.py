@@ -125,4 +125,5 @@ def _add(card: Card, origin: Origin, row: dict, reward: str | None) -> None:
 
 
 def _scores(rewards: dict) -> str:
-    return ", ".join(f"{name} {value:z.3f}" for name, value in rewards.items())
+    numbers = {name: value for name, value in rewards.items() if is_number(value)}
+    return ", ".join(f"{name} {value:z.3f}" for name, value in numbers.items())

@@ -4,7 +4,7 @@ A push is minus dL/dlogp, the mean over pairs; see `preflab.objective.pushes`.
 """
 
 from collections.abc import Sequence
-from statistics import fmean
+from statistics import fmean, median
 
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
@@ -92,8 +92,9 @@ def why(run: Run) -> str | None:
         return None
     moved = {side: values[-1] for side, (_, values) in series.items()}
     push = {side: fmean(values) for side, values in pushes.items() if values}
-    ratio = run.series("train", "push_train/ratio")[1]
-    reason = _reason(moved, push, fmean(ratio) if ratio else None)
+    ratios = run.series("train", "push_train/ratio")[1]
+    # The median, because a step with a tiny chosen push has a huge ratio.
+    reason = _reason(moved, push, median(ratios) if ratios else None)
     return f"{_movement(name, moved)}: {reason}{_remaining(run)}."
 
 

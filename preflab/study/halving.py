@@ -45,6 +45,8 @@ def due(
     has_failed: trials that do not count any more; without them a cell waits for every trial.
     """
     alive = [run for run in cell if not has_failed(run)]
+    if not alive:
+        return []
     if study.halving is None:
         return [run for run in alive if not is_finished(study, run)]
     counts = study.halving.counts(len(cell))
@@ -85,12 +87,27 @@ def _stages(
             f"lr_schedule={config.lr_schedule} warmup_steps={config.warmup_steps} depend on the"
             " length of a run; use constant or inverse_sqrt, and warmup_steps in steps"
         )
+    elif config.patience is not None:
+        problem = f"patience={config.patience} ends runs between rungs; set patience=null"
+    elif not _is_compared(config):
+        problem = (
+            "trials are compared on samples of every evaluation from the start on; set"
+            " do_first_eval=true, sample_during_eval=true, temperature=1, topp=1, top_k=null and"
+            " min_p=null"
+        )
     targets = [max(1, round(share * (n or 0) / every)) * every for share in rungs]
     if problem is None and (len(set(targets)) < len(targets) or targets[-1] >= n):
         problem = f"eval_every={every} of n_examples={n} has no evaluations at the rungs {rungs}"
     if problem:
         raise ConfigError(f"halving stops runs and continues them: {problem}")
     return (*targets, n)
+
+
+def _is_compared(config) -> bool:
+    """Whether the evaluations of a run are points of its reward-KL frontier, the start included."""
+    plain = config.temperature == 1 and config.topp == 1
+    plain &= config.top_k is None and config.min_p is None
+    return bool(plain and config.do_first_eval and config.sample_during_eval)
 
 
 def _has_reached(study: Study, run: PlannedRun, examples: int, is_end: bool) -> bool:

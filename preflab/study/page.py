@@ -232,7 +232,7 @@ def _frontier(study: Study, case: str, runs: Sequence[StudyRun], charts: list[Ch
     ]
     if table := overoptimization_table(groups):
         lines += [
-            f"{table.title}.\n",
+            f"## {table.title}\n",
             markdown([table.head, *table.rows]),
             "\n".join(f"{note}\n" for note in table.notes),
         ]
