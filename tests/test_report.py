@@ -15,6 +15,7 @@ from conftest import ROOT, read_rows, write_jsonl
 from matplotlib.image import imread
 from omegaconf import OmegaConf
 
+from preflab.evaluation.worklist import describe
 from preflab.reports import plots, sweep_plots
 from preflab.reports.evaluation_tables import evaluation_tables, short_names, winrate_table
 from preflab.reports.plot_style import KL_LABEL, smooth
@@ -358,6 +359,7 @@ def test_evaluations_are_a_row_for_each_loss_and_temperature():
     table, checkpoints = evaluation_tables(evaluated_rows())
     assert table.head == [
         "trained with",
+        "step",
         "seeds",
         "temperature",
         "reward",
@@ -366,10 +368,10 @@ def test_evaluations_are_a_row_for_each_loss_and_temperature():
     ]
     error = math.sqrt(0.01 / 3)  # standard deviation 0.1 over three seeds
     assert table.rows == [
-        ["dpo beta=0.1", 3, "0.5", f"1.100 ± {error:.3f}", "-", "0.00 ± 0.00"],
-        ["dpo beta=0.1", 3, "1", f"1.100 ± {error:.3f}", "0.00 ± 0.00", "-"],
-        ["ipo beta=0.1", 3, "0.5", f"2.100 ± {error:.3f}", "-", "0.00 ± 0.00"],
-        ["ipo beta=0.1", 3, "1", f"2.100 ± {error:.3f}", "0.00 ± 0.00", "-"],
+        ["dpo beta=0.1", "100 to 102", 3, "0.5", f"1.100 ± {error:.3f}", "-", "0.00 ± 0.00"],
+        ["dpo beta=0.1", "100 to 102", 3, "1", f"1.100 ± {error:.3f}", "0.00 ± 0.00", "-"],
+        ["ipo beta=0.1", "100 to 102", 3, "0.5", f"2.100 ± {error:.3f}", "-", "0.00 ± 0.00"],
+        ["ipo beta=0.1", "100 to 102", 3, "1", f"2.100 ± {error:.3f}", "0.00 ± 0.00", "-"],
     ]
     assert checkpoints.folded and len(checkpoints.rows) == 12
     assert checkpoints.rows[0][:2] == ["dpo-0", 100] and "± 7.000" in checkpoints.rows[0][3]
@@ -389,11 +391,65 @@ def test_win_rates_are_a_row_for_each_loss_and_temperature():
     ]
     table = winrate_table(rates, evaluations)
     half = 4.302652729749464 * 0.1 / math.sqrt(3)  # t with two degrees of freedom
-    assert table.rows[0][:4] == ["dpo beta=0.1", "0.5", "reference", "reward lexicon"]
-    assert table.rows[0][4:] == [f"0.600 [{0.6 - half:.3f}, {0.6 + half:.3f}]", 6]
+    where = ["dpo beta=0.1", "100 to 102", "0.5", "reference", "reward lexicon"]
+    assert table.rows[0][:5] == where
+    assert table.rows[0][5:] == [f"0.600 [{0.6 - half:.3f}, {0.6 + half:.3f}]", 6]
     assert len(table.rows) == 4
     assert winrate_table(rates[:1]).rows[0][:1] == ["dpo-0"]
     assert max(map(len, winrate_table(rates).as_text().splitlines())) <= CONSOLE_WIDTH
+
+
+def test_two_checkpoints_of_one_seed_are_not_averaged():
+    def shown(**further):
+        """Names and rewards of two checkpoints of seed 0 whose training differs in `further`."""
+        rows = evaluated_rows(losses=("dpo", "dpo"), seeds=(0,), temperatures=(1.0,))
+        for i, (row, place) in enumerate(zip(rows, ("hh", "shp"), strict=True)):
+            row |= {"run": f"/runs/{place}/dpo-0", "name": "dpo-0/LATEST", "checkpoint": place}
+            row["training"] |= {key: values[i] for key, values in further.items()}
+        rates = [
+            {"checkpoint": row["checkpoint"], "temperature": 1.0, "by": "r", "against": "reference"}
+            | {"win_rate": row["samples_eval/policy_reward"] / 4}
+            for row in rows
+        ]
+        cells = [row[:1] + row[2:3] for row in evaluation_tables(rows)[0].rows]
+        of_rates = winrate_table(rates, rows).rows
+        assert [(row[0], row[4]) for row in of_rates] == [
+            (cells[0][0], "0.250"),
+            (cells[1][0], "0.500"),
+        ]
+        assert [reward[:5] for _, reward in cells] == ["1.000", "2.000"]
+        return [name for name, _ in cells]
+
+    dpo = "dpo beta=0.1"
+    assert shown() == [f"{dpo} hh", f"{dpo} shp"]  # rows of before, which say no more
+    assert shown(exp_name=("a", "b")) == [f"{dpo} exp_name=a", f"{dpo} exp_name=b"]
+    both = {"exp_name": ("a", "b"), "datasets": (["hh"], ["shp"])}
+    assert shown(**both) == [f"{dpo} datasets=['hh']", f"{dpo} datasets=['shp']"]
+    ranks = {"model.lora.r": (0, 8), "batch_size": (64, 64)}
+    assert shown(**ranks) == [f"{dpo} model.lora.r=0", f"{dpo} model.lora.r=8"]
+
+
+def test_a_row_of_a_checkpoint_says_what_tells_it_from_others(tmp_path):
+    folder = make_run(tmp_path / "run")
+    model = {"name_or_path": "gpt2", "lora": {"r": 8, "alpha": 16}, "archive": "start"}
+    change_config(folder, datasets=["hh"], batch_size=32, model=model)
+    (folder / "step-3").mkdir()
+    (folder / "step-3" / "policy.pt").touch()
+    training = describe(str(folder / "step-3" / "policy.pt")).about["training"]
+    known = {"exp_name": "exp", "datasets": ["hh"], "batch_size": 32, "model.name_or_path": "gpt2"}
+    assert training | known | {"model.lora.r": 8} == training
+    assert not training.keys() & {"model", "model.archive"}
+
+
+def test_win_rates_of_training_runs_are_a_row_for_each_group(tmp_path):
+    rate = {"checkpoint": None, "temperature": 1.0, "against": "reference", "by": "reward lexicon"}
+    for loss, seed, win_rate in (("dpo", 0, 0.2), ("ipo", 0, 0.85), ("ipo", 1, 0.95)):
+        folder = make_run(tmp_path / f"{loss}-{seed}", loss=loss, seed=seed, pairs=False)
+        (folder / "winrates.json").write_text(json.dumps([rate | {"win_rate": win_rate}]))
+    text = write_comparison(tmp_path, find_runs(tmp_path)[0])
+    rows = [line.split() for line in text.partition("Win rates")[2].splitlines()]
+    found = {row[0]: row[-1] for row in rows if "reference" in row}
+    assert found == {"dpo": "0.200", "ipo": "0.900"}
 
 
 def test_smoothing_by_hand():

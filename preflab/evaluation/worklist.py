@@ -11,12 +11,14 @@ from omegaconf import OmegaConf
 
 from preflab.modeling.weights_io import POLICY_PT, archive_files, archive_place, weights_of
 from preflab.reports.run_files import read_config, read_jsonl
+from preflab.reports.runs import flatten
 from preflab.settings.schema import ModelSettings, Settings
 from preflab.settings.values import temperatures
 from utils import ConfigError, append_rows, atomic_write, content_hash
 
 # Settings of the training run that are written into a checkpoint's row.
-DESCRIBING_KEYS = ("loss", "seed", "lr", "n_epochs", "exp_name")
+DESCRIBING_KEYS = ("loss", "seed", "lr", "n_epochs", "batch_size", "datasets", "exp_name")
+DESCRIBING_MODEL = ("name_or_path", "lora.r", "lora.alpha", "lora.target_modules")
 
 
 @dataclass(frozen=True)
@@ -136,7 +138,10 @@ def describe(path: str | None) -> Checkpoint:
             read_config(run / "config.yaml", resolve=False, complete=False)
         )
         about["run"] = str(run)
-        about["training"] = {key: config.get(key) for key in DESCRIBING_KEYS}
+        model = flatten(config.get("model") or {})
+        about["training"] = {key: config.get(key) for key in DESCRIBING_KEYS} | {
+            f"model.{key}": model[key] for key in DESCRIBING_MODEL if key in model
+        }
     source = resolved[0] if len(files) == 1 else resolved[0].parent
     return Checkpoint(path, str(source), content_hash(json.dumps(stats)), about)
 

@@ -11,7 +11,10 @@ from preflab.reports.tables import Table, plus_minus
 from utils import mean_and_error
 
 # Settings of a training run beside those of its loss that its checkpoint is named by.
-FURTHER_SETTINGS = ("lr", "n_epochs")
+FURTHER_SETTINGS = (
+    *("lr", "n_epochs", "batch_size", "datasets", "model.name_or_path"),
+    *("model.lora.r", "model.lora.alpha", "model.lora.target_modules"),
+)
 
 EVALUATION_COLUMNS = {  # head of the column -> metric of eval.jsonl
     "reward": "samples_eval/policy_reward",
@@ -73,13 +76,13 @@ class Trained(NamedTuple):
 
 
 def trained(evaluations: Sequence[dict]) -> list[Trained]:
-    """The group of each row of eval.jsonl."""
+    """The group of each row of eval.jsonl. No group has two checkpoints of a seed at one step."""
     labels = _labels(evaluations)
     steps = defaultdict(set)
     for label, row in zip(labels, evaluations, strict=True):
         steps[label, row.get("run")].add(row.get("step"))
     has_steps = any(len(of_run) > 1 for of_run in steps.values())
-    return [
+    groups = [
         Trained(
             label,
             row.get("step") if has_steps else None,
@@ -87,24 +90,74 @@ def trained(evaluations: Sequence[dict]) -> list[Trained]:
         )
         for label, row in zip(labels, evaluations, strict=True)
     ]
+    return _told_apart(groups, evaluations)
+
+
+def _told_apart(groups: Sequence[Trained], evaluations: Sequence[dict]) -> list[Trained]:
+    """The groups; the names of those with two checkpoints of a seed at one step are extended by
+    `exp_name` where that tells them apart, and by short names of the checkpoints otherwise."""
+    several = _with_several_of_a_seed(groups, evaluations)
+    if not several:
+        return list(groups)
+    by_exp_name = [
+        group._replace(name=f"{group.name} exp_name={(row.get('training') or {}).get('exp_name')}")
+        for group, row in zip(groups, evaluations, strict=True)
+    ]
+    still_several = _with_several_of_a_seed(by_exp_name, evaluations)
+    unsolved = {
+        group.name
+        for group, named in zip(groups, by_exp_name, strict=True)
+        if named.name in still_several
+    }
+    short = short_names([_place_of(row) for row in evaluations])
+    apart = []
+    for group, named, place in zip(groups, by_exp_name, short, strict=True):
+        if group.name in unsolved:
+            apart.append(group._replace(name=f"{group.name} {place}"))
+        else:
+            apart.append(named if group.name in several else group)
+    return apart
+
+
+def _with_several_of_a_seed(groups: Sequence[Trained], evaluations: Sequence[dict]) -> set[str]:
+    """Names of groups that have two checkpoints of one seed at one step."""
+    checkpoints = defaultdict(set)
+    for group, row in zip(groups, evaluations, strict=True):
+        checkpoint = row.get("stamp") or _place_of(row)
+        checkpoints[group.name, group.step, seed_of(row)].add(checkpoint)
+    return {name for (name, *_), of_seed in checkpoints.items() if len(of_seed) > 1}
+
+
+def _place_of(row: dict) -> str:
+    """The path of a checkpoint, from the root where its run is known: two runs can have been
+    evaluated under one relative path."""
+    name, run = str(row.get("name")), row.get("run")
+    if not run:
+        return name
+    inside = f"{name}/".rpartition(f"{run.rpartition('/')[2]}/")[2].strip("/")
+    return f"{run}/{inside}".rstrip("/")
 
 
 def _labels(evaluations: Sequence[dict]) -> list[str]:
     """`training_names`, with further settings that differ, and short names of checkpoints that no
     training is known of."""
-    named = short_names([str(row.get("name")) for row in evaluations])
+    named = short_names([_place_of(row) for row in evaluations])
     names = training_names(evaluations)
     values: dict[str, set[str]] = defaultdict(set)
     for row in evaluations:
         for key in FURTHER_SETTINGS:
-            values[key].add(str((row.get("training") or {}).get(key)))
+            training = row.get("training") or {}
+            if key in training:  # older rows have fewer
+                values[key].add(str(training[key]))
     labels = []
     for name, short, row in zip(names, named, evaluations, strict=True):
         if name == str(row.get("name")):
             labels.append(short)
             continue
         further = [
-            f"{key}={row['training'].get(key)}" for key in FURTHER_SETTINGS if len(values[key]) > 1
+            f"{key}={row['training'][key]}"
+            for key in FURTHER_SETTINGS
+            if key in row["training"] and len(values[key]) > 1
         ]
         labels.append(" ".join([name, *further]))
     return labels
@@ -130,7 +183,7 @@ def evaluation_tables(evaluations: Sequence[dict], reward: str | None = None) ->
     heads = [f"reward ({reward})" if name == "reward" and reward else name for name in columns]
     tables = [_grouped("Evaluations", members, heads, columns, notes)]
     if len(members) < len(evaluations):
-        names = short_names([str(row.get("name")) for row in evaluations])
+        names = short_names([_place_of(row) for row in evaluations])
         single = defaultdict(list)
         for name, group, row in zip(names, groups, evaluations, strict=True):
             single[group._replace(name=name, step=row.get("step"))].append(row)
@@ -171,7 +224,7 @@ def _grouped(
     rows = []
     for group in sorted(members, key=lambda of: (order[of.name], of.step or 0, of.sampler[0])):
         of_group = members[group]
-        cells = [group.name, *([group.step] if has_steps else [])]
+        cells = [group.name, *([_steps_of(of_group)] if has_steps else [])]
         cells += [len({seed_of(row) for row in of_group})] if has_seeds else []
         cells += [_plain(group.sampler[i]) for i in limits]
         rows.append([*cells, *(_cell(of_group, *column) for column in columns.items())])
@@ -200,9 +253,19 @@ def _shown(members: dict[Trained, list[dict]]) -> tuple[list[int], bool, bool]:
         for i in range(len(plain))
         if i == 0 or any(group.sampler[i] not in (None, plain[i]) for group in members)
     ]
-    has_steps = any(group.step is not None for group in members)
+    has_steps = any(group.step is not None for group in members) or any(
+        len({row.get("step") for row in rows}) > 1 for rows in members.values()
+    )
     has_seeds = any(len({seed_of(row) for row in rows}) > 1 for rows in members.values())
     return limits, has_steps, has_seeds
+
+
+def _steps_of(rows: Sequence[dict]) -> Any:
+    """The step of a group, such as `300`, or `100 to 300` where its seeds are at different ones."""
+    steps = sorted({row["step"] for row in rows if is_number(row.get("step"))})
+    if len(steps) < 2:
+        return steps[0] if steps else None
+    return f"{steps[0]} to {steps[-1]}"
 
 
 def _plain(value: Any) -> str:
@@ -251,24 +314,31 @@ RATES = {  # head of the column -> keys of winrates.json: the rate and its inter
 def winrate_table(winrates: Sequence[dict], evaluations: Sequence[dict] = ()) -> Table | None:
     """A row of winrates.json for each loss, temperature, opponent and judge: the mean over seeds.
 
-    evaluations: rows of eval.jsonl, which say what the checkpoints were trained with.
+    evaluations: rows of eval.jsonl, which say what the checkpoints were trained with. A rate with a
+    "seed" is of a training run, and its "checkpoint" is the name of the run's group.
     """
     if not winrates:
         return None
     of_checkpoint = {
-        row.get("checkpoint"): (group, seed_of(row))
+        row.get("checkpoint"): (group.name, group.step, seed_of(row), row)
         for row, group in zip(evaluations, trained(evaluations), strict=True)
     }
     names = _opponents([rate.get("checkpoint") or "policy" for rate in winrates])
     against = _opponents([rate["against"] for rate in winrates])
-    members = defaultdict(list)
+    members, evaluated = defaultdict(list), defaultdict(list)
     for rate, name, opponent in zip(winrates, names, against, strict=True):
-        group, seed = of_checkpoint.get(rate.get("checkpoint"), (None, name))
-        label = group.name if group else name
-        step = group.step if group else None
+        unknown = (name, None, name, {})
+        if "seed" in rate:
+            unknown = (rate["checkpoint"], None, str(rate["seed"]), {})
+        label, step, seed, row = of_checkpoint.get(rate.get("checkpoint"), unknown)
         key = (label, step, rate.get("temperature"), opponent, rate["by"])
         members[key].append((seed, rate))
-    has_steps = any(step is not None for _, step, *_ in members)
+        evaluated[key].append(row)
+    steps = {key: _steps_of(rows) for key, rows in evaluated.items()}
+    has_steps = any(
+        step is not None or isinstance(steps[label, step, *others], str)
+        for label, step, *others in members
+    )
     counted = [name for name in WINRATE_COUNTS if any(rate.get(name) for rate in winrates)]
     shown = {
         head: keys
@@ -276,8 +346,10 @@ def winrate_table(winrates: Sequence[dict], evaluations: Sequence[dict] = ()) ->
         if head == "win rate [95%]" or any(is_number(rate.get(keys[0])) for rate in winrates)
     }
     rows = []
-    for (label, step, temperature, opponent, by), rates in members.items():
-        where = [label, *([_plain(step)] if has_steps else []), _plain(temperature), opponent, by]
+    for key, rates in members.items():
+        label, _, temperature, opponent, by = key
+        step = [steps[key]] if has_steps else []
+        where = [label, *step, _plain(temperature), opponent, by]
         counts = [sum(rate.get(name) or 0 for _, rate in rates) for name in counted]
         cells = [_rate_cell(rates, *keys) for keys in shown.values()]
         rows.append([*where, *cells, *counts])

@@ -100,7 +100,7 @@ def write_comparison(
     problems = [*problems, *_warnings(trained)]
     evaluations = [row for run in runs if run.is_evaluation for row in run.evaluations]
     rewards = {run.reward for run in runs if run.is_evaluation}
-    winrates = [rate for run in runs for rate in run.winrates]
+    winrates = _winrates(runs, groups, beside_evaluations=bool(evaluations))
     samples = (
         reference_rewards(runs) if len(rewards | {run.reward for run in trained}) == 1 else None
     )
@@ -124,6 +124,24 @@ def write_comparison(
         samples=sample_cards(_samples(runs, groups)),
     )
     return "\n\n".join([*problems, *(table.with_notes() for table in tables if not table.folded)])
+
+
+def _winrates(runs: list[Run], groups: list[Group], *, beside_evaluations: bool) -> list[dict]:
+    """Win rates of all runs; those of no checkpoint get the name of their group and their seed, or
+    the folder of an evaluation, for a checkpoint."""
+    ending = ", in training" * beside_evaluations  # a checkpoint's loss can have the same name
+    owners = {
+        run.folder: {"checkpoint": group.name + ending, "seed": run.seed}
+        for group in groups
+        for run in group.runs
+    }
+    return [
+        rate
+        if rate.get("checkpoint")
+        else rate | owners.get(run.folder, {"checkpoint": str(run.folder)})
+        for run in runs
+        for rate in run.winrates
+    ]
 
 
 def _warnings(runs: list[Run]) -> list[str]:
