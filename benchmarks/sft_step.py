@@ -7,8 +7,8 @@ The DPO step has 8 pairs. The SFT step has their 16 responses, each behind its o
 prompt and without padding, and scores the tokens of the responses. Model, weights, optimizer and
 machine are the same. The reference's log-probs are read from the cache, as in every epoch but the
 first; `reference run` computes them in the step, which is what a first epoch takes. TRL's
-SFTTrainer runs at its defaults and at the best settings we know (no padding, no activation
-checkpointing, fused optimizer). The losses of the SFT steps must be equal.
+SFTTrainer runs at its defaults and at the best settings we know (no activation checkpointing, fused
+optimizer). The losses of the SFT steps must be equal.
 
 Every round runs each variant in a fresh process, in an order that rotates. Ratios are those of the
 same round, and times those of the processor (on a GPU, of a clock). The command writes
