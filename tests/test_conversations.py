@@ -13,7 +13,7 @@ from preflab.batching.chat import conversation_ids
 from preflab.batching.chat_template import render
 from preflab.batching.token_store import prepare
 from preflab.readers import records
-from preflab.readers.messages import Chat, Turns
+from preflab.readers.messages import Chat, Turns, messages_of
 from preflab.readers.registry import open_dataset
 from preflab.reports.run_files import read_jsonl
 from utils import DataError
@@ -252,3 +252,15 @@ def test_a_run_of_a_list_loss_on_conversations(tmp_path):
     [first, *_] = read_jsonl(run / "samples.jsonl")
     assert first["tools"] == TOOLS and first["chosen"] == "c"
     assert first["messages"] in [chat(f"q{i}") for i in range(20)]
+
+
+@pytest.mark.parametrize(
+    "answer",
+    [
+        '[{"role": "user", "content": "Hi"}]\n\nThis is it.',
+        '[{"from": "a", "to": "b", "value": 3}]',
+        '{"name": "x"}',
+    ],
+)
+def test_an_answer_that_holds_json_stays_text(answer):
+    assert messages_of({"chosen": answer}, "chosen", "here", may_be_empty=False) is None

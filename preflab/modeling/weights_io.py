@@ -24,7 +24,11 @@ OLD_BUFFERS = (
     ".attn.masked_bias",
     ".attention.bias",
     ".attention.masked_bias",
+    ".attn.causal_mask",
     "rotary_emb.inv_freq",
+    "rotary_emb.cos_cached",
+    "rotary_emb.sin_cached",
+    "decoder.version",
 )
 
 # In the order of transformers: the first that is there is read, and nothing beside it.
@@ -64,6 +68,8 @@ def readable(key: str, path: str):
     try:
         yield
     except ConfigError:  # which says more
+        raise
+    except torch.OutOfMemoryError:  # the folder is whole
         raise
     except DAMAGED as error:
         if os.path.isdir(path):

@@ -160,8 +160,12 @@ class UserPairs(Reader):
     def _find_form(self, row: dict, where: str) -> None:
         for form, columns in FORMS.items():
             asked = ASKS.get(form, "prompt")
-            needed = [key for key in columns if key != asked or not _is_whole(row, form, where)]
-            if _has_all(row, needed) and (form != "questions" or _is_alone(row, "question")):
+            others = [key for key in columns if key != asked]
+            if not _has_all(row, others):  # first, for what _is_whole reads may be of another form
+                continue
+            has_prompt = asked not in columns or row.get(asked) is not None
+            is_asked = has_prompt or _is_whole(row, form, where)
+            if is_asked and (form != "questions" or _is_alone(row, "question")):
                 self.form, self.asked = form, asked
                 break
         else:

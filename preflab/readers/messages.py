@@ -18,6 +18,7 @@ READ = (
     *("role", "content", "name", "tool_calls", "tool_call_id"),
     *("reasoning_content", "reasoning", "thinking"),
 )
+SHARE_GPT_ROLES = ("human", "gpt", "system", "user", "assistant", "tool", "function_call")
 ASSISTANT = ("assistant", "model")  # the roles of its messages
 # Columns beside the messages that the chat template gets.
 CONTEXT = ("system", "tools", "chat_template_kwargs")
@@ -95,7 +96,9 @@ def _parsed(value: str, key: str, where: str):
     try:
         parsed = json.loads(value)
     except (ValueError, RecursionError) as error:
-        if BEGIN_OF_MESSAGES.match(value):
+        # A list with text behind it is an answer that quotes messages.
+        is_prose = getattr(error, "msg", "") == "Extra data"
+        if BEGIN_OF_MESSAGES.match(value) and not is_prose:
             raise DataError(
                 f"{where}: {key!r} is text that begins as chat messages and is not JSON: {error};"
                 " write it with json.dumps, or save the messages as lists"
@@ -111,7 +114,8 @@ def _parsed(value: str, key: str, where: str):
 
 def _is_message(entry: dict) -> bool:
     """Whether an object is a message, or one of the ShareGPT layout, which is refused."""
-    return "role" in entry or {"from", "value"} <= entry.keys()
+    is_share_gpt = {"from", "value"} <= entry.keys() and entry["from"] in SHARE_GPT_ROLES
+    return "role" in entry or is_share_gpt
 
 
 def _message(message, key: str, where: str, *, may_be_empty: bool) -> dict:

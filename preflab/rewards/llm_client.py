@@ -188,7 +188,12 @@ class Endpoint:
         message = f"status {status}: {start}"
         if is_transient(status):
             raise RequestFailedError(message, wait=retry_after(response))
-        if status == 400 and "max_tokens" in settings and b"max_completion_tokens" in body:
+        if (
+            status == 400
+            and "max_tokens" in settings
+            and b"max_completion_tokens" in body
+            and b"too large" not in body
+        ):
             self._use_new_name()
             return self._post(messages)
         if status == 400 and (name := _refused(body, settings)):
