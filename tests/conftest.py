@@ -442,6 +442,12 @@ def untimed(rows: list[dict]) -> list[dict]:
     ]
 
 
+class ServerForMany(ThreadingHTTPServer):
+    """The queue of the standard library holds five connections, and more at once may be reset."""
+
+    request_queue_size = 128
+
+
 @pytest.fixture
 def http_server():
     """Starts servers that answer requests with `answers`, in order; the last answer is also that
@@ -485,7 +491,7 @@ def http_server():
             def log_message(self, *args):
                 pass
 
-        server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+        server = ServerForMany(("127.0.0.1", 0), Handler)
         server.daemon_threads = True
         threading.Thread(
             target=server.serve_forever, kwargs={"poll_interval": 0.02}, daemon=True
