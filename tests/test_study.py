@@ -316,12 +316,18 @@ def test_a_step_ends_with_its_worker(tmp_path):
     if (worker := os.fork()) == 0:
         prepare(study, study.runs()[0], StopSignals())
     note = study.work / "pid"
-    while not (note.is_file() and note.read_text()):
-        time.sleep(0.05)
+    assert wait_until(lambda: note.is_file() and note.read_text())
     os.kill(worker, signal.SIGKILL)
     os.waitpid(worker, 0)
-    while Path(f"/proc/{note.read_text()}").exists():
+    assert wait_until(lambda: not Path(f"/proc/{note.read_text()}").exists())
+
+
+def wait_until(holds, seconds: float = 60.0) -> bool:
+    """Whether something holds within some time."""
+    end = time.monotonic() + seconds
+    while not (held := holds()) and time.monotonic() < end:
         time.sleep(0.05)
+    return bool(held)
 
 
 def test_a_run_of_another_worker_is_left_to_it(tmp_path, monkeypatch):

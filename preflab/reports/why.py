@@ -180,16 +180,20 @@ def why_table(run: Run) -> Table | None:
 
 def why_of_groups(groups: list[Group]) -> Table | None:
     """The last values by group, means over seeds; None where no run has pushes."""
-    rows = []
+    rows: list[list] = []
+    names: set[str] = set()
     for group in groups:
-        moved = [displacement(run)[1] for run in group.runs]
+        named = [displacement(run) for run in group.runs]
+        names |= {name for name, _ in named if name}
+        moved = [series for _, series in named]
         cells = [
             _mean([series[side][1][-1] for series in moved if side in series]) for side in SIDES
         ]
         ends = ([_ends(run, label) for run in group.runs] for label in METRICS)
         cells += [_mean([last[1] for last in of_runs if last]) for of_runs in ends]
         rows.append([group.name, *cells])
-    heads = ["", *(f"{side} displacement (nats)" for side in SIDES), *METRICS]
+    unit = _unit(names)
+    heads = ["", *(f"{side} displacement{unit and f' ({unit})'}" for side in SIDES), *METRICS]
     seen = [any(row[i] is not None for row in rows) for i in range(len(heads))]
     first_push = 1 + len(SIDES)
     if not any(seen[first_push : first_push + 3]):
@@ -213,6 +217,11 @@ def why_of_groups(groups: list[Group]) -> Table | None:
     )
 
 
+def _unit(names: set[str]) -> str:
+    """The unit of displacements by these names: rewards of a scalar head have none."""
+    return "" if "reward" in names else "nats"
+
+
 def _mean(values: list[float]) -> float | None:
     return fmean(values) if values else None
 
@@ -228,7 +237,7 @@ def why_figure(run: Run) -> Figure | None:
         ("push: minus dL/dlogp", "mean over pairs", _of(run, "push", both)),
         ("rejected push over chosen push", "ratio of sizes", _of(run, "push", ["ratio"])),
         ("share of the examples that carry the push", "share", _of(run, "push", ["share"])),
-        (f"displacement: {name}", "nats", {(side, "eval"): s for side, s in moved.items()}),
+        (f"displacement: {name}", _unit({name}), {(side, "eval"): s for side, s in moved.items()}),
         ("entropy at the tokens of the data", "nats a token", _of(run, "entropy", both)),
         ("entropy of samples", "nats a token", _samples(run, "entropy")),
         ("length of samples", "tokens", _samples(run, "policy_length")),

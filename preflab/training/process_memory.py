@@ -9,6 +9,7 @@ optimizer step. What then remains in memory, without that model, is the answer.
 import ctypes
 import gc
 import resource
+import sys
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -58,4 +59,5 @@ def resident_bytes() -> int:
     statm = Path("/proc/self/statm")
     if statm.is_file():
         return int(statm.read_text().split()[1]) * resource.getpagesize()
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    unit = 1 if sys.platform == "darwin" else 1024  # bytes there, kilobytes elsewhere
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
