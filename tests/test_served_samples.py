@@ -24,7 +24,7 @@ from preflab.serving.build import served_models
 from preflab.serving.checks import check_sampler
 from preflab.serving.protocol import Limits, Protocol, WrongAnswerError
 from preflab.serving.sampler import ServedModel, weights_stamp
-from preflab.serving.server import SamplerError, _joined
+from preflab.serving.server import SamplerError, Server, _joined
 from preflab.settings.compose import compose
 from preflab.settings.load import load_settings
 from preflab.settings.refused import errors_in_one_line
@@ -95,7 +95,8 @@ class FakeServer:
 def running(fake):
     class Handler(BaseHTTPRequestHandler):
         def do_GET(self):
-            self.reply({"data": [{"id": name} for name in fake.names]})
+            names = {"data": [{"id": name} for name in fake.names or ()]}
+            self.reply("stall" if fake.names is None else names)
 
         def do_POST(self):
             body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
@@ -290,6 +291,20 @@ def test_a_faulty_server_ends_the_command_with_an_error(ask, scorer, letters, fa
     fake = FakeServer(scorer, letters, change=faulty)
     with pytest.raises(SamplerError, match=message):
         ask(fake, timeout=0.4 if fault == "stalled" else 5.0)
+
+
+def test_a_stop_is_seen_while_a_server_does_not_name_its_models(settings, scorer, letters):
+    looks = iter([None, None, KeyboardInterrupt])
+
+    def look():
+        if error := next(looks):
+            raise error
+
+    with running(FakeServer(scorer, letters, names=None)) as url:
+        server = Server(replace(settings.sampler, url=url, server="vllm", timeout=30.0))
+        with pytest.raises(KeyboardInterrupt):
+            server.models(look)
+    assert not list(looks)
 
 
 @pytest.mark.parametrize("names", [(), ("a", "b")])

@@ -158,11 +158,11 @@ class ServedModel:
         if self.name and model and model.partition("@")[0] != self.name.partition("@")[0]:
             raise WrongAnswerError(f"as model {model!r}, and {self.name!r} was asked for")
 
-    def _find_name(self) -> str | None:
+    def _find_name(self, world: World) -> str | None:
         """The name of the model on the server. Raises SamplerError where it serves no such one."""
         if not self.takes_ids:
             return self.name  # its list is that of the hub's cache
-        names, key = self._server.models(), self.settings.url
+        names, key = self._server.models(world.stop_first), self.settings.url
         if self.name is None and len(names) == 1:
             return names[0]
         if self.name not in names:
@@ -183,7 +183,7 @@ class ServedModel:
         world: World,
     ) -> None:
         """Raise SamplerError where the server seems to hold another model than the one here."""
-        self.name = world.agree(self._find_name)
+        self.name = world.agree(lambda: self._find_name(world))
         tolerance = self.settings.tolerance
         if tolerance is None:
             logger.info(f"sampler.tolerance=null: the served {self.of} is not compared")

@@ -5,7 +5,8 @@ import json
 import logging
 import os
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from queue import Empty, SimpleQueue
 from random import random
 from typing import Any
@@ -40,9 +41,9 @@ class Server:
             headers={"Authorization": f"Bearer {self._token}"} if self._token else {},
         )
 
-    def models(self) -> list[str]:
-        """The names of the models that it serves."""
-        answer = self._ask("GET", "models", None, threading.Event())
+    def models(self, look: Callable[[], None]) -> list[str]:
+        """The names of the models that it serves. look: as of `complete`."""
+        [(_, answer)] = self._in_threads([partial(self._ask, "GET", "models", None)], look)
         try:
             return [model["id"] for model in answer["data"]]
         except (LookupError, TypeError) as error:
@@ -60,16 +61,23 @@ class Server:
         ends the requests. Raises SamplerError at the first request that fails for
         good, once all answers that have arrived are given.
         """
+        calls = [partial(self._completed, body, i, read) for i, body in enumerate(bodies)]
+        return self._in_threads(calls, look)
+
+    def _in_threads(
+        self, calls: Sequence[Callable[[threading.Event], Any]], look: Callable[[], None]
+    ) -> Iterator[tuple[int, Any]]:
+        """The number and the result of each call, as `complete` gives them. A call gets the event
+        that is set when nobody waits for it any more."""
         todo: SimpleQueue = SimpleQueue()
         done: SimpleQueue = SimpleQueue()
         stopped = threading.Event()
-        for numbered in enumerate(bodies):
+        for numbered in enumerate(calls):
             todo.put(numbered)
         # Daemons: the process can end while a slow server still owes answers.
-        for _ in range(min(self.settings.concurrency, len(bodies))):
-            arguments = (todo, done, read, stopped)
-            threading.Thread(target=self._work, args=arguments, daemon=True).start()
-        error, n_waiting = None, len(bodies)
+        for _ in range(min(self.settings.concurrency, len(calls))):
+            threading.Thread(target=_work, args=(todo, done, stopped), daemon=True).start()
+        error, n_waiting = None, len(calls)
         try:
             while n_waiting and (error is None or not done.empty()):
                 look()
@@ -83,24 +91,6 @@ class Server:
             stopped.set()
         if error is not None:
             raise error
-
-    def _work(
-        self,
-        todo: SimpleQueue,
-        done: SimpleQueue,
-        read: Callable[[int, Any], Any],
-        stopped: threading.Event,
-    ) -> None:
-        """Answer requests of `todo` until there are none, or until one of any thread has failed."""
-        while not stopped.is_set():
-            try:
-                number, body = todo.get_nowait()
-            except Empty:
-                return
-            try:
-                done.put((number, self._completed(body, number, read, stopped), None))
-            except Exception as error:
-                done.put((number, None, error))
 
     def _completed(
         self,
@@ -160,6 +150,19 @@ class Server:
         """The start of an answer in one line, without the token of the run."""
         text = " ".join(content[:300].decode(errors="replace").split())
         return text.replace(self._token, "***") if self._token else text
+
+
+def _work(todo: SimpleQueue, done: SimpleQueue, stopped: threading.Event) -> None:
+    """Make calls of `todo` until there are none, or until one of any thread has failed."""
+    while not stopped.is_set():
+        try:
+            number, call = todo.get_nowait()
+        except Empty:
+            return
+        try:
+            done.put((number, call(stopped), None))
+        except Exception as error:
+            done.put((number, None, error))
 
 
 def _joined(stream: bytes) -> dict:
