@@ -255,6 +255,13 @@ AGAINST = " responses move against theirs because they share tokens and weights 
             " the push, and both are pushed up",
         ),
         (
+            (0.4, -0.1),
+            0.0,
+            (2.0, -1.0),
+            "The chosen log-ratio rises and the rejected one falls (chosen +2.00, rejected -1.00"
+            " nats): in most steps the chosen side alone is pushed",
+        ),
+        (
             (0.1, -0.1),
             1.0,
             (0.01, -0.01),

@@ -124,8 +124,10 @@ def _reason(moved: dict[str, float], push: dict[str, float], ratio: float | None
         size = "both sides get the same push"
     elif ratio > 1:
         size = f"the rejected side gets {ratio:.3g} times the push"
-    else:
+    elif ratio:
         size = f"the chosen side gets {1 / ratio:.3g} times the push"
+    else:
+        size = "in most steps the chosen side alone is pushed"
     if directions["chosen"] == directions["rejected"]:
         size += f", and both are pushed {directions['chosen']}"
     against = [
