@@ -27,7 +27,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from benchmarks.cases import LENGTHS, MODELS, VOCABULARY, make_job, make_pairs, write_rows
 from benchmarks.placement import machine
-from benchmarks.step import run
+from benchmarks.step import run_rounds
 
 PAIRS = 8
 CASES = {f"{lengths}-{model}": (lengths, model) for model in MODELS for lengths in ("tldr", "hh")}
@@ -78,13 +78,7 @@ def measure(folder: Path, case: str, rounds: int, bf16: bool) -> dict:
     }
     if importlib.util.find_spec("trl") is not None:
         jobs |= {name: (sft, name) for name in TRL}
-    measured: dict[str, list[dict]] = {name: [] for name in jobs}
-    for number in range(rounds):
-        names = list(jobs)
-        shift = number % len(names)
-        for name in names[shift:] + names[:shift]:
-            measured[name].append(run(*jobs[name]))
-            print(f"{case}, {name}: {measured[name][-1]['cpu_seconds']:.2f} s", file=sys.stderr)
+    measured = run_rounds(jobs, rounds)
     _check_losses(measured, dpo["tokens"]["scored"] / len(targets))
     return {name: _summary(results, measured[SFT]) for name, results in measured.items()}
 

@@ -191,16 +191,23 @@ def measure_lists(folder: Path, n_prompts: int, rounds: int, bf16: bool) -> dict
         more = {"loss": "plackett-luce", "data": f"lists-{k}", "n_pairs": n_prompts}
         jobs[f"lists of {k}"] = (job | more, "prefix_shared")
         operations[f"lists of {k}"] = flop_floor(job | {"tokens": token_counts(pairs_of(rows))})
-    measured: dict[str, list[dict]] = {name: [] for name in jobs}
-    for number in range(rounds):
-        names = list(jobs)
-        for name in names[number % len(names) :] + names[: number % len(names)]:
-            measured[name].append(run(*jobs[name]))
-            print(f"{name}, {measured[name][-1]['cpu_seconds']:.2f} s", file=sys.stderr)
+    measured = run_rounds(jobs, rounds)
     return {
         name: _of_lists(results, measured["lists of 8"], operations.get(name))
         for name, results in measured.items()
     }
+
+
+def run_rounds(jobs: dict[str, tuple[dict, str]], rounds: int) -> dict[str, list[dict]]:
+    """What each job with its variant took in each round, in an order that rotates."""
+    measured: dict[str, list[dict]] = {name: [] for name in jobs}
+    names = list(jobs)
+    for number in range(rounds):
+        shift = number % len(names)
+        for name in names[shift:] + names[:shift]:
+            measured[name].append(run(*jobs[name]))
+            print(f"{name}: {measured[name][-1]['cpu_seconds']:.2f} s", file=sys.stderr)
+    return measured
 
 
 def _of_lists(results: list[dict], eight: list[dict], operations: float | None) -> dict:

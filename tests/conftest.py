@@ -32,8 +32,11 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFast
 from warm_python import run_script
 
+from preflab.batching.examples import PreferenceData
+from preflab.batching.token_store import prepare
 from preflab.execution import register_built_in
 from preflab.objective.registry import LOSSES, bind_loss
+from preflab.readers.registry import open_dataset
 
 ROOT = Path(__file__).resolve().parent.parent
 register_built_in()
@@ -297,6 +300,16 @@ def write_jsonl(path: Path, rows: list[dict]) -> Path:
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
     return path
+
+
+def tokenised(folder: Path, rows: list[dict], *, lists: bool = False) -> PreferenceData:
+    """Rows of a user's own data, tokenised by `make_tokenizer`, as pairs or as lists."""
+    for split in ("train", "test"):
+        write_jsonl(folder / "data" / f"{split}.jsonl", rows)
+    source = open_dataset(str(folder / "data"), "train", lists=lists)
+    limits = {"max_length": 64, "max_prompt_length": 32, "cache_dir": folder / "cache"}
+    store = prepare(source, make_tokenizer(), **limits)
+    return PreferenceData([store], "lists" if lists else "pairs", "data")
 
 
 def write_imdb(folder: Path) -> Path:

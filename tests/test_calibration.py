@@ -7,19 +7,16 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
-from conftest import make_model, make_tokenizer, write_jsonl
+from conftest import make_model, tokenised
 from test_losses import YAMLS, bind, pairs
 
 from preflab.batching import packed_models
 from preflab.batching.collate import collate
-from preflab.batching.examples import PreferenceData
 from preflab.batching.packing import LAYOUTS, Layout
-from preflab.batching.token_store import prepare
 from preflab.checks import check_config
 from preflab.modeling.logprobs import Scorer, score_responses
 from preflab.objective.calibration import NAMES
 from preflab.objective.registry import made_up_batch
-from preflab.readers.registry import open_dataset
 from preflab.settings.compose import compose
 from preflab.training.compute_loss import compute_loss
 from utils import ConfigError
@@ -124,12 +121,7 @@ ROWS = [
 @pytest.fixture(scope="module")
 def data(tmp_path_factory):
     """Three pairs, two of which have a response in common."""
-    folder = tmp_path_factory.mktemp("calibration")
-    for split in ("train", "test"):
-        write_jsonl(folder / "pairs" / f"{split}.jsonl", ROWS)
-    source = open_dataset(str(folder / "pairs"), "train")
-    limits = {"max_length": 64, "max_prompt_length": 32, "cache_dir": folder / "cache"}
-    return PreferenceData([prepare(source, make_tokenizer(), **limits)], "pairs", "pairs")
+    return tokenised(tmp_path_factory.mktemp("calibration"), ROWS)
 
 
 @pytest.mark.parametrize("architecture", ["llama", "gemma2"])  # gemma2 caps its logits

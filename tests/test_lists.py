@@ -14,15 +14,15 @@ from conftest import (
     run_here,
     same_weights,
     small_run,
+    tokenised,
     untimed,
     write_jsonl,
 )
 
 from preflab.batching import packed_models
 from preflab.batching.collate import collate
-from preflab.batching.examples import PreferenceData, prompts_to_sample
+from preflab.batching.examples import prompts_to_sample
 from preflab.batching.packing import LAYOUTS, Layout
-from preflab.batching.token_store import prepare
 from preflab.modeling.logprobs import Scorer
 from preflab.modeling.router_loss import token_weights
 from preflab.objective.registry import LOSSES, bind_loss
@@ -192,11 +192,7 @@ def test_chosen_responses_follow_the_seed_in_training_only(tmp_path):
 @pytest.fixture
 def data(tmp_path):
     rows = [{"prompt": p, "text": t, "reward": s} for p, e in ALL.items() for t, s in e]
-    for split in ("train", "test"):
-        write_jsonl(tmp_path / "data" / f"{split}.jsonl", rows)
-    source = open_dataset(str(tmp_path / "data"), "train", lists=True)
-    limits = {"max_length": 64, "max_prompt_length": 32, "cache_dir": tmp_path / "cache"}
-    return PreferenceData([prepare(source, make_tokenizer(), **limits)], "lists", "data")
+    return tokenised(tmp_path, rows, lists=True)
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)

@@ -4,18 +4,15 @@ rows that are scored one by one."""
 import numpy as np
 import pytest
 import torch
-from conftest import make_model, make_tokenizer, write_jsonl
+from conftest import make_model, make_tokenizer, tokenised
 from test_losses import bind
 
 from preflab.batching import packed_models
 from preflab.batching.collate import collate
-from preflab.batching.examples import PreferenceData
 from preflab.batching.packing import LAYOUTS, Layout, lay_out
-from preflab.batching.token_store import prepare
 from preflab.checks import check_config
 from preflab.modeling.logprobs import Scorer, score_responses
 from preflab.objective.registry import made_up_batch
-from preflab.readers.registry import open_dataset
 from preflab.settings.compose import compose
 from preflab.training.compute_loss import compute_loss
 from utils import ConfigError
@@ -30,12 +27,7 @@ ROWS = [
 @pytest.fixture(scope="module")
 def data(tmp_path_factory):
     """Three pairs of two prompts, two of which have a response in common."""
-    folder = tmp_path_factory.mktemp("point")
-    for split in ("train", "test"):
-        write_jsonl(folder / "pairs" / f"{split}.jsonl", ROWS)
-    source = open_dataset(str(folder / "pairs"), "train")
-    limits = {"max_length": 64, "max_prompt_length": 32, "cache_dir": folder / "cache"}
-    return PreferenceData([prepare(source, make_tokenizer(), **limits)], "pairs", "pairs")
+    return tokenised(tmp_path_factory.mktemp("point"), ROWS)
 
 
 def tokens(text):
