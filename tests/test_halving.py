@@ -1,4 +1,4 @@
-"""Successive halving in studies: which trials go on, against the full grid."""
+"""Successive halving in studies: which trials continue, against the full grid."""
 
 import json
 import math
@@ -47,7 +47,7 @@ def test_trials_are_compared_at_the_largest_kl_that_all_have_reached():
     }
     assert survivors(trials, 1, largest_kl=1.0) == {"efficient"}
     assert survivors(trials, 2, largest_kl=1.0) == {"efficient", "middling"}
-    # Where the study asks about larger KLs, the one that has gone furthest goes on too.
+    # Where the study asks about larger KLs, the one that has gone furthest continues too.
     assert survivors(trials, 1, largest_kl=None) == {"efficient", "fast"}
     assert survivors(trials, 2, largest_kl=4.0) == {"efficient", "middling", "fast"}
     assert survivors({"a": curve((0, 0)), "b": curve((0, 1))}, 1, 1.0) == {"b"}

@@ -48,7 +48,7 @@ def _halving(study: Study) -> list[str]:
     texts = [f"{n} trials up to {end:,} examples" for n, end in zip(counts, ends, strict=True)]
     return [
         f"halving: of {len(cell)} trials of a loss and seed, {', '.join(texts)}: {share:.0%} of the"
-        " full grid, and a run more where the furthest goes on as well; counts below are of runs up"
+        " full grid, and a run more where the furthest continues too; counts below are of runs up"
         " to the next rung"
     ]
 

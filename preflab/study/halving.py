@@ -1,7 +1,7 @@
 """Successive halving (Jamieson and Talwalkar 2016, arXiv 1502.07943): which runs are due.
 
 The trials of a loss, for one seed and case, train up to a rung. There they are compared at equal KL
-on dev prompts, and a share of them goes on. Nothing is kept of a decision: it follows from the
+on dev prompts, and a share of them continues. Nothing is kept of a decision: it follows from the
 evaluations up to the rung, which stay in the folders, so that every worker takes the same one.
 """
 
@@ -65,7 +65,7 @@ def stages(study: Study, run: PlannedRun) -> list[int]:
     """The numbers of examples after which a run is looked at: rungs, and its end.
 
     A rung is where the whole run evaluates too. Raises ConfigError for settings with which a run
-    that goes on would be another one than the whole run.
+    that continues would be another one than the whole run.
     """
     filled = [word for word in run.overrides if not word.startswith(("seed=", "datasets="))]
     return list(_stages(tuple(filled), tuple(study.halving.rungs), study.config_dir))
@@ -161,11 +161,11 @@ def compared_kl(study: Study) -> float | None:
 def survivors(
     evaluations: Mapping[str, Sequence[Evaluation]], n: int, largest_kl: float | None
 ) -> set[str]:
-    """The trials that go on: the `n` best ones at the largest KL that all have reached, by dev.
+    """The trials that continue: the `n` best ones at the largest KL that all have reached, by dev.
 
     largest_kl: where the study compares; None for no limit. A trial with less than a hundredth of
-    the furthest one's KL is not compared and does not go on. Where none of the `n` has gone as far
-    as the furthest, or as `largest_kl`, the furthest goes on as well, because the frontier of the
+    the furthest one's KL is not compared and does not continue. Where none of the `n` has gone as
+    far as the furthest, or as `largest_kl`, the furthest continues too, because the frontier of the
     others may end too early.
     """
     limit = math.inf if largest_kl is None else largest_kl

@@ -316,9 +316,9 @@ def _halving(study: Study, runs: Sequence[StudyRun]) -> str:
     most = "" if kl is None else f", at most {kl:g},"
     return (
         "## Halving\n\nIn how many seeds and cases each trial was trained so far. At each rung,"
-        f" the best {study.halving.keep:.0%} go on: by the reward on dev prompts at the largest KL"
-        f"{most} that all trials of the loss have reached. The numbers of those that were stopped"
-        f" are from before.{share}\n\n{markdown([head, *rows])}"
+        f" the best {study.halving.keep:.0%} continue: by the reward on dev prompts at the largest"
+        f" KL{most} that all trials of the loss have reached. The numbers of those that were"
+        f" stopped are from before.{share}\n\n{markdown([head, *rows])}"
     )
 
 

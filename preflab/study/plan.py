@@ -91,7 +91,7 @@ class PlannedRun:
 
 @dataclass(frozen=True)
 class Halving:
-    """At each rung, a share of a run's examples, the share `keep` of the trials goes on."""
+    """At each rung, a share of a run's examples, the share `keep` of the trials continues."""
 
     rungs: list[float]
     keep: float
@@ -286,7 +286,7 @@ def _halving(path: Path, given: Mapping) -> Halving:
         )
     if not _is_size(keep) or not 0 < keep < 1:
         raise ConfigError(
-            f"{path}: halving.keep={keep!r} must be the share of the trials that goes on, between"
+            f"{path}: halving.keep={keep!r} must be the share of the trials that continues, between"
             " 0 and 1"
         )
     return Halving(rungs, keep)

@@ -58,7 +58,7 @@ def begin(study: Study, *, amended: bool) -> Path:
         raise ConfigError(
             f"{study.name}: the file differs from {copies[-1]}, with which runs of this study were"
             " started. A criterion is fixed before the runs: restore the file, or set another work"
-            " folder, or give --amended to go on with the new one, which the report will say"
+            " folder, or give --amended to continue with the new one, which the report will say"
         )
     path = study.work / (f"study-{len(copies) + 1}.yaml" if copies else COPY)
     study.work.mkdir(parents=True, exist_ok=True)

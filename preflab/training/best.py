@@ -178,7 +178,7 @@ class Best:
         return ALL
 
     def reason_to_stop(self) -> str | None:
-        """Why the run ends before its last step; None while it goes on."""
+        """Why the run ends before its last step; None while it continues."""
         if self.patience is None or self.misses < self.patience:
             return None
         return (
@@ -190,7 +190,7 @@ class Best:
         return {name: getattr(self, name) for name in STATE}
 
     def load_state_dict(self, state: dict) -> None:
-        """A run of an earlier version, which knew no dev prompts, goes on choosing on all."""
+        """A run of an earlier version, which knew no dev prompts, continues to choose on all."""
         for name in STATE:
             setattr(self, name, state.get(name))
         if self.prompts is None and self.value is not None:
