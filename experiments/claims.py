@@ -84,5 +84,20 @@ CLAIMS = {
     ),
 }
 
+LEAST_RHO = 0.6
+
+# They need the runs of a study: experiments/atlas_distance.py.
+OF_STUDIES = {
+    "atlas_distance": Claim(
+        "The atlas says before any training which losses will end far apart: the distances between"
+        " their updates at the start rank those between the policies that they train.",
+        "In the study of 46 losses, in each of its three cases: Spearman's rho between 1 - cosine"
+        " of the updates at the start (64 training pairs) and 1 - cosine of the displacements of"
+        " the log-probs of the responses of 400 held-out pairs at the end, over all pairs of"
+        f" losses, each at the middle of its grid, is at least {LEAST_RHO}, as a mean over the"
+        " seeds.",
+    ),
+}
+
 # They need a model folder, and about an hour.
 WITH_MODEL = ("real", "real_chat", "real_turns")

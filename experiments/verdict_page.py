@@ -3,7 +3,7 @@
 import json
 import re
 
-from experiments.claims import CLAIMS
+from experiments.claims import CLAIMS, OF_STUDIES
 from experiments.workspace import ROOT
 from preflab.reports import plot_style
 from utils import atomic_write
@@ -31,7 +31,7 @@ def write_results(name: str, result: dict, figures: dict, *, redrawn: bool = Fal
 def with_verdict(page: str, name: str, result: dict, *, redrawn: bool = False) -> str:
     """A page with the claim, the criterion and the verdict of an experiment between its marks; that
     of redrawn seeds follows the other one."""
-    claim, criterion = CLAIMS[name]
+    claim, criterion = (CLAIMS | OF_STUDIES)[name]
     holds = "holds" if result["holds"] else "does not hold"
     verdict = f"**It {holds} here{REDRAWN * redrawn}.**"
     if redrawn:

@@ -9,7 +9,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from experiments import run as experiments
 from experiments import verdict_page, words
-from experiments.claims import WITH_MODEL
+from experiments.claims import OF_STUDIES, WITH_MODEL
 from experiments.gold import HALF
 from experiments.workspace import RedrawnWorkspace, Workspace
 from preflab.rewards.registry import build_reward
@@ -73,14 +73,17 @@ def test_the_gold_of_two_sizes_by_hand(language):
     assert score([""] * 5, texts) == pytest.approx([1.0, 0.05, 0.025, 1.025, 0.0])
 
 
-@pytest.mark.parametrize("name", sorted(experiments.CLAIMS))
+@pytest.mark.parametrize("name", sorted(experiments.CLAIMS | OF_STUDIES))
 def test_the_readme_says_what_the_results_say(name):
-    result = json.loads((ROOT / "experiments" / "results" / f"{name}.json").read_text())
     page = (ROOT / "experiments" / "README.md").read_text()
+    assert all(text in page for text in (experiments.CLAIMS | OF_STUDIES)[name])
+    results = ROOT / "experiments" / "results" / f"{name}.json"
+    if name in OF_STUDIES and not results.is_file():
+        assert "**Not measured yet.**" in page.split(f"<!-- {name} -->")[1].split("<!--")[0]
+        return
+    result = json.loads(results.read_text())
     verdict = "**It holds here.**" if result["holds"] else "**It does not hold here.**"
-    assert f"{verdict} {result['found']}" in page and all(
-        text in page for text in experiments.CLAIMS[name]
-    )
+    assert f"{verdict} {result['found']}" in page
     assert len(result["seeds"]) >= (1 if name in WITH_MODEL else 3)
 
 

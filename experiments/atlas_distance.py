@@ -1,0 +1,404 @@
+"""Does the atlas at the start rank how far apart the losses end?
+
+    python experiments/atlas_distance.py runs/study/losses [--partial]
+
+Takes the folder of a finished study, and for each case and seed the trial in the middle of each
+loss's grid. The claim and the criterion are in claims.py and were written before any result.
+
+* Atlas distance of two losses: 1 - cosine of their updates (docs/atlas.md) at the model that the
+  runs start from, on the 64 pairs that training with this seed begins with.
+* End distance: 1 - cosine of the displacements of the two trained policies. The displacement of a
+  policy is the vector of log pi(y | x) - log pi_start(y | x) over both responses of 400 held-out
+  pairs. Like the atlas it does not know how far a policy went, which beta and the length of a run
+  decide, and differences of betas between losses mean nothing. The responses are samples of the
+  start, so that inner products of displacements are those of log-ratios under it. They are not
+  centred: whether both responses fall together is what distinguishes some losses.
+
+Spearman's rho is over all pairs of losses that have both distances; distances are rounded to 1e-6,
+so that equal ones are tied. Shown beside it, without a criterion: rho over the distances from the
+baseline alone; rho with an atlas at the end of the baseline's run; how well the end distances of
+one seed rank those of the other seeds on average, which no predictor can be expected to exceed; and
+the end distance of the baseline from itself with another seed.
+
+Writes experiments/results/atlas_distance.json and .png, and the verdict into experiments/README.md.
+With --partial, runs may be missing, and the result goes into the study's folder alone.
+"""
+
+import argparse
+import itertools
+import json
+import sys
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import numpy as np
+import torch
+from matplotlib.figure import Figure
+from omegaconf import OmegaConf
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from experiments.claims import LEAST_RHO
+from experiments.verdict_page import write_results
+from preflab.atlas.measure import Pairs, pairs_of
+from preflab.batching.collate import collate
+from preflab.batching.loader import evaluation_order
+from preflab.batching.packing import Layout
+from preflab.checks import check_settings
+from preflab.execution import execute, load_inputs, register_built_in
+from preflab.modeling.loading import build_policy
+from preflab.modeling.logprobs import Scorer, score_responses
+from preflab.reports.atlas import ROWS
+from preflab.reports.plot_style import COLOR_CYCLE, label_axes, new_axes, png
+from preflab.reports.run_files import read_jsonl
+from preflab.reports.statistics import over_seeds
+from preflab.settings.compose import compose
+from preflab.settings.load import validate
+from preflab.settings.values import changed
+from preflab.study.measures import StudyRun, load_runs
+from preflab.study.plan import Study, read_study
+from utils import ConfigError, PrefLabError, atomic_write
+
+TRAIN_PAIRS, HELD_OUT_PAIRS = 64, 400
+DIGITS = 6  # of a distance; the rest is rounding error of the cosines
+FEWEST_LOSSES = 4
+BATCH = 400  # responses that are scored at a time
+NAME = "atlas_distance"
+
+
+@dataclass(frozen=True)
+class Distances:
+    """Of one case and seed. losses: those with all distances, the baseline first. start, trained,
+    end: (losses, losses), by the atlas at the start and at the end of the baseline's run, and of
+    the trained policies. again: end distance of the baseline from itself with another seed."""
+
+    losses: list[str]
+    start: np.ndarray
+    trained: np.ndarray
+    end: np.ndarray
+    again: float | None
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("folder", type=Path, help="of a study, with its runs")
+    parser.add_argument("--partial", action="store_true", help="although runs are missing")
+    arguments = parser.parse_args()
+    try:
+        result, figure = answer(arguments.folder.resolve(), partial=arguments.partial)
+    except (PrefLabError, OSError) as error:
+        raise SystemExit(f"error: {error}") from None
+    verdict = "holds" if result["holds"] else "does not hold"
+    print(f"{NAME}: {verdict} here\n{result['found']}")
+    if arguments.partial:
+        with atomic_write(arguments.folder / f"{NAME}.json") as f:
+            json.dump(result, f, indent=1)
+        with atomic_write(arguments.folder / f"{NAME}.png", "wb") as f:
+            f.write(png(figure))
+    else:
+        write_results(NAME, result, {NAME: figure})
+
+
+def answer(folder: Path, *, partial: bool) -> tuple[dict, Figure]:
+    """The result and its picture. Raises ConfigError where a middle trial has not ended, unless
+    `partial`; one that failed, or left a policy that is not finite, is left out and named."""
+    study = study_in(folder)
+    register_built_in()
+    middle = [run for run in load_runs(study) if run.planned.trial == middle_trial(study, run)]
+    missing = [run for run in middle if run.state != "finished"]
+    left_out = {run.planned.name: run.state for run in missing}
+    if waiting := [run for run in missing if not run.state.startswith("failed")]:
+        names = ", ".join(run.planned.name for run in waiting[:5])
+        if not partial:
+            raise ConfigError(
+                f"{folder}: {len(waiting)} middle trials have not ended, such as {names}; finish"
+                " the study, or give --partial for a result that is not written here"
+            )
+    by_case: dict[str, dict[str, Distances]] = {case: {} for case in study.cases}
+    for case, seed in itertools.product(study.cases, study.seeds):
+        of_cell = {
+            run.planned.loss: run
+            for run in middle
+            if (run.planned.case, run.planned.seed) == (case, seed) and run.state == "finished"
+        }
+        if study.baseline in of_cell and len(of_cell) >= FEWEST_LOSSES:
+            distances = distances_of(study, of_cell, folder / "atlas" / f"{case}-{seed}", left_out)
+            if len(distances.losses) >= FEWEST_LOSSES:
+                by_case[case][str(seed)] = distances
+    by_case = {case: of for case, of in by_case.items() if of}
+    if not by_case:
+        raise ConfigError(f"{folder}: no case and seed has {FEWEST_LOSSES} losses with distances")
+    cases = {case: numbers_of(of) for case, of in by_case.items()}
+    result = {
+        "holds": holds(cases, study),
+        "found": text_of(cases, study.baseline, left_out),
+        "seeds": study.seeds,
+        "cases": cases,
+        "left_out": left_out,
+    }
+    return result, picture(by_case, study.baseline)
+
+
+def holds(cases: Mapping[str, dict], study: Study) -> bool:
+    """The criterion; a case without a rho does not meet it."""
+    rhos = [cases[case]["start"]["mean"] if case in cases else None for case in study.cases]
+    return all(rho is not None and rho >= LEAST_RHO for rho in rhos)
+
+
+def study_in(folder: Path) -> Study:
+    """The study of a folder, by the newest copy of its file."""
+    copies = sorted(folder.glob("study*.yaml"), key=lambda path: (len(path.name), path.name))
+    if not copies:
+        raise ConfigError(f"{folder}: no study.yaml there; give the folder of a study")
+    return replace(read_study(str(copies[-1])), work=folder)
+
+
+def middle_trial(study: Study, run: StudyRun) -> str:
+    trials = list(study.arms[run.planned.loss].trials)
+    return trials[(len(trials) - 1) // 2]
+
+
+# ---------------------------------------------------------------------------------------- distances
+
+
+def distances_of(
+    study: Study, runs: Mapping[str, StudyRun], folder: Path, left_out: dict[str, str]
+) -> Distances:
+    """Of the finished middle trials of a case and seed, by loss. folder: for the atlas. left_out:
+    gets the losses that the atlas does not support, and policies that are not finite."""
+    again = [loss for loss in runs if study.arms[loss].seed_offset]
+    losses = [study.baseline, *(x for x in runs if x != study.baseline and x not in again)]
+    atlas = atlas_rows(study, [runs[loss] for loss in losses], folder)
+    left_out |= {f"{loss} (no atlas)": reason for loss, reason in atlas[0]["left_out"].items()}
+    moved = displacements([runs[loss] for loss in [*losses, *again]])
+    for loss in list(moved):
+        if not np.isfinite(moved[loss]).all() or not moved[loss].any():
+            left_out[runs[loss].planned.name] = "its policy is not finite, or has not moved"
+            del moved[loss]
+    cosines = [_cosines_by_label(row) for row in atlas]
+    shown = [loss for loss in losses if loss in moved and all(loss in of for of in cosines)]
+    start, trained = (np.array([[1 - of[a][b] for b in shown] for a in shown]) for of in cosines)
+    end = cosine_distances(np.array([moved[loss] for loss in shown]))
+    itself = [moved[loss] for loss in (study.baseline, *again) if loss in moved]
+    same = cosine_distances(np.array(itself[:2]))[0, -1] if len(itself) > 1 else None
+    return Distances(shown, start, trained, end, same)
+
+
+def atlas_rows(study: Study, runs: Sequence[StudyRun], folder: Path) -> list[dict]:
+    """The rows of atlas.jsonl at the start and at the end of the first run, which is the
+    baseline's."""
+    losses = [_entry(run) for run in runs[1:]]
+    rows = []
+    for name, archive in (("start", None), ("trained", runs[0].run.folder / "LATEST")):
+        where = folder / name
+        overrides = [*runs[0].planned.overrides, "function=atlas", f"atlas.pairs={TRAIN_PAIRS}"]
+        config = compose([*overrides, f"local_run_dir='{where}'"], study.config_dir)
+        config.model.archive = archive and str(archive)
+        config.atlas.losses = losses
+        execute(config, where)
+        rows.append(read_jsonl(where / ROWS)[-1])
+    return rows
+
+
+def _entry(run: StudyRun) -> dict:
+    """The loss of a run with all of its settings, as an entry of `atlas.losses`."""
+    return {**run.run.config["loss"], "as": run.planned.loss}
+
+
+def _cosines_by_label(row: dict) -> dict[str, dict[str, float]]:
+    """The cosines between the losses of an atlas that have a gradient, by their labels."""
+    labels = [update["loss"] for update in row["updates"]]
+    table = {
+        a: dict(zip(labels, line, strict=True))
+        for a, line in zip(labels, row["cosines"], strict=True)
+    }
+    return {a: of for a, of in table.items() if of[a] is not None}
+
+
+@torch.no_grad()
+def displacements(runs: Sequence[StudyRun]) -> dict[str, np.ndarray]:
+    """log pi(y | x) - log pi_start(y | x) over the held-out responses, (responses,), of the trained
+    policy of each run, by loss. The runs have the same start and the same data."""
+    settings = validate(OmegaConf.create(runs[0].run.config))
+    loss, sources = check_settings(settings)
+    inputs = load_inputs(settings, sources, loss)
+    data = inputs.data["test"]
+    pairs = pairs_of(data, evaluation_order(data.groups)[:HELD_OUT_PAIRS])
+    layout = Layout("padded", pad_id=inputs.tokenizer.pad_token_id)
+    start = log_probs(build_policy(settings.model), pairs, layout)
+    moved = {}
+    for run in runs:
+        model = changed(settings.model, name_or_path=str(run.run.folder / "LATEST" / "hf"))
+        moved[run.planned.loss] = log_probs(build_policy(model), pairs, layout) - start
+    return moved
+
+
+def log_probs(policy: Scorer, pairs: Pairs, layout: Layout) -> np.ndarray:
+    """Log-probs of the distinct responses of some pairs, (responses,) float64, in nats."""
+    parts = [
+        score_responses(
+            policy,
+            collate(pairs.singles, np.array(pairs.responses[i : i + BATCH]), layout).to(
+                policy.device
+            ),
+        ).logps
+        for i in range(0, len(pairs.responses), BATCH)
+    ]
+    return torch.cat(parts).double().cpu().numpy()
+
+
+def cosine_distances(rows: np.ndarray) -> np.ndarray:
+    """1 - cosine of all rows (n, values), (n, n)."""
+    unit = rows / np.linalg.norm(rows, axis=1, keepdims=True)
+    return 1 - unit @ unit.T
+
+
+# ------------------------------------------------------------------------------------- correlations
+
+
+def mid_ranks(values: np.ndarray) -> np.ndarray:
+    """Ranks from 1; those of equal values are their mean. Values are rounded to `DIGITS`."""
+    _, place, counts = np.unique(np.round(values, DIGITS), return_inverse=True, return_counts=True)
+    return (np.cumsum(counts) - (counts - 1) / 2)[place]
+
+
+def spearman(a: np.ndarray, b: np.ndarray) -> float | None:
+    """Spearman's rho of two vectors, with mean ranks for ties; None where one is constant."""
+    ranks = np.array([mid_ranks(a), mid_ranks(b)])
+    if (ranks.std(axis=1) == 0).any():
+        return None
+    return float(np.corrcoef(ranks)[0, 1])
+
+
+def pairs_in(table: np.ndarray) -> np.ndarray:
+    """The values of a symmetric table (n, n) above its diagonal."""
+    return table[np.triu_indices(len(table), 1)]
+
+
+def numbers_of(by_seed: Mapping[str, Distances]) -> dict:
+    """The correlations of a case: each seed, and their mean with its 95% t interval over seeds."""
+    rhos = {
+        "start": lambda of: spearman(pairs_in(of.start), pairs_in(of.end)),
+        "start, from the baseline": lambda of: spearman(of.start[0, 1:], of.end[0, 1:]),
+        "trained": lambda of: spearman(pairs_in(of.trained), pairs_in(of.end)),
+        "trained, from the baseline": lambda of: spearman(of.trained[0, 1:], of.end[0, 1:]),
+    }
+    numbers = {
+        name: _over_seeds({seed: rho(of) for seed, of in by_seed.items()})
+        for name, rho in rhos.items()
+    }
+    numbers["other seeds"] = _over_seeds(_reliability(by_seed))
+    numbers["baseline again"] = _over_seeds({seed: of.again for seed, of in by_seed.items()})
+    numbers["end, median"] = _over_seeds(
+        {seed: float(np.median(pairs_in(of.end))) for seed, of in by_seed.items()}
+    )
+    tied = [float((np.round(pairs_in(of.start), DIGITS) == 0).mean()) for of in by_seed.values()]
+    return numbers | {
+        "losses": {seed: len(of.losses) for seed, of in by_seed.items()},
+        "tied at the start": float(np.mean(tied)),
+        "from_baseline": _from_baseline(by_seed),
+    }
+
+
+def _over_seeds(values: Mapping[str, float | None]) -> dict:
+    """{mean, low, high, by_seed}; None where no seed has a value."""
+    known = {seed: value for seed, value in values.items() if value is not None}
+    of = over_seeds(known.values())
+    return {key: of and getattr(of, key) for key in ("mean", "low", "high")} | {"by_seed": known}
+
+
+def _reliability(by_seed: Mapping[str, Distances]) -> dict[str, float | None]:
+    """How the end distances of a seed rank the means of the other seeds', over losses of all."""
+    if len(by_seed) < 2:
+        return {}
+    tables = _shared(by_seed, "end")[1]
+    return {
+        seed: spearman(
+            pairs_in(table),
+            pairs_in(np.mean([other for s, other in tables.items() if s != seed], axis=0)),
+        )
+        for seed, table in tables.items()
+    }
+
+
+def _shared(
+    by_seed: Mapping[str, Distances], which: str
+) -> tuple[list[str], dict[str, np.ndarray]]:
+    """The losses that all seeds have, and the distances between them of each seed."""
+    first, *others = by_seed.values()
+    losses = [loss for loss in first.losses if all(loss in of.losses for of in others)]
+    places = {seed: [of.losses.index(x) for x in losses] for seed, of in by_seed.items()}
+    return losses, {
+        seed: getattr(of, which)[np.ix_(places[seed], places[seed])] for seed, of in by_seed.items()
+    }
+
+
+def _from_baseline(by_seed: Mapping[str, Distances]) -> dict[str, dict[str, float]]:
+    """Both distances of each loss from the baseline, means over the seeds that have it."""
+    found: dict[str, dict[str, list]] = {}
+    for of in by_seed.values():
+        for i, loss in enumerate(of.losses[1:], 1):
+            for which in ("start", "trained", "end"):
+                value = getattr(of, which)[0, i]
+                found.setdefault(loss, {}).setdefault(which, []).append(value)
+    return {
+        loss: {which: round(float(np.mean(values)), DIGITS) for which, values in of.items()}
+        for loss, of in found.items()
+    }
+
+
+# --------------------------------------------------------------------------------- text and picture
+
+
+def text_of(cases: Mapping[str, dict], baseline: str, left_out: Mapping[str, str]) -> str:
+    parts = []
+    for case, of in cases.items():
+        counts = sorted(set(of["losses"].values()))
+        n = str(counts[0]) if len(counts) == 1 else f"{counts[0]} to {counts[-1]}"
+        parts.append(
+            f"{case} ({n} losses): rho {_number(of['start'])}, from {baseline} alone"
+            f" {_number(of['start, from the baseline'])}; with an atlas at the end of {baseline}'s"
+            f" run {_number(of['trained'])} and {_number(of['trained, from the baseline'])}; the"
+            f" end distances of other seeds {_number(of['other seeds'])}. At the start"
+            f" {of['tied at the start']:.0%} of the pairs are at distance 0; at the end the median"
+            f" is {of['end, median']['mean']:.3f}, and {baseline} with another seed is at"
+            f" {_number(of['baseline again'])} from itself."
+        )
+    text = "Spearman's rho of the distances, mean over seeds [95% interval]: " + " ".join(parts)
+    if left_out:
+        named = "; ".join(f"{name}: {reason}" for name, reason in left_out.items())
+        text += f" Left out: {named}."
+    return text
+
+
+def _number(of: dict) -> str:
+    if not of["by_seed"]:
+        return "-"
+    interval = "" if of["low"] is None else f" [{of['low']:.2f}, {of['high']:.2f}]"
+    return f"{of['mean']:.2f}{interval}"
+
+
+def picture(by_case: Mapping[str, Mapping[str, Distances]], baseline: str) -> Figure:
+    """End distance against atlas distance, a panel for each case: means over seeds of each pair of
+    losses, those with the baseline named."""
+    figure = Figure(figsize=(5 * len(by_case), 4.6), layout="constrained")
+    axes = new_axes(figure, 1, len(by_case))
+    for ax, (case, by_seed) in zip(axes, by_case.items(), strict=True):
+        losses, start = _shared(by_seed, "start")
+        start = np.mean(list(start.values()), axis=0)
+        end = np.mean(list(_shared(by_seed, "end")[1].values()), axis=0)
+        ax.scatter(pairs_in(start), pairs_in(end), s=5, color="0.75", label="two losses")
+        own = {"s": 14, "color": COLOR_CYCLE[0], "label": f"with {baseline}"}
+        ax.scatter(start[0, 1:], end[0, 1:], **own)
+        off = np.abs(mid_ranks(start[0, 1:]) - mid_ranks(end[0, 1:]))
+        for i in np.argsort(-off)[:8] + 1:  # those that the atlas ranks worst
+            ax.annotate(losses[i], (start[0, i], end[0, i]), fontsize=7)
+        label_axes(ax, case, "1 - cosine of the updates at the start", "1 - cosine at the end")
+    return figure
+
+
+if __name__ == "__main__":
+    main()
