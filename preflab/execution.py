@@ -41,6 +41,7 @@ from preflab.online.rounds import OnlineTrainer
 from preflab.readers.records import Source
 from preflab.reports.run import write_report
 from preflab.reports.run_files import read_config, read_data, read_jsonl, read_summary
+from preflab.reports.tables import summary_table
 from preflab.rewards.registry import build_rewards
 from preflab.settings.identity import same_settings
 from preflab.settings.load import validate
@@ -121,7 +122,7 @@ def execute(config: DictConfig, run_dir: Path, stop: StopSignals | None = None) 
     run_dir = ranks.agree(lambda: run_dir_for(config, run_dir))
     if summary := ranks.agree(lambda: finished_summary(config, run_dir)):
         logger.info(f"{run_dir} is already finished")
-        return _report(run_dir, summary)
+        return _report(settings, run_dir, summary)
     if settings.function == "plan":
         inputs = ranks.first(lambda: load_inputs(settings, sources, loss))
         plan = make_plan(settings, loss, inputs.data["train"])
@@ -234,7 +235,7 @@ def _run(settings: Settings, run_dir: Path, inputs: Inputs) -> dict:
     if ranks.rank == 0:
         tracker = start_tracker(settings, run_dir, _shown_config(settings, run_dir))
     try:
-        summary = _report(run_dir, _train_or_evaluate(settings, run_dir, inputs, tracker))
+        summary = _report(settings, run_dir, _train_or_evaluate(settings, run_dir, inputs, tracker))
         if tracker is not None:
             tracker.show_report(run_dir)
         return summary
@@ -358,8 +359,10 @@ def _status(run_dir: Path, rank: int):
     write("finished")
 
 
-def _report(run_dir: Path, summary: dict) -> dict:
-    if world().rank == 0:
+def _report(settings: Settings, run_dir: Path, summary: dict) -> dict:
+    if world().rank == 0 and settings.report:
         logger.info(write_report(run_dir))
         logger.info(f"pictures and samples: {run_dir / 'report.html'}")
+    elif world().rank == 0:
+        logger.info(summary_table(summary))
     return summary

@@ -136,13 +136,14 @@ def test_the_runs_of_a_study(tmp_path):
     study = make_study(tmp_path, cases={"x": [], "y": ["min_gap=0.5"]})
     runs = study.runs()
     assert len(runs) == 3 * 2 * 2 * 2 and len({run.name for run in runs}) == len(runs)
-    assert [run.seed for run in runs] == sorted(run.seed for run in runs)  # whole seeds first
+    order = [(run.case, run.seed) for run in runs]
+    assert order == sorted(order)  # a whole case first, and in it whole seeds
     last = runs[-1]
     assert (last.case, last.loss, last.trial, last.seed) == ("y", "b", "loss.beta=0.5", 3)
     assert last.overrides == [
         f"datasets=[{study.work}/data-3]",
         *("model=tiny", "min_gap=0.5", "loss=ipo", "loss.beta=0.5", "seed=13"),
-        "wandb.enabled=false",
+        *("wandb.enabled=false", "report=false"),
     ]
     assert study.drawn_by_seed() == [
         *("the order of the data", "the samples", "the data, with the prompts")

@@ -259,6 +259,7 @@ class RunSettings:
         Choice(("same", "float32", "bfloat16", "float16")), may_change=ALWAYS, part_of_run=False
     )
     save_policy_pt: bool = setting(FLAG, may_change=ALWAYS, part_of_run=False)
+    report: bool = setting(FLAG, may_change=ALWAYS, part_of_run=False)
     minimum_log_interval_secs: float = setting(NOT_NEGATIVE, may_change=ALWAYS, part_of_run=False)
     profile_steps: int | None = setting(COUNT, null=True, may_change=ALWAYS, part_of_run=False)
 

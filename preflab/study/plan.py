@@ -138,17 +138,17 @@ class Study:
         return re.sub(r"\{(work|seed|case)\}", lambda match: str(values[match[1]]), text)
 
     def runs(self) -> list[PlannedRun]:
-        """All runs, those of one seed after another, so that a study that is stopped has whole
-        seeds."""
+        """All runs: one case after another, so that a study that is stopped has verdicts about the
+        cases that it got to, and in a case one seed after another."""
         return [
             self._run(seed, case, loss, trial)
-            for seed, case in itertools.product(self.seeds, self.cases)
+            for case, seed in itertools.product(self.cases, self.seeds)
             for loss, arm in self.arms.items()
             for trial in arm.trials
         ]
 
     def cells(self) -> list[list[PlannedRun]]:
-        """The runs of each seed, case and loss: the trials among which dev prompts choose."""
+        """The runs of each case, seed and loss: the trials among which dev prompts choose."""
         runs = self.runs()
         size = len(self.arms[self.baseline].trials)
         return [runs[i : i + size] for i in range(0, len(runs), size)]
@@ -160,7 +160,7 @@ class Study:
         parts += [f"loss={loss}", *arm.trials[trial], f"seed={seed}"]
         [name] = folder_names([parts])
         overrides = [self.filled(setting, seed=seed, case=case) for setting in given]
-        overrides += [f"seed={seed + arm.seed_offset}", "wandb.enabled=false"]
+        overrides += [f"seed={seed + arm.seed_offset}", "wandb.enabled=false", "report=false"]
         return PlannedRun(name, case, loss, trial, seed, overrides)
 
     def steps_of(self, run: PlannedRun) -> list[Step]:

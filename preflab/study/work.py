@@ -103,7 +103,10 @@ class Worker:
         self.study, self.criterion, self.session, self.limit = study, criterion, session, limit
         first = number % len(study.seeds)
         seeds = [*study.seeds[first:], *study.seeds[:first]]
-        self.cells = sorted(study.cells(), key=lambda cell: seeds.index(cell[0].seed))
+        cases = list(study.cases)
+        self.cells = sorted(
+            study.cells(), key=lambda cell: (cases.index(cell[0].case), seeds.index(cell[0].seed))
+        )
         self.done = 0
 
     def work(self, stop: StopSignals) -> None:
