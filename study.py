@@ -5,6 +5,7 @@
     python study.py NAME --report         the page: verdicts, frontiers, tuning budgets, failures
     python study.py NAME --jobs 4         four runs at a time; by default one for each GPU, or two
     python study.py NAME --limit 2        no more than two runs for each worker, to see how long
+    python study.py NAME --case CASE      one of the study's cases, with a page of its own
 
 NAME is a file of config/study/, or a path that ends in .yaml. The same command continues after a
 kill. Runs and page are in runs/study/NAME. On a cluster, `sbatch --array=0-15
@@ -26,6 +27,8 @@ def main() -> None:
     arguments = parse_arguments()
     try:
         study = read_study(arguments.name)
+        if arguments.case is not None:
+            study = study.with_only(arguments.case)
         if arguments.plan:
             plan(study)
         elif arguments.report:
@@ -46,6 +49,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--report", action="store_true", help="write the page from the runs so far")
     parser.add_argument("--jobs", type=int, help="runs at a time on this machine")
     parser.add_argument("--limit", type=int, help="runs of each worker, after which it ends")
+    parser.add_argument("--case", help="this case alone, with a page of its own")
     parser.add_argument(
         "--amended",
         action="store_true",
@@ -71,8 +75,8 @@ def report(study: Study) -> None:
     from preflab.study.page import write_study
 
     print(write_study(study))
-    print(study.work / "study.md")
-    print(study.work / "report.html")
+    print(study.page_dir / "study.md")
+    print(study.page_dir / "report.html")
 
 
 def run(study: Study, arguments: argparse.Namespace) -> int:
@@ -87,6 +91,7 @@ def run(study: Study, arguments: argparse.Namespace) -> int:
 
     more = [] if arguments.limit is None else ["--limit", str(arguments.limit)]
     more += ["--amended"] if arguments.amended else []
+    more += [] if arguments.case is None else ["--case", arguments.case]
     command = worker_command(arguments.name, session, *more)
     code = Team(study, command, arguments.jobs).run() if missing(study) else 0
     if code:

@@ -426,6 +426,25 @@ def test_the_page_has_verdicts_budgets_and_failures(tmp_path):
     assert "**The study file was changed after runs had been started**" in page
 
 
+def test_one_case_is_run_and_reported_alone(tmp_path):
+    study = make_study(tmp_path, cases={"x": [], "y": []})
+    alone = study.with_only("y")
+    of_case = [run for run in study.runs() if run.case == "y"]
+    assert alone.runs() == of_case and alone.hash == study.hash
+    for run in study.runs():
+        write_run(study, run, (1.0, 1.0))
+    write_study(study)
+    page = write_study(alone)
+    assert (
+        page.startswith("# Study: made, case y alone") and f"{len(of_case)} runs finished" in page
+    )
+    numbers = json.loads((study.work / "study.json").read_text())
+    [(case, of_y)] = json.loads((study.work / "case-y" / "study.json").read_text())["cases"].items()
+    assert case == "y" and of_y == numbers["cases"]["y"]
+    with pytest.raises(ConfigError, match="study made has no case 'z'; it has x, y"):
+        study.with_only("z")
+
+
 def test_the_best_of_k_trials_is_the_mean_over_all_draws():
     rng = np.random.default_rng(0)
     trials = [

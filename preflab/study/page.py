@@ -35,8 +35,9 @@ COMPARISONS = 200
 
 
 def write_study(study: Study) -> str:
-    """Write study.md, its pictures, study.json and report.html into the study's folder; returns the
+    """Write study.md, its pictures, study.json and report.html into `study.page_dir`; returns the
     page."""
+    study.page_dir.mkdir(parents=True, exist_ok=True)
     runs = load_runs(study)
     charts: list[Chart] = []
     parts = [_head(study, runs)]
@@ -54,11 +55,11 @@ def write_study(study: Study) -> str:
     parts.append(_halving(study, runs))
     parts.append(_failures(runs))
     page = "\n".join(part for part in parts if part)
-    with atomic_write(study.work / "study.md") as f:
+    with atomic_write(study.page_dir / "study.md") as f:
         f.write(page)
-    with atomic_write(study.work / "study.json") as f:
+    with atomic_write(study.page_dir / "study.json") as f:
         json.dump({"hash": study.hash, "cases": numbers}, f, indent=1)
-    write_markdown_page(study.work, page, charts)
+    write_markdown_page(study.page_dir, page, charts)
     return page
 
 
@@ -66,7 +67,7 @@ def _head(study: Study, runs: Sequence[StudyRun]) -> str:
     states = Counter(run.state.split(":")[0] for run in runs)
     trials = len(study.arms[study.baseline].trials)
     lines = [
-        f"# Study: {study.name}\n",
+        f"# Study: {study.name}{'' if study.only is None else f', case {study.only} alone'}\n",
         f"{study.question}\n",
         f"{len(study.arms)} losses with {trials} trials each, {len(study.seeds)} seeds:"
         f" {', '.join(f'{n} runs {state}' for state, n in states.items())}.",
@@ -237,7 +238,7 @@ def _frontier(study: Study, case: str, runs: Sequence[StudyRun], charts: list[Ch
             "\n".join(f"{note}\n" for note in table.notes),
         ]
     if figure := frontier_figure(groups):
-        with atomic_write(study.work / picture, "wb") as f:
+        with atomic_write(study.page_dir / picture, "wb") as f:
             f.write(png(figure))
         charts.append(chart_of("Frontier" if case == "-" else f"Frontier: {case}", figure))
         lines.append(f"![reward against KL; bands are the range over seeds]({picture})\n")

@@ -106,7 +106,8 @@ class Halving:
 
 @dataclass(frozen=True)
 class Study:
-    """The content of a study's file. text: the file, as it is. cases: overrides by case."""
+    """The content of a study's file. text: the file, as it is. cases: overrides by case. only: the
+    one case that is run and reported, where not all of them are."""
 
     name: str
     text: str
@@ -123,10 +124,23 @@ class Study:
     compare: dict[str, float]
     assume: dict[str, dict[str, float]]
     halving: Halving | None = None
+    only: str | None = None
 
     @property
     def hash(self) -> str:
         return content_hash(self.text)
+
+    @property
+    def page_dir(self) -> Path:
+        return self.work if self.only is None else self.work / f"case-{self.only}"
+
+    def with_only(self, case: str) -> "Study":
+        """The study of one of its cases. Raises ConfigError for another name."""
+        if case not in self.cases:
+            raise ConfigError(
+                f"study {self.name} has no case {case!r}; it has {', '.join(self.cases)}"
+            )
+        return replace(self, cases={case: self.cases[case]}, only=case)
 
     @property
     def runs_dir(self) -> Path:

@@ -70,9 +70,14 @@ class Team:
     def _wait(self) -> None:
         first, total = count_stages(self.study)
         with Progress(total=total - first, desc=f"study {self.study.name}") as bar:
+            next_count = 0.0
             while any(process.poll() is None for process in self.processes):
                 time.sleep(1.0)
+                if (started := time.monotonic()) < next_count:
+                    continue
                 bar.update(count_stages(self.study)[0] - first - bar.n)
+                # Counting reads every run's folder, and the workers need the cores.
+                next_count = time.monotonic() + 50 * (time.monotonic() - started)
             bar.update(count_stages(self.study)[0] - first - bar.n)
 
 
