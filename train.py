@@ -1,5 +1,6 @@
 """Entry point: `python train.py loss=odpo loss.alpha=0.5`. See config/config.yaml for every key."""
 
+import contextlib
 import sys
 import time
 import warnings
@@ -31,16 +32,18 @@ def main() -> None:
         "ignore",
         message="(?s).*hydra/launcher/submitit_slurm' is validated against ConfigStore schema",
     )
-    if check_command_line(sys.argv[1:]):
-        join_ranks()
-    sys.argv[1:] = words_for_hydra(sys.argv[1:])
-    run_config(run)
+    with contextlib.ExitStack() as stack:
+        if check_command_line(sys.argv[1:]):
+            join_ranks(stack)
+        sys.argv[1:] = words_for_hydra(sys.argv[1:])
+        run_config(run)
 
 
-def join_ranks() -> None:
-    """Ranks meet before hydra asks them for a folder."""
-    from preflab.distributed.process_group import world
+def join_ranks(stack: contextlib.ExitStack) -> None:
+    """Ranks meet before hydra asks them for a folder. How they end is that of the stack."""
+    from preflab.distributed.process_group import ends_safely, world
 
+    stack.enter_context(ends_safely())
     try:
         world()
     except PrefLabError as error:

@@ -8,6 +8,8 @@ import json
 import os
 import signal
 import socket
+import subprocess
+import sys
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
@@ -705,6 +707,49 @@ def test_a_rank_that_aborts_after_it_said_what_is_wrong(tmp_path):
     (tmp_path / "1.json").unlink()
     with pytest.raises(launch.WorkerError, match="worker 1 was killed by SIGABRT"):
         _raise_first_error(failed, tmp_path, StopSignals())
+
+
+# The thread of gloo that frees the tensor waits for the interpreter when that ends: it is held
+# meanwhile, and the group is one that something holds, as a sharded model does.
+ENDS_WITH_AN_EXCHANGE = """
+import atexit, ctypes, sys
+
+@atexit.register
+def last():
+    sys.setswitchinterval(100.0)
+    for _ in range(10):
+        group.allreduce([torch.ones(1)])
+    ctypes.PyDLL(None).usleep(300_000)
+
+import torch
+from preflab.distributed.process_group import ends_safely, join_alone
+
+def work():
+    print("done", end="")
+    ENDING
+
+with ends_safely():
+    join_alone()
+    group = torch.distributed.group.WORLD
+    work()
+"""
+
+
+@pytest.mark.parametrize(
+    "ending, code, message",
+    [
+        ("pass", 0, ""),
+        ("sys.exit(138)", 138, ""),
+        ("sys.exit('a sentence')", 1, "a sentence"),
+        ("1 / 0", 1, "ZeroDivisionError"),
+        ("raise KeyboardInterrupt", 130, "KeyboardInterrupt"),
+    ],
+)
+def test_a_thread_of_gloo_does_not_abort_a_rank_that_has_ended(ending, code, message):
+    script = ENDS_WITH_AN_EXCHANGE.replace("ENDING", ending)
+    ended = subprocess.run([sys.executable, "-c", script], cwd=ROOT, capture_output=True, text=True)
+    assert (ended.returncode, ended.stdout) == (code, "done"), ended.stderr
+    assert message in ended.stderr and "terminate" not in ended.stderr
 
 
 def test_there_is_a_gpu_for_each_worker(monkeypatch):

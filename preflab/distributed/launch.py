@@ -1,5 +1,6 @@
 """Starts the workers of a run on this machine, and reports the error of one that failed."""
 
+import atexit
 import contextlib
 import ctypes
 import json
@@ -115,6 +116,8 @@ def _run_worker(worker: Callable, arguments: tuple, folder: str, launcher: int) 
     launcher: its process id. The worker ends with it, however it dies. Returns the signal that
     stopped the worker, if one did.
     """
+    from preflab.distributed.process_group import end_process, exit_code
+
     threading.Thread(target=_end_with, args=(launcher,), daemon=True).start()
     stop = StopSignals()
     stop.listen()
@@ -122,11 +125,11 @@ def _run_worker(worker: Callable, arguments: tuple, folder: str, launcher: int) 
         stop.received = int(note.read_text(encoding="utf-8") or signal.SIGTERM)
     try:
         worker(*arguments, stop=stop)
-        return None
+        signum = None
     except Stopped as stopped:
-        return stopped.signum
-    except SystemExit:  # another rank reports the error
-        raise
+        signum = stopped.signum
+    except SystemExit as exited:  # another rank reports the error
+        end_process(exit_code(exited))
     except BaseException as error:
         report = {
             "message": machine_error(error) or str(error),
@@ -136,9 +139,11 @@ def _run_worker(worker: Callable, arguments: tuple, folder: str, launcher: int) 
         }
         path = Path(folder) / f"{os.environ['RANK']}.json"
         path.write_text(json.dumps(report), encoding="utf-8")
-        # The launching process prints the error; this one stays silent until it has ended.
-        sys.stderr = open(os.devnull, "w")  # noqa: SIM115
-        raise SystemExit(1) from None
+        # The launching process prints the error.
+        end_process(1)
+    # After torch has handed over what this function returns, for the reason in `end_process`.
+    atexit.register(os._exit, 0)
+    return signum
 
 
 def _end_with(launcher: int) -> None:

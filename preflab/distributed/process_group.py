@@ -8,6 +8,7 @@ joins the process group.
 import atexit
 import contextlib
 import os
+import signal
 import socket
 import struct
 import subprocess
@@ -17,7 +18,7 @@ import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from datetime import timedelta
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 import torch.distributed as dist
@@ -181,6 +182,7 @@ ALONE = World()
 
 
 _world: World | None = None
+_has_had_group = False  # whether this process has been in a process group
 
 
 def world() -> World:
@@ -332,6 +334,8 @@ def join_alone() -> None:
 
 
 def _init_process_group(*, device: torch.device, **options) -> None:
+    global _has_had_group
+    _has_had_group = True
     if device.type == "cuda":
         torch.cuda.set_device(device)
         dist.init_process_group("cpu:gloo,cuda:nccl", timeout=TIMEOUT, device_id=device, **options)
@@ -346,6 +350,51 @@ def leave() -> None:
     _world = None
     if dist.is_initialized():
         dist.destroy_process_group()
+
+
+@contextlib.contextmanager
+def ends_safely() -> Iterator[None]:
+    """Inside is the whole work of a process, which ends with `end_process` if it has been in a
+    process group, whatever it ends with; its exit code and its messages are those of Python."""
+    error = None
+    try:
+        yield
+    except BaseException as raised:
+        if not _has_had_group:
+            raise
+        error = raised
+    if _has_had_group:
+        end_process(exit_code(error))
+
+
+def exit_code(error: BaseException | None) -> int:
+    """The exit code of a process that ends with an error, which is printed as Python does."""
+    if error is None:
+        return 0
+    if isinstance(error, SystemExit):
+        if error.code is None or isinstance(error.code, int):
+            return error.code or 0
+        print(error.code, file=sys.stderr)
+        return 1
+    sys.excepthook(type(error), error, error.__traceback__)
+    return 128 + signal.SIGINT if isinstance(error, KeyboardInterrupt) else 1
+
+
+def end_process(code: int) -> NoReturn:
+    """End this process as Python does, up to the end of the interpreter itself.
+
+    A thread of gloo frees the tensors of an exchange after the exchange is complete, and locks the
+    interpreter for that. In one that has ended the lock ends the thread, inside a destructor: that
+    aborts the process, also when its work is done. A process group has no call that waits for it.
+    """
+    try:
+        threading._shutdown()
+        atexit._run_exitfuncs()
+    finally:
+        for stream in (sys.stdout, sys.stderr):
+            with contextlib.suppress(OSError, ValueError):
+                stream.flush()
+        os._exit(code)
 
 
 def _first_host() -> str:
