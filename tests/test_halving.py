@@ -2,6 +2,7 @@
 
 import json
 import math
+import shutil
 
 import numpy as np
 import pytest
@@ -17,7 +18,7 @@ from preflab.study.halving import count_stages, due, examples_of, stages, surviv
 from preflab.study.measures import load_runs, table_of_measure, trials_of
 from preflab.study.page import write_study
 from preflab.study.work import Worker, begin, missing
-from utils import ConfigError
+from utils import ConfigError, DataError
 
 PROMPTS = [f"prompt {i}" for i in range(40)]
 LENGTH, EVERY = 1200, 100
@@ -175,6 +176,33 @@ def test_a_failed_trial_does_not_hold_up_the_others_and_is_tried_again(run_study
     (study.runs_dir / gone.name / "summary.json").write_text('{"finished": true, "examples": 600}')
     (study.runs_dir / best.name / "summary.json").unlink()  # killed while it was continued
     assert due(study, cell) == [best.until(LENGTH)]
+
+
+@pytest.mark.parametrize("file", ["metrics.jsonl", "config.yaml", "summary.json", "samples.jsonl"])
+def test_damage_to_a_trial_stops_no_other_cell(run_study, monkeypatch, capsys, file):
+    study, _ = run_study("study", halving={"rungs": [0.5], "keep": 0.5})
+    damaged, *_ = of_loss = study.cells()[0]
+    folder = study.runs_dir / damaged.name
+    if file in ("metrics.jsonl", "config.yaml"):  # of a run that is being continued
+        (folder / "summary.json").unlink()
+    (folder / file).write_text('{"examples": null, "finished": true}\n[]\n{}\n')
+    shutil.rmtree(study.runs_dir / study.cells()[1][0].name)
+    assert {run.name for run in missing(study)} >= {damaged.name, study.cells()[1][0].name}
+    assert 0 < count_stages(study)[0] < count_stages(study)[1]
+    started = []
+
+    def execute(config, folder, stop):
+        started.append(folder.name)
+        if folder.name == damaged.name:
+            raise DataError(f"{folder / file}: damaged")  # as a real run does
+        [planned] = [run for run in study.runs() if run.name == folder.name]
+        planted_run(study, planned, config)
+
+    monkeypatch.setattr(work, "execute", execute)
+    Worker(study, begin(study, amended=False), 0, "last").work(StopSignals())
+    assert study.cells()[1][0].name in started  # of the other loss
+    assert capsys.readouterr().out.count(f"{folder / file}") == 1
+    assert [run for run in missing(study) if run.name in {of.name for of in of_loss}]
 
 
 def test_a_share_of_the_trials_is_rounded_up_and_rungs_are_at_evaluations(tmp_path):

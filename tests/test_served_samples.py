@@ -281,6 +281,12 @@ FAULTS = {
     "no log-probs": (altered(logprobs=None), "gives no log-probs"),
     "other log-probs": (other_logps, "serves another model.*differ by 0.2 nats"),
     "name": (lambda a, b, n: a | {"model": "b"}, "as model 'b', and 'm' was asked for"),
+    "no name": (lambda a, b, n: a | {"model": 5}, "as model 5, and 'm' was asked for"),
+    "bool ids": (altered(token_ids=[True] * 6), "ids that the tokenizer does not have"),
+    "list of log-probs": (altered(logprobs=[-1.0]), "1 log-probs of 6 tokens"),
+    "log-probs of text": (altered(logprobs={"token_logprobs": 5}), "log-probs that are no list: 5"),
+    "text of numbers": (altered(token_ids=None, text=5), "no completion"),
+    "odd number": (altered(token_ids=None, logprobs={"tokens": ["token_id:²"]}), "no completion"),
 }
 
 
@@ -357,6 +363,10 @@ def test_a_damaged_file_of_responses_is_named_and_a_cut_line_is_not(ask, scorer,
     path.write_text('{"key": "a"}\n' + whole)
     with pytest.raises(DataError, match=r"served_samples.jsonl:1: the row has no 'tokens'"):
         ask(again)
+    for tokens in ('"text"', "[-1]", "[true]", "[[1]]", "{}"):
+        path.write_text(f'{{"key": "a", "tokens": {tokens}}}\n' + whole)
+        with pytest.raises(DataError, match=r"served_samples.jsonl: .*not what was written there"):
+            ask(again)
 
 
 # ------------------------------------------------------------------------ which model is it, text

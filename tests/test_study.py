@@ -162,6 +162,15 @@ def test_the_runs_of_a_study(tmp_path):
         ({"seeds": [1, 1]}, "must be different whole numbers"),
         ({"seeds": "1,2"}, "seeds='1,2' has another type"),
         ({"prepare": [{"run": "x"}]}, "each step has `makes` and `run`"),
+        ({"prepare": [{"run": "python 'x", "makes": "y"}]}, "`run` a command line"),
+        ({"prepare": [{"run": "", "makes": "y"}]}, "`run` a command line"),
+        ({"prepare": [{"run": "x", "makes": ""}]}, "`makes` is a file"),
+        ({"work": ""}, "work='' must be a text"),
+        ({"work": "a\0b"}, "must be a text"),
+        ({"question": "\ud800"}, "must be a text"),
+        ({"choose_within_kl": -1}, "choose_within_kl=-1 must be a number of nats above 0"),
+        ({"choose_within_kl": math.nan}, "must be a number of nats above 0"),
+        ({"compare": {"win_rate": 10**400}}, "a number above 0"),
         ({"seeds": []}, "must be different whole numbers"),
         ({"seeds": [True]}, "must be different whole numbers"),
         ({"cases": {}}, "cases has none"),
@@ -176,6 +185,14 @@ def test_the_runs_of_a_study(tmp_path):
 def test_a_file_that_cannot_be_answered_is_refused(tmp_path, changes, message):
     with pytest.raises(ConfigError, match=message):
         make_study(tmp_path, **changes)
+
+
+@pytest.mark.parametrize("text", ["question: ${", "[" * 5000, "a: [", "a: &a [*a]", "[]", ""])
+def test_a_file_that_is_no_study_is_refused(tmp_path, text):
+    path = tmp_path / "made.yaml"
+    path.write_text(text)
+    with pytest.raises(ConfigError, match=r"made\.yaml"):
+        read_study(str(path))
 
 
 def test_a_study_that_is_not_there_is_refused():

@@ -54,4 +54,4 @@ def send(
 def retry_after(response: httpx.Response) -> float:
     """Seconds of a Retry-After header; 0 without one, or for a date."""
     value = response.headers.get("retry-after", "")
-    return min(float(value), MAX_WAIT) if value.replace(".", "", 1).isdigit() else 0.0
+    return min(float(value), MAX_WAIT) if value.replace(".", "", 1).isdecimal() else 0.0

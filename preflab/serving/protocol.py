@@ -137,7 +137,9 @@ class Protocol:
             [choice] = choices
             reason, n_read = choice["finish_reason"], usage["prompt_tokens"]
             tokens = self._tokens(choice, usage)
-        except (LookupError, TypeError, AttributeError) as error:
+        except WrongAnswerError:
+            raise
+        except (LookupError, TypeError, AttributeError, ValueError) as error:
             raise WrongAnswerError(
                 f"no completion ({type(error).__name__}: {error}); expected choices with a text and"
                 " a finish_reason, and usage"
@@ -161,7 +163,7 @@ class Protocol:
             ids = _ids_of_logprobs(choice)
         if ids is None:
             return self._tokenised(choice, usage["completion_tokens"])
-        if not all(isinstance(i, int) and 0 <= i < len(self.tokenizer) for i in ids):
+        if not all(type(i) is int and 0 <= i < len(self.tokenizer) for i in ids):  # True is none
             raise WrongAnswerError("token ids that the tokenizer does not have")
         stop = choice.get("stop_reason", choice.get("matched_stop"))
         if choice["finish_reason"] == "stop" and stop in self.ends.tokens:
@@ -219,10 +221,14 @@ def _ids_of_logprobs(choice: dict) -> list[int] | None:
 
 def _logps(choice: dict, n_tokens: int) -> list[float] | None:
     """The log-probs of the tokens; an end that the server left out has none."""
-    logps = (choice.get("logprobs") or {}).get("token_logprobs")
+    logps = choice.get("logprobs")
+    if isinstance(logps, dict):
+        logps = logps.get("token_logprobs")
     if logps is None:
         return None
-    numbers = [value for value in logps if isinstance(value, float | int)]
+    if not isinstance(logps, list):
+        raise WrongAnswerError(f"log-probs that are no list: {str(logps)[:60]}")
+    numbers = [value for value in logps if type(value) in (float, int)]
     if n_tokens - len(numbers) not in (0, 1) or len(numbers) != len(logps):
         raise WrongAnswerError(f"{len(numbers)} log-probs of {n_tokens} tokens")
     return list(logps)

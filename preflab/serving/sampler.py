@@ -4,6 +4,7 @@ import json
 import logging
 import math
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -17,7 +18,7 @@ from preflab.reports.run_files import read_jsonl
 from preflab.serving.protocol import Completion, Limits, Protocol, WrongAnswerError
 from preflab.serving.server import SamplerError, Server
 from preflab.settings.schema import ModelSettings, SamplerSettings
-from utils import Progress, content_hash, drop_incomplete_line, model_folder
+from utils import DataError, Progress, content_hash, drop_incomplete_line, model_folder
 
 logger = logging.getLogger(__name__)
 
@@ -155,7 +156,7 @@ class ServedModel:
         """Raise WrongAnswerError where an answer is of a model of another name."""
         model = answer.get("model") if isinstance(answer, dict) else None
         # transformers adds the revision: NAME@main
-        if self.name and model and model.partition("@")[0] != self.name.partition("@")[0]:
+        if self.name and model and str(model).partition("@")[0] != self.name.partition("@")[0]:
             raise WrongAnswerError(f"as model {model!r}, and {self.name!r} was asked for")
 
     def _find_name(self, world: World) -> str | None:
@@ -246,7 +247,14 @@ class _Store:
     def find(self, key: str) -> list[int] | None:
         if self._tokens is None:
             drop_incomplete_line(self.path)
-            self._tokens = {row["key"]: row["tokens"] for row in read_jsonl(self.path)}
+            rows = read_jsonl(self.path)
+            for row in rows:
+                if not isinstance(row["key"], str) or not _is_ids(row["tokens"]):
+                    raise DataError(
+                        f"{self.path}: {str(row)[:80]}: not what was written there; remove this"
+                        " line, or the file, and its responses are asked for again"
+                    )
+            self._tokens = {row["key"]: row["tokens"] for row in rows}
         return self._tokens.get(key)
 
     def add(self, key: str, tokens: list[int]) -> None:
@@ -254,6 +262,10 @@ class _Store:
         self.path.parent.mkdir(parents=True, exist_ok=True)
         with open(self.path, "a", encoding="utf-8") as f:
             f.write(json.dumps({"key": key, "tokens": tokens}) + "\n")
+
+
+def _is_ids(tokens: Any) -> bool:
+    return isinstance(tokens, list) and all(type(i) is int and i >= 0 for i in tokens)
 
 
 def _seed(seed: int, key: int | tuple[int, ...]) -> int:

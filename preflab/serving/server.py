@@ -45,7 +45,7 @@ class Server:
         """The names of the models that it serves. look: as of `complete`."""
         [(_, answer)] = self._in_threads([partial(self._ask, "GET", "models", None)], look)
         try:
-            return [model["id"] for model in answer["data"]]
+            return [str(model["id"]) for model in answer["data"]]
         except (LookupError, TypeError) as error:
             raise SamplerError(
                 f"sampler.url={self.url}: {self.url}/models names no models; give the address of an"

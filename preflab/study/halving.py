@@ -42,7 +42,8 @@ def due(
 ) -> list[PlannedRun]:
     """What is to be run next of the trials of one seed, case and loss.
 
-    has_failed: trials that do not count any more; without them a cell waits for every trial.
+    has_failed: trials that do not count any more; without them a cell waits for every trial. Raises
+    DataError where an evaluation that decides who continues is damaged.
     """
     alive = [run for run in cell if not has_failed(run)]
     if not alive:
@@ -115,15 +116,22 @@ def _has_reached(study: Study, run: PlannedRun, examples: int, is_end: bool) -> 
     and a config that goes beyond the rung."""
     folder, summary = study.runs_dir / run.name, _summary(study, run)
     if summary.get("finished"):
-        return summary.get("examples", 0) >= examples
+        return (summary.get("examples") or 0) >= examples
     if is_end or examples_of(study, run) < examples:
         return False
-    return (read_config(folder / "config.yaml").n_examples or 0) > examples
+    try:
+        return (read_config(folder / "config.yaml").n_examples or 0) > examples
+    except DataError:  # the run's next start says it
+        return False
 
 
 def examples_of(study: Study, run: PlannedRun) -> int:
-    """After how many examples a run was evaluated last; 0 before that."""
-    rows = read_jsonl(study.runs_dir / run.name / "metrics.jsonl")
+    """After how many examples a run was evaluated last; 0 before that, and where its rows are
+    damaged, which its next start says."""
+    try:
+        rows = read_jsonl(study.runs_dir / run.name / "metrics.jsonl")
+    except DataError:
+        return 0
     seen = [row.get("examples") for row in rows if row.get("split") == "eval"]
     return max(filter(is_number, seen), default=0)
 

@@ -7,17 +7,20 @@ folder of the study, and the seed and the case of a run.
 import itertools
 import math
 import re
+import shlex
+import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from omegaconf import OmegaConf
+from omegaconf.errors import OmegaConfBaseException
 from yaml import YAMLError
 
 from preflab.settings.keys import CONFIG_DIR, ROOT
 from preflab.settings.sweep_words import folder_names
-from utils import ConfigError, content_hash, nearest
+from utils import ConfigError, content_hash, first_line, nearest
 
 FOLDER = CONFIG_DIR / "study"
 
@@ -211,8 +214,8 @@ def read_study(name: str) -> Study:
     try:
         text = path.read_text(encoding="utf-8")
         content = OmegaConf.to_container(OmegaConf.create(text), resolve=False)
-    except (YAMLError, ValueError) as error:
-        raise ConfigError(f"{path}: not YAML: {error}") from error
+    except (YAMLError, ValueError, OmegaConfBaseException, RecursionError) as error:
+        raise ConfigError(f"{path}: not YAML: {first_line(error)}") from error
     return parse_study(path.stem, text, content, path)
 
 
@@ -225,6 +228,8 @@ def parse_study(name: str, text: str, content: Any, path: Path) -> Study:
             raise ConfigError(f"{path}: {key}: no such key of a study; {nearest(str(key), KEYS)}")
         if not isinstance(value, KEYS[key]) or (KEYS[key] is Sequence and isinstance(value, str)):
             raise ConfigError(f"{path}: {key}={value!r} has another type; see docs/studies.md")
+        if isinstance(value, str) and not _is_text(value):
+            raise ConfigError(f"{path}: {key}={value!r} must be a text, and no empty one")
     if missing := [key for key in REQUIRED if key not in content]:
         raise ConfigError(f"{path} has no {', '.join(missing)}")
     grid = content.get("grid", {})
@@ -262,7 +267,14 @@ def _texts(path: Path, key: str, values: Any) -> list[str]:
 def _step(path: Path, step: Any) -> Step:
     if not isinstance(step, Mapping) or set(step) != {"makes", "run"}:
         raise ConfigError(f"{path}: prepare: each step has `makes` and `run`, and is {step!r}")
-    return Step(str(step["makes"]), str(step["run"]))
+    makes, run = str(step["makes"]), str(step["run"])
+    try:
+        is_command = bool(shlex.split(run)) and _is_text(run)
+    except ValueError:  # an open quotation mark
+        is_command = False
+    if not is_command or not _is_text(makes):
+        raise ConfigError(f"{path}: prepare: {step!r}: `makes` is a file, and `run` a command line")
+    return Step(makes, run)
 
 
 def _arm(path: Path, name: str, given: Any, grid: Mapping) -> Arm:
@@ -310,9 +322,19 @@ def _is_seed(value: Any) -> bool:
     return isinstance(value, int) and not isinstance(value, bool) and value >= 0
 
 
+def _is_text(text: str) -> bool:
+    """Whether a text has letters, and can be a file's name and be written: YAML can escape a null
+    byte, and half of a character."""
+    try:
+        return bool(text.strip()) and b"\0" not in text.encode()
+    except UnicodeEncodeError:
+        return False
+
+
 def _is_size(value: Any) -> bool:
-    """Whether a value is a number of 0 or more."""
-    return isinstance(value, (int, float)) and not isinstance(value, bool) and 0 <= value < math.inf
+    """Whether a value is a number of 0 or more, which fits into a float."""
+    is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
+    return is_number and 0 <= value <= sys.float_info.max
 
 
 def _check(study: Study, path: Path) -> None:
@@ -331,6 +353,9 @@ def _check(study: Study, path: Path) -> None:
     distinct = all(map(_is_seed, study.seeds)) and len(set(study.seeds)) == len(study.seeds)
     if not distinct or not study.seeds:
         raise ConfigError(f"{path}: seeds={study.seeds} must be different whole numbers from 0")
+    kl = study.choose_within_kl
+    if kl is not None and (not _is_size(kl) or kl == 0):
+        raise ConfigError(f"{path}: choose_within_kl={kl!r} must be a number of nats above 0")
     if study.halving and min(counts.values()) < 2:
         raise ConfigError(f"{path}: halving needs a grid: each loss has a single trial")
     if not study.cases:

@@ -30,11 +30,13 @@ from preflab.study.plan import PlannedRun, Step, Study
 from preflab.sweeps.pool import end_with
 from utils import (
     ConfigError,
+    DataError,
     PrefLabError,
     atomic_write,
     content_hash,
     first_line,
     json_lines,
+    machine_error,
     one_at_a_time,
     say_without_locks,
 )
@@ -68,8 +70,14 @@ def begin(study: Study, *, amended: bool) -> Path:
 
 
 def missing(study: Study) -> list[PlannedRun]:
-    """What can be run now. With halving, more follows once it is done."""
-    return [run for cell in study.cells() for run in due(study, cell)]
+    """What can be run now, or is damaged. With halving, more follows once it is done."""
+    runs: list[PlannedRun] = []
+    for cell in study.cells():
+        try:
+            runs += due(study, cell)
+        except DataError:  # nobody can say which; workers and the page name the file
+            runs += cell
+    return runs
 
 
 def compose_run(study: Study, run: PlannedRun, criterion: Path) -> tuple:
@@ -108,6 +116,7 @@ class Worker:
             study.cells(), key=lambda cell: (cases.index(cell[0].case), seeds.index(cell[0].seed))
         )
         self.done = 0
+        self._damages: set[str] = set()  # that it has named
 
     def work(self, stop: StopSignals) -> None:
         """Run what is missing. stop: listens. Raises Stopped after a signal."""
@@ -126,7 +135,12 @@ class Worker:
         """Run what is due in a cell, until there is nothing; returns how many runs others hold."""
         while True:
             before, held = self.done, 0
-            for run in due(self.study, cell, self._has_failed):
+            try:
+                runs = due(self.study, cell, self._has_failed)
+            except DataError as error:  # stops no other cell
+                self._name_damage(str(error))
+                return 0
+            for run in runs:
                 if self.done == self.limit:
                     return 0
                 held += not self._take(run, cell, stop)
@@ -140,6 +154,11 @@ class Worker:
                 self._run(run, stop)
                 self.done += 1
         return is_mine
+
+    def _name_damage(self, error: str) -> None:
+        if error not in self._damages:
+            self._damages.add(error)
+            print(f"no trial of this loss, seed and case continues: {error}", flush=True)
 
     def _run(self, run: PlannedRun, stop: StopSignals) -> None:
         """A run, and its line in the log; what it raises stops no other."""
@@ -155,8 +174,9 @@ class Worker:
         except Exception as failed:
             if isinstance(failed, Stopped):
                 raise
-            traceback.print_exc()
-            error = first_line(failed)
+            if not (error := machine_error(failed)):
+                traceback.print_exc()
+                error = first_line(failed)
         if error:
             print(f"{run.name}: {error}", flush=True)
         seconds = time.time() - (prepared if error is None else started)
