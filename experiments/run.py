@@ -37,7 +37,7 @@ from experiments.real import real, real_chat, real_turns
 from experiments.verdict_page import write_results
 from experiments.workspace import ROOT, RedrawnWorkspace, Workspace
 from preflab.evaluation.win_rates import pair_up, win_rate
-from preflab.reports import sweep_plots
+from preflab.reports import plots, sweep_plots
 from preflab.reports.runs import Run
 from utils import atomic_write, mean_and_error
 
@@ -389,7 +389,7 @@ def temperature(workspace: Workspace) -> tuple[dict, dict]:
         "winrates": rates,
         "against_data": against_data,
     }
-    return result, {"temperature": sweep_plots.temperature_figure(rows, rates + against_data)}
+    return result, {"temperature": plots.temperature_figure(rows, rates + against_data)}
 
 
 def _samples_of(row: dict, samples: list[dict]) -> list[dict]:

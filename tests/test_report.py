@@ -425,20 +425,81 @@ def test_two_checkpoints_of_one_seed_are_not_averaged():
     assert shown(exp_name=("a", "b")) == [f"{dpo} exp_name=a", f"{dpo} exp_name=b"]
     both = {"exp_name": ("a", "b"), "datasets": (["hh"], ["shp"])}
     assert shown(**both) == [f"{dpo} datasets=['hh']", f"{dpo} datasets=['shp']"]
+    ends = shown(exp_name=("a", "b"), max_grad_norm=(1, 2), topp=(0.9, 0.9))
+    assert ends == [f"{dpo} max_grad_norm=1", f"{dpo} max_grad_norm=2"]
     ranks = {"model.lora.r": (0, 8), "batch_size": (64, 64)}
     assert shown(**ranks) == [f"{dpo} model.lora.r=0", f"{dpo} model.lora.r=8"]
+
+
+def legend_of(figure) -> list[str]:
+    return [text.get_text() for text in figure.legends[0].get_texts()]
+
+
+def test_lines_of_figures_are_rows_of_the_tables():
+    rows = evaluated_rows(losses=("dpo",), seeds=(0, 1))
+    for row in rows[2:]:
+        row["training"] = row["training"] | {"lr": 1e-4}
+    rates = [
+        {"checkpoint": row["checkpoint"], "temperature": row["temperature"], "by": "r"}
+        | {"against": "reference", "win_rate": row["samples_eval/policy_reward"] / 2}
+        for row in rows
+    ]
+    names = ["dpo beta=0.1 lr=1e-05", "dpo beta=0.1 lr=0.0001"]
+    figure = plots.temperature_figure(rows, rates)
+    assert legend_of(figure) == names
+    heights = [[line[0].get_ydata()[0] for line in ax.containers] for ax in figure.axes]
+    assert heights == [[0.5, 0.55], [1.0, 1.1]]
+    temperatures = [f"{name}, T={t}" for name in names for t in ("0.5", "1")]
+    assert legend_of(plots.checkpoints_figure(rows)) == temperatures
+    for row in rows[2:]:
+        row["training"] |= {"lr": 1e-5, "seed": 0}
+        row |= {key: rows[0][key] for key in ("run", "name", "checkpoint", "step")}
+        row["top_p"] = 0.9
+    assert legend_of(plots.temperature_figure(rows, [])) == [
+        "dpo beta=0.1",
+        "dpo beta=0.1, top-p 0.9",
+    ]
+
+
+def test_a_setting_that_one_run_has_changed_names_its_checkpoints():
+    rows = evaluated_rows(losses=("dpo",), seeds=(0, 1), temperatures=(1.0,))
+    rows[1]["training"] |= {"warmup_steps": 7}
+    assert [row[0] for row in evaluation_tables(rows)[0].rows] == [
+        *("dpo beta=0.1", "dpo beta=0.1 warmup_steps=7")
+    ]
+    rows[1]["training"] = rows[0]["training"] | {"seed": 1, "model.lora.r": 0}
+    [row] = evaluation_tables(rows)[0].rows  # the other row is of an earlier version
+    assert row[0] == "dpo beta=0.1"
+
+
+def test_one_checkpoint_that_was_evaluated_in_two_folders_is_two_rows(tmp_path):
+    """They can have other prompts, another reward or other settings of the evaluation."""
+    for i, name in enumerate(("all-prompts", "hard-prompts")):
+        folder = make_evaluation(tmp_path / name, {("x/LATEST", 1.0): 1.25 + i / 2})
+        rate = {"against": "reference", "by": "r", "checkpoint": "x/LATEST", "temperature": 1.0}
+        (folder / "winrates.json").write_text(json.dumps([rate | {"win_rate": 0.25 + i / 2}]))
+    text = write_comparison(tmp_path, find_runs(tmp_path)[0])
+    lines = [line.split() for line in text.splitlines() if "-prompts" in line]
+    assert len(lines) == 4  # two evaluations, two win rates
+    for name, reward, rate in (("all", "1.250", "0.250"), ("hard", "1.750", "0.750")):
+        evaluation, win_rate = (line for line in lines if f"{name}-prompts" in line)
+        assert reward in evaluation and rate in win_rate
+    assert "1.500" not in text and "0.500" not in text
 
 
 def test_a_row_of_a_checkpoint_says_what_tells_it_from_others(tmp_path):
     folder = make_run(tmp_path / "run")
     model = {"name_or_path": "gpt2", "lora": {"r": 8, "alpha": 16}, "archive": "start"}
-    change_config(folder, datasets=["hh"], batch_size=32, model=model)
+    changed = {"warmup_steps": 7, "eval_every": 20_000, "cache_dir": "elsewhere"}
+    change_config(folder, datasets=["hh"], batch_size=32, model=model, **changed)
     (folder / "step-3").mkdir()
     (folder / "step-3" / "policy.pt").touch()
     training = describe(str(folder / "step-3" / "policy.pt")).about["training"]
     known = {"exp_name": "exp", "datasets": ["hh"], "batch_size": 32, "model.name_or_path": "gpt2"}
-    assert training | known | {"model.lora.r": 8} == training
-    assert not training.keys() & {"model", "model.archive"}
+    assert training | known | {"model.lora.r": 8, "reward.name": "lexicon"} == training
+    assert training["warmup_steps"] == 7
+    unsaid = {"model", "model.archive", "eval_every", "cache_dir", "local_run_dir"}
+    assert not training.keys() & unsaid  # unchanged, or no setting of the training
 
 
 def test_win_rates_of_training_runs_are_a_row_for_each_group(tmp_path):

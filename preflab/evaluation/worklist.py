@@ -11,14 +11,19 @@ from omegaconf import OmegaConf
 
 from preflab.modeling.weights_io import POLICY_PT, archive_files, archive_place, weights_of
 from preflab.reports.run_files import read_config, read_jsonl
-from preflab.reports.runs import flatten
+from preflab.reports.runs import NOT_SETTINGS, flatten
+from preflab.settings.keys import CONFIG_DIR, GROUPS, load_yaml
 from preflab.settings.schema import ModelSettings, Settings
 from preflab.settings.values import temperatures
 from utils import ConfigError, append_rows, atomic_write, content_hash
 
-# Settings of the training run that are written into a checkpoint's row.
+# Settings of the training run that are written into a checkpoint's row, beside those of
+# config.yaml that the run has changed.
 DESCRIBING_KEYS = ("loss", "seed", "lr", "n_epochs", "batch_size", "datasets", "exp_name")
-DESCRIBING_MODEL = ("name_or_path", "lora.r", "lora.alpha", "lora.target_modules")
+DESCRIBING_GROUPS = (
+    *("model.name_or_path", "model.lora.r", "model.lora.alpha", "model.lora.target_modules"),
+    "reward.name",
+)
 
 
 @dataclass(frozen=True)
@@ -138,12 +143,28 @@ def describe(path: str | None) -> Checkpoint:
             read_config(run / "config.yaml", resolve=False, complete=False)
         )
         about["run"] = str(run)
-        model = flatten(config.get("model") or {})
-        about["training"] = {key: config.get(key) for key in DESCRIBING_KEYS} | {
-            f"model.{key}": model[key] for key in DESCRIBING_MODEL if key in model
-        }
+        about["training"] = _training(config)
     source = resolved[0] if len(files) == 1 else resolved[0].parent
     return Checkpoint(path, str(source), content_hash(json.dumps(stats)), about)
+
+
+def _training(config: dict) -> dict:
+    """What a row says of the training run of its checkpoint."""
+    flat = flatten(config)
+    defaults = flatten(OmegaConf.to_container(load_yaml(CONFIG_DIR / "config.yaml")))
+    changed = {
+        key: value
+        for key, value in flat.items()
+        if key in defaults
+        and value != defaults[key]
+        and "${" not in str(defaults[key])  # differs wherever the repository lies
+        and key.split(".")[0] not in (*DESCRIBING_KEYS, *GROUPS, *NOT_SETTINGS)
+    }
+    return (
+        {key: config.get(key) for key in DESCRIBING_KEYS}
+        | {key: flat[key] for key in DESCRIBING_GROUPS if key in flat}
+        | changed
+    )
 
 
 def pending(config: Settings, run_dir: Path) -> list[tuple[Checkpoint, list[float]]]:

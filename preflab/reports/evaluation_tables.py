@@ -10,9 +10,13 @@ from preflab.reports.statistics import over_seeds
 from preflab.reports.tables import Table, plus_minus
 from utils import mean_and_error
 
-# Settings of a training run beside those of its loss that its checkpoint is named by.
-FURTHER_SETTINGS = (
-    *("lr", "n_epochs", "batch_size", "datasets", "model.name_or_path"),
+# What a row records of a training run and does not name a checkpoint by, beside its loss.
+NOT_NAMING = ("loss", "seed", "exp_name")
+
+# What it records whatever the value is; other settings only where the run has changed them. Rows of
+# earlier versions have fewer of either.
+RECORDED = (
+    *("lr", "n_epochs", "batch_size", "datasets", "model.name_or_path", "reward.name"),
     *("model.lora.r", "model.lora.alpha", "model.lora.target_modules"),
 )
 
@@ -74,9 +78,28 @@ class Trained(NamedTuple):
     step: int | None
     sampler: tuple
 
+    @property
+    def title(self) -> str:
+        """The name, with the step where it has one, and how samples were drawn beside the
+        temperature."""
+        step = "" if self.step is None else f"step {self.step}"
+        sampler = dict(zip(SAMPLER, self.sampler, strict=True)) | {"temperature": 1}
+        return ", ".join(filter(None, [self.name, step, other_sampler(sampler)]))
+
+
+# The key of a row, or of a win rate, that names the folder of its evaluation; only reports that
+# read several folders add it.
+FOLDER = "evaluated in"
+
+
+def place_in(row: dict) -> tuple:
+    """Which checkpoint of which evaluation a row, or a win rate, is of."""
+    return row.get(FOLDER), row.get("checkpoint")
+
 
 def trained(evaluations: Sequence[dict]) -> list[Trained]:
-    """The group of each row of eval.jsonl. No group has two checkpoints of a seed at one step."""
+    """The group of each row of eval.jsonl. No group has two rows of a seed at one step: two
+    checkpoints, or two evaluations of one in different folders."""
     labels = _labels(evaluations)
     steps = defaultdict(set)
     for label, row in zip(labels, evaluations, strict=True):
@@ -94,38 +117,40 @@ def trained(evaluations: Sequence[dict]) -> list[Trained]:
 
 
 def _told_apart(groups: Sequence[Trained], evaluations: Sequence[dict]) -> list[Trained]:
-    """The groups; the names of those with two checkpoints of a seed at one step are extended by
-    `exp_name` where that tells them apart, and by short names of the checkpoints otherwise."""
+    """The groups; the names of those with two rows of a seed at one step are extended by the first
+    of these that tells them apart: `exp_name`, short names of the checkpoints, and those of the
+    folders of the evaluations."""
+    groups = list(groups)
+    exp_names = [f"exp_name={(row.get('training') or {}).get('exp_name')}" for row in evaluations]
+    places = short_names([_place_of(row) for row in evaluations])
+    folders = [f"in {name}" for name in short_names([str(row.get(FOLDER)) for row in evaluations])]
+    both = [f"{place} {folder}" for place, folder in zip(places, folders, strict=True)]
     several = _with_several_of_a_seed(groups, evaluations)
-    if not several:
-        return list(groups)
-    by_exp_name = [
-        group._replace(name=f"{group.name} exp_name={(row.get('training') or {}).get('exp_name')}")
-        for group, row in zip(groups, evaluations, strict=True)
-    ]
-    still_several = _with_several_of_a_seed(by_exp_name, evaluations)
-    unsolved = {
-        group.name
-        for group, named in zip(groups, by_exp_name, strict=True)
-        if named.name in still_several
-    }
-    short = short_names([_place_of(row) for row in evaluations])
-    apart = []
-    for group, named, place in zip(groups, by_exp_name, short, strict=True):
-        if group.name in unsolved:
-            apart.append(group._replace(name=f"{group.name} {place}"))
-        else:
-            apart.append(named if group.name in several else group)
-    return apart
+    for further in (exp_names, places, folders, both):
+        if not several:
+            break
+        longer = [
+            group._replace(name=f"{group.name} {text}") if group.name in several else group
+            for group, text in zip(groups, further, strict=True)
+        ]
+        still = _with_several_of_a_seed(longer, evaluations)
+        several = {old.name for old, new in zip(groups, longer, strict=True) if new.name in still}
+        groups = [
+            old if old.name in several else new for old, new in zip(groups, longer, strict=True)
+        ]
+    return groups
 
 
 def _with_several_of_a_seed(groups: Sequence[Trained], evaluations: Sequence[dict]) -> set[str]:
-    """Names of groups that have two checkpoints of one seed at one step."""
-    checkpoints = defaultdict(set)
+    """Names of groups that have two checkpoints of one seed at one step, or evaluations of it in
+    two folders with one sampler."""
+    checkpoints, folders = defaultdict(set), defaultdict(set)
     for group, row in zip(groups, evaluations, strict=True):
         checkpoint = row.get("stamp") or _place_of(row)
         checkpoints[group.name, group.step, seed_of(row)].add(checkpoint)
-    return {name for (name, *_), of_seed in checkpoints.items() if len(of_seed) > 1}
+        folders[group.name, group, seed_of(row)].add(row.get(FOLDER))
+    counted = [*checkpoints.items(), *folders.items()]
+    return {name for (name, *_), found in counted if len(found) > 1}
 
 
 def _place_of(row: dict) -> str:
@@ -143,24 +168,30 @@ def _labels(evaluations: Sequence[dict]) -> list[str]:
     training is known of."""
     named = short_names([_place_of(row) for row in evaluations])
     names = training_names(evaluations)
-    values: dict[str, set[str]] = defaultdict(set)
-    for row in evaluations:
-        for key in FURTHER_SETTINGS:
-            training = row.get("training") or {}
-            if key in training:  # older rows have fewer
-                values[key].add(str(training[key]))
+    further = [_further(row) for row in evaluations]
+    keys = dict.fromkeys(key for of_row in further for key in of_row)
+    differing = [key for key in keys if _differs(key, further)]
     labels = []
-    for name, short, row in zip(names, named, evaluations, strict=True):
+    for name, short, row, of_row in zip(names, named, evaluations, further, strict=True):
         if name == str(row.get("name")):
             labels.append(short)
             continue
-        further = [
-            f"{key}={row['training'][key]}"
-            for key in FURTHER_SETTINGS
-            if key in row["training"] and len(values[key]) > 1
-        ]
-        labels.append(" ".join([name, *further]))
+        shown = [f"{key}={of_row[key]}" for key in differing if key in of_row]
+        labels.append(" ".join([name, *shown]))
     return labels
+
+
+def _further(row: dict) -> dict:
+    """Settings of a training run beside those of its loss that its checkpoint is named by."""
+    training = row.get("training") or {}
+    return {key: value for key, value in training.items() if key not in NOT_NAMING}
+
+
+def _differs(key: str, further: Sequence[dict]) -> bool:
+    """Whether rows have different values of a setting, or one that only some runs have changed."""
+    values = {str(of_row[key]) for of_row in further if key in of_row}
+    is_default_in_some = key not in RECORDED and any(key not in of_row for of_row in further)
+    return len(values) > 1 or is_default_in_some
 
 
 def evaluation_tables(evaluations: Sequence[dict], reward: str | None = None) -> list[Table]:
@@ -184,9 +215,13 @@ def evaluation_tables(evaluations: Sequence[dict], reward: str | None = None) ->
     tables = [_grouped("Evaluations", members, heads, columns, notes)]
     if len(members) < len(evaluations):
         names = short_names([_place_of(row) for row in evaluations])
+        named = [
+            group._replace(name=name, step=row.get("step"))
+            for name, group, row in zip(names, groups, evaluations, strict=True)
+        ]
         single = defaultdict(list)
-        for name, group, row in zip(names, groups, evaluations, strict=True):
-            single[group._replace(name=name, step=row.get("step"))].append(row)
+        for group, row in zip(_told_apart(named, evaluations), evaluations, strict=True):
+            single[group].append(row)
         by_checkpoint = _grouped("Each checkpoint", single, heads, columns, [], folded=True)
         tables.append(by_checkpoint)
     return tables
@@ -320,7 +355,7 @@ def winrate_table(winrates: Sequence[dict], evaluations: Sequence[dict] = ()) ->
     if not winrates:
         return None
     of_checkpoint = {
-        row.get("checkpoint"): (group.name, group.step, seed_of(row), row)
+        place_in(row): (group.name, group.step, seed_of(row), row)
         for row, group in zip(evaluations, trained(evaluations), strict=True)
     }
     names = _opponents([rate.get("checkpoint") or "policy" for rate in winrates])
@@ -330,7 +365,7 @@ def winrate_table(winrates: Sequence[dict], evaluations: Sequence[dict] = ()) ->
         unknown = (name, None, name, {})
         if "seed" in rate:
             unknown = (rate["checkpoint"], None, str(rate["seed"]), {})
-        label, step, seed, row = of_checkpoint.get(rate.get("checkpoint"), unknown)
+        label, step, seed, row = of_checkpoint.get(place_in(rate), unknown)
         key = (label, step, rate.get("temperature"), opponent, rate["by"])
         members[key].append((seed, rate))
         evaluated[key].append(row)

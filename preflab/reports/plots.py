@@ -9,6 +9,7 @@ from typing import NamedTuple
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
+from preflab.reports.evaluation_tables import place_in, trained
 from preflab.reports.plot_style import (
     COLORS,
     KL_LABEL,
@@ -23,7 +24,7 @@ from preflab.reports.plot_style import (
     unlisted,
 )
 from preflab.reports.run_files import is_number
-from preflab.reports.runs import Run, left_out, other_sampler, training_names
+from preflab.reports.runs import Run, left_out, other_sampler
 from preflab.reports.tables import shorten
 from utils import mean_and_error
 
@@ -309,12 +310,12 @@ def _round_means(runs: list[Run]) -> dict[str, list[float | None]]:
 class TemperaturePanel(NamedTuple):
     title: str
     y_label: str
-    points: list[tuple[str, float, float]]  # (trained loss, temperature, value)
+    points: list[tuple[str, float, float]]  # (title of a group, temperature, value)
 
 
 def temperature_figure(evaluations: list[dict], winrates: list[dict]) -> Figure | None:
-    """Win rate, reward and length against temperature: one line for each trained loss, its mean
-    over checkpoints with standard errors.
+    """Win rate, reward and length against temperature: one line for each group of the tables, its
+    mean over seeds with standard errors.
 
     evaluations: rows of eval.jsonl; winrates: entries of winrates.json.
     """
@@ -323,27 +324,26 @@ def temperature_figure(evaluations: list[dict], winrates: list[dict]) -> Figure 
     if not panels:
         return None
     figure, axes = panel_grid(len(panels), row_height=3.4, n_columns=min(2, len(panels)))
-    losses = list(dict.fromkeys(loss for panel in panels for loss, _, _ in panel.points))
+    names = list(dict.fromkeys(name for panel in panels for name, _, _ in panel.points))
     for ax, panel in zip(axes, panels, strict=True):
-        for i, loss in enumerate(losses):
-            line_style = style(i) | {"marker": marker(i), "label": unlisted(loss)}
-            _draw_over_temperature(ax, panel.points, loss, line_style)
+        for i, name in enumerate(names):
+            line_style = style(i) | {"marker": marker(i), "label": unlisted(name)}
+            _draw_over_temperature(ax, panel.points, name, line_style)
         label_axes(ax, panel.title, "temperature", panel.y_label)
-    legend_below(figure, losses)
+    legend_below(figure, names)
     return figure
 
 
 def _winrate_panels(evaluations: list[dict], winrates: list[dict]) -> list[TemperaturePanel]:
     """One panel for each opponent and judge, the last of winrates.json first."""
-    checkpoints = [row.get("checkpoint") for row in evaluations]
-    losses = dict(zip(checkpoints, training_names(evaluations), strict=True))
+    groups = zip(map(place_in, evaluations), trained(evaluations), strict=True)
+    titles = {place: group.title for place, group in groups}
     points = defaultdict(list)
     for rate in winrates:
         of_comparison = points[rate["against"], rate["by"]]
         if is_number(rate.get("win_rate")) and is_number(rate.get("temperature")):
-            checkpoint = rate.get("checkpoint")
-            loss = losses.get(checkpoint, str(checkpoint))
-            of_comparison.append((loss, rate["temperature"], rate["win_rate"]))
+            title = titles.get(place_in(rate), str(rate.get("checkpoint")))
+            of_comparison.append((title, rate["temperature"], rate["win_rate"]))
     panels = [
         TemperaturePanel(
             f"win rate against {shorten(against)}", f"by {by}; a tie counts 1/2", of_comparison
@@ -360,8 +360,8 @@ def _sample_panels(evaluations: list[dict]) -> list[TemperaturePanel]:
         ("length of samples", "tokens", "samples_eval/policy_length"),
     ):
         points = [
-            (name, row["temperature"], row[metric])
-            for name, row in zip(training_names(evaluations), evaluations, strict=True)
+            (group.title, row["temperature"], row[metric])
+            for group, row in zip(trained(evaluations), evaluations, strict=True)
             if is_number(row.get(metric))
         ]
         panels.append(TemperaturePanel(title, y_label, points))
@@ -369,11 +369,11 @@ def _sample_panels(evaluations: list[dict]) -> list[TemperaturePanel]:
 
 
 def _draw_over_temperature(
-    ax: Axes, points: list[tuple[str, float, float]], loss: str, line_style: dict
+    ax: Axes, points: list[tuple[str, float, float]], name: str, line_style: dict
 ) -> None:
     values = defaultdict(list)
-    for trained_loss, temperature, value in points:
-        if trained_loss == loss:
+    for other, temperature, value in points:
+        if other == name:
             values[temperature].append(value)
     if not values:
         return
@@ -398,12 +398,13 @@ def checkpoints_figure(evaluations: list[dict]) -> Figure | None:
     figure = Figure(figsize=(10, 3.6), layout="constrained")
     left, right = new_axes(figure, 1, 2)
     lines = defaultdict(list)
-    for row, trained in zip(rows, training_names(rows), strict=True):
-        lines[trained, row.get("run"), row["temperature"]].append(row)
+    for row, group in zip(rows, trained(rows), strict=True):
+        name = group._replace(step=None).title
+        lines[name, row.get("run"), row["temperature"]].append(row)
     several_temperatures = len({temperature for _, _, temperature in lines}) > 1
     names = [
-        f"{loss}, T={temperature:g}" if several_temperatures else loss
-        for loss, _, temperature in lines
+        f"{name}, T={temperature:g}" if several_temperatures else name
+        for name, _, temperature in lines
     ]
     legend = list(dict.fromkeys(names))
     for name, checkpoints in zip(names, lines.values(), strict=True):

@@ -12,7 +12,7 @@ from matplotlib.figure import Figure
 from preflab.reports import plots, sweep_plots
 from preflab.reports.ceiling import reference_rewards
 from preflab.reports.ceiling_table import ceiling_table
-from preflab.reports.evaluation_tables import evaluation_tables, winrate_table
+from preflab.reports.evaluation_tables import FOLDER, evaluation_tables, winrate_table
 from preflab.reports.overoptimization_table import overoptimization_table
 from preflab.reports.page import save_figures, write_page
 from preflab.reports.run import samples_of, write_report
@@ -98,7 +98,12 @@ def write_comparison(
     trained = [run for run in runs if not run.is_evaluation]
     groups = group_runs(trained, differing_settings(trained)) if trained else []
     problems = [*problems, *_warnings(trained)]
-    evaluations = [row for run in runs if run.is_evaluation for row in run.evaluations]
+    evaluations = [
+        row | {FOLDER: str(run.folder)}
+        for run in runs
+        if run.is_evaluation
+        for row in run.evaluations
+    ]
     rewards = {run.reward for run in runs if run.is_evaluation}
     winrates = _winrates(runs, groups, beside_evaluations=bool(evaluations))
     samples = (
@@ -136,7 +141,7 @@ def _winrates(runs: list[Run], groups: list[Group], *, beside_evaluations: bool)
         for run in group.runs
     }
     return [
-        rate
+        rate | {FOLDER: str(run.folder)}
         if rate.get("checkpoint")
         else rate | owners.get(run.folder, {"checkpoint": str(run.folder)})
         for run in runs
