@@ -80,6 +80,7 @@ def check_settings(settings: Settings) -> tuple[BoundLoss, dict[str, list[Source
         from_scratch=settings.model.from_scratch,
         draws_samples=draws_samples(settings, loss),
         update=settings.reference.update,
+        compare=settings.reference.compare,
     )
     check_sampler(
         settings,

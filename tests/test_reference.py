@@ -259,6 +259,18 @@ def test_a_loss_that_reads_no_reference_caches_nothing(run, tmp_path):
     assert not (tmp_path / "cache" / "reference").exists()
 
 
+def test_a_loss_that_reads_no_reference_can_be_compared_with_it(run):
+    """Evaluations then have its samples and the KL; training stays what it is."""
+    more = ("loss=cpo", "sample_during_eval=true", "n_eval_model_samples=8")
+    alone, compared = run("alone", *more), run("compared", *more, "reference.compare=true")
+    assert same_weights(final_weights(alone), final_weights(compared))
+    rows = [read_rows(folder / "metrics.jsonl") for folder in (alone, compared)]
+    ends = [next(row for row in reversed(of) if row["split"] == "eval") for of in rows]
+    assert "samples_eval/kl" not in ends[0] and ends[1]["samples_eval/kl"] > 0
+    assert ends[0]["samples_eval/policy_reward"] == ends[1]["samples_eval/policy_reward"]
+    assert not any(key.startswith("logratios") for key in ends[1])
+
+
 def test_log_probs_half_written_by_a_killed_run_are_computed_again(
     run, counted, monkeypatch, tmp_path
 ):

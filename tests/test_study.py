@@ -143,7 +143,7 @@ def test_the_runs_of_a_study(tmp_path):
     assert last.overrides == [
         f"datasets=[{study.work}/data-3]",
         *("model=tiny", "min_gap=0.5", "loss=ipo", "loss.beta=0.5", "seed=13"),
-        *("wandb.enabled=false", "report=false"),
+        *("wandb.enabled=false", "report=false", "reference.compare=true"),
     ]
     assert study.drawn_by_seed() == [
         *("the order of the data", "the samples", "the data, with the prompts")
@@ -374,13 +374,15 @@ def test_steps_are_made_once_and_a_failed_one_is_named(tmp_path):
 def test_a_real_run_holds_the_hash_of_the_study(tmp_path, imdb_dir, llama_folder):
     settings = small_run(llama_folder, imdb_dir, tmp_path / "unused", "n_examples=8")
     settings = [s for s in settings if not s.startswith(("local_run_dir", "loss", "seed"))]
-    arms = {"a": {"settings": ["loss=dpo"]}}
+    arms = {"a": {"settings": ["loss=dpo"]}, "free": {"settings": ["loss=cpo"]}}
     study = make_study(
         tmp_path, losses=arms, grid={}, seeds=[1], settings=settings, compare={"win_rate": 0.1}
     )
     Worker(study, begin(study, amended=False), 0, "s").work(StopSignals())
-    [run] = study.runs()
+    run, without_reference = study.runs()
     assert is_finished(study, run), read_jsonl(study.work / "log.jsonl")
+    [row, *_] = read_jsonl(study.runs_dir / without_reference.name / "metrics.jsonl")
+    assert row["samples_eval/kl"] == 0 == row["samples_eval/reward_gain"]
     [start] = json.loads((study.runs_dir / run.name / "provenance.json").read_text())["starts"]
     assert start["criterion"]["hash"] == study.hash
     assert f"Every run was started with this study file ({study.hash[:12]})" in write_study(study)
@@ -433,6 +435,12 @@ def test_the_page_has_verdicts_budgets_and_failures(tmp_path):
     assert numbers["hash"] == study.hash
     assert numbers["cases"]["-"]["reward@kl=1"]["b"]["word"] == BETTER
     folder = study.runs_dir / failed.name
+    samples = (folder / "samples.jsonl").read_text()
+    (folder / "samples.jsonl").unlink()
+    page = write_study(study)
+    assert "- b: the evaluations of 1 finished runs have no reward or no KL of samples" in page
+    assert "(2 seeds)" in page.split("| b |")[1].splitlines()[0]
+    (folder / "samples.jsonl").write_text(samples)
     (folder / "summary.json").unlink()
     (folder / "status.json").write_text(json.dumps({"state": "failed", "error": "no memory"}))
     (folder / "provenance.json").write_text(
@@ -460,6 +468,20 @@ def test_one_case_is_run_and_reported_alone(tmp_path):
     assert case == "y" and of_y == numbers["cases"]["y"]
     with pytest.raises(ConfigError, match="study made has no case 'z'; it has x, y"):
         study.with_only("z")
+
+
+def test_losses_without_values_are_a_note_and_no_rows(tmp_path):
+    study = finished_study(tmp_path)
+    for run in study.runs():
+        if run.loss == "b" and run.trial == "loss.beta=0.1":
+            (study.runs_dir / run.name / "samples.jsonl").unlink()
+        elif run.loss == "b":
+            (study.runs_dir / run.name / "config.yaml").unlink()
+    page = write_study(study)
+    assert "No value yet: b." in page and "| b |" not in page
+    assert "2 of 4 trials have no run yet" in page
+    assert "- b: the evaluations of 3 finished runs have" in page
+    assert page.count("| a |") == len(study.compare) + 4  # frontier, budgets, two trials
 
 
 def test_the_best_of_k_trials_is_the_mean_over_all_draws():

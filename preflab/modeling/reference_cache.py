@@ -66,6 +66,7 @@ class ReferencePlan:
     cached: training steps read its log-probs from disk. built: its model is loaded, to run in
     training steps or to draw samples. not_cached_because: the reason where training steps run it,
     else empty. moves: it follows the policy. compared: evaluations sample from the initial one.
+    read: whether the loss reads it.
     """
 
     cached: bool
@@ -73,6 +74,7 @@ class ReferencePlan:
     not_cached_because: str = ""
     moves: bool = False
     compared: bool = False
+    read: bool = True
 
 
 def plan_reference(
@@ -84,20 +86,22 @@ def plan_reference(
     from_scratch: bool,
     draws_samples: bool,
     update: str = "frozen",
+    compare: bool = False,
 ) -> ReferencePlan:
     """How a run with a loss that reads `reads` uses the reference.
 
-    function, cache, from_scratch, update: the settings `function`, `reference.cache` (true, false
-    or auto), `model.from_scratch` and `reference.update`. draws_samples: whether its evaluations
-    sample from the reference. Raises ConfigError for `reference.cache=true` where the log-probs
-    cannot be cached.
+    function, cache, from_scratch, update, compare: the settings `function`, `reference.cache`
+    (true, false or auto), `model.from_scratch`, `reference.update` and `reference.compare`.
+    draws_samples: whether its evaluations draw samples. Raises ConfigError for
+    `reference.cache=true` where the log-probs cannot be cached.
     """
     if function == "atlas":
         return ReferencePlan(cached=False, built=True)
     if function == "eval":
         return ReferencePlan(cached=False, built=draws_samples)
     if not any(NEEDS[name].reference for name in reads):
-        return ReferencePlan(cached=False, built=False)
+        compared = compare and draws_samples
+        return ReferencePlan(cached=False, built=compared, compared=compared, read=False)
     moves = update != "frozen"
     obstacle = f"reference.update={update} changes the reference" if moves else ""
     obstacle = obstacle or _obstacle(reads, loss_name, function, from_scratch)

@@ -32,6 +32,8 @@ from utils import mean_and_error
 
 MAX_DRAWN_SAMPLES = 300  # about as many points of a group; all samples count in the line
 N_LENGTH_BINS = 6
+MOST_DETAILED = 12  # losses of a frontier that is drawn with all evaluations and ranges
+MOST_LISTED = 8  # losses of a legend inside of the axes
 N_GRID = 100  # steps along the KL axis at which envelopes are averaged
 
 
@@ -48,28 +50,38 @@ def frontier_figure(groups: list[Group], rewards: np.ndarray | None = None) -> F
     families = {name: runs for name, runs in families.items() if runs}
     if not families:
         return None
-    figure = Figure(figsize=(8, 5), layout="constrained")
+    is_long = len(families) > MOST_LISTED
+    below = 0.05 * len(families) * is_long  # inches of the legend
+    figure = Figure(figsize=(8, 5 + below), layout="constrained")
     (ax,) = new_axes(figure, 1, 1)
     max_kl = max(kl for runs in families.values() for run in runs for kl, _, _ in run.frontier())
     grid = [max_kl * i / N_GRID for i in range(N_GRID + 1)]
     curves = fitted_curves(families)
     for i, (name, runs) in enumerate(families.items()):
-        _draw_envelope(ax, name, runs, grid, i)
-        if name in curves:
+        detailed = len(families) <= MOST_DETAILED
+        _draw_envelope(ax, name, runs, grid, i, detailed=detailed)
+        if name in curves and detailed:
             _draw_fit(ax, *curves[name], name, style(i)["color"])
     if rewards is not None:
         _draw_ceiling(ax, rewards, max_kl)
     title = "reward against KL; lines: best reward within a KL, mean over seeds"
-    if curves:
+    if curves and len(families) <= MOST_DETAILED:
         title += "; dotted: fit to all points"
     note = left_out(sum(run.n_beside_frontier() for group in groups for run in group.runs))
     label_axes(ax, "\n".join(filter(None, [title, note])), KL_LABEL, "reward of samples")
+    if is_long:
+        ax.get_legend().remove()
+        legend_below(figure, list(families))
     return figure
 
 
-def _draw_envelope(ax: Axes, name: str, runs: list[Run], grid: list[float], i: int) -> None:
+def _draw_envelope(
+    ax: Axes, name: str, runs: list[Run], grid: list[float], i: int, *, detailed: bool
+) -> None:
+    """The envelope of a loss. detailed: with its evaluations and its range over seeds; without
+    them, markers on the line tell it from others of its color."""
     line_style = style(i)
-    points = [point for run in runs for point in run.frontier()]
+    points = [point for run in runs for point in run.frontier()] if detailed else []
     ax.plot(
         [kl for kl, _, _ in points],
         [reward for _, reward, _ in points],
@@ -87,9 +99,14 @@ def _draw_envelope(ax: Axes, name: str, runs: list[Run], grid: list[float], i: i
         kls,
         [mean_and_error(rewards)[0] for _, rewards in complete],
         **line_style,
-        linewidth=1.8,
+        linewidth=1.8 if detailed else 1.2,
+        marker=None if detailed else marker(i),
+        markersize=4,
+        markevery=N_GRID // 8,
         label=name,
     )
+    if not detailed:
+        return
     ax.fill_between(
         kls,
         [min(rewards) for _, rewards in complete],

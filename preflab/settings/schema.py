@@ -32,7 +32,7 @@ from utils import ConfigError
 
 FLAG, TEXT, PATH, MAPPING, MODULE = Flag(), Text(), PathText(), Mapping(), Module()
 COUNT, POSITIVE, NOT_NEGATIVE = Integer(1), Number(above=0), Number(least=0)
-SHARE = Number(above=0, below=1)
+SHARE, PART = Number(above=0, below=1), Number(above=0, most=1)
 DTYPE = Choice(("float32", "bfloat16", "float16", "float64"))
 # Of torch.manual_seed, numpy and random, numpy's global generator accepts the fewest seeds.
 SEED = Integer(0, 2**32 - 1)
@@ -162,10 +162,9 @@ class ReferenceSettings:
     cache: str | bool = setting(AUTO, may_change=ALWAYS)
     update: str = setting(Choice(("frozen", "hard", "ema", "round")))
     every: int | None = setting(COUNT, null=True)
-    rate: float | None = setting(Number(above=0, most=1), null=True)
-    past: list[float] | None = setting(
-        ListOf(Number(above=0, most=1), may_be_empty=False), null=True
-    )
+    rate: float | None = setting(PART, null=True)
+    past: list[float] | None = setting(ListOf(PART, may_be_empty=False), null=True)
+    compare: bool = setting(FLAG, may_change=ALWAYS)
 
 
 @dataclass(frozen=True)
@@ -180,7 +179,7 @@ class AtlasSettings:
         ListOf(Either((TEXT, MAPPING)), may_be_empty=False), null=True
     )
     sketch: str | int = setting(Either((Choice(("auto",)), Integer(0))), hint="0: no sketch")
-    same: float = setting(Number(above=0, most=1))
+    same: float = setting(PART)
 
 
 @dataclass(frozen=True)
@@ -329,9 +328,7 @@ class EvaluationSettings:
     temperature: float | list[float] = setting(
         Either((NOT_NEGATIVE, ListOf(NOT_NEGATIVE, may_be_empty=False))), may_change=TRAINING
     )
-    topp: float = setting(
-        Number(above=0, most=1), may_change=TRAINING, hint="1 draws from the whole vocabulary"
-    )
+    topp: float = setting(PART, may_change=TRAINING, hint="1 draws from the whole vocabulary")
     top_k: int | None = setting(COUNT, null=True, may_change=TRAINING)
     min_p: float | None = setting(Number(above=0, most=1), null=True, may_change=TRAINING)
     max_new_tokens: int | None = setting(COUNT, null=True, may_change=TRAINING)

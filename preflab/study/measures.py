@@ -19,7 +19,6 @@ from preflab.reports.selection import (
 )
 from preflab.study.halving import due
 from preflab.study.plan import AT_KL, PlannedRun, Study
-from utils import DataError
 
 # {loss: {seed: {prompt: value}}}; a number without prompts has the one prompt "".
 Table = dict[str, dict[str, dict[str, float]]]
@@ -38,6 +37,8 @@ class StudyRun:
 
     @property
     def evaluations(self) -> list[Evaluation]:
+        """Those of a finished run; none where they have no reward and KL of the policy's
+        samples."""
         return sampled_evaluations(self.run) if self.run and self.run.finished else []
 
 
@@ -58,28 +59,20 @@ def table_of_measure(study: Study, runs: Sequence[StudyRun], measure: str) -> Ta
     """A measure of each loss and seed of a case, over all trials of its grid.
 
     A seed counts once all of its trials of the loss are finished, or stopped by halving, so that
-    each loss is the best of as many trials. It has no value where no evaluation is within the KL.
+    each loss is the best of as many trials. It has no value where no evaluation is within the KL,
+    and where a trial has no evaluations.
     """
     cells: dict[tuple[str, int], list[StudyRun]] = defaultdict(list)
     for run in runs:
         cells[run.planned.loss, run.planned.seed].append(run)
     table: Table = {loss: {} for loss in study.arms}
     for (loss, seed), trials in cells.items():
-        are_finished = all(trial.run and trial.run.finished for trial in trials)
+        are_finished = all(trial.evaluations for trial in trials)
         if are_finished and not due(study, [trial.planned for trial in trials]):
-            evaluations = [e for trial in trials for e in _of(trial)]
+            evaluations = [e for trial in trials for e in trial.evaluations]
             if values := _value(study, evaluations, measure):
                 table[loss][str(seed)] = values
     return table
-
-
-def _of(trial: StudyRun) -> list[Evaluation]:
-    if trial.evaluations:
-        return trial.evaluations
-    raise DataError(
-        f"{trial.run.folder}: no samples of its evaluations in samples.jsonl; a study needs"
-        " sample_during_eval=true, temperature=1 and topp=1"
-    )
 
 
 def _value(
@@ -117,12 +110,12 @@ class Trial:
 
 
 def trials_of(study: Study, runs: Sequence[StudyRun]) -> list[Trial]:
-    """The finished trials of a case."""
+    """The finished trials of a case that have evaluations."""
     trials = []
     for run in runs:
-        if not (run.run and run.run.finished):
+        evaluations = run.evaluations
+        if not evaluations:
             continue
-        evaluations = _of(run)
         best = best_within(evaluations, study.choose_within_kl)
         rewards = [best.mean("policy_reward", p) if best else math.nan for p in (DEV, TEST)]
         kl = best.mean("kl", TEST) if best else math.nan

@@ -111,17 +111,20 @@ def _verdicts(study: Study, measure: str, margin: float, table: Table) -> tuple[
     differences = {loss: difference(table[loss], baseline) for loss in others}
     verdicts = decide(differences, margin)
     rows = [["loss", "mean", f"minus {study.baseline} [95%]", "verdict", "p", "p equal", "decides"]]
-    for loss in study.arms:
+    known = [loss for loss in study.arms if table[loss]]
+    for loss in known:
         mean = over_seeds(_seed_means(table[loss]))
         rows.append([loss, _mean_text(mean), *_verdict_cells(verdicts.get(loss), measure)])
+    unknown = [loss for loss in study.arms if loss not in known]
     over = {estimate.over for estimate in differences.values() if estimate}
     lines = [
         f"## {measure}\n",
         f"The smallest difference that matters, d, is {margin:g}. Intervals and means are over"
         f" {' or '.join(sorted(over)) or 'nothing yet'}; p-values are corrected for"
         f" {len(others)} comparisons (Holm).\n",
-        markdown(rows),
-        _power_text(study, measure, margin, differences),
+        *([markdown(rows)] if known else []),
+        *([f"No value yet: {', '.join(unknown)}.\n"] if unknown else []),
+        *([_power_text(study, measure, margin, differences)] if known else []),
     ]
     result = {loss: _as_numbers(verdict) for loss, verdict in verdicts.items()}
     return "\n".join(lines), result
@@ -208,7 +211,7 @@ def _power_text(
 def _groups(study: Study, runs: Sequence[StudyRun]) -> list[Group]:
     groups = []
     for loss in study.arms:
-        of_loss = [r.run for r in runs if r.planned.loss == loss and r.run and r.run.finished]
+        of_loss = [r.run for r in runs if r.planned.loss == loss and r.evaluations]
         if of_loss:
             groups.append(Group({"loss.name": loss}, of_loss))
     return groups
@@ -272,19 +275,26 @@ def _budgets(study: Study, runs: Sequence[StudyRun]) -> str:
 
 
 def _sensitivity(study: Study, runs: Sequence[StudyRun]) -> str:
-    """Each point of each grid."""
+    """Each point of each grid, of those that have been run."""
     trials = trials_of(study, runs)
+    n_left = 0
     head = ["loss", "trial", "best reward (test)", "at KL", "reward at the end", "KL at the end"]
     rows: list[list] = [head]
     for loss, arm in study.arms.items():
         for name in arm.trials:
             of = [t for t in trials if (t.loss, t.trial) == (loss, name)]
+            if not of:
+                n_left += 1
+                continue
             columns = ("test", "kl", "last_reward", "last_kl")
             means = [over_seeds(getattr(t, column) for t in of) for column in columns]
             rows.append([loss, name, *map(_short, means)])
+    if not trials:
+        return ""
+    left = f" {n_left} of {n_left + len(rows) - 1} trials have no run yet." * bool(n_left)
     return (
         "## Sensitivity\n\nEach trial: the best evaluation within the KL, chosen on dev, and the"
-        f" last one: mean ± standard error over seeds.\n\n{markdown(rows)}"
+        f" last one: mean ± standard error over seeds.{left}\n\n{markdown(rows)}"
     )
 
 
@@ -318,7 +328,8 @@ def _halving(study: Study, runs: Sequence[StudyRun]) -> str:
     return (
         "## Halving\n\nIn how many seeds and cases each trial was trained so far. At each rung,"
         f" the best {study.halving.keep:.0%} continue: by the reward on dev prompts at the largest"
-        f" KL{most} that all trials of the loss have reached. The numbers of those that were"
+        f" KL{most} that all trials of the loss have reached, of those with at least"
+        f" {study.halving.least_kl:.1%} of the furthest one's. The numbers of those that were"
         f" stopped are from before.{share}\n\n{markdown([head, *rows])}"
     )
 
@@ -329,6 +340,13 @@ def _failures(runs: Sequence[StudyRun]) -> str:
         f"- `{run.planned.name}`: {run.state}"
         for run in runs
         if run.state.startswith(("failed", "killed"))
+    ]
+    unread = [r for r in runs if r.run and r.run.finished and not r.evaluations]
+    lines += [
+        f"- {loss}: the evaluations of {n} finished runs have no reward or no KL of samples, and do"
+        " not count. Make these runs again with sample_during_eval=true, temperature=1, topp=1 and"
+        " reference.compare=true."
+        for loss, n in Counter(run.planned.loss for run in unread).items()
     ]
     for run in runs:
         if run.run and (n := run.run.count_missing()):

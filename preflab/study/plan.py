@@ -43,6 +43,7 @@ KEYS = {
 REQUIRED = ("question", "baseline", "losses", "seeds", "settings", "compare")
 OF_A_LOSS = ("settings", "grid", "seed_offset")
 OF_HALVING = ("rungs", "keep")
+LEAST_KL = 0.01  # `halving.least_kl` of a study that does not say; docs/studies.md has the reason
 SPREADS = ("seeds", "prompts", "rest", "n_prompts")
 
 # What can be compared, and whether more is better; None for neither.
@@ -94,10 +95,14 @@ class PlannedRun:
 
 @dataclass(frozen=True)
 class Halving:
-    """At each rung, a share of a run's examples, the share `keep` of the trials continues."""
+    """At each rung, a share of a run's examples, the share `keep` of the trials continues.
+
+    least_kl: the share of the furthest trial's KL below which a trial is not compared.
+    """
 
     rungs: list[float]
     keep: float
+    least_kl: float = LEAST_KL
 
     def counts(self, trials: int) -> list[int]:
         """How many of the trials train up to each rung, and to the end."""
@@ -178,6 +183,7 @@ class Study:
         [name] = folder_names([parts])
         overrides = [self.filled(setting, seed=seed, case=case) for setting in given]
         overrides += [f"seed={seed + arm.seed_offset}", "wandb.enabled=false", "report=false"]
+        overrides.append("reference.compare=true")  # a study reads the KL of every loss
         return PlannedRun(name, case, loss, trial, seed, overrides)
 
     def steps_of(self, run: PlannedRun) -> list[Step]:
@@ -301,9 +307,12 @@ def _arm(path: Path, name: str, given: Any, grid: Mapping) -> Arm:
 
 def _halving(path: Path, given: Mapping) -> Halving:
     """Raises ConfigError for shares that are none."""
-    if set(given) != set(OF_HALVING):
-        raise ConfigError(f"{path}: halving has {sorted(given)}; it needs {', '.join(OF_HALVING)}")
-    rungs, keep = given["rungs"], given["keep"]
+    if set(given) - {"least_kl"} != set(OF_HALVING):
+        raise ConfigError(
+            f"{path}: halving has {sorted(given)}; it needs {', '.join(OF_HALVING)}, and may have"
+            " least_kl"
+        )
+    rungs, keep, least_kl = given["rungs"], given["keep"], given.get("least_kl", LEAST_KL)
     is_list = isinstance(rungs, list) and all(_is_size(r) and 0 < r < 1 for r in rungs)
     if not is_list or not rungs or rungs != sorted(set(rungs)):
         raise ConfigError(
@@ -315,7 +324,12 @@ def _halving(path: Path, given: Mapping) -> Halving:
             f"{path}: halving.keep={keep!r} must be the share of the trials that continues, between"
             " 0 and 1"
         )
-    return Halving(rungs, keep)
+    if not _is_size(least_kl) or least_kl >= 1:
+        raise ConfigError(
+            f"{path}: halving.least_kl={least_kl!r} must be the share of the furthest trial's KL"
+            " below which a trial is not compared, from 0 to below 1"
+        )
+    return Halving(rungs, keep, least_kl)
 
 
 def _is_seed(value: Any) -> bool:

@@ -118,7 +118,7 @@ def _count_activations(plan: Plan, config: Settings, loss) -> None:
     """Add what is alive in a step at its peak beside weights, optimizer and gradients."""
     sharded = find_trainer(config.trainer).placement.shards_state
     uses, models = reference_plan(config, loss), []
-    in_step = "token_kl" in loss.reads or (uses.built and not uses.cached)
+    in_step = "token_kl" in loss.reads or (uses.built and uses.read and not uses.cached)
     for is_needed in (True, in_step):
         models.append(_on_meta(config, "scalar_head" in loss.reads) if is_needed else None)
     policy, reference = models

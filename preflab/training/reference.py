@@ -32,6 +32,7 @@ def reference_plan(settings: Settings, loss: BoundLoss) -> ReferencePlan:
         from_scratch=settings.model.from_scratch,
         draws_samples=settings.sample_during_eval and "scalar_head" not in loss.reads,
         update=settings.reference.update,
+        compare=settings.reference.compare,
     )
 
 
@@ -71,7 +72,7 @@ class ReferenceSource:
             logger.info(f"reference: runs in every step ({self.plan.not_cached_because})")
         if not self.plan.moves:
             reference = self._new(at_archive) if self.plan.built else None
-            return reference, reference
+            return reference if self.plan.read else None, reference
         return self._build_moving(at_archive)
 
     def _build_moving(self, at_archive: bool) -> tuple[Scorer | PastPolicies, Scorer | None]:
