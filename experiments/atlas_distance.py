@@ -63,6 +63,7 @@ from utils import ConfigError, PrefLabError, atomic_write
 TRAIN_PAIRS, HELD_OUT_PAIRS = 64, 400
 DIGITS = 6  # of a distance; the rest is rounding error of the cosines
 FEWEST_LOSSES = 4
+MOST_NAMED = 12  # runs and losses that the text says are left out; the JSON has all
 BATCH = 400  # responses that are scored at a time
 NAME = "atlas_distance"
 
@@ -365,20 +366,21 @@ def text_of(cases: Mapping[str, dict], baseline: str, left_out: Mapping[str, str
             f" end distances of other seeds {_number(of['other seeds'])}. At the start"
             f" {of['tied at the start']:.0%} of the pairs are at distance 0; at the end the median"
             f" is {of['end, median']['mean']:.3f}, and {baseline} with another seed is at"
-            f" {_number(of['baseline again'])} from itself."
+            f" {_number(of['baseline again'], 4)} from itself."
         )
     text = "Spearman's rho of the distances, mean over seeds [95% interval]: " + " ".join(parts)
     if left_out:
-        named = "; ".join(f"{name}: {reason}" for name, reason in left_out.items())
-        text += f" Left out: {named}."
+        named = [f"{name}: {reason}" for name, reason in left_out.items()]
+        more = len(named) - MOST_NAMED
+        text += f" Left out: {'; '.join(named[:MOST_NAMED])}{f'; and {more} more' * (more > 0)}."
     return text
 
 
-def _number(of: dict) -> str:
+def _number(of: dict, digits: int = 2) -> str:
     if not of["by_seed"]:
         return "-"
-    interval = "" if of["low"] is None else f" [{of['low']:.2f}, {of['high']:.2f}]"
-    return f"{of['mean']:.2f}{interval}"
+    ends = "" if of["low"] is None else f" [{of['low']:.{digits}f}, {of['high']:.{digits}f}]"
+    return f"{of['mean']:.{digits}f}{ends}"
 
 
 def picture(by_case: Mapping[str, Mapping[str, Distances]], baseline: str) -> Figure:

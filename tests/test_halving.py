@@ -52,6 +52,10 @@ def test_trials_are_compared_at_the_largest_kl_that_all_have_reached():
     assert survivors(trials, 1, largest_kl=None) == {"efficient", "fast"}
     assert survivors(trials, 2, largest_kl=4.0) == {"efficient", "middling", "fast"}
     assert survivors({"a": curve((0, 0)), "b": curve((0, 1))}, 1, 1.0) == {"b"}
+    assert survivors(trials, 1, largest_kl=1.0, least_kl=0.0) == {"still", "fast"}
+    assert survivors(trials, 1, largest_kl=1.0, least_kl=0.9) == {"efficient"}
+    slow = trials | {"still": curve((0, 0), (0.5, 5.0))}
+    assert survivors(slow, 2, largest_kl=1.0, least_kl=0.6) == {"efficient", "middling"}
 
 
 def planted_run(study, run, config, rng_seed=0):
@@ -211,6 +215,7 @@ def test_a_share_of_the_trials_is_rounded_up_and_rungs_are_at_evaluations(tmp_pa
     )
     assert study.halving.counts(6) == [6, 3, 2] and study.halving.counts(3) == [3, 2, 1]
     assert stages(study, study.runs()[0]) == [300, 600, 1200]
+    assert study.halving.least_kl == 0.01
 
 
 @pytest.mark.parametrize(
@@ -221,6 +226,8 @@ def test_a_share_of_the_trials_is_rounded_up_and_rungs_are_at_evaluations(tmp_pa
         ({"halving": {"rungs": [1.0], "keep": 0.5}}, "growing shares"),
         ({"halving": {"rungs": [], "keep": 0.5}}, "growing shares"),
         ({"halving": {"rungs": [0.5], "keep": 1}}, "between 0 and 1"),
+        ({"halving": {"rungs": [0.5], "keep": 0.5, "least_kl": 1}}, "least_kl=1 must be"),
+        ({"halving": {"rungs": [0.5], "keep": 0.5, "least": 0}}, "may have least_kl"),
         ({"halving": {"rungs": [0.5], "keep": 0.5}, "grid": {}}, "has a single trial"),
     ],
 )

@@ -74,6 +74,30 @@ def test_intervals_hold_the_truth_in_95_percent(n_seeds):
         assert abs(held.mean() - 0.95) <= 0.02, (of_seed, of_prompt, rest)
 
 
+@pytest.mark.parametrize("n_seeds", [3, 5, 10])
+def test_intervals_of_win_rates_over_seeds_hold_the_truth(n_seeds):
+    """Four samples for each of 60 prompts, whose win rates differ, as those of the seeds do."""
+    rng = np.random.default_rng(n_seeds)
+    n, prompts, samples, of_seed, of_prompt = 2000, 60, 4, 0.3, 1.5
+    for middle, least in ((0.0, 0.93), (1.0, 0.93), (2.6, 0.915)):  # on the logit scale
+
+        def chances(seeds, prompts, middle=middle):
+            return 1 / (1 + np.exp(-middle - of_seed * seeds - of_prompt * prompts))
+
+        rate = chances(*rng.normal(size=(2, 400_000))).mean()
+        seeds = rng.normal(size=(n, n_seeds, 1))
+        shared = rng.binomial(samples, chances(seeds, rng.normal(size=(n, 1, prompts)))) / samples
+        mean, se, df = crossed(shared)
+        over_both = np.abs(mean - rate) <= t_quantile(0.975, df) * se
+        own = rng.binomial(samples, chances(seeds, rng.normal(size=(n, n_seeds, prompts))))
+        means = own.mean(2) / samples
+        half = float(t_quantile(0.975, n_seeds - 1)) * means.std(1, ddof=1) / math.sqrt(n_seeds)
+        over_seeds_alone = np.abs(means.mean(1) - rate) <= half
+        for held in (over_both, over_seeds_alone):
+            assert least <= held.mean() <= 0.97, rate
+    assert 0.85 < rate < 0.9
+
+
 def test_the_percentile_bootstrap_and_a_t_interval_over_seeds_alone_would_not():
     rng = np.random.default_rng(0)
     seeds = rng.normal(size=(1000, 3))
@@ -147,6 +171,16 @@ def test_the_interval_of_a_win_rate_holds_the_truth_where_prompts_differ(concent
     naive = np.array([wilson(float(of.mean()), 240) for of in results])
     held_naive = ((naive[:, 0] <= 0.7) & (naive[:, 1] >= 0.7)).mean()
     assert (held_naive < 0.85) == (concentration == 1.0)
+
+
+@pytest.mark.parametrize("rate, n_samples", [(0.5, 3), (0.8, 10), (0.9, 3)])
+def test_the_interval_of_a_win_rate_holds_the_truth_of_50_prompts(rate, n_samples):
+    """Half of the prompts, and more at 0.9, are nearly always won or nearly always lost."""
+    rng = np.random.default_rng(4)
+    chances = rng.beta(rate, 1 - rate, size=(1500, 50, 1))
+    results = (rng.random((1500, 50, n_samples)) < chances).astype(float)
+    held = [low <= rate <= high for low, high in map(share_interval, results)]
+    assert abs(np.mean(held) - 0.95) <= 0.02
 
 
 def test_the_interval_of_a_win_rate_holds_at_extreme_rates_too():

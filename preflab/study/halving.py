@@ -14,12 +14,8 @@ from preflab.reports.run_files import is_number, read_config, read_jsonl, read_s
 from preflab.reports.runs import Run
 from preflab.reports.selection import DEV, Evaluation, chosen_mixture, sampled_evaluations
 from preflab.settings.compose import compose
-from preflab.study.plan import AT_KL, PlannedRun, Study
+from preflab.study.plan import AT_KL, LEAST_KL, PlannedRun, Study
 from utils import ConfigError, DataError
-
-# A trial whose KL is below this share of the furthest one's has hardly left the start: the gain
-# grows with the root of the KL, so that all would have a tenth of it there, and noise would choose.
-MOVED = 0.01
 
 
 def is_finished(study: Study, run: PlannedRun) -> bool:
@@ -57,7 +53,7 @@ def due(
         if left or n_next is None:
             return [run.until(targets[run.name]) for run in left]
         evaluations = {run.name: _evaluations_until(study, run, targets[run.name]) for run in alive}
-        names = survivors(evaluations, n_next, compared_kl(study))
+        names = survivors(evaluations, n_next, compared_kl(study), study.halving.least_kl)
         alive = [run for run in alive if run.name in names]
     return []
 
@@ -167,13 +163,17 @@ def compared_kl(study: Study) -> float | None:
 
 
 def survivors(
-    evaluations: Mapping[str, Sequence[Evaluation]], n: int, largest_kl: float | None
+    evaluations: Mapping[str, Sequence[Evaluation]],
+    n: int,
+    largest_kl: float | None,
+    least_kl: float = LEAST_KL,
 ) -> set[str]:
     """The trials that continue: the `n` best ones at the largest KL that all have reached, by dev.
 
-    largest_kl: where the study compares; None for no limit. A trial with less than a hundredth of
-    the furthest one's KL is not compared and does not continue. Where none of the `n` has gone as
-    far as the furthest, or as `largest_kl`, the furthest continues too, because the frontier of the
+    largest_kl: where the study compares; None for no limit. A trial with less than the share
+    `least_kl` of the furthest one's KL is not compared and does not continue: the gain grows with
+    the root of the KL, so that at its KL noise would choose. Where none of the `n` has gone as far
+    as the furthest, or as `largest_kl`, the furthest continues too, because the frontier of the
     others may end too early.
     """
     limit = math.inf if largest_kl is None else largest_kl
@@ -182,7 +182,7 @@ def survivors(
         for name, of in evaluations.items()
     }
     furthest = max(reached, key=reached.__getitem__)
-    moved = {name for name, kl in reached.items() if kl >= MOVED * reached[furthest]}
+    moved = {name for name, kl in reached.items() if kl >= least_kl * reached[furthest]}
     common = min(reached[name] for name in moved)
     rewards = {name: _dev_reward(evaluations[name], common) for name in moved}
     best = sorted(moved, key=lambda name: (-rewards[name], -reached[name], name))[:n]
