@@ -132,35 +132,48 @@ def write_rows(folder: Path, rows: list[dict]) -> None:
 
 
 def make_job(
-    folder: Path, model: dict, vocabulary: int, loss: str, pairs: list[dict], bf16: bool
+    folder: Path,
+    model: dict,
+    vocabulary: int,
+    loss: str,
+    pairs: list[dict],
+    bf16: bool,
+    *,
+    dtype: str = "float32",
+    reference: bool = True,
 ) -> dict:
     """Write the tokenizer, the weights of policy and reference, and the pairs; returns the job that
-    a variant is started with."""
+    a variant is started with.
+
+    model: arguments of its config, of a GPT-2 unless there is a `model_type`. dtype: of the files.
+    reference: whether it has weights of its own; without, it is the policy before its first step.
+    """
     folder.mkdir(parents=True)
-    linear = _write_models(folder, model, vocabulary)
+    size = _write_models(folder, model, vocabulary, dtype, reference)
     write_rows(folder / "pairs", pairs)
-    size = {
-        "linear": linear,
-        "head": vocabulary * model["n_embd"],
-        "width": model["n_embd"],
-        "layers": model["n_layer"],
-    }
     return {
         "folder": str(folder),
         "loss": loss,
         "n_pairs": len(pairs),
         "bf16": bf16,
+        "reference": reference,
         "tokens": token_counts(pairs),
         "size": size,
     }
 
 
-def _write_models(folder: Path, model: dict, vocabulary: int) -> int:
-    """Write a GPT-2 as policy, a slightly different one as reference, and a tokenizer whose tokens
-    are words. Returns the number of weights in the matrices of the policy's body."""
+def _write_models(folder: Path, model: dict, vocabulary: int, dtype: str, reference: bool) -> dict:
+    """Write a policy, a slightly different reference, and a tokenizer whose tokens are words.
+    Returns the numbers of weights in the matrices of the body and in the head, and the sizes of
+    attention.
+
+    Weights are drawn on the GPU where there is one: a CPU takes minutes for the largest models.
+    """
     import torch
     from tokenizers import Tokenizer, models, pre_tokenizers
-    from transformers import AutoModelForCausalLM, GPT2Config, PreTrainedTokenizerFast
+    from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFast
+
+    from preflab.training.optimizers import matrices
 
     ids = {f"w{i}": i for i in range(vocabulary - 1)} | {"<eos>": vocabulary - 1}
     body = Tokenizer(models.WordLevel(ids, unk_token="w0"))
@@ -168,16 +181,28 @@ def _write_models(folder: Path, model: dict, vocabulary: int) -> int:
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=body, eos_token="<eos>", pad_token="<eos>")
     tokenizer.save_pretrained(folder / "model")
     torch.manual_seed(0)
-    config = GPT2Config(
-        vocab_size=vocabulary, eos_token_id=vocabulary - 1, bos_token_id=None, **model
+    config = AutoConfig.for_model(
+        **{"model_type": "gpt2"} | model,
+        vocab_size=vocabulary,
+        eos_token_id=vocabulary - 1,
+        bos_token_id=None,
     )
-    policy = AutoModelForCausalLM.from_config(config)
+    with torch.device("cuda" if torch.cuda.is_available() else "cpu"):
+        policy = AutoModelForCausalLM.from_config(config, dtype=getattr(torch, dtype))
     policy.save_pretrained(folder / "model")
-    with torch.no_grad():
-        for p in policy.parameters():  # with equal models every loss would be log 2
-            p.add_(0.02 * p.std() * torch.randn_like(p) if p.ndim > 1 else 0)
-    policy.save_pretrained(folder / "reference")
-    return sum(p.numel() for p in policy.transformer.h.parameters() if p.ndim == 2)
+    if reference:
+        with torch.no_grad():
+            for p in policy.parameters():  # with equal models every loss would be log 2
+                p.add_(0.02 * p.std() * torch.randn_like(p) if p.ndim > 1 else 0)
+        policy.save_pretrained(folder / "reference")
+    inside, head = matrices(policy), policy.get_output_embeddings().weight
+    linear = [p for name, p in policy.named_parameters() if name in inside and p is not head]
+    return {
+        "linear": sum(p.numel() for p in linear),
+        "head": head.numel(),
+        "width": config.hidden_size,
+        "layers": config.num_hidden_layers,
+    }
 
 
 def token_counts(pairs: list[dict]) -> dict:
@@ -201,14 +226,14 @@ def token_counts(pairs: list[dict]) -> dict:
 def flop_floor(job: dict) -> float:
     """The floating point operations that no step can avoid: forward and backward pass of each
     distinct token through the body, of scored tokens through the head, and of attention to the
-    tokens that are seen. tdpo also runs the forward pass of the reference."""
+    tokens that are seen. tdpo also runs the forward pass of the reference. With LoRA, the backward
+    pass has no gradients of the matrices."""
     tokens, size = job["tokens"], job["size"]
     seen = sum(
         p * p / 2 + sum(r * p + r * r / 2 for r in responses) for p, responses in tokens["attended"]
     )
-    forward = (
-        2 * size["linear"] * tokens["distinct"]
-        + 2 * size["head"] * tokens["scored"]
-        + 4 * seen * size["width"] * size["layers"]
-    )
-    return forward * (4 if "token_kl" in reads(job["loss"]) else 3)
+    matrices = 2 * size["linear"] * tokens["distinct"] + 2 * size["head"] * tokens["scored"]
+    attention = 4 * seen * size["width"] * size["layers"]
+    passes = 2 if job.get("lora") else 3
+    floor = passes * matrices + 3 * attention
+    return floor + (matrices + attention if "token_kl" in reads(job["loss"]) else 0)

@@ -111,6 +111,7 @@ class _Tokenizer:
     same length."""
 
     eos_token_id, pad_token_id = -1, 0
+    chat_template = None
 
 
 if __name__ == "__main__":

@@ -4,11 +4,19 @@
 
 JOB is the JSON of a job (see `cases.make_job`) with a `variant`, and `gradients`: null, or the file
 that gets the gradients of the first step. The process prints time, peak memory and loss as JSON.
+
+A job may also have `steps`, the number of timed steps, whose medians are taken (1); `microbatch`,
+pairs in a forward pass of TRL (all of them); and for our own variants `overrides` of the config,
+`cache`, the folder of the reference's log-probs, `ahead`, to prepare the rows of the next step in a
+thread as training does, and `segments`, to attend segment by segment on a GPU too.
 """
 
+import dataclasses
 import json
+import statistics
 import sys
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
@@ -28,29 +36,52 @@ def measure(job: dict) -> dict:
     torch.manual_seed(0)
     before = memory_now()
     variant = _variant_class(job["variant"])(job)
-    gradients = {}
     if job["gradients"]:
-        handle = variant.optimizer.register_step_pre_hook(
-            lambda *_: gradients.update(variant.gradients())
-        )
-    variant.step(min(2, job["n_pairs"]))
-    if job["gradients"]:
-        handle.remove()
-        torch.save(gradients, job["gradients"])
-        gradients.clear()
+        torch.save(gradients_of(variant, min(2, job["n_pairs"])), job["gradients"])
+    else:
+        variant.step(min(2, job["n_pairs"]))
     variant.step(job["n_pairs"])  # at full size once, so that the allocator has its blocks
+    synchronize()
     reset_peak()
-    start, cpu_start = time.perf_counter(), time.process_time()
-    loss = variant.step(job["n_pairs"])
-    if torch.cuda.is_available():
-        torch.cuda.synchronize()
-    seconds, cpu_seconds = time.perf_counter() - start, time.process_time() - cpu_start
+    graphs, seconds, cpu_seconds = compiled_graphs(), [], []
+    for _ in range(job.get("steps", 1)):
+        start, cpu_start = time.perf_counter(), time.process_time()
+        loss = variant.step(job["n_pairs"])
+        synchronize()
+        seconds.append(time.perf_counter() - start)
+        cpu_seconds.append(time.process_time() - cpu_start)
     return {
-        "seconds": seconds,
-        "cpu_seconds": cpu_seconds,
+        "seconds": statistics.median(seconds),
+        "cpu_seconds": statistics.median(cpu_seconds),
         "peak_memory": peak_memory() - before,
         "loss": loss,
+        "compiled_while_timed": compiled_graphs() - graphs,
     }
+
+
+def gradients_of(variant, n: int) -> dict:
+    """The gradient of every parameter in a step on n pairs."""
+    gradients: dict = {}
+    handle = variant.optimizer.register_step_pre_hook(
+        lambda *_: gradients.update(variant.gradients())
+    )
+    variant.step(n)
+    handle.remove()
+    return gradients
+
+
+def compiled_graphs() -> int:
+    """How many graphs torch has compiled in this process."""
+    from torch._dynamo.utils import counters
+
+    return counters["stats"]["unique_graphs"]
+
+
+def synchronize() -> None:
+    import torch
+
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
 
 
 def _import_everything(variant: str) -> None:
@@ -104,60 +135,78 @@ def _status(field: str) -> int:
     return 1024 * int(Path("/proc/self/status").read_text().partition(f"{field}:")[2].split()[0])
 
 
+def open_run(job: dict):
+    """Settings, loss and inputs of a job, as `python train.py` makes them; no weight is read."""
+    from preflab.checks import check_settings
+    from preflab.execution import load_inputs, register_built_in
+    from preflab.settings.compose import compose
+    from preflab.settings.load import validate
+
+    layout, cache = OURS.get(job["variant"]) or (job["variant"].split(",")[0], "auto")
+    folder = Path(job["folder"])
+    reference = folder / "reference" if job.get("reference", True) else "null"
+    overrides = [
+        "model=blank_model",
+        f"model.name_or_path={folder / 'model'}",
+        f"model.reference_archive={reference}",
+        f"model.fsdp_policy_mp={'bfloat16' if job['bf16'] else 'null'}",
+        f"datasets=[{folder / job.get('data', 'pairs')}]",
+        f"loss={job['loss']}",
+        *([] if job["loss"] == "sft" else [f"loss.beta={BETA}"]),
+        f"layout={layout}",
+        f"reference.cache={cache}",
+        f"cache_dir={folder / job.get('cache', 'cache')}",
+        f"batch_size={job['n_pairs']}",
+        "optimizer=AdamW",
+        "sample_during_eval=false",
+        "max_grad_norm=1e9",
+        "max_length=1024",
+        "max_prompt_length=800",
+        "order=prompts",
+        "lr=1e-12",
+        "debug=true",
+        "n_eval_examples=1",
+        *job.get("overrides", []),
+    ]
+    register_built_in()
+    config = compose(overrides)
+    config.local_run_dir = str(folder / "run")
+    (folder / "run").mkdir(exist_ok=True)
+    settings = validate(config)
+    loss, sources = check_settings(settings)
+    return settings, loss, load_inputs(settings, sources, loss)
+
+
 class Ours:
     """The project's own trainer, as `python train.py` builds it."""
 
     def __init__(self, job: dict):
-        from preflab.checks import check_settings
-        from preflab.execution import load_inputs, register_built_in
-        from preflab.settings.compose import compose
-        from preflab.settings.load import validate
         from trainers import BasicTrainer
 
-        layout, cache = OURS.get(job["variant"]) or (job["variant"].split(",")[0], "auto")
-        folder = Path(job["folder"])
-        overrides = [
-            "model=blank_model",
-            f"model.name_or_path={folder / 'model'}",
-            f"model.reference_archive={folder / 'reference'}",
-            f"model.fsdp_policy_mp={'bfloat16' if job['bf16'] else 'null'}",
-            f"datasets=[{folder / job.get('data', 'pairs')}]",
-            f"loss={job['loss']}",
-            *([] if job["loss"] == "sft" else [f"loss.beta={BETA}"]),
-            f"layout={layout}",
-            f"reference.cache={cache}",
-            f"cache_dir={folder / 'cache'}",
-            "optimizer=AdamW",
-            "sample_during_eval=false",
-            "max_grad_norm=1e9",
-            "max_length=1024",
-            "max_prompt_length=800",
-            "order=prompts",
-            "lr=1e-12",
-            "debug=true",
-            "n_eval_examples=1",
-        ]
-        register_built_in()
-        config = compose(overrides)
-        config.local_run_dir = str(folder / "run")
-        (folder / "run").mkdir(exist_ok=True)
-        settings = validate(config)
-        loss, sources = check_settings(settings)
-        inputs = load_inputs(settings, sources, loss)
+        settings, loss, inputs = open_run(job)
         self.data = inputs.data["train"]
-        parts = (settings, folder / "run", loss, inputs.tokenizer, inputs.data)
+        parts = (settings, Path(settings.local_run_dir), loss, inputs.tokenizer, inputs.data)
         self.learner = BasicTrainer(*parts).learner
         self.learner.prepare()
         self.optimizer = self.learner.optimizer
+        if job.get("segments"):
+            self.learner.layout = dataclasses.replace(self.learner.layout, flex=False)
+        self._thread = ThreadPoolExecutor(1) if job.get("ahead") else None
+        self._upcoming: dict = {}  # by the number of pairs
 
     def gradients(self) -> dict:
         return {name: p.grad.clone() for name, p in self.learner.policy.model.named_parameters()}
 
-    def step(self, n: int) -> float:
+    def microbatches(self, n: int) -> list:
         import numpy as np
 
-        microbatches = self.learner.microbatches(self.data, np.arange(n))
-        return self.learner.step(self.data, microbatches, n)["loss/train"]
+        return self.learner.microbatches(self.data, np.arange(n))
+
+    def step(self, n: int) -> float:
+        prepared = self._upcoming.pop(n).result() if n in self._upcoming else self.microbatches(n)
+        if self._thread is not None:
+            self._upcoming[n] = self._thread.submit(self.microbatches, n)
+        return self.learner.step(self.data, prepared, n)["loss/train"]
 
 
 class Classic:
@@ -259,7 +308,7 @@ class Trl:
             }
         config = DPOConfig(
             output_dir=str(folder / "trl"),
-            per_device_train_batch_size=job["n_pairs"],
+            per_device_train_batch_size=job.get("microbatch") or job["n_pairs"],
             max_length=1024,
             learning_rate=1e-12,
             beta=BETA,
@@ -269,8 +318,9 @@ class Trl:
             max_grad_norm=1e9,
             **more,
         )
+        weights = ("model", "reference" if job.get("reference", True) else "model")
         policy, reference = (
-            AutoModelForCausalLM.from_pretrained(folder / name) for name in ("model", "reference")
+            AutoModelForCausalLM.from_pretrained(folder / name) for name in weights
         )
         self.trainer = DPOTrainer(
             policy,
@@ -286,11 +336,17 @@ class Trl:
             self.trainer.get_train_dataloader()  # computes the reference's log-probs
             self.trainer.ref_model = None
         del reference
+        self._prepare(job)
+
+    def _prepare(self, job: dict) -> None:
+        """As train() does before its first step. Accelerate puts autocast around the forward pass,
+        without which a step would be in float32."""
+        self.trainer.accelerator.prepare_model(self.model)
         self.model.train()
         self.trainer.create_optimizer()
-        self.trainer.current_gradient_accumulation_steps = 1
         self.optimizer = self.trainer.optimizer
         self.rows = list(self.trainer.train_dataset)
+        self.microbatch = job.get("microbatch") or job["n_pairs"]
 
     def gradients(self) -> dict:
         return {name: p.grad.clone() for name, p in self.model.named_parameters()}
@@ -298,12 +354,19 @@ class Trl:
     def step(self, n: int) -> float:
         import torch
 
-        batch = self.trainer.data_collator(self.rows[:n])
-        loss = self.trainer.training_step(self.model, batch)
+        begins = range(0, n, self.microbatch)
+        # training_step divides the loss by it: the losses add up to the mean over the microbatches
+        self.trainer.current_gradient_accumulation_steps = len(begins)
+        losses = [
+            self.trainer.training_step(
+                self.model, self.trainer.data_collator(self.rows[begin : begin + self.microbatch])
+            )
+            for begin in begins
+        ]
         torch.nn.utils.clip_grad_norm_(self.model.parameters(), 1e9)
         self.optimizer.step()
         self.model.zero_grad()
-        return loss.item()
+        return torch.stack(losses).sum().item()
 
 
 class TrlSft(Trl):
@@ -345,11 +408,7 @@ class TrlSft(Trl):
         self.model = self.trainer.model
         if config.gradient_checkpointing:
             self.model.gradient_checkpointing_enable(config.gradient_checkpointing_kwargs)
-        self.model.train()
-        self.trainer.create_optimizer()
-        self.trainer.current_gradient_accumulation_steps = 1
-        self.optimizer = self.trainer.optimizer
-        self.rows = list(self.trainer.train_dataset)
+        self._prepare(job)
 
 
 def read_pairs(folder: Path, name: str = "pairs") -> list[dict]:

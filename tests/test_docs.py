@@ -126,7 +126,8 @@ def test_a_command_of_the_documentation_is_accepted(words, extension, monkeypatc
         ).stdout
         _, script, *arguments = shlex.split(printed.splitlines()[-1])
     if program in ("bash", "sbatch"):
-        script = "train.py"
+        beside = Path(script).with_suffix(".py")  # gets the arguments of a script of its name
+        script = beside.as_posix() if (ROOT / beside).is_file() else "train.py"
     if script in HYDRA:
         composes(HYDRA[script], arguments)
     elif script == "train_risk_preferences.py":

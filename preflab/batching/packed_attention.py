@@ -209,33 +209,10 @@ def check_flex(
     """Whether FlexAttention gives the values and gradients of attention segment by segment.
 
     Its kernels are compiled for each device, dtype and head size, and not every combination exists
-    everywhere. Rows of two lengths are tried, because at the second length the kernels are compiled
-    for rows of any length.
+    everywhere.
     """
-    generator = torch.Generator().manual_seed(0)
-    module = nn.Module().eval()
-    module.num_key_value_groups = heads // kv_heads
-    rows = [
-        ([[0, 150, 150, 40], [0, 150, 190, 9], [199, 3, 202, 60]], 262),
-        ([[0, 300, 300, 50], [0, 300, 350, 40]], 390),
-    ]
-    errors = []
     try:
-        for segments, n_tokens in rows:
-            query, key, value, weight = (
-                torch.randn(1, n, n_tokens, head_size, generator=generator).to(device, dtype)
-                for n in (heads, kv_heads, kv_heads, heads)
-            )
-            segments = torch.tensor(segments)[None, None]
-            blocks = block_mask(block_table(segments, n_tokens), device)
-            expected, actual = (
-                _output_and_gradients(module, (query, key, value), weight.transpose(1, 2), mask)
-                for mask in (segments, blocks)
-            )
-            errors += [
-                ((ours - theirs).norm() / theirs.norm()).item()
-                for theirs, ours in zip(expected, actual, strict=True)
-            ]
+        errors = flex_errors(heads, kv_heads, head_size, dtype, device)
     except Exception as failure:  # compilers and kernels have no common exception class
         return Support(False, f"FlexAttention fails here ({first_line(failure)})")
     bound = 0.05 if dtype in (torch.bfloat16, torch.float16) else 1e-3
@@ -245,6 +222,47 @@ def check_flex(
     return Support(
         False, f"FlexAttention is off by {worst:.2g} here, values or gradients, relative"
     )
+
+
+def allow_recompilations() -> None:
+    """Let torch compile FlexAttention as often as models, dtypes, rows of one block and passes
+    without gradient need it; beyond the default limit of 8 it would run uncompiled."""
+    torch._dynamo.config.recompile_limit = max(64, torch._dynamo.config.recompile_limit)
+
+
+def flex_errors(
+    heads: int, kv_heads: int, head_size: int, dtype: torch.dtype, device: torch.device
+) -> list[float]:
+    """How far FlexAttention is from attention segment by segment, relative in norm: its values, and
+    its gradients in query, key and value, for rows of two lengths.
+
+    At the second length the kernels are compiled for rows of any length.
+    """
+    allow_recompilations()
+    generator = torch.Generator().manual_seed(0)
+    module = nn.Module().eval()
+    module.num_key_value_groups = heads // kv_heads
+    rows = [
+        ([[0, 150, 150, 40], [0, 150, 190, 9], [199, 3, 202, 60]], 262),
+        ([[0, 300, 300, 50], [0, 300, 350, 40]], 390),
+    ]
+    errors = []
+    for segments, n_tokens in rows:
+        query, key, value, weight = (
+            torch.randn(1, n, n_tokens, head_size, generator=generator).to(device, dtype)
+            for n in (heads, kv_heads, kv_heads, heads)
+        )
+        segments = torch.tensor(segments)[None, None]
+        blocks = block_mask(block_table(segments, n_tokens), device)
+        expected, actual = (
+            _output_and_gradients(module, (query, key, value), weight.transpose(1, 2), mask)
+            for mask in (segments, blocks)
+        )
+        errors += [
+            ((ours - theirs).norm() / theirs.norm()).item()
+            for theirs, ours in zip(expected, actual, strict=True)
+        ]
+    return errors
 
 
 def _output_and_gradients(

@@ -15,6 +15,7 @@ from transformers.masking_utils import AttentionMaskInterface, eager_mask, sdpa_
 from preflab.batching.packed_attention import (
     EAGER_NAME,
     NAME,
+    allow_recompilations,
     causal_mask,
     is_packed,
     segment_attention,
@@ -60,9 +61,7 @@ def enable(model: nn.Module) -> None:
 
     With any other mask, in generation for example, it attends as before.
     """
-    # FlexAttention is compiled again for rows of one block, for passes without gradient and for
-    # another model; beyond the default limit of 8 it would run uncompiled.
-    torch._dynamo.config.recompile_limit = max(64, torch._dynamo.config.recompile_limit)
+    allow_recompilations()
     for name, mask in ((NAME, sdpa_mask), (EAGER_NAME, _finite_mask)):
         AttentionInterface.register(name, segment_attention)
         AttentionMaskInterface.register(name, mask)
