@@ -18,8 +18,10 @@ from preflab.distributed.signals import StopSignals
 from preflab.objective.registry import LOSSES
 from preflab.reports.distributions import t_cdf
 from preflab.reports.run_files import read_jsonl, read_summary
+from preflab.reports.runs import Group
 from preflab.reports.selection import TEST, part_of
 from preflab.reports.statistics import Spread, over_seeds, over_seeds_and_prompts
+from preflab.reports.sweep_plots import frontier_figure
 from preflab.reports.verdicts import (
     BETTER,
     EQUAL,
@@ -478,10 +480,26 @@ def test_losses_without_values_are_a_note_and_no_rows(tmp_path):
         elif run.loss == "b":
             (study.runs_dir / run.name / "config.yaml").unlink()
     page = write_study(study)
-    assert "No value yet: b." in page and "| b |" not in page
+    assert page.count("No seed has finished: b.") == len(study.compare) and "| b |" not in page
     assert "2 of 4 trials have no run yet" in page
     assert "- b: the evaluations of 3 finished runs have" in page
     assert page.count("| a |") == len(study.compare) + 4  # frontier, budgets, two trials
+
+
+def test_a_frontier_of_many_losses_has_lines_with_markers_and_its_legend_below(tmp_path):
+    losses = {f"loss {i}": {"settings": ["loss=dpo"]} for i in range(14)}
+    study = make_study(tmp_path, losses=losses, baseline="loss 0", grid={}, seeds=[1])
+    for run in study.runs():
+        write_run(study, run, (1.0, 1.0))
+    groups = [Group({"loss.name": run.planned.loss}, [run.run]) for run in load_runs(study)]
+    many, few = frontier_figure(groups, largest_kl=1.5), frontier_figure(groups[:3])
+    [ax], [plain] = many.axes, few.axes
+    assert not ax.get_legend() and len(many.legends[0].get_texts()) == 14
+    assert len(ax.lines) == 28 + 14 and not ax.collections  # no points, lines, markers, no bands
+    assert max(line.get_xdata().max() for line in ax.lines if len(line.get_xdata())) == 1.5
+    assert "cut at KL 1.5" in ax.get_title(loc="left")
+    assert len(plain.get_legend().get_texts()) == 3 and len(plain.collections) == 3
+    assert max(line.get_xdata().max() for line in plain.lines) == 2.0
 
 
 def test_the_best_of_k_trials_is_the_mean_over_all_draws():

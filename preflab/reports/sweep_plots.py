@@ -3,6 +3,7 @@
 A function returns None when the groups have nothing to draw.
 """
 
+import math
 from collections import defaultdict
 from itertools import pairwise
 from typing import NamedTuple
@@ -33,16 +34,19 @@ from utils import mean_and_error
 MAX_DRAWN_SAMPLES = 300  # about as many points of a group; all samples count in the line
 N_LENGTH_BINS = 6
 MOST_DETAILED = 12  # losses of a frontier that is drawn with all evaluations and ranges
+SPACING = 19  # steps of the grid between two markers of a line
 MOST_LISTED = 8  # losses of a legend inside of the axes
 N_GRID = 100  # steps along the KL axis at which envelopes are averaged
 
 
-def frontier_figure(groups: list[Group], rewards: np.ndarray | None = None) -> Figure | None:
+def frontier_figure(
+    groups: list[Group], rewards: np.ndarray | None = None, largest_kl: float = math.inf
+) -> Figure | None:
     """Reward against KL: every sampled evaluation as a point, and for each loss its envelope, mean
-    and range over seeds.
+    and range over seeds. With more than `MOST_DETAILED` losses the means alone.
 
     rewards: (prompts, samples) of the reference's samples, from which the highest possible reward
-    is drawn.
+    is drawn. largest_kl: where the axis ends.
     """
     families: dict[str, list[Run]] = defaultdict(list)
     for group in groups:
@@ -54,7 +58,8 @@ def frontier_figure(groups: list[Group], rewards: np.ndarray | None = None) -> F
     below = 0.05 * len(families) * is_long  # inches of the legend
     figure = Figure(figsize=(8, 5 + below), layout="constrained")
     (ax,) = new_axes(figure, 1, 1)
-    max_kl = max(kl for runs in families.values() for run in runs for kl, _, _ in run.frontier())
+    reached = max(kl for runs in families.values() for run in runs for kl, _, _ in run.frontier())
+    max_kl = min(reached, largest_kl)
     grid = [max_kl * i / N_GRID for i in range(N_GRID + 1)]
     curves = fitted_curves(families)
     for i, (name, runs) in enumerate(families.items()):
@@ -65,6 +70,8 @@ def frontier_figure(groups: list[Group], rewards: np.ndarray | None = None) -> F
     if rewards is not None:
         _draw_ceiling(ax, rewards, max_kl)
     title = "reward against KL; lines: best reward within a KL, mean over seeds"
+    if max_kl < reached:
+        title += f"; cut at KL {max_kl:g}"
     if curves and len(families) <= MOST_DETAILED:
         title += "; dotted: fit to all points"
     note = left_out(sum(run.n_beside_frontier() for group in groups for run in group.runs))
@@ -79,9 +86,9 @@ def _draw_envelope(
     ax: Axes, name: str, runs: list[Run], grid: list[float], i: int, *, detailed: bool
 ) -> None:
     """The envelope of a loss. detailed: with its evaluations and its range over seeds; without
-    them, markers on the line tell it from others of its color."""
+    them, a few markers on the line tell it from others of its color."""
     line_style = style(i)
-    points = [point for run in runs for point in run.frontier()] if detailed else []
+    points = [p for run in runs for p in run.frontier() if p[0] <= grid[-1]] if detailed else []
     ax.plot(
         [kl for kl, _, _ in points],
         [reward for _, reward, _ in points],
@@ -100,12 +107,14 @@ def _draw_envelope(
         [mean_and_error(rewards)[0] for _, rewards in complete],
         **line_style,
         linewidth=1.8 if detailed else 1.2,
-        marker=None if detailed else marker(i),
-        markersize=4,
-        markevery=N_GRID // 8,
         label=name,
     )
     if not detailed:
+        begin = min(5 + i % SPACING, len(complete) // 2)
+        marked = complete[begin::SPACING]
+        heights = [mean_and_error(rewards)[0] for _, rewards in marked]
+        marks = {"color": line_style["color"], "markersize": 4, "label": unlisted(name, "mark")}
+        ax.plot([kl for kl, _ in marked], heights, marker(i), **marks)
         return
     ax.fill_between(
         kls,

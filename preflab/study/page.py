@@ -27,7 +27,7 @@ from preflab.study.measures import (
     table_of_measure,
     trials_of,
 )
-from preflab.study.plan import MEASURES, Study
+from preflab.study.plan import AT_KL, MEASURES, Study
 from utils import atomic_write
 
 FRONTIER_KLS = (0.25, 0.5, 1.0, 1.5, 2.0)
@@ -46,9 +46,12 @@ def write_study(study: Study) -> str:
         of = of_case(runs, case)
         if len(study.cases) > 1:
             parts.append(f"# Case: {case}\n")
+        if not any(run.evaluations for run in of):
+            parts.append("No run of this case has finished.\n")
+            continue
         for measure, margin in study.compare.items():
             table = table_of_measure(study, of, measure)
-            text, result = _verdicts(study, measure, margin, table)
+            text, result = _verdicts(study, of, measure, margin, table)
             parts.append(text)
             numbers.setdefault(case, {})[measure] = result
         parts += [_frontier(study, case, of, charts), _budgets(study, of), _sensitivity(study, of)]
@@ -105,7 +108,9 @@ def _hash_of(folder: Path) -> str | None:
 # ----------------------------------------------------------------------------------------- verdicts
 
 
-def _verdicts(study: Study, measure: str, margin: float, table: Table) -> tuple[str, dict]:
+def _verdicts(
+    study: Study, runs: Sequence[StudyRun], measure: str, margin: float, table: Table
+) -> tuple[str, dict]:
     baseline = table[study.baseline]
     others = [loss for loss in study.arms if loss != study.baseline]
     differences = {loss: difference(table[loss], baseline) for loss in others}
@@ -115,7 +120,6 @@ def _verdicts(study: Study, measure: str, margin: float, table: Table) -> tuple[
     for loss in known:
         mean = over_seeds(_seed_means(table[loss]))
         rows.append([loss, _mean_text(mean), *_verdict_cells(verdicts.get(loss), measure)])
-    unknown = [loss for loss in study.arms if loss not in known]
     over = {estimate.over for estimate in differences.values() if estimate}
     lines = [
         f"## {measure}\n",
@@ -123,11 +127,27 @@ def _verdicts(study: Study, measure: str, margin: float, table: Table) -> tuple[
         f" {' or '.join(sorted(over)) or 'nothing yet'}; p-values are corrected for"
         f" {len(others)} comparisons (Holm).\n",
         *([markdown(rows)] if known else []),
-        *([f"No value yet: {', '.join(unknown)}.\n"] if unknown else []),
+        *_without_value(study, runs, measure, known),
         *([_power_text(study, measure, margin, differences)] if known else []),
     ]
     result = {loss: _as_numbers(verdict) for loss, verdict in verdicts.items()}
     return "\n".join(lines), result
+
+
+def _without_value(
+    study: Study, runs: Sequence[StudyRun], measure: str, known: Sequence[str]
+) -> list[str]:
+    """Which losses have no value: those that do not reach it, and those that are not done."""
+    waiting = {run.planned.loss for run in runs if not run.evaluations}
+    done_in = Counter((r.planned.loss, r.planned.seed) for r in runs if r.evaluations)
+    done = {loss for (loss, _), n in done_in.items() if n == len(study.arms[loss].trials)}
+    missed = [loss for loss in study.arms if loss not in known and loss in done]
+    others = [loss for loss in study.arms if loss not in known and loss in waiting - done]
+    texts = []
+    if missed:
+        limit = "this KL" if measure.startswith(AT_KL) else "an evaluation with this measure"
+        texts.append(f"No seed reaches {limit}: {', '.join(missed)}.\n")
+    return [*texts, f"No seed has finished: {', '.join(others)}.\n"] if others else texts
 
 
 def _seed_means(of_loss: dict[str, dict[str, float]]) -> list[float]:
@@ -138,7 +158,7 @@ def _mean_text(of: Estimate | None) -> str:
     if of is None:
         return "-"
     error = "" if of.se is None else f" ± {of.se:.3f}"
-    return f"{of.mean:.3f}{error} ({of.seeds} seeds)"
+    return f"{of.mean:.3f}{error} ({of.seeds} seed{'s' * (of.seeds != 1)})"
 
 
 def _verdict_cells(verdict: Verdict | None, measure: str) -> list[str]:
@@ -240,7 +260,8 @@ def _frontier(study: Study, case: str, runs: Sequence[StudyRun], charts: list[Ch
             markdown([table.head, *table.rows]),
             "\n".join(f"{note}\n" for note in table.notes),
         ]
-    if figure := frontier_figure(groups):
+    asked = 2 * (compared_kl(study) or 0.0)
+    if figure := frontier_figure(groups, largest_kl=max(*FRONTIER_KLS, asked)):
         with atomic_write(study.page_dir / picture, "wb") as f:
             f.write(png(figure))
         charts.append(chart_of("Frontier" if case == "-" else f"Frontier: {case}", figure))
