@@ -27,6 +27,7 @@ With --partial, runs may be missing, and the result goes into the study's folder
 import argparse
 import itertools
 import json
+import shutil
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -35,7 +36,6 @@ from pathlib import Path
 import numpy as np
 import torch
 from matplotlib.figure import Figure
-from omegaconf import OmegaConf
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
@@ -174,7 +174,7 @@ def distances_of(
     losses = [study.baseline, *(x for x in runs if x != study.baseline and x not in again)]
     atlas = atlas_rows(study, [runs[loss] for loss in losses], folder)
     left_out |= {f"{loss} (no atlas)": reason for loss, reason in atlas[0]["left_out"].items()}
-    moved = displacements([runs[loss] for loss in [*losses, *again]])
+    moved = displacements(study, [runs[loss] for loss in [*losses, *again]])
     for loss in list(moved):
         if not np.isfinite(moved[loss]).all() or not moved[loss].any():
             left_out[runs[loss].planned.name] = "its policy is not finite, or has not moved"
@@ -195,6 +195,7 @@ def atlas_rows(study: Study, runs: Sequence[StudyRun], folder: Path) -> list[dic
     rows = []
     for name, archive in (("start", None), ("trained", runs[0].run.folder / "LATEST")):
         where = folder / name
+        shutil.rmtree(where, ignore_errors=True)  # of fewer losses, or of other runs
         overrides = [*runs[0].planned.overrides, "function=atlas", f"atlas.pairs={TRAIN_PAIRS}"]
         config = compose([*overrides, f"local_run_dir='{where}'"], study.config_dir)
         config.model.archive = archive and str(archive)
@@ -220,10 +221,10 @@ def _cosines_by_label(row: dict) -> dict[str, dict[str, float]]:
 
 
 @torch.no_grad()
-def displacements(runs: Sequence[StudyRun]) -> dict[str, np.ndarray]:
+def displacements(study: Study, runs: Sequence[StudyRun]) -> dict[str, np.ndarray]:
     """log pi(y | x) - log pi_start(y | x) over the held-out responses, (responses,), of the trained
     policy of each run, by loss. The runs have the same start and the same data."""
-    settings = validate(OmegaConf.create(runs[0].run.config))
+    settings = validate(compose(runs[0].planned.overrides, study.config_dir))
     loss, sources = check_settings(settings)
     inputs = load_inputs(settings, sources, loss)
     data = inputs.data["test"]
@@ -396,8 +397,10 @@ def picture(by_case: Mapping[str, Mapping[str, Distances]], baseline: str) -> Fi
         own = {"s": 14, "color": COLOR_CYCLE[0], "label": f"with {baseline}"}
         ax.scatter(start[0, 1:], end[0, 1:], **own)
         off = np.abs(mid_ranks(start[0, 1:]) - mid_ranks(end[0, 1:]))
-        for i in np.argsort(-off)[:8] + 1:  # those that the atlas ranks worst
+        for i in np.argsort(-off)[:6] + 1:  # those that the atlas ranks worst
             ax.annotate(losses[i], (start[0, i], end[0, i]), fontsize=7)
+        ax.set_xscale("symlog", linthresh=1e-3)  # many are at 0
+        ax.set_yscale("log")
         label_axes(ax, case, "1 - cosine of the updates at the start", "1 - cosine at the end")
     return figure
 

@@ -1,9 +1,12 @@
 """Whether the atlas ranks trained policies: the correlations, and runs that are missing."""
 
 import math
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
+from conftest import write_jsonl
+from omegaconf import OmegaConf
 from test_study import make_study
 
 from experiments import atlas_distance
@@ -52,7 +55,7 @@ def planted(tmp_path, monkeypatch):
         }
         return [row, row]
 
-    def displacements(runs):
+    def displacements(study, runs):
         assert {run.planned.trial for run in runs} == {"loss.beta=0.3"}
         losses = [run.planned.loss for run in runs]
         turned = {loss: [math.cos(ends[loss]), math.sin(ends[loss])] for loss in losses}
@@ -104,3 +107,30 @@ def test_middle_trials_without_a_policy_are_left_out_and_missing_ones_refused(pl
         atlas_distance.answer(study.work, partial=False)
     result, _ = atlas_distance.answer(study.work, partial=True)
     assert result["cases"]["-"]["losses"] == {"1": 4} and middle["c", 3] in result["left_out"]
+
+
+def test_an_atlas_of_more_losses_is_made_again(tmp_path, monkeypatch):
+    """An evaluation in the folder of a finished one goes into a folder inside."""
+
+    def execute(config, folder):
+        if not folder.exists():
+            losses = ["dpo", *(entry["as"] for entry in config.atlas.losses)]
+            updates = [{"loss": x} | dict.fromkeys(columns) for x in losses]
+            required = {"stamp": "", "baseline": "dpo", "pairs": 64, "clusters": []}
+            write_jsonl(folder / "atlas.jsonl", [{"updates": updates} | required])
+
+    columns = ("settings", "cosine", "chosen", "rejected", "x", "y")
+    monkeypatch.setattr(atlas_distance, "execute", execute)
+    config = {"model": {"archive": None}, "atlas": {"losses": None}}
+    monkeypatch.setattr(atlas_distance, "compose", lambda *given: OmegaConf.create(config))
+    runs = [
+        SimpleNamespace(
+            planned=SimpleNamespace(loss=loss, overrides=[]),
+            run=SimpleNamespace(folder=tmp_path / loss, config={"loss": {"name": loss}}),
+        )
+        for loss in ("dpo", "ipo", "kto")
+    ]
+    study = SimpleNamespace(config_dir=None)
+    for n in (2, 3, 2):
+        start, trained = atlas_distance.atlas_rows(study, runs[:n], tmp_path / "atlas")
+        assert len(start["updates"]) == len(trained["updates"]) == n
