@@ -742,15 +742,19 @@ def test_a_run_samples_its_reference_once_and_its_policy_at_every_evaluation(run
     evaluations = sorted({row["examples"] for row in rows})
     assert (
         drawn.count("sample policy") == len(evaluations) > 2
-        and drawn.count("sample reference") == 1
+        and drawn.count("sample reference") == 0  # the policy's before the first step
     )
     first, last = (
         [row["reference"] for row in rows if row["examples"] == n]
         for n in (evaluations[0], evaluations[-1])
     )
+    assert first == last and [row["policy"] for row in rows[: len(first)]] == first
+    drawn.clear()
+    later = read_rows(run("later", "do_first_eval=false") / "samples.jsonl")
     assert (
-        first == last and [row["policy"] for row in rows[: len(first)]] == first
-    )  # before the first step they are equal
+        drawn.count("sample reference") == 1
+        and [row["reference"] for row in later][: len(first)] == first
+    )
 
 
 def test_an_evaluation_stops_when_asked_and_the_same_command_continues(

@@ -27,11 +27,13 @@ def draws(monkeypatch):
 def test_runs_of_a_sweep_draw_a_common_reference_once_and_end_as_runs_on_their_own(
     run, draws, monkeypatch
 ):
-    settings = {"a": ("lr=1e-3",), "b": ("loss=ipo", "lr=1e-2"), "c": ("seed=1",)}
+    settings = {"a": ("lr=1e-3",), "b": ("loss=ipo", "do_first_eval=false"), "c": ("seed=1",)}
     alone = {
         name: run(f"alone-{name}", *words, "n_examples=16") for name, words in settings.items()
     }
-    assert draws == 3 * ["sample policy", "sample reference", "sample policy"]
+    # Before the first step the policy's samples are the reference's.
+    a = c = ["sample policy", "sample policy"]
+    assert draws == [*a, "sample policy", "sample reference", *c]
     draws.clear()
     shared = SharedSamples()
     shared.is_on = True
@@ -39,7 +41,7 @@ def test_runs_of_a_sweep_draw_a_common_reference_once_and_end_as_runs_on_their_o
     together = {
         name: run(f"swept-{name}", *words, "n_examples=16") for name, words in settings.items()
     }
-    # a: before and after; b, with the seed of a: after; c, with another seed: before and after
+    # b, with the seed of a: after training; a, and c with another seed: before and after
     assert draws == 5 * ["sample policy"]
     for name in settings:
         for file in ("samples.jsonl", "metrics.jsonl"):

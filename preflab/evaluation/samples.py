@@ -17,7 +17,7 @@ from preflab.evaluation.sides import sides_of
 from preflab.modeling.generation import sample
 from preflab.modeling.logprobs import Scorer, score_responses, sum_by_owner
 from preflab.modeling.response_ends import response_ends
-from preflab.modeling.shared_samples import SHARED
+from preflab.modeling.shared_samples import SHARED, equal_models
 from preflab.reports.selection import number_on
 from preflab.rewards.registry import Score
 from preflab.serving.sampler import ServedModel
@@ -97,7 +97,13 @@ def sample_and_measure(
     if reference is not None:
         cache = {} if reference_samples is None else reference_samples
         if sampling not in cache:
-            cache[sampling] = _draw(reference, *shared, served.get("reference"), of="reference")
+            # Before the first step, for example.
+            is_policy = not served and world.size == 1 and equal_models(policy, reference)
+            cache[sampling] = (
+                samples["policy"]
+                if is_policy
+                else _draw(reference, *shared, served.get("reference"), of="reference")
+            )
         samples["reference"] = cache[sampling]
     rows = _rows(tokenizer, prompts, samples, measured, sampling)
     means = _sample_means(rows, list(rewards), list(measured), sampling.k)

@@ -68,6 +68,23 @@ def _weights(scorer: Scorer) -> str:
     )
 
 
+def equal_models(a: Scorer, b: Scorer) -> bool:
+    """Whether two models of one process are known to give equal samples: one has the weights of the
+    other, or is the other with an adapter that changes nothing yet."""
+    if a.autocast != b.autocast or a.device != b.device or a.placed_on or b.placed_on:
+        return False
+    if a.model is b.model:
+        adapter = (p for name, p in a.model.named_parameters() if ".lora_B." in name)
+        return a.adapter_off == b.adapter_off or not any(weight.any() for weight in adapter)
+    if a.causal_lm.generation_config.to_dict() != b.causal_lm.generation_config.to_dict():
+        return False
+    ours, theirs = (dict(scorer.model.named_parameters()) for scorer in (a, b))
+    return ours.keys() == theirs.keys() and all(
+        weight.dtype == theirs[name].dtype and torch.equal(weight, theirs[name])
+        for name, weight in ours.items()
+    )
+
+
 SHARED = SharedSamples()
 
 
