@@ -11,7 +11,7 @@ from preflab.modeling.parallelism import check_placement_settings, data_ranks
 from preflab.modeling.reference_cache import plan_reference
 from preflab.modeling.weights_io import archive_place
 from preflab.objective.registry import BoundLoss, bind_loss
-from preflab.online.checks import check_labels, check_online
+from preflab.online.checks import check_ahead, check_labels, check_online
 from preflab.readers.columns import (
     accepted_columns,
     columns_with_pairs,
@@ -93,6 +93,7 @@ def check_settings(settings: Settings) -> tuple[BoundLoss, dict[str, list[Source
     check_best(settings, scalar="scalar_head" in loss.reads)
     if settings.function == "online":
         check_online(settings, loss)
+        check_ahead(settings, trainer)
         schedule_of(settings, None)
     if settings.function == "atlas":
         check_atlas(settings, loss, trainer.placement, world().size)

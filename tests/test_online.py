@@ -13,6 +13,7 @@ import pytest
 import torch
 from conftest import (
     losses_to_run,
+    make_model,
     read_rows,
     run_here,
     save_model,
@@ -29,11 +30,16 @@ from preflab.batching.packing import Layout
 from preflab.batching.token_store import store_of
 from preflab.distributed.process_group import world
 from preflab.distributed.signals import Stopped
-from preflab.online import discriminator, rounds
+from preflab.evaluation.samples import measure_samples
+from preflab.modeling.logprobs import Scorer
+from preflab.modeling.shared_samples import equal_models
+from preflab.online import build, discriminator, rounds
+from preflab.online.ahead import copy_weights, twin_of
 from preflab.online.labelers import DiscriminatorLabels, GoldLabels
 from preflab.online.ledger import Ledger, price
-from preflab.online.measures import logged_rewards
+from preflab.online.measures import RoundMeasures, logged_rewards
 from preflab.online.rollouts import Rollouts, best_and_worst
+from preflab.online.round_steps import RoundSteps
 from preflab.online.rounds import OnlineTrainer
 from preflab.rewards.registry import RewardError
 from preflab.settings.identity import must_match
@@ -514,6 +520,7 @@ def test_a_gold_that_costs_money_is_not_asked_for_the_log(setting, measured):
     )
 
 
+AHEAD = ("online.ahead=true",)
 DPO_D2PO = (*D2PO, "online.discriminator=dpo", "online.select=rand")
 PARTS = {
     "opo": (),
@@ -526,6 +533,8 @@ PARTS = {
         "online.responses_per_prompt=4",
         "online.prompts_per_round=4",
     ),
+    "sampled ahead": AHEAD,
+    "sampled ahead, d2po, adapters": (*AHEAD, *D2PO, "model.lora.r=2"),
 }
 
 
@@ -537,7 +546,7 @@ def test_a_run_in_two_parts_is_the_run_in_one(go, settings):
     )  # between two checkpoints of the other, the pool half full
     parts = go("parts", *settings)
     assert same(weights(whole), weights(parts))
-    if settings:
+    if (whole / "discriminator").is_dir():
         assert same(weights(whole, "discriminator"), weights(parts, "discriminator"))
     assert [row for row in untimed_rows(whole) if row["split"] == "online"] == [
         row for row in untimed_rows(parts) if row["split"] == "online"
@@ -546,6 +555,82 @@ def test_a_run_in_two_parts_is_the_run_in_one(go, settings):
         whole
     ) == asked(parts)
     assert read_rows(whole / "rollouts.jsonl") == read_rows(parts / "rollouts.jsonl")
+
+
+def test_sampled_ahead_a_round_has_the_samples_of_the_policy_before_the_last(go):
+    def texts(name, *settings):
+        folder = go(name, *settings, "online.rounds=3", "lr=1e-2")
+        rows = read_rows(folder / "rollouts.jsonl")
+        return folder, [[r["responses"] for r in rows if r["round"] == n] for n in (1, 2, 3)]
+
+    _, on_policy = texts("now")
+    _, off_policy = texts("ahead", *AHEAD)
+    fixed, initial = texts("fixed", "online.sampler=reference")
+    assert off_policy[:2] == initial[:2] and on_policy[:1] == initial[:1]
+    assert on_policy[1] != initial[1] and off_policy[2] != initial[2]
+    assert on_policy[2] != off_policy[2]
+    # Of the policy that round 2 began with, which the ends of the first rounds are.
+    first = go("first", *AHEAD, "online.rounds=1", "lr=1e-2")
+    _, of_first = texts("of first", f"online.sampler={first}")
+    assert off_policy[2] == of_first[2]
+    # A fixed sampler writes the same at any time.
+    fixed_ahead, same_texts = texts("fixed ahead", "online.sampler=reference", *AHEAD)
+    assert same_texts == initial and same(weights(fixed), weights(fixed_ahead))
+
+
+def test_the_model_that_samples_ahead_shares_what_is_not_trained():
+    policy = Scorer(make_model("gpt2"))
+    frozen = {name for name, _ in list(policy.model.named_parameters())[::2]}
+    for name, weight in policy.model.named_parameters():
+        weight.requires_grad_(name not in frozen)
+    twin = twin_of(policy)
+    ours = dict(policy.model.named_parameters())
+    for name, weight in twin.model.named_parameters():
+        assert (weight is ours[name]) == (name in frozen) and not weight.requires_grad
+    with torch.no_grad():
+        for name, weight in ours.items():
+            weight.add_(0.0 if name in frozen else 1.0)
+    assert not equal_models(twin, policy)
+    copy_weights(twin, policy)
+    assert equal_models(twin, policy)
+
+
+@pytest.mark.parametrize(
+    "settings", [("online.responses_per_prompt=3",), ("online.updates_per_round=2", *AHEAD)]
+)
+def test_what_is_computed_once_is_what_would_be_computed_twice(go, monkeypatch, settings):
+    """The KL of a round has the hidden states of sampling and those of the reference in learning,
+    and learning the log-probs of that reference."""
+    own, hidden, ran = RoundMeasures._kl, Scorer.hidden, []
+
+    def noted(self, *arguments):
+        ran.append(self)
+        return hidden(self, *arguments)
+
+    def compared(self, rollouts, read):
+        learner = self.learner
+        with monkeypatch.context() as noting:
+            noting.setattr(Scorer, "hidden", noted)
+            values = own(self, rollouts, read)
+        assert (learner.policy in ran) == (AHEAD[0] in settings)
+        assert len(read) > 0
+        prompts = [p for p in rollouts.prompt_tokens for _ in rollouts.tokens[0]]
+        responses = [tokens for of_prompt in rollouts.tokens for tokens in of_prompt]
+        models = learner.policy, learner.initial_reference
+        expected = measure_samples(*models, prompts, responses, 16, learner.layout)
+        assert max(expected["kl"]) > 1e-3 or rollouts.round == 1
+        for name, of_name in values.items():
+            np.testing.assert_allclose(of_name, expected[name], atol=2e-5)
+        return values
+
+    with monkeypatch.context() as patch:
+        patch.setattr(RoundMeasures, "_kl", compared)
+        once = go("once", *settings, "online.rounds=3")
+    with monkeypatch.context() as patch:
+        patch.setattr(RoundSteps, "read_reference", lambda self: [])
+        patch.setattr(build, "keeps_hidden", lambda learner: False)
+        twice = go("twice", *settings, "online.rounds=3")
+    assert same(weights(once), weights(twice))
 
 
 def test_a_discriminator_of_another_architecture(go, llama_folder):
@@ -576,19 +661,25 @@ def test_layers_split_over_devices_learn_what_one_process_learns(go, settings):
         )
 
 
-@pytest.mark.parametrize("settings", [(), D2PO], ids=["opo", "d2po"])
+@pytest.mark.parametrize(
+    "settings",
+    [(), D2PO, (*AHEAD, "online.budget=44"), (*AHEAD, *D2PO)],
+    ids=["opo", "d2po", "opo ahead", "d2po ahead"],
+)
 def test_killed_between_buying_and_learning_nothing_is_bought_twice_or_lost(
     go, settings, monkeypatch
 ):
-    whole = go("whole", *settings)
+    whole, is_d2po = go("whole", *settings), D2PO[0] in settings
+    if "online.budget=44" in settings:
+        assert [row["online/labels_bought"] for row in rounds_of(whole)][-2:] == [40, 44]
     target, name = (
-        (discriminator.Discriminator, "learn") if settings else (rounds.OnlineTrainer, "_learn")
+        (discriminator.Discriminator, "learn") if is_d2po else (rounds.OnlineTrainer, "_learn")
     )
     learn, calls = getattr(target, name), []
 
     def killed(self, *arguments, **more):
         calls.append(1)
-        if len(calls) == (2 if settings else 4):  # in round 4, whose checkpoint is that of round 2
+        if len(calls) == (2 if is_d2po else 4):  # in round 4, whose checkpoint is that of round 2
             raise KeyboardInterrupt
         return learn(self, *arguments, **more)
 
@@ -607,18 +698,23 @@ def test_killed_between_buying_and_learning_nothing_is_bought_twice_or_lost(
     ]
 
 
+FAILURES = {
+    "raise": "RuntimeError: the oracle is asleep",
+    "nan": "returned nan",
+    "few": "scores for",
+}
+
+
 @pytest.mark.parametrize(
-    "answer, message",
+    "settings, answer, message",
     [
-        ("raise", "RuntimeError: the oracle is asleep"),
-        ("nan", "returned nan"),
-        ("few", "scores for"),
+        *(
+            (settings, *failure)
+            for settings in ((), D2PO, (*D2PO, "online.measure_gold=true"))
+            for failure in FAILURES.items()
+        ),
+        (AHEAD, "raise", FAILURES["raise"]),
     ],
-)
-@pytest.mark.parametrize(
-    "settings",
-    [(), D2PO, (*D2PO, "online.measure_gold=true")],
-    ids=["opo", "d2po", "d2po measured"],
 )
 def test_a_gold_that_fails_stops_the_run_with_a_checkpoint_and_it_continues(
     go, tmp_path, settings, answer, message
@@ -643,10 +739,10 @@ def test_a_ledger_torn_in_the_middle_of_a_round_is_filled_up_to_the_same_run(
 ):
     whole, learn = go("whole"), rounds.OnlineTrainer._learn
 
-    def killed(self, rollouts, labels, bar):
-        if rollouts.round == 4:  # its checkpoint is that of round 2
+    def killed(self, steps, bar):
+        if steps.round == 4:  # its checkpoint is that of round 2
             raise KeyboardInterrupt
-        return learn(self, rollouts, labels, bar)
+        return learn(self, steps, bar)
 
     monkeypatch.setattr(rounds.OnlineTrainer, "_learn", killed)
     with pytest.raises(KeyboardInterrupt):
@@ -738,14 +834,19 @@ def test_labels_that_a_kill_left_are_not_counted_before_they_are_used(go, tmp_pa
     assert [row["online/labels_bought"] for row in rows if row["split"] == "eval"] == [0, 4]
 
 
-def test_a_stop_in_a_round_is_obeyed_until_something_has_learned(go, tmp_path, monkeypatch):
+@pytest.mark.parametrize("settings", [D2PO, (*AHEAD, *D2PO)], ids=["d2po", "ahead"])
+def test_a_stop_in_a_round_is_obeyed_until_something_has_learned(
+    go, tmp_path, monkeypatch, settings
+):
     """The round is undone while it can be, and completed otherwise."""
-    whole = go("whole", *D2PO)
+    whole = go("whole", *settings)
     places = {
         ("preflab.online.drawing", "sample", 3): 2,
-        ("preflab.online.measures", "measure_samples", 3): 2,
+        ("preflab.online.measures", "score_responses", 7): 2,
         ("preflab.training.session.Session", "step", 6): 3,  # the second step of a round
     }
+    if AHEAD[0] in settings:  # a thread samples, in no fixed moment of the round
+        del places["preflab.online.drawing", "sample", 3]
     for (module, name, call), last in places.items():
         interrupted, calls = resolve_name(module), []
         function = getattr(interrupted, name)
@@ -759,9 +860,9 @@ def test_a_stop_in_a_round_is_obeyed_until_something_has_learned(go, tmp_path, m
         with monkeypatch.context() as patch:
             patch.setattr(interrupted, name, with_signal)
             with pytest.raises(Stopped):
-                go(name, *D2PO)
+                go(name, *settings)
         assert (tmp_path / name / "LATEST").resolve().name == f"step-{last}"
-        folder = go(name, *D2PO)
+        folder = go(name, *settings)
         assert same(weights(whole), weights(folder)) and untimed_rows(whole) == untimed_rows(folder)
 
 
@@ -933,6 +1034,8 @@ def test_every_loss_learns_online_or_says_why_not(go, name):
         (("reference.cache=true",), "each round trains on new samples"),
         (("online.relabels=0",), "at least 1"),
         (("online.discriminator_lr=0",), "above 0"),
+        ((*AHEAD, "trainer=FSDPTrainer"), "online.ahead=true samples from a copy"),
+        ((*AHEAD, "compile=true"), "turns compiled blocks off"),
     ],
 )
 def test_what_cannot_work_is_refused_before_a_model_loads(go, settings, message):

@@ -5,6 +5,7 @@ import csv
 import json
 import math
 import os
+import re
 import socket
 import subprocess
 import sys
@@ -553,7 +554,8 @@ def test_an_online_run_has_rounds_in_its_table_and_figure(tmp_path):
         "labels_bought": 60,
         "rounds": 20,
         "seconds_sampling": 6.0,
-        "seconds_learning": 2.0,
+        "seconds_learning": 1.0,
+        "seconds_evaluating": 1.0,
     }
     folder = make_run(tmp_path / "run", summary=summary)
     rounds = [
@@ -570,8 +572,9 @@ def test_an_online_run_has_rounds_in_its_table_and_figure(tmp_path):
     ]
     write_jsonl(folder / "metrics.jsonl", read_rows(folder / "metrics.jsonl") + rounds)
     table = write_report(folder)
-    for text in ("rounds", "gold labels bought", "time sampling", "75%", "25%"):
+    for text in ("rounds", "gold labels bought", "time sampling", "75%", "time evaluating", "12%"):
         assert text in table
+    assert re.search(r"seconds of a round +0\.35\n", table)
     assert is_drawn(folder / "online.png")
     figure = plots.online_figure({"a": [Run(folder)]})
     visible = [ax for ax in figure.axes if ax.get_visible()]

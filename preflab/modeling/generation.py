@@ -131,6 +131,7 @@ def sample(
     batch_size: int = 16,
     description: str = "sample",
     world: World = ALONE,
+    hidden: list[Tensor | None] | None = None,
 ) -> list[list[int]]:
     """One response to each prompt, as token ids, with its end token if it ended within
     `max_new_tokens`. All that `response_ends` names ends a response.
@@ -141,24 +142,21 @@ def sample(
     keys: one number or two for each prompt; equal (seed, key) draw equal random numbers. Prompts
     are batched by length and spread over the ranks; every rank gets all responses. Equal prompts
     stand in one batch, up to `batch_size`, and the model reads the prompt once for all of them.
+    hidden: an empty list, which gets the last hidden states that predict the tokens of each
+    response, (tokens, H), or None where the model's head does not show them. In one process only.
     """
     _log_ignored(str(_ignored(policy.causal_lm)))
-    bar = Progress(
-        total=len(prompts),
-        desc=description,
-        unit=" samples",
-        leave=False,
-        delay=1.0,
-        disable=world.no_bar,
-    )
+    bar = _progress_bar(len(prompts), description, world)
     choose = functools.partial(
         InverseCDF, temperature=temperature, top_p=top_p, top_k=top_k, min_p=min_p
     )
     drawn = []  # (index of the prompt, response) of this rank
+    states: dict[int, Tensor | None] = {}  # by index of the prompt
     with _packed_weights(policy):
         for rows, n_real, repeated in _batches(prompts, batch_size, world):
             world.stop_if_asked()
             uniforms = np.stack([_uniforms(seed, keys[i], max_new_tokens) for i in rows])
+            of_rows: list[Tensor | None] | None = None if hidden is None else []
             responses = _generate(
                 policy,
                 tokenizer,
@@ -168,12 +166,27 @@ def sample(
                 _ObeysStop(world),
                 synced=world.size > 1,
                 repeated=repeated,
+                hidden=of_rows,
             )
             drawn += list(zip(rows, responses, strict=True))[:n_real]
+            states |= zip(rows, of_rows or [None] * len(rows), strict=True)
             bar.update(n_real * world.data_ranks)
     bar.close()
+    if hidden is not None:
+        hidden += [states[i] for i in range(len(prompts))]
     by_prompt = dict(world.gather(drawn))
     return [by_prompt[i] for i in range(len(prompts))]
+
+
+def _progress_bar(n: int, description: str, world: World) -> Progress:
+    return Progress(
+        total=n,
+        desc=description,
+        unit=" samples",
+        leave=False,
+        delay=1.0,
+        disable=world.no_bar,
+    )
 
 
 def _batches(
@@ -234,10 +247,12 @@ def _generate(
     *,
     synced: bool,
     repeated: bool,
+    hidden: list[Tensor | None] | None,
 ) -> list[list[int]]:
     """Responses of one batch. uniforms: (prompts, max_new_tokens). synced: ranks whose rows have
     all ended run on until those of every rank have, as a sharded model needs. repeated: the model
-    reads each distinct prompt once, in a forward pass before the others."""
+    reads each distinct prompt once, in a forward pass before the others. hidden: as in
+    `sample`."""
     model, device = policy.causal_lm, policy.device
     ends = response_ends(tokenizer, model)
     cache = _make_cache(model)
@@ -261,7 +276,7 @@ def _generate(
     ):
         if repeated:
             _read_prompts(model, prompts, input_ids, mask, cache, synced=synced)
-        with _generation_config(model, ours):
+        with _generation_config(model, ours), _head_inputs(model, hidden is not None) as states:
             output = model.generate(
                 input_ids=input_ids,
                 attention_mask=mask,
@@ -271,7 +286,36 @@ def _generate(
                 **ends.criteria(width),
                 **({} if cache is None else {"past_key_values": cache}),
             )
-    return [ends.cut(row) for row in output[:, width:].tolist()]
+    responses = [ends.cut(row) for row in output[:, width:].tolist()]
+    if hidden is not None:
+        hidden += _by_response(states, responses, n_steps=output.shape[1] - width)
+    return responses
+
+
+@contextlib.contextmanager
+def _head_inputs(model: nn.Module, wanted: bool) -> Iterator[list[Tensor]]:
+    """What the head reads in each forward pass inside, if it is wanted: the last hidden states of
+    the last column, (rows, H) each."""
+    states: list[Tensor] = []
+    head = model.get_output_embeddings() if wanted else None
+    if head is None:
+        yield states
+        return
+    hook = head.register_forward_pre_hook(lambda _, inputs: states.append(inputs[0][:, -1].clone()))
+    try:
+        yield states
+    finally:
+        hook.remove()
+
+
+def _by_response(
+    states: list[Tensor], responses: list[list[int]], *, n_steps: int
+) -> list[Tensor | None]:
+    """The states (rows, H) of each step as those of each response, (tokens, H)."""
+    if len(states) != n_steps:  # a model that does not call its head as a module once a step
+        return [None] * len(responses)
+    by_row = torch.stack(states, dim=1)
+    return [by_row[row, : len(tokens)] for row, tokens in enumerate(responses)]
 
 
 def _left_padded(prompts: list[list[int]], width: int, pad: int) -> tuple[Tensor, Tensor]:

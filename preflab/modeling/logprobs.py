@@ -123,9 +123,19 @@ class Scorer:
         return LogitStep(scale, getattr(config, "final_logit_softcapping", None) or None)  # Gemma
 
     @torch.no_grad()
+    def read(self, batch: Batch) -> tuple[Tensor, Tensor]:
+        """Last hidden states (T, H) that predict the scored tokens of a batch, and the log-probs
+        (T,) of these tokens, without gradient."""
+
+        def read() -> tuple[Tensor, Tensor]:
+            hidden = self.hidden(batch, batch.positions)
+            return hidden, _score_hidden(self, batch, hidden, _Extras()).logps
+
+        return self.run(read)
+
     def token_logps(self, batch: Batch) -> Tensor:
         """Log-probs of the scored tokens of a batch, (T,), without gradient."""
-        return self.run(lambda: _score_tokens(self, batch, _Extras())).logps
+        return self.read(batch)[1]
 
     @torch.no_grad()
     def token_gaps(self, batch: Batch) -> Tensor:
@@ -256,6 +266,8 @@ def score_responses(
     entropy: bool = False,
     collision: bool = False,
     groups: Tensor | None = None,
+    hidden: Tensor | None = None,
+    reference_hidden: Tensor | None = None,
 ) -> ResponseScores:
     """Log-probs of every response token, under the policy (with gradient, if enabled) and the
     reference (without).
@@ -267,22 +279,23 @@ def score_responses(
     distribution at each scored position, in nats, without gradient. collision: the log of the
     probability that two draws from it are the same token, log sum_v pi(v)^2, without gradient,
     summed over positions. groups (groups, R): for `head_norms`, those of the gradient of the sums
-    of log-probs with these weights.
+    of log-probs with these weights. hidden, reference_hidden (T, H): the last hidden states of
+    the two models where they are known, whose layers then do not run; the second with `kl` only.
     """
-    reference_hidden, reference_token_logps = None, batch.reference_logps
-    if kl is not None:
+    reference_token_logps = batch.reference_logps
+    if kl is not None and reference_hidden is None:
         with torch.no_grad():
             reference_hidden = reference.run(lambda: reference.hidden(batch, batch.positions))
-    elif reference is not None and reference_token_logps is None:
+    elif kl is None and reference is not None and reference_token_logps is None:
         reference_token_logps = reference.token_logps(batch)
     extras = _Extras(kl, entropy, collision, reference if kl else None, reference_hidden)
     norms: list[Tensor] = []
 
     def score() -> TokenScores:
-        hidden = policy.hidden(batch, batch.positions)
+        states = policy.hidden(batch, batch.positions) if hidden is None else hidden
         if groups is not None:
-            norms.append(_head_norms(policy, batch, hidden.detach(), groups))
-        return _score_hidden(policy, batch, hidden, extras)
+            norms.append(_head_norms(policy, batch, states.detach(), groups))
+        return _score_hidden(policy, batch, states, extras)
 
     tokens = policy.run(score)
     if kl is not None:
@@ -321,11 +334,6 @@ def _sum_scores(
     if tokens.collision is not None:
         scores.collision = sum_by_owner(tokens.collision, owners, n)
     return scores
-
-
-def _score_tokens(scorer: Scorer, batch: Batch, extras: _Extras) -> TokenScores:
-    """Scores of the T scored tokens of a batch: body, then head."""
-    return _score_hidden(scorer, batch, scorer.hidden(batch, batch.positions), extras)
 
 
 def _score_hidden(scorer: Scorer, batch: Batch, hidden: Tensor, extras: _Extras) -> TokenScores:

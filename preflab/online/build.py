@@ -8,11 +8,12 @@ from preflab.distributed.process_group import World
 from preflab.evaluation.evaluator import Evaluator
 from preflab.evaluation.worklist import draws_samples
 from preflab.objective.registry import BoundLoss
+from preflab.online.ahead import Ahead, RolloutSource, twin_of
 from preflab.online.discriminator import build_discriminator
-from preflab.online.drawing import Drawing, build_sampler
+from preflab.online.drawing import Drawing, PromptLoader, build_sampler
 from preflab.online.labelers import DiscriminatorLabels, GoldLabels, RemoteLabels, StaticLabels
 from preflab.online.ledger import Ledger
-from preflab.online.measures import RoundMeasures
+from preflab.online.measures import RoundMeasures, keeps_hidden
 from preflab.rewards.registry import REWARDS, Score, build_rewards
 from preflab.serving.build import served_models
 from preflab.settings.schema import Settings
@@ -26,7 +27,7 @@ class OnlineParts:
     """What an online run consists of, besides its loop and its session."""
 
     learner: Learner
-    drawing: Drawing
+    source: RolloutSource
     labeler: StaticLabels
     measures: RoundMeasures
     evaluator: Evaluator
@@ -60,7 +61,15 @@ def build_parts(
     learner = Learner(settings, loss, tokenizer, trainer, world, checkpoint=checkpointer.latest())
     learner.build_reference()
     served = served_models(settings, run_dir).get("sampler")
-    drawing = Drawing(settings, build_sampler(settings, learner), tokenizer, world, served)
+    sampler = build_sampler(settings, learner)
+    is_policy, is_ahead = sampler is learner.policy, settings.online.ahead
+    keeps = is_policy and not is_ahead and keeps_hidden(learner)
+    drawing = Drawing(settings, sampler, tokenizer, world, served, keeps_hidden=keeps)
+    ahead = None
+    if is_ahead:
+        own = sampler if served else twin_of(sampler)
+        own_drawing = Drawing(settings, own, tokenizer, World(), served)
+        ahead = Ahead(own_drawing, sampler if is_policy else None)
     score = next(iter(rewards.values()))  # of the reward that labels
     ranks = loss.examples == "lists"
     labeler = make_labeler(trainer, settings, score, run_dir, world, ranks=ranks)
@@ -68,7 +77,7 @@ def build_parts(
     log_interval, is_first = settings.minimum_log_interval_secs, world.rank == 0
     return OnlineParts(
         learner,
-        drawing,
+        RolloutSource(PromptLoader(settings, data["train"]), drawing, ahead),
         labeler,
         RoundMeasures(settings, learner, rewards, labeler, run_dir, world),
         Evaluator(settings, loss, tokenizer, data["test"], shown, run_dir, world),

@@ -2,6 +2,8 @@
 
 from collections.abc import Mapping
 
+import torch
+
 from preflab.modeling.weights_io import archive_place
 from preflab.objective.registry import BoundLoss, bind_loss
 from preflab.online.selection import bind_selection
@@ -43,6 +45,31 @@ def check_online(settings: Settings, loss: BoundLoss) -> None:
         raise ConfigError(
             f"online.sampler={online.sampler}: no such file or folder; give an archive,"
             " reference, or null for the policy"
+        )
+
+
+def check_ahead(settings: Settings, trainer: type) -> None:
+    """Raise ConfigError where `online.ahead` cannot work: where the models of `trainer` live."""
+    if not settings.online.ahead:
+        return
+    placement = trainer.placement
+    is_served = settings.sampler.url is not None and settings.online.sampler is not None
+    alone = not placement.one_process_per_device
+    where = None
+    if not alone or ((placement.splits_layers or trainer.place is not None) and not is_served):
+        where = f"trainer={settings.trainer} places the policy itself"
+    elif torch.cuda.device_count() > 1 and not is_served:
+        where = f"the policy is spread over {torch.cuda.device_count()} GPUs"
+    if where is not None:
+        raise ConfigError(
+            f"online.ahead=true samples from a copy of the policy on its device, and {where}; take"
+            " trainer=BasicTrainer with one GPU (CUDA_VISIBLE_DEVICES=0) or on a CPU, or"
+            " online.ahead=false"
+        )
+    if settings.compile and not is_served:
+        raise ConfigError(
+            "online.ahead=true and compile=true: sampling turns compiled blocks off in the whole"
+            " process, and would do so in the middle of a step; set one of them to false"
         )
 
 

@@ -3,6 +3,7 @@
 from pathlib import Path
 
 import numpy as np
+from torch import Tensor
 
 from preflab.batching.chat import prompt_text, response_text
 from preflab.batching.examples import PreferenceData, PromptToSample, prompt_to_sample
@@ -33,8 +34,14 @@ class PromptLoader:
         )
 
     def __next__(self) -> list[PromptToSample]:
-        numbers = map(int, next(self.loader))
-        return [prompt_to_sample(self.data, i, self.max_prompt_length) for i in numbers]
+        return self._prompts(next(self.loader))
+
+    def peek(self) -> list[PromptToSample]:
+        """The next prompts, without a change of the position."""
+        return self._prompts(self.loader.peek())
+
+    def _prompts(self, numbers: np.ndarray) -> list[PromptToSample]:
+        return [prompt_to_sample(self.data, int(i), self.max_prompt_length) for i in numbers]
 
     def state_dict(self) -> dict:
         """The position in the order, for a checkpoint."""
@@ -65,7 +72,8 @@ class Drawing:
     """Draws K responses to each prompt of a round.
 
     The random numbers of a response depend only on the seed, its prompt, the round and its number
-    in the round. served: the sampler on a server, which then draws them.
+    in the round. served: the sampler on a server, which then draws them. keeps_hidden: whether the
+    rollouts have the policy's hidden states, which are then not computed again.
     """
 
     def __init__(
@@ -75,8 +83,10 @@ class Drawing:
         tokenizer,
         world: World,
         served: ServedModel | None = None,
+        *,
+        keeps_hidden: bool = False,
     ):
-        self.settings, self.sampler = settings, sampler
+        self.settings, self.sampler, self.keeps_hidden = settings, sampler, keeps_hidden
         self.sample = served or sample
         self.tokenizer, self.world = tokenizer, world
         self.k = settings.online.responses_per_prompt
@@ -87,22 +97,27 @@ class Drawing:
         )
 
     def roll_out(
-        self, number: int, prompts: list[PromptToSample], recorded: list[dict]
+        self,
+        number: int,
+        prompts: list[PromptToSample],
+        recorded: list[dict],
+        drawn: list[list[list[int]]] | None = None,
     ) -> Rollouts:
         """The rollouts of round `number`.
 
         recorded: ledger lines of this round, from before the run was stopped. Their responses are
-        used again because their labels are paid for.
+        used again because their labels are paid for. drawn: the responses to these prompts and
+        perhaps to more, (prompts, K, tokens), where they have been drawn before.
         """
+        hidden: list = [[None] * self.k for _ in prompts]
+        if drawn is None:
+            drawn, hidden = self.draw(number, prompts)
         paid = {row["key"]: row["tokens"] for row in recorded}
-        new = [
-            (prompt, i * self.k + j)
-            for i, prompt in enumerate(prompts)
-            if prompt.key not in paid
-            for j in range(self.k)
-        ]
-        drawn = iter(self._draw(number, new))
-        tokens = [paid.get(p.key) or [next(drawn) for _ in range(self.k)] for p in prompts]
+        tokens = []
+        for i, prompt in enumerate(prompts):
+            tokens.append(paid.get(prompt.key, drawn[i]))
+            if tokens[i] != drawn[i]:  # rounded otherwise, on another machine for example
+                hidden[i] = [None] * self.k
         prompt_tokens = [prompt.tokens for prompt in prompts]
         return Rollouts(
             number,
@@ -111,18 +126,21 @@ class Drawing:
             prompt_tokens=prompt_tokens,
             responses=[self._texts(of_prompt) for of_prompt in tokens],
             tokens=tokens,
+            hidden=hidden,
         )
 
-    def _draw(self, number: int, items: list[tuple[PromptToSample, int]]) -> list[list[int]]:
-        """A response for each (prompt, number of the response in the round)."""
-        if not items:
-            return []
-        settings = self.settings
-        return self.sample(
+    def draw(
+        self, number: int, prompts: list[PromptToSample]
+    ) -> tuple[list[list[list[int]]], list[list[Tensor | None]]]:
+        """The responses of round `number`, (prompts, K, tokens), and the hidden states that predict
+        their tokens where they are kept, (prompts, K)."""
+        settings, hidden = self.settings, []
+        items = [(prompt, j) for prompt in prompts for j in range(self.k)]
+        responses = self.sample(
             self.sampler,
             self.tokenizer,
             [prompt.tokens for prompt, _ in items],
-            keys=[(prompt.key, number, j) for prompt, j in items],
+            keys=[(prompt.key, number, n) for n, (prompt, _) in enumerate(items)],
             max_new_tokens=self.max_new_tokens,
             temperature=settings.temperature,
             **truncation(settings),
@@ -130,6 +148,13 @@ class Drawing:
             batch_size=settings.eval_batch_size,
             world=self.world,
             description="roll out",
+            **({"hidden": hidden} if self.keeps_hidden else {}),
+        )
+        by_prompt = range(0, len(items), self.k)
+        hidden = hidden or [None] * len(items)
+        return (
+            [responses[i : i + self.k] for i in by_prompt],
+            [hidden[i : i + self.k] for i in by_prompt],
         )
 
     def _texts(self, responses: list[list[int]]) -> list[str]:

@@ -3,14 +3,19 @@
 import json
 from pathlib import Path
 
+import torch
+from torch import Tensor
+
 from preflab.batching.chat import prompt_columns
+from preflab.batching.packing import Batch, lay_out
 from preflab.distributed.process_group import World
-from preflab.evaluation.samples import measure_samples
+from preflab.modeling.logprobs import score_responses
 from preflab.modeling.response_ends import response_ends
 from preflab.online.drawing import rollouts_file
 from preflab.online.labelers import StaticLabels
 from preflab.online.ledger import score_shared
 from preflab.online.rollouts import Labels, Rollouts
+from preflab.online.round_steps import ReadBatch
 from preflab.rewards.registry import REWARDS, Score, all_rewards
 from preflab.settings.schema import Settings
 from preflab.training.learner import Learner
@@ -52,14 +57,19 @@ class RoundMeasures:
         }
 
     def measure(
-        self, rollouts: Rollouts, labels: Labels, scores: dict[str, list[float]]
+        self,
+        rollouts: Rollouts,
+        labels: Labels,
+        scores: dict[str, list[float]],
+        read: list[ReadBatch],
     ) -> dict[str, float]:
         """Means over the rollouts of a round. scores: what `scores` returned before labelling.
+        read: batches of some of the rollouts that the reference has read.
 
         Lengths are in tokens, KL in nats. The rollouts are appended to rollouts.jsonl.
         """
         guesses = labels.guesses or labels
-        columns = self._lengths(rollouts) | self._kl(rollouts)
+        columns = self._lengths(rollouts) | self._kl(rollouts, read)
         if self.labeler.labels_by_reward:
             of_labels = [score for of_prompt in labels.scores for score in of_prompt]
             scores = {next(iter(self.rewards)): of_labels} | scores
@@ -82,24 +92,69 @@ class RoundMeasures:
             "ended": [float(ends.ended(ids)) for ids in responses],
         }
 
-    def _kl(self, rollouts: Rollouts) -> dict[str, list[float]]:
-        learner = self.learner
-        if learner.initial_reference is None:
+    def _kl(self, rollouts: Rollouts, read: list[ReadBatch]) -> dict[str, list[float]]:
+        """KL to the initial reference and its estimate by the log-ratio, as `measure_samples` has
+        them, (prompts * K,) each; none of it where a run has no such reference."""
+        if self.learner.initial_reference is None:
             return {}
-        prompts, responses = [], []
-        for prompt, of_prompt in zip(rollouts.prompt_tokens, rollouts.tokens, strict=True):
-            prompts += [prompt] * len(of_prompt)
-            responses += of_prompt
-        measured = measure_samples(
+        mine = []
+        for part in read:
+            self.world.stop_if_asked()
+            values = self._of_batch(rollouts, part.batch, part.responses, part.hidden)
+            mine += values if part.counts else []
+        measured = {response for response, _ in self.world.gather(mine)}
+        missing = [
+            (i, [j for j in range(len(of_prompt)) if (i, j) not in measured])
+            for i, of_prompt in enumerate(rollouts.tokens)
+        ]
+        mine += self._of_unread([(i, numbers) for i, numbers in missing if numbers], rollouts)
+        by_response = sorted(self.world.gather(mine))
+        columns = zip(*(values for _, values in by_response), strict=True)
+        return dict(zip(("kl", "kl_k1"), map(list, columns), strict=True))
+
+    def _of_unread(self, trees: list[tuple[int, list[int]]], rollouts: Rollouts) -> list[tuple]:
+        """As `_of_batch`, of what neither model has read: numbers of responses by prompt."""
+        tokens, size = rollouts.tokens, self.settings.eval_batch_size
+        trees = sorted(trees, key=lambda tree: sum(len(tokens[tree[0]][j]) for j in tree[1]))
+        k = max((len(numbers) for _, numbers in trees), default=1)
+        mine = []
+        for part, n_real in self.world.batches(trees, max(1, size // k)):
+            self.world.stop_if_asked()
+            batch = lay_out(
+                [
+                    (rollouts.prompt_tokens[i], [tokens[i][j] for j in part_of])
+                    for i, part_of in part
+                ],
+                self.learner.layout,
+            )
+            responses = [(i, j) for i, numbers in part for j in numbers]
+            values = self._of_batch(rollouts, batch, responses)
+            mine += values if n_real else []
+        return mine
+
+    @torch.no_grad()
+    def _of_batch(
+        self,
+        rollouts: Rollouts,
+        batch: Batch,
+        responses: list[tuple[int, int]],
+        reference_hidden: Tensor | None = None,
+    ) -> list[tuple[tuple[int, int], list[float]]]:
+        """The responses of a batch, each as (prompt, number), with their KL and its estimate."""
+        learner, hidden = self.learner, None
+        if rollouts.hidden is not None:
+            states = [rollouts.hidden[i][j] for i, j in responses]
+            hidden = None if any(of is None for of in states) else torch.cat(states)
+        scores = score_responses(
             learner.policy,
-            learner.initial_reference,
-            prompts,
-            responses,
-            self.settings.eval_batch_size,
-            learner.layout,
-            self.world,
+            batch.to(learner.policy.device),
+            reference=learner.initial_reference,
+            kl="policy||reference",
+            hidden=hidden,
+            reference_hidden=reference_hidden,
         )
-        return {name: measured[name] for name in ("kl", "kl_k1")}
+        values = torch.stack([scores.kl, scores.logps - scores.reference_logps], dim=1)
+        return list(zip(responses, values.tolist(), strict=True))
 
     def _write(
         self,
@@ -122,6 +177,21 @@ class RoundMeasures:
                     },
                 }
                 f.write(json.dumps(row, ensure_ascii=False) + "\n")
+
+
+def keeps_hidden(learner: Learner) -> bool:
+    """Whether the hidden states of sampling can be measured against those of the reference.
+
+    In half precision sampling rounds otherwise than a pass over whole responses, which would be
+    measured as KL. A model over several ranks or devices does not keep them.
+    """
+    policy = learner.policy
+    return (
+        learner.initial_reference is not None
+        and learner.world.size == 1
+        and policy.placed_on is None
+        and policy.is_full_precision()
+    )
 
 
 def _registered(settings: Settings) -> dict:

@@ -3,6 +3,7 @@
 from dataclasses import dataclass
 
 import numpy as np
+from torch import Tensor
 
 from preflab.objective.registry import BoundLoss
 
@@ -11,7 +12,8 @@ from preflab.objective.registry import BoundLoss
 class Rollouts:
     """The samples of a round: prompts, and K responses to each, as text and as tokens.
 
-    A key is the number of a prompt in the data, or in the service a hash of its texts.
+    A key is the number of a prompt in the data, or in the service a hash of its texts. hidden: the
+    policy's last hidden states that predict the tokens, (tokens, H), where sampling left them.
     """
 
     round: int
@@ -20,6 +22,7 @@ class Rollouts:
     prompt_tokens: list[list[int]]  # (prompts, tokens)
     responses: list[list[str]]  # (prompts, K)
     tokens: list[list[list[int]]]  # (prompts, K, tokens)
+    hidden: list[list[Tensor | None]] | None = None  # (prompts, K)
 
     def __len__(self) -> int:
         return len(self.keys)

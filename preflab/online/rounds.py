@@ -8,15 +8,12 @@ import logging
 from collections.abc import Iterator
 from pathlib import Path
 
-import numpy as np
-
 from preflab.batching.examples import PreferenceData
-from preflab.batching.token_store import store_of
 from preflab.distributed.process_group import ALONE, World
 from preflab.objective.registry import BoundLoss
 from preflab.online.build import build_parts
-from preflab.online.drawing import PromptLoader, rollouts_file
-from preflab.online.rollouts import Labels, Rollouts
+from preflab.online.drawing import rollouts_file
+from preflab.online.round_steps import RoundSteps
 from preflab.settings.schema import Settings
 from preflab.training.checkpoints import undone_when_stopped
 from preflab.training.learner import NonFiniteStepError
@@ -60,11 +57,10 @@ class OnlineTrainer:
     ):
         seed_everything(settings.seed)
         self.settings, self.run_dir, self.loss, self.world = settings, run_dir, loss, world
-        self.prompts = PromptLoader(settings, data["train"])
         self.round = 0  # the last one that was labelled
         self.rounds_without_pairs = 0  # in a row
         self.has_initial_labels = False  # whether they are bought and learned from
-        self.timed = Stopwatch("sampling", "labelling", "learning", "measuring")
+        self.timed = Stopwatch("sampling", "labelling", "learning", "measuring", "evaluating")
         parts = build_parts(
             settings,
             run_dir,
@@ -75,7 +71,7 @@ class OnlineTrainer:
             world=world,
             tracker=tracker,
         )
-        self.learner, self.drawing = parts.learner, parts.drawing
+        self.learner, self.source = parts.learner, parts.source
         self.labeler, self.measures = parts.labeler, parts.measures
         discriminator = self.labeler.discriminator
         self.session = Session(
@@ -155,10 +151,7 @@ class OnlineTrainer:
         n = self.settings.online.initial_labels
         with self._unchanged_when_stopped(), self._saved_on_error():
             with self.timed("sampling"):
-                prompts = []
-                while len(prompts) < n:
-                    prompts += next(self.prompts)
-                rollouts = self.drawing.roll_out(0, prompts[:n], self.labeler.recorded(0))
+                rollouts = self.source.initial(n, self.labeler.recorded(0))
             with self.timed("labelling"):
                 self.labeler.begin(rollouts)
         self.has_initial_labels = True
@@ -167,9 +160,8 @@ class OnlineTrainer:
         number = self.round + 1
         with self._saved_on_error():
             with self.timed("sampling"):
-                prompts = next(self.prompts)[: self.labeler.room(number)]
-                recorded = self.labeler.recorded(number)
-                rollouts = self.drawing.roll_out(number, prompts, recorded)
+                room, recorded = self.labeler.room(number), self.labeler.recorded(number)
+                rollouts = self.source.of_round(number, room, recorded)
             with self.timed("measuring"):
                 # Before labelling, which changes the discriminator: a reward may fail here.
                 scores = self.measures.scores(rollouts)
@@ -177,50 +169,41 @@ class OnlineTrainer:
                 labels = self.labeler.label(rollouts)
         self.round = number
         labels.suit(self.loss)
+        with self.timed("learning"):
+            steps = RoundSteps(self.settings, self.learner, rollouts, labels)
+            read = steps.read_reference()
         with self.timed("measuring"):
-            values = self.measures.measure(rollouts, labels, scores)
+            values = self.measures.measure(rollouts, labels, scores, read)
+        del read  # with the hidden states
+        rollouts.hidden = None
         with self.timed("learning"):
             self.learner.reference_update.before_round(number)
-            n_pairs = self._learn(rollouts, labels, bar)
-        n_ties = len(rollouts) - n_pairs
-        counts = {"round": number, "online/pairs": n_pairs, "online/ties": n_ties}
+            self._learn(steps, bar)
+        with self.timed("sampling"):
+            self.source.wait(self.world)
+        n_ties = len(rollouts) - len(steps)
+        counts = {"round": number, "online/pairs": len(steps), "online/ties": n_ties}
         seconds = {f"seconds/{part}": spent for part, spent in self.timed.seconds.items()}
         self.session.write("online", counts | values | seconds)
-        self.rounds_without_pairs = 0 if n_pairs else self.rounds_without_pairs + 1
+        self.rounds_without_pairs = 0 if len(steps) else self.rounds_without_pairs + 1
         if self.rounds_without_pairs >= PATIENCE:
             self._stop_without_pairs()
 
-    def _learn(self, rollouts: Rollouts, labels: Labels, bar: Progress) -> int:
-        """Train on the pairs or lists of a round, `updates_per_round` times; returns their number,
-        at most one for each prompt."""
-        settings = self.settings
-        trees = list(zip(rollouts.prompt_tokens, rollouts.tokens, strict=True))
-        store = store_of(f"round {rollouts.round}", trees, labels.scores, labels.pairs)
-        n_pairs = len(store.prompts)
-        if not n_pairs:
-            return 0
-        pairs = PreferenceData([store], self.loss.examples, store.name)
-        for update in range(settings.online.updates_per_round):
-            order = np.random.default_rng([settings.seed, rollouts.round, update])
-            order = order.permutation(n_pairs)
-            for begin in range(0, n_pairs, settings.batch_size):
-                self._step(pairs, order[begin : begin + settings.batch_size], bar)
-        return n_pairs
-
-    def _step(self, pairs: PreferenceData, examples: np.ndarray, bar: Progress) -> None:
-        microbatches = self.learner.microbatches(pairs, examples)
-        try:
-            self.session.step(pairs, microbatches, examples, bar)
-        except NonFiniteStepError as error:
-            # The round cannot be repeated: the policy has learned from a part of it.
-            self.session.stop_at_non_finite(error, pairs, examples)
-        self.world.stop.held = True
+    def _learn(self, steps: RoundSteps, bar: Progress) -> None:
+        """Train on the pairs or lists of a round, `updates_per_round` times."""
+        for examples, microbatches in steps:
+            try:
+                self.session.step(steps.data, microbatches, examples, bar)
+            except NonFiniteStepError as error:
+                # The round cannot be repeated: the policy has learned from a part of it.
+                self.session.stop_at_non_finite(error, steps.data, examples)
+            self.world.stop.held = True
 
     def _evaluate(self) -> None:
         """Evaluate by the rewards and the KL of samples, because there are no held-out pairs."""
         begun = self.round > 0 or self.has_initial_labels  # a kill may have left bought labels
         bought = self.labeler.bought_until(self.round) if begun else 0
-        with self.timed("measuring"), self._saved_on_error():
+        with self.timed("evaluating"), self._saved_on_error():
             self.session.evaluate(round=self.round, **{"online/labels_bought": bought})
 
     def _stop_without_pairs(self) -> None:
@@ -235,11 +218,11 @@ class OnlineTrainer:
     def _saved_on_error(self) -> Iterator[None]:
         """Save before an error ends the run. The policy has not learned from the current prompts,
         so the checkpoint starts with them again."""
-        before = self.prompts.state_dict()
+        before = self.source.prompts.state_dict()
         try:
             yield
         except PrefLabError:
-            self.prompts.load_state_dict(before)
+            self.source.prompts.load_state_dict(before)
             self.session.save(wait=True)
             raise
 
@@ -252,6 +235,7 @@ class OnlineTrainer:
             with undone_when_stopped(lambda: self._restore(before)):
                 yield
         finally:
+            self.source.abandon()  # after an error; else nothing is being drawn
             self.world.stop.held = False
 
     # --------------------------------------------------------------------------- saving, resuming
@@ -265,7 +249,7 @@ class OnlineTrainer:
             "begun": self.has_initial_labels,
             "labels": self.labeler.state_dict(),
         }
-        return {"loader": self.prompts.state_dict(), "online": online}
+        return {**self.source.state_dict(self.round + 1), "online": online}
 
     def _prepare_and_resume(self) -> None:
         self.learner.prepare()
@@ -279,9 +263,10 @@ class OnlineTrainer:
 
     def _restore(self, state: dict) -> None:
         """Return to what `state_dict` returned."""
-        self.prompts.load_state_dict(state["loader"])
         online = state["online"]
-        self.round, self.timed.seconds = online["round"], online["seconds"]
+        self.round = online["round"]
+        self.timed.seconds |= online["seconds"]
+        self.source.load_state_dict(state, self.round + 1)
         self.rounds_without_pairs = online["fruitless"]
         self.has_initial_labels = online["begun"]
         self.labeler.load_state_dict(online["labels"])

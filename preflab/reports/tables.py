@@ -105,10 +105,12 @@ def _online_rows(summary: dict) -> list[tuple[str, str]]:
         for key, value in summary.items()
         if key.startswith("seconds_")
     }
-    total = sum(seconds.values()) or 1
+    total, n_rounds = sum(seconds.values()) or 1, summary.get("rounds", 0)
+    in_rounds = total - seconds.get("evaluating", 0.0)
     return [
-        ("rounds", f"{summary.get('rounds', 0):,}"),
+        ("rounds", f"{n_rounds:,}"),
         ("gold labels bought", f"{summary['labels_bought']:,}"),
+        ("seconds of a round", f"{in_rounds / n_rounds:.3g}" if seconds and n_rounds else "-"),
         *((f"time {name}", f"{100 * value / total:.0f}%") for name, value in seconds.items()),
     ]
 

@@ -190,6 +190,7 @@ class OnlineSettings:
     max_new_tokens: int | None = setting(COUNT, null=True)
     updates_per_round: int = setting(COUNT)
     sampler: str | None = setting(PATH, null=True)
+    ahead: bool = setting(FLAG)
     budget: int | None = setting(Integer(0), null=True, may_change=ALWAYS)
     oracle: str = setting(Choice(("comparisons", "scores")))
     measure_gold: str | bool = setting(AUTO, may_change=ALWAYS)
