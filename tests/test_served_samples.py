@@ -19,6 +19,7 @@ from preflab.distributed.process_group import ALONE
 from preflab.modeling.generation import sample
 from preflab.modeling.logprobs import Scorer
 from preflab.modeling.response_ends import ResponseEnds
+from preflab.online.ahead import Ahead
 from preflab.online.drawing import Drawing
 from preflab.serving.build import served_models
 from preflab.serving.checks import check_sampler
@@ -504,6 +505,7 @@ def test_preferences_and_rounds_are_drawn_by_a_server(
         assert len(read_rows(tmp_path / "out-partial-served.jsonl")) == 4
 
         words = ("function=online", "online.sampler=reference", f"sampler.url={url}")
+        words += ("sampler.retries=0",)
         settings = load_settings(compose(command(*words)))
         served = served_models(settings, tmp_path)["sampler"]
         drawing = Drawing(settings, scorer, tokenizer, ALONE, served)
@@ -511,7 +513,20 @@ def test_preferences_and_rounds_are_drawn_by_a_server(
         rollouts = drawing.roll_out(1, prompts, [])
         asked = {tuple(body["prompt"]) for body in fake.bodies[-6:]}
         assert asked == set(map(tuple, PROMPTS))
+
+        ahead = Ahead(drawing, None)
+        ahead.begin(2, prompts)
+        ahead.wait(ALONE)
+        n_asked, drawn = len(fake.bodies), ahead.take(2)
+        assert (
+            len(drawn) == 3 and drawn == drawing.draw(2, prompts)[0] and len(fake.bodies) == n_asked
+        )
     assert [len(of_prompt) for of_prompt in rollouts.tokens] == [2, 2, 2]
+    ahead.begin(3, prompts)  # the server is gone, which the round says when it begins
+    ahead.wait(ALONE)
+    assert ahead.take(3) is None and ahead.state(3) is None
+    with pytest.raises(SamplerError, match="in 1 attempts"):
+        drawing.draw(3, prompts)
 
 
 def test_the_stamp_changes_with_the_weights(settings, tmp_path):
