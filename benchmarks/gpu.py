@@ -244,7 +244,9 @@ class Benchmark:
         part = {"do": name, "job": models["result"]["job"]}
         if name == "flex":
             part["shapes"] = {"tiny": [2, 2, 16, "float32"]} if self.dry_run else SHAPES
-        return self._run(name, part, PARTS[name])
+        outcome = self._run(name, part, PARTS[name])
+        problem = find_problem(name, outcome.get("result"), on_gpu=not self.dry_run)
+        return outcome | ({"error": problem} if problem else {})
 
     def _step(self, size: str, step: str) -> dict:
         more = dict(STEPS[size][step])
@@ -376,6 +378,20 @@ def run_process(
         with contextlib.suppress(ProcessLookupError):
             os.killpg(process.pid, signal.SIGKILL)
         process.wait()
+
+
+def find_problem(name: str, result: dict | None, *, on_gpu: bool) -> str:
+    """What is wrong with the result of a part; empty if nothing is."""
+    if name == "log-ratios" and result:
+        largest = result["prefix_shared, reference run"]["response"]
+        return f"the log-ratio of a response is {largest:.2g}, and must be 0" if largest else ""
+    if name == "flex" and result and on_gpu:
+        graphs = [one["graphs"] for one in result["lengths"]]
+        if not result["ok"]:
+            return "FlexAttention is not used, or differs from attention by segments"
+        if graphs[-1] > graphs[1]:
+            return f"lengths go on to compile graphs, {graphs[-1] - graphs[1]} after the second one"
+    return ""
 
 
 def read_tests(log: str) -> dict:

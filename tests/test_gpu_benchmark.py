@@ -179,10 +179,32 @@ def test_what_cannot_be_measured_is_skipped_with_its_reason(benchmark_of):
     assert "time of the whole command" in benchmark.results["parts"]["sampling"]["skipped"]
 
 
+def test_a_wrong_result_is_an_error_beside_its_numbers(benchmark_of):
+    def ratios(response):
+        return {"prefix_shared, reference run": {"token": 0.0, "response": response}}
+
+    def flex(ok, *graphs):
+        return {"ok": ok, "lengths": [{"graphs": n} for n in graphs]}
+
+    assert "log-ratio of a response is 0.5" in gpu.find_problem(
+        "log-ratios", ratios(0.5), on_gpu=True
+    )
+    assert not gpu.find_problem("log-ratios", ratios(0.0), on_gpu=True)
+    assert "differs" in gpu.find_problem("flex", flex(False, 2, 2, 2), on_gpu=True)
+    assert "2 after the second" in gpu.find_problem("flex", flex(True, 2, 3, 4, 5), on_gpu=True)
+    assert not gpu.find_problem("flex", flex(True, 2, 3, 3, 3), on_gpu=True)
+    assert not gpu.find_problem("flex", None, on_gpu=True)
+    benchmark = benchmark_of({"log-ratios": {"result": ratios(0.5)}})
+    benchmark.add("log-ratios")
+    outcome = benchmark.results["parts"]["log-ratios"]
+    assert "must be 0" in outcome["error"] and outcome["result"]
+
+
 def test_a_second_command_adds_to_the_results_of_the_same_machine(benchmark_of):
     rates = {"result": {"ours": 3.0, "generate": 1.0, "times_as_fast": 3.0}}
     benchmark_of({"sampling": rates}).add("sampling")
-    second = benchmark_of({"log-ratios": {"result": {"padded": {"token": 0.0, "response": 0.0}}}})
+    ratios = {"prefix_shared, reference run": {"token": 0.0, "response": 0.0}}
+    second = benchmark_of({"log-ratios": {"result": ratios}})
     second.add("log-ratios")
     name = "gpu-nvidia-h100-80gb-hbm3"
     written = json.loads((second.output / f"{name}.json").read_text())
