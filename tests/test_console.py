@@ -55,6 +55,18 @@ def test_a_second_call_adds_no_handler_and_the_root_logger_receives_nothing(caps
     assert sum(isinstance(handler, ConsoleHandler) for handler in handlers) == 1
 
 
+def test_a_log_on_a_full_disk_has_no_traceback(capsys):
+    configure_logging()
+    logger = logging.getLogger("preflab")
+    full = logging.StreamHandler(open("/dev/full", "w"))  # noqa: SIM115
+    logger.addHandler(full)
+    try:
+        logger.info("a line")
+    finally:
+        logger.removeHandler(full)
+    assert capsys.readouterr() == ("a line\n", "")
+
+
 def test_a_replaced_stdout_gets_the_messages_and_none_drops_them(capsys):
     configure_logging()
     text = io.StringIO()

@@ -752,6 +752,28 @@ def test_a_thread_of_gloo_does_not_abort_a_rank_that_has_ended(ending, code, mes
     assert message in ended.stderr and "terminate" not in ended.stderr
 
 
+def test_a_library_that_hangs_at_the_end_is_not_waited_for():
+    script = """
+import atexit, sys, threading, time
+from preflab.distributed.process_group import ends_safely, wait_for_no_library
+
+atexit.register(time.sleep, 600)
+
+def save():
+    time.sleep(0.2)
+    print("saved", end="")
+
+with ends_safely():
+    threading.Thread(target=save).start()
+    wait_for_no_library()
+    sys.exit(3)
+"""
+    ended = subprocess.run(
+        [sys.executable, "-c", script], cwd=ROOT, capture_output=True, text=True, timeout=300
+    )
+    assert (ended.returncode, ended.stdout) == (3, "saved"), ended.stderr
+
+
 def test_there_is_a_gpu_for_each_worker(monkeypatch):
     config = OmegaConf.create(
         {

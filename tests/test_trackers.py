@@ -114,13 +114,16 @@ class Backend:
 @pytest.mark.parametrize("hangs", [False, True])
 def test_a_broken_tracker_is_switched_off_with_one_warning(monkeypatch, caplog, where, hangs):
     released = threading.Event()
-    monkeypatch.setattr(trackers, "CALL_SECONDS", 0.05)
-    monkeypatch.setattr(trackers, "FINISH_SECONDS", 0.2)
+    monkeypatch.setattr(trackers, "CALL_SECONDS", 0.05 if hangs else 60.0)
+    monkeypatch.setattr(trackers, "FINISH_SECONDS", 0.2 if hangs else 60.0)
+
+    alone = []
+    monkeypatch.setattr(trackers, "wait_for_no_library", lambda: alone.append(where))
 
     def problem():
         if hangs:
             released.wait()
-        raise SystemExit("the server is gone")
+        raise SystemExit("the server\n  is gone")
 
     tracker = Tracker("fake", lambda: Backend(where, problem))
     for step in range(3):
@@ -128,10 +131,38 @@ def test_a_broken_tracker_is_switched_off_with_one_warning(monkeypatch, caplog, 
     tracker.finish()
     released.set()
     tracker._thread.join()
-    assert not tracker.is_on
+    assert not tracker.is_on and bool(alone) is hangs
     [record] = [r for r in caplog.records if "continues without it" in r.message]
     assert ("no answer" if hangs else "the server is gone") in record.message
     tracker.log({"loss": 1.0}, 4)  # goes nowhere
+
+
+def test_threads_of_a_tracking_library_fail_in_a_line(monkeypatch, caplog):
+    seen = []
+    monkeypatch.setattr(threading, "excepthook", trackers._ThreadErrors(seen.append))
+    for module in ("tensorboard.writer", "somebody"):
+        fail: dict = {"__name__": module}
+        exec("def fail(): raise OSError(28, 'No space left')", fail)
+        thread = threading.Thread(target=fail["fail"])
+        thread.start()
+        thread.join()
+    [other] = seen
+    assert other.exc_traceback.tb_next.tb_next.tb_frame.f_globals["__name__"] == "somebody"
+    [record] = caplog.records
+    assert record.message == "a thread of tensorboard has ended: [Errno 28] No space left"
+    assert record.exc_info is None
+
+
+def test_wandb_cannot_ask_for_a_key_and_an_empty_address_is_none(fake, monkeypatch, tmp_path):
+    calls = fake("wandb", "mlflow")
+    monkeypatch.setenv("WANDB_SILENT", "false")
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", "")
+    settings = types.SimpleNamespace(wandb=types.SimpleNamespace(entity=None, project="mine"))
+    trackers.Wandb(settings, tmp_path, {}, "0123abcd")
+    assert trackers.os.environ["WANDB_SILENT"] == "true"
+    trackers.Mlflow(settings, tmp_path, {}, "0123abcd")
+    [uri] = [arguments for name, arguments, _ in calls if name == "set_tracking_uri"]
+    assert uri == ((tmp_path / "mlruns").as_uri(),)
 
 
 def test_a_missing_package_is_named_before_anything_loads(monkeypatch):

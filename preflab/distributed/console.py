@@ -32,6 +32,9 @@ def configure_logging(rank: int = 0) -> None:
     They do not reach the root logger, where Hydra has a handler that would repeat them. Calling
     this again only sets the level.
     """
+    # A message that a file on a full disk does not take has no traceback on the console, where it
+    # is as well.
+    logging.raiseExceptions = False
     logger = logging.getLogger("preflab")
     logger.setLevel(logging.INFO if rank == 0 else logging.WARNING)
     logger.propagate = False

@@ -33,6 +33,7 @@ TIMEOUT = timedelta(hours=3)
 # srun may not, and starts ranks on machines of which some read slowly; nobody watches ranks that
 # were started by hand.
 WAIT_BY_HAND, WAIT_OF_SRUN = 60.0, 600.0
+THREAD_SECONDS = 60.0  # that a process which ends beside a library that hangs waits for a thread
 CONNECT_SECONDS = 45.0  # that they then have to connect; NCCL may take minutes on many machines
 
 
@@ -183,6 +184,7 @@ ALONE = World()
 
 _world: World | None = None
 _has_had_group = False  # whether this process has been in a process group
+_waits = True  # whether its end waits for libraries
 
 
 def world() -> World:
@@ -355,15 +357,16 @@ def leave() -> None:
 @contextlib.contextmanager
 def ends_safely() -> Iterator[None]:
     """Inside is the whole work of a process, which ends with `end_process` if it has been in a
-    process group, whatever it ends with; its exit code and its messages are those of Python."""
+    process group or must not wait, whatever it ends with; its exit code and its messages are those
+    of Python."""
     error = None
     try:
         yield
     except BaseException as raised:
-        if not _has_had_group:
+        if _waits and not _has_had_group:
             raise
         error = raised
-    if _has_had_group:
+    if _has_had_group or not _waits:
         end_process(exit_code(error))
 
 
@@ -380,6 +383,12 @@ def exit_code(error: BaseException | None) -> int:
     return 128 + signal.SIGINT if isinstance(error, KeyboardInterrupt) else 1
 
 
+def wait_for_no_library() -> None:
+    """Have this process end without what libraries do at its end: one of them hangs."""
+    global _waits
+    _waits = False
+
+
 def end_process(code: int) -> NoReturn:
     """End this process as Python does, up to the end of the interpreter itself.
 
@@ -388,8 +397,13 @@ def end_process(code: int) -> NoReturn:
     aborts the process, also when its work is done. A process group has no call that waits for it.
     """
     try:
-        threading._shutdown()
-        atexit._run_exitfuncs()
+        if _waits:
+            threading._shutdown()
+            atexit._run_exitfuncs()
+        else:
+            for thread in threading.enumerate():
+                if not thread.daemon and thread is not threading.current_thread():
+                    thread.join(THREAD_SECONDS)  # such as one that writes a checkpoint
     finally:
         for stream in (sys.stdout, sys.stderr):
             with contextlib.suppress(OSError, ValueError):

@@ -11,11 +11,13 @@ import re
 import secrets
 import threading
 import time
+import traceback
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Protocol
 
 from preflab.distributed.launch import sheltered
+from preflab.distributed.process_group import wait_for_no_library
 from preflab.reports.runs import read_jsonl
 from preflab.settings.schema import Settings
 from utils import ConfigError, atomic_write
@@ -48,7 +50,7 @@ class Wandb:
     module = "wandb"
 
     def __init__(self, settings: Settings, run_dir: Path, config: dict, run_id: str):
-        os.environ.setdefault("WANDB_SILENT", "true")
+        os.environ["WANDB_SILENT"] = "true"  # one that may print asks for a missing key
         if "WANDB_MODE" not in os.environ and not _has_wandb_key():
             os.environ["WANDB_MODE"] = "offline"
         import wandb
@@ -148,7 +150,7 @@ class Mlflow:
     module = "mlflow"
 
     def __init__(self, settings: Settings, run_dir: Path, config: dict, run_id: str):
-        if is_local := "MLFLOW_TRACKING_URI" not in os.environ:
+        if is_local := not os.environ.get("MLFLOW_TRACKING_URI"):
             # MLflow 3 refuses its file store without it, and its databases need more packages.
             os.environ.setdefault("MLFLOW_ALLOW_FILE_STORE", "true")
         import mlflow
@@ -212,6 +214,8 @@ def start_tracker(settings: Settings, run_dir: Path, config: dict) -> "Tracker |
     if (name := _chosen(settings)) is None:
         return None
     run_id = _id_of_run(run_dir)
+    if not isinstance(threading.excepthook, _ThreadErrors):
+        threading.excepthook = _ThreadErrors(threading.excepthook)
     return Tracker(name, lambda: BACKENDS[name](settings, run_dir, config, run_id))
 
 
@@ -229,11 +233,35 @@ def _id_of_run(run_dir: Path) -> str:
     return run_id
 
 
+class _ThreadErrors:
+    """`threading.excepthook`, with one line for threads of tracking libraries: theirs fail by
+    themselves, such as on a full disk."""
+
+    def __init__(self, others: Callable):
+        self.others = others
+
+    def __call__(self, failed) -> None:
+        modules = {backend.module for backend in BACKENDS.values()}
+        frames = traceback.walk_tb(failed.exc_traceback)
+        packages = {str(frame.f_globals.get("__name__")).partition(".")[0] for frame, _ in frames}
+        if not (names := modules & packages):
+            self.others(failed)
+        else:
+            logger.warning(f"a thread of {', '.join(names)} has ended: {_cause(failed.exc_value)}")
+
+
+def _cause(error: BaseException | None) -> str:
+    """An error in one line."""
+    text = " ".join(str(error).split())
+    return text[:300] or type(error).__name__
+
+
 class Tracker:
     """Calls a backend in a thread of its own, one call after the other.
 
     A call that raises, or takes longer than CALL_SECONDS, switches the tracker off with one
-    warning; the run has its metrics.jsonl in any case.
+    warning; the run has its metrics.jsonl in any case. After one that takes too long, the process
+    ends without the library's own end, which may wait as long.
     """
 
     def __init__(self, name: str, start: Callable[[], Backend]):
@@ -261,13 +289,13 @@ class Tracker:
         self._calls.put(None)
         if self.is_on:
             self._thread.join(FINISH_SECONDS)
-        if self._thread.is_alive():
-            self._switch_off("stopped", f"no answer for {FINISH_SECONDS} seconds")
+        if self.is_on and self._thread.is_alive():
+            self._leave_alone(FINISH_SECONDS)
 
     def _call(self, method: str, *arguments) -> None:
         began = self._began
-        if began is not None and time.monotonic() - began > CALL_SECONDS:
-            self._switch_off("stopped", f"no answer for {CALL_SECONDS} seconds")
+        if self.is_on and began is not None and time.monotonic() - began > CALL_SECONDS:
+            self._leave_alone(CALL_SECONDS)
         if self.is_on:
             self._calls.put((method, arguments))
 
@@ -282,7 +310,11 @@ class Tracker:
                 getattr(backend, method)(*arguments)
                 self._began = None
         except BaseException as error:  # of any class, and SystemExit
-            self._switch_off(verb, str(error))
+            self._switch_off(verb, _cause(error))
+
+    def _leave_alone(self, seconds: float) -> None:
+        self._switch_off("stopped", f"no answer for {seconds} seconds")
+        wait_for_no_library()
 
     def _switch_off(self, verb: str, cause: str) -> None:
         with self._lock:
@@ -307,7 +339,7 @@ def _has_wandb_key() -> bool:
     if os.environ.get("WANDB_API_KEY"):
         return True
     try:
-        hosts = netrc.netrc().hosts
+        hosts = netrc.netrc(os.environ.get("NETRC")).hosts
     except (OSError, netrc.NetrcParseError):
         return False
     return any("wandb" in host for host in hosts)
