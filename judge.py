@@ -47,6 +47,7 @@ from preflab.settings.value_types import from_home
 from utils import DataError, check_writable, path_argument
 
 ROOT = Path(__file__).resolve().parent
+LONGEST_TIMEOUT = 86_400  # a day
 
 
 def main() -> None:
@@ -61,9 +62,9 @@ def main() -> None:
         if not arguments.by:
             return
         rates = judge(arguments)
-    evaluations = read_jsonl(arguments.folder / "eval.jsonl")
-    if rates:
-        print(winrate_table(rates, evaluations).with_notes())
+        evaluations = read_jsonl(arguments.folder / "eval.jsonl")
+        if rates:
+            print(winrate_table(rates, evaluations).with_notes())
     if any(rate["unjudged"] for rate in rates):
         print(
             "not everything was judged; the answers so far are cached, and the same command"
@@ -176,6 +177,13 @@ def _verdicts(pairs: list[dict], arguments) -> tuple[list[dict], dict[str, int],
         return *verdicts, f"labels {arguments.labels.name}"
     if not arguments.url or not arguments.model:
         raise DataError("--by llm needs --url and --model")
+    for name, least in (("max_requests", 0), ("concurrency", 1), ("retries", 0)):
+        if (value := getattr(arguments, name)) < least:
+            raise DataError(f"--{name.replace('_', '-')} {value}: must be {least} or more")
+    if not 0 < arguments.timeout <= LONGEST_TIMEOUT:
+        raise DataError(
+            f"--timeout {arguments.timeout}: must be above 0, and at most {LONGEST_TIMEOUT} seconds"
+        )
     template = _question(arguments.question)
     endpoint = Endpoint(
         arguments.url,
@@ -186,13 +194,14 @@ def _verdicts(pairs: list[dict], arguments) -> tuple[list[dict], dict[str, int],
         concurrency=arguments.concurrency,
         timeout=arguments.timeout,
         retries=arguments.retries,
-        body=_body(arguments.body),
+        body=_body(arguments.body, arguments.url, arguments.model),
     )
     return *by_llm(pairs, endpoint, template), f"llm {arguments.model}"
 
 
-def _body(pairs: list[str]) -> dict:
-    """KEY=VALUE as fields of a JSON object. A value that is not JSON is a text."""
+def _body(pairs: list[str], url: str = "", model: str = "") -> dict:
+    """KEY=VALUE as fields of a JSON object. A value that is not JSON is a text. Raises DataError
+    for what cannot be sent, also of the other arguments."""
     body = {}
     for pair in pairs:
         key, equals, value = pair.partition("=")
@@ -202,6 +211,10 @@ def _body(pairs: list[str]) -> dict:
             body[key] = json.loads(value)
         except ValueError:
             body[key] = value
+    try:
+        json.dumps([body, url, model], allow_nan=False, ensure_ascii=False).encode()
+    except ValueError as error:
+        raise DataError(f"--url {url!r} --model {model!r} --body {body}: {error}") from error
     return body
 
 
@@ -210,7 +223,10 @@ def _question(path: Path | None) -> str:
         return QUESTION
     if not path.is_file():
         raise DataError(f"--question {path}: no such file")
-    template = path.read_text(encoding="utf-8")
+    try:
+        template = path.read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise DataError(f"--question {path}: not UTF-8: {error}") from error
     if missing := [slot for slot in ("{prompt}", "{a}", "{b}") if slot not in template]:
         raise DataError(f"--question {path} has no {', '.join(missing)}")
     return template

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from conftest import ROOT, write_jsonl
 
-from judge import _body
+from judge import _body, main
 from preflab.batching.chat import PromptText, transcript
 from preflab.evaluation import win_rates
 from preflab.evaluation.alpaca_eval import export_samples
@@ -384,6 +384,66 @@ def test_labels_count_in_either_order_and_others_stay_unjudged(folder, tmp_path)
     ]  # equal texts tie
     write_jsonl(path, [{"prompt": "p0", "a": "plain", "b": "x", "winner": "first"}])
     assert "labels.jsonl:1" in command(folder, "--by", "labels", "--labels", path).stderr
+
+
+LLM = ("--by", "llm", "--url", "http://127.0.0.1:9/v1", "--model", "m")
+
+
+@pytest.mark.parametrize(
+    "file, content, arguments, message",
+    [
+        ("samples.jsonl", '{"prompt": "p", "examples": 1}', (), "a row has no 'policy'"),
+        ("samples.jsonl", '{"prompt": "p", "policy": "a", "reference": "b"}', (), ""),
+        ("samples.jsonl", '{"prompt": "p", "messages": [{"role": 5}]}', (), "'messages' is"),
+        ("eval.jsonl", "[]\n{}", (), "eval.jsonl:1: expected an object"),
+        ("x", '{"prompt": "p", "a": [], "b": "b", "winner": "a"}', "by labels", "x:1: expected"),
+        ("x", b"\xff{prompt}{a}{b}", (*LLM, "--question", "x"), "--question .*x: not UTF-8"),
+        ("x", "no database, and longer than it", (*LLM, "--cache", "x"), "x: no cache of answers"),
+        (None, "", (*LLM, "--concurrency", "0"), "--concurrency 0: must be 1 or more"),
+        (None, "", (*LLM, "--retries", "-1"), "--retries -1: must be 0 or more"),
+        (None, "", (*LLM, "--timeout", "nan"), "--timeout nan: must be above 0"),
+        (None, "", (*LLM, "--timeout", "inf"), "--timeout inf: must be above 0"),
+        (None, "", (*LLM, "--body", "a=NaN"), "--body .*: Out of range float"),
+        (None, "", (*LLM, "--url", "http://\udc80"), "--url .*surrogates not allowed"),
+        (None, "", ("--by", "reward", "--reward", "length", "=="), "--reward ==: "),
+        (None, "", ("--by", "reward", "--reward", "length", "a=${x"), "--reward a="),
+    ],
+)
+def test_what_cannot_be_judged_is_one_line(
+    folder, monkeypatch, capsys, file, content, arguments, message
+):
+    if file is not None:
+        (folder / file).write_bytes(content if isinstance(content, bytes) else content.encode())
+    if arguments == "by labels":
+        arguments = ("--by", "labels", "--labels", "x")
+    words = [str(folder / word) if word == "x" else word for word in arguments]
+    monkeypatch.setattr(sys, "argv", ["judge.py", str(folder), *(words or ("--by", "reward"))])
+    try:
+        main()
+    except SystemExit as ended:
+        assert message and ended.code == 2
+    else:
+        assert not message
+    assert re.search(message, capsys.readouterr().err)
+
+
+def test_a_score_that_is_no_number_is_no_tie(folder):
+    rows = [sample(0, "a", policy_reward={"lexicon": math.nan}), sample(1, "longer")]
+    pairs = pair_up(rows, "reference")
+    verdicts, _ = win_rates.by_reward(pairs, folder, "lexicon", [])
+    assert [row["verdict"] for row in verdicts] == [None, 1.0]
+
+
+def test_an_answer_of_a_cache_that_is_no_text_is_asked_again(tmp_path, http_server):
+    server = http_server([completion("x")])
+    question = [[{"role": "user", "content": "?"}]]
+    endpoint = asks(tmp_path, server)
+    endpoint.ask(question, str)
+    endpoint._cache.execute("UPDATE answers SET answer = x'00'")
+    assert endpoint.ask(question, str).answers == ["x"] and len(server.received) == 2
+    endpoint._cache.execute("DROP TABLE answers")
+    with pytest.raises(ConfigError, match=r"c.sqlite: no cache of answers"):
+        endpoint.ask(question, str)
 
 
 def test_no_samples_is_said(tmp_path):

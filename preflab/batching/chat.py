@@ -204,7 +204,7 @@ class PromptText(str):
 def _content(message: dict) -> str:
     """The text of a message, and of one that calls tools the calls as JSON."""
     calls = message.get("tool_calls")
-    return "\n".join(filter(None, [message["content"], calls and json.dumps(calls)]))
+    return "\n".join(filter(None, [message.get("content"), calls and json.dumps(calls)]))
 
 
 def transcript(prompt: str) -> str:

@@ -7,12 +7,14 @@ from collections import defaultdict
 from pathlib import Path
 
 from omegaconf import OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+from yaml import YAMLError
 
 from preflab.batching.chat import prompt_key, prompt_of_columns, transcript
 from preflab.reports.run_files import read_config, read_jsonl
 from preflab.reports.statistics import share_interval
 from preflab.rewards.llm_client import Endpoint
-from utils import DataError, atomic_write
+from utils import DataError, atomic_write, first_line
 
 logger = logging.getLogger(__name__)
 
@@ -67,9 +69,11 @@ def latest_samples(folder: Path) -> list[dict]:
             f"{folder} has no samples.jsonl with samples;"
             " give a run folder, or one that function=eval wrote"
         )
+    if any(row.get("policy") is None for row in rows):
+        raise DataError(f"{folder / 'samples.jsonl'}: a row has no 'policy'; repair or remove it")
     if any("checkpoint" in row for row in rows):
         return rows
-    return [row for row in rows if row["examples"] == rows[-1]["examples"]]
+    return [row for row in rows if row.get("examples") == rows[-1].get("examples")]
 
 
 def pair_up(rows: list[dict], against: str) -> list[dict]:
@@ -87,7 +91,7 @@ def pair_up(rows: list[dict], against: str) -> list[dict]:
     elif Path(against).is_dir():
         others = _opponents_in(Path(against), rows)
         opponents = [other and other["policy"] for other in others]
-        rewards = [other and other["policy_reward"] for other in others]
+        rewards = [other and other.get("policy_reward") for other in others]
     else:
         raise DataError(
             f"--against {against} is neither reference, nor chosen, nor a folder of samples"
@@ -135,8 +139,8 @@ def _sample_key(row: dict) -> tuple:
 def by_reward(pairs: list[dict], folder: Path, name: str, settings: list[str]) -> Verdicts:
     """The response with the higher score wins.
 
-    The scores are those of samples.jsonl. Where the reward is not among them, or `settings` of the
-    reward (KEY=VALUE) are given, they are computed.
+    A pair with a score that is NaN is not judged. The scores are those of samples.jsonl. Where the
+    reward is not among them, or `settings` of the reward (KEY=VALUE) are given, they are computed.
     """
     known = [pair.pop("rewards") for pair in pairs]
     scores = [(ours.get(name), theirs.get(name)) for ours, theirs in known]
@@ -154,7 +158,11 @@ def by_reward(pairs: list[dict], folder: Path, name: str, settings: list[str]) -
         for i, *both in zip(missing, *computed, strict=True):
             scores[i] = tuple(both)
     verdicts = [
-        {"verdict": (1 + (a > b) - (a < b)) / 2, "policy_score": a, "opponent_score": b}
+        {
+            "verdict": None if a != a or b != b else (1 + (a > b) - (a < b)) / 2,
+            "policy_score": a,
+            "opponent_score": b,
+        }
         for a, b in scores
     ]
     return verdicts, {}
@@ -173,7 +181,10 @@ def _reward_of(folder: Path, name: str, settings: list[str]):
             rewards = all_rewards(config)
             if name in rewards:
                 return build_reward(rewards[name])
-    overrides = OmegaConf.to_container(OmegaConf.from_dotlist(settings))
+    try:
+        overrides = OmegaConf.to_container(OmegaConf.from_dotlist(settings))
+    except (OmegaConfBaseException, YAMLError) as error:
+        raise DataError(f"--reward {' '.join(settings)}: {first_line(error)}") from error
     return build_reward(reward_settings(name, overrides))
 
 
@@ -200,8 +211,8 @@ def _read_labels(path: Path) -> dict[tuple[str, str, str], float]:
     """The verdict on (prompt, a, b), in both orders: 1 where a wins, 1/2 for a tie."""
     known = {}
     for number, row in enumerate(read_jsonl(path), 1):
-        columns_there = isinstance(row, dict) and {"prompt", "a", "b"} <= row.keys()
-        if not columns_there or row.get("winner") not in ("a", "b", "tie"):
+        are_texts = all(isinstance(row.get(column), str) for column in ("prompt", "a", "b"))
+        if not are_texts or row.get("winner") not in ("a", "b", "tie"):
             raise DataError(
                 f'{path}:{number}: expected {{"prompt", "a", "b", "winner": "a" | "b" | "tie"}}'
             )

@@ -48,7 +48,10 @@ def _is_training(value: Any) -> bool:
 
 def _is_messages(value: Any) -> bool:
     return isinstance(value, list) and all(
-        isinstance(message, dict) and "role" in message for message in value
+        isinstance(message, dict)
+        and _is_text(message.get("role"))
+        and (message.get("content") is None or _is_text(message["content"]))
+        for message in value
     )
 
 

@@ -1,13 +1,14 @@
 """Requests to a language model behind an OpenAI-compatible endpoint: concurrent, retried, capped in
 number, and cached on disk."""
 
+import contextlib
 import json
 import logging
 import os
 import sqlite3
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor, as_completed
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -89,10 +90,23 @@ class Endpoint:
         self._lock = threading.Lock()  # guards the cache and the count of requests
         self._sent, self._stopped = 0, False
         cache.parent.mkdir(parents=True, exist_ok=True)
-        self._cache = sqlite3.connect(cache, timeout=60.0, check_same_thread=False)
-        self._cache.execute(
-            "CREATE TABLE IF NOT EXISTS answers (key TEXT PRIMARY KEY, answer TEXT NOT NULL)"
-        )
+        with self._damage_named(cache):
+            self._cache = sqlite3.connect(cache, timeout=60.0, check_same_thread=False)
+            self._cache.execute(
+                "CREATE TABLE IF NOT EXISTS answers (key TEXT PRIMARY KEY, answer TEXT NOT NULL)"
+            )
+        self._cache_path = cache
+
+    @staticmethod
+    @contextlib.contextmanager
+    def _damage_named(cache: Path) -> Iterator[None]:
+        try:
+            yield
+        except sqlite3.Error as error:
+            raise ConfigError(
+                f"{cache}: no cache of answers that can be used ({error}); name another file, or"
+                " delete this one"
+            ) from error
 
     def ask(
         self, questions: list[list[dict]], read: Callable[[str], object], description: str = "ask"
@@ -116,7 +130,8 @@ class Endpoint:
                 for key, members in positions.items()
             }
             try:
-                self._collect(futures, result, description)
+                with self._damage_named(self._cache_path):
+                    self._collect(futures, result, description)
             except BaseException:
                 self._stopped = True  # threads that wait for a retry send nothing more
                 pool.shutdown(wait=False, cancel_futures=True)
@@ -157,7 +172,7 @@ class Endpoint:
         """What `read` makes of the answer, and whether it came from the cache."""
         with self._lock:
             row = self._cache.execute("SELECT answer FROM answers WHERE key = ?", (key,)).fetchone()
-        if row and (value := read(row[0])) is not None:
+        if row and isinstance(row[0], str) and (value := read(row[0])) is not None:
             return value, True
         text = self._post_with_retries(messages)
         value = read(text)
