@@ -189,9 +189,10 @@ def searched(monkeypatch, tmp_path):
     def run(launcher, *words, objective="policy_reward", **settings):
         given = {k: v for k, v in defaults.items() if k not in ("defaults", *settings)}
         given = {k: v for k, v in given.items() if not k.startswith("_")} | settings
-        sweeper = OptunaSearch(
-            **{"sampler": OmegaConf.merge(of_sampler, {"n_startup_trials": 3}), **given}
+        given["sampler"] = OmegaConf.create(
+            given.get("sampler") or OmegaConf.merge(of_sampler, {"n_startup_trials": 3})
         )
+        sweeper = OptunaSearch(**given)
         hydra = {"sweep": {"dir": str(tmp_path / "sweep")}, "overrides": {"hydra": []}}
         sweeper.config = OmegaConf.create({"hydra": hydra, "objective": objective})
         sweeper.hydra_context = SimpleNamespace(config_loader=None)
@@ -271,6 +272,12 @@ def test_failed_runs_and_runs_without_an_objective_are_listed(optuna, searched, 
         ([LR, "loss=dpo,odpo", "loss.alpha=0,1"], {}, "settings of loss=dpo"),
         ([LR], {"n_trials": 0}, "hydra.sweeper.n_trials=0: an integer from 1"),
         ([LR], {"direction": "up"}, "maximize or minimize"),
+        ([LR], {"sampler": {"_target_": "optuna.samplers.CmaEsSampler"}}, "unpickles what"),
+        (
+            [LR],
+            {"sampler": {"_target_": "x.Of", "base": {"_target_": "optuna.samplers.CmaEsSampler"}}},
+            "use tpe or random",
+        ),
         ([LR], {"objective": ["kl", "eval_loss"]}, "each objective needs a direction"),
     ],
 )

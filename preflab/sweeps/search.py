@@ -107,6 +107,11 @@ class OptunaSearch(Grids):
                 "hydra/sweeper=optuna needs the package optuna:"
                 " pip install -r requirements/search.txt -c constraints.txt"
             )
+        if "CmaEsSampler" in str(OmegaConf.to_container(self.sampler_settings, resolve=True)):
+            raise ConfigError(
+                "hydra.sweeper.sampler: CmaEsSampler unpickles what the search's file holds, which"
+                " can run code; use tpe or random"
+            )
         for key in ("n_trials", "n_jobs"):
             value = getattr(self, key)
             is_default = key == "n_jobs" and value is None
