@@ -3,6 +3,7 @@ and function=atlas as a command."""
 
 import copy
 import csv
+import json
 import math
 import shutil
 from functools import partial
@@ -27,7 +28,8 @@ from preflab.modeling.logprobs import Scorer, score_responses
 from preflab.modeling.parallelism import Placement
 from preflab.objective.registry import LOSSES, bind_loss
 from preflab.readers.registry import open_dataset
-from preflab.reports.atlas import atlas_table, map_figure, steps_figure
+from preflab.reports.atlas import atlas_table, map_figure, steps_figure, write_atlas_report
+from preflab.reports.runs import Run
 from preflab.training.compute_loss import compute_loss
 from utils import ConfigError, DataError
 
@@ -352,6 +354,17 @@ def test_an_atlas_along_a_run(run, tmp_path):
     command()
     again = read_rows(folder / "atlas.jsonl")
     assert [row["baseline"] for row in again] == ["marked", "dpo", "dpo"] and again[2] == rows[2]
+    [cluster, *_], [loss, *others] = rows[0]["clusters"], rows[0]["updates"]
+    for damage in (
+        {"clusters": [cluster | {"center": "no loss"}]},
+        {"clusters": [cluster | {"losses": None}]},
+        {"updates": [loss | {"x": "0"}, *others]},
+        {"updates": [loss | {"x": 10**400}, *others]},
+        {"weights": "many"},
+    ):
+        (folder / "atlas.jsonl").write_text(json.dumps(rows[0] | damage) + "\n")
+        with pytest.raises(DataError, match=r"atlas\.jsonl: not what was written there"):
+            write_atlas_report(Run(folder))
 
 
 def test_an_adapter_alone_is_measured_where_a_run_trains_one(run):

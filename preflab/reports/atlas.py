@@ -17,7 +17,7 @@ from preflab.reports.plot_style import (
     style,
     unlisted,
 )
-from preflab.reports.run_files import read_jsonl
+from preflab.reports.run_files import WRONG_TYPES, read_jsonl
 from preflab.reports.runs import Run
 from preflab.reports.tables import Table, plus_minus
 from utils import DataError
@@ -40,10 +40,21 @@ NOTES = (
 
 
 def write_atlas_report(run: Run) -> str:
-    """Write the pictures and report.html of an atlas; return its table as text."""
+    """Write the pictures and report.html of an atlas; return its table as text. Raises DataError
+    for rows that no atlas has written."""
     rows = read_jsonl(run.folder / ROWS)
     if not rows:
         raise DataError(f"{run.folder}: no checkpoint of this atlas is measured yet")
+    try:
+        return _write(run, rows)
+    except (*WRONG_TYPES, StopIteration, OverflowError, IndexError) as error:
+        raise DataError(
+            f"{run.folder / ROWS}: not what was written there ({type(error).__name__}: {error});"
+            " delete the file, and function=atlas measures again"
+        ) from error
+
+
+def _write(run: Run, rows: list[dict]) -> str:
     last = rows[-1]
     figures = {
         "atlas": (f"Map{_at(last, rows)}", map_figure(last)),
