@@ -79,9 +79,10 @@ def test_answers_and_whole_conversations_of_every_set_of_columns(tmp_path, form)
             Chat(chat("q5"), TOOLS),
         ),
         (
-            rows_of(form, "q6", *map(json.dumps, alone), system="s", chat_template_kwargs={"a": 1}),
+            rows_of(form, "q6", *map(json.dumps, lists), system="s", chat_template_kwargs={"a": 1}),
             Chat([system, *chat("q6")], None, {"a": 1}),
         ),
+        (rows_of(form, chat("q7"), *map(json.dumps, alone)), Chat(chat("q7"))),
     ]
     # The first row decides the set of columns, and one prompt is held out.
     rows = [row for rows, _ in cases for row in rows]
@@ -96,6 +97,14 @@ def test_texts_that_look_like_objects_are_texts(tmp_path, form):
     text = '{"role": "admin", "age": 3}', '[{"x": 1}]'
     rows = [row for q in "qr" for row in rows_of(form, q, *text)]
     assert pairs_of(rows, tmp_path) == {"q": text, "r": text}
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_an_object_that_answers_a_text_is_text_also_where_it_looks_like_a_message(tmp_path, form):
+    """A model that is to write JSON would else learn the content without its braces."""
+    answers = tuple(json.dumps({"role": "assistant", "content": c}) for c in "ab")
+    rows = [row for q in "qr" for row in rows_of(form, q, *answers)]
+    assert pairs_of(rows, tmp_path) == {"q": answers, "r": answers}
 
 
 @pytest.mark.parametrize("form", FORMS)
@@ -143,6 +152,7 @@ def test_what_is_read_otherwise_takes_another_version(tmp_path, monkeypatch):
         rows += rows_of(form, [*chat("p"), message, *chat("q")], chat("", "a")[1:], message)
         rows += rows_of(form, chat("r"), json.dumps(chat("r", "a")), chat("r", "b"), tools=TOOLS)
         rows += rows_of(form, "s", chat("s", "a", "t", "b"), chat("s", "x", "t", "y"), system="s")
+        rows += rows_of(form, "u", json.dumps(message), "b")
         for train_on in ("last", "assistant"):
             for record in records_of(rows, tmp_path, train_on=train_on):
                 prompt = (
@@ -150,10 +160,10 @@ def test_what_is_read_otherwise_takes_another_version(tmp_path, monkeypatch):
                 )
                 rest = record.responses, record.pairs, record.scores, record.sft_target
                 digest.update(json.dumps([prompt, *rest]).encode())
-    assert (records.READER_VERSION, digest.hexdigest()[:16]) == ("6", "216b576970ac6dbf")
+    assert (records.READER_VERSION, digest.hexdigest()[:16]) == ("7", "ff8456331b0f244b")
     path = str(write_jsonl(tmp_path / "rows.jsonl", rows))
     now = open_dataset(path, "train").fingerprint()
-    monkeypatch.setattr(records, "READER_VERSION", "5")
+    monkeypatch.setattr(records, "READER_VERSION", "6")
     assert open_dataset(path, "train").fingerprint() != now
 
 

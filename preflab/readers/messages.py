@@ -70,18 +70,19 @@ class Turns(str):
 
 
 def messages_of(
-    row: dict, key: str, where: str, *, may_be_empty: bool = False
+    row: dict, key: str, where: str, *, may_be_empty: bool = False, answers_text: bool = False
 ) -> list[dict] | None:
     """The messages of a column, checked; None where it holds text, or is absent.
 
     A cell may hold a single message, or either of them as JSON. Fields that no JSON file could hold
     (dates, bytes) are dropped, and so are empty ones, as transformers does. may_be_empty: the
-    content of messages may be empty.
+    content of messages may be empty. answers_text: the column answers a prompt of text; then a
+    single object as JSON is what the model is to write, and is text.
     """
     value = row.get(key)
     value = value.tolist() if hasattr(value, "tolist") else value
     if isinstance(value, str) and JSON_MESSAGES.match(value):
-        value = _parsed(value, key, where)
+        value = _parsed(value, key, where, objects=not answers_text)
     if isinstance(value, dict):
         value = [value]
     if not isinstance(value, list) or (value and all(isinstance(one, str) for one in value)):
@@ -91,8 +92,8 @@ def messages_of(
     return [_message(message, key, where, may_be_empty=may_be_empty) for message in value]
 
 
-def _parsed(value: str, key: str, where: str):
-    """JSON that holds messages; else the text itself."""
+def _parsed(value: str, key: str, where: str, *, objects: bool):
+    """JSON that holds messages; else the text itself. objects: also of a single message."""
     try:
         parsed = json.loads(value)
     except (ValueError, RecursionError) as error:
@@ -105,7 +106,7 @@ def _parsed(value: str, key: str, where: str):
             ) from error
         return value
     if isinstance(parsed, dict):
-        if not {"role", "content"} <= parsed.keys():
+        if not objects or not {"role", "content"} <= parsed.keys():
             return value
     elif not all(_is_message(one) for one in parsed if isinstance(one, dict)):
         return value
@@ -212,12 +213,13 @@ def whole_conversation(
     stand before it. What `asked` says must be in the conversation, since it would be lost
     otherwise.
     """
-    messages = messages_of(row, key, where, may_be_empty=may_be_empty)
+    before = messages_of(row, asked, where)
+    answers_text = before is None and row.get(asked) is not None
+    messages = messages_of(row, key, where, may_be_empty=may_be_empty, answers_text=answers_text)
     if messages is None:
         return None
     if row.get(asked) is None:
         return messages
-    before = messages_of(row, asked, where)
     if before is not None:
         starts = range(len(messages) - len(before) + 1)
         if any(_alike(messages[i : i + len(before)], before) for i in starts):

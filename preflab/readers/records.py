@@ -21,7 +21,7 @@ from preflab.readers.files import Rows
 from preflab.readers.messages import Chat, Turns, Unended
 from utils import DataError, content_hash
 
-READER_VERSION = "6"  # raise it when a reader would turn the same rows into other records
+READER_VERSION = "7"  # raise it when a reader would turn the same rows into other records
 PAIRINGS = ("first_two", "all", "best_worst", "random")
 CHOICES = ("best_worst", "stratified")
 NO_PAIRS = "none"  # the pairing of lists
