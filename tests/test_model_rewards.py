@@ -14,6 +14,7 @@ from safetensors.torch import save_file
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import AutoModelForSequenceClassification, PreTrainedTokenizerFast
 
+from preflab.batching.chat import PromptText
 from preflab.rewards import llm_client
 from preflab.rewards.llm_rater import read_ratings
 from preflab.rewards.registry import (
@@ -223,6 +224,83 @@ def test_own_code_that_fails_or_gives_several_numbers_is_an_error(far, llama_fol
         ConfigError, match=r"no weights for score\.weight"
     ):  # a language model would score at random
         build_reward(trusting | {"path": str(llama_folder)})
+
+
+CHAT = "{% for m in messages %}<{{ m['role'] }}|{{ m['content'] }}>{% endfor %}"
+ASKED = [{"role": r, "content": c} for r, c in (("user", "q?"), ("assistant", "a"), ("user", "b"))]
+LIMIT = 40
+
+
+def reward_with_template(folder, n_labels, template):
+    """A random model of sequences with the tokenizer of bytes; (settings, naive score of ids)."""
+    config = make_model("llama").config
+    config.num_labels = n_labels
+    torch.manual_seed(5)
+    model = AutoModelForSequenceClassification.from_config(config).eval()
+    model.score.weight.data.normal_(std=0.1)  # no probability of almost 1
+    model.save_pretrained(folder)
+    tokenizer = make_tokenizer()
+    tokenizer.chat_template, tokenizer.model_max_length = template, LIMIT
+    tokenizer.save_pretrained(folder)
+
+    @torch.no_grad()
+    def score(ids):
+        logits = model(torch.tensor([ids])).logits[0].double()
+        return (logits.softmax(-1)[1] if n_labels == 2 else logits[0]).item()
+
+    common = {"path": str(folder), "batch_size": 2}
+    if n_labels == 2:
+        own = {"name": "classifier", "label": "LABEL_1", "include_prompt": True}
+    else:
+        own = {"name": "reward_model", "max_length": LIMIT}
+    return common | own, score
+
+
+@pytest.mark.parametrize("n_labels", [1, 2])
+def test_a_conversation_is_scored_by_the_template_of_the_reward(tmp_path, n_labels):
+    """By bytes of what the template writes; without one, roles and contents, the answer's too."""
+    settings, score = reward_with_template(tmp_path / "chat", n_labels, CHAT)
+    none, score_none = reward_with_template(tmp_path / "none", n_labels, None)
+    prompts = [PromptText(ASKED), PromptText(ASKED[:1]), "a text", "p" * 60]
+    responses = ["x", "a long answer " * 4 + "ends", "y", "and its end"]
+
+    def last(text, *, plain):
+        ids = make_tokenizer()(text)["input_ids"]
+        if plain and n_labels == 1:  # as a reward model reads text: BOS, the end of it, EOS
+            return [256, *ids[-(LIMIT - 2) :], 256]
+        return ids[-LIMIT:]
+
+    framed = [
+        "<user|q?><assistant|a><user|b><assistant|x>",
+        f"<user|q?><assistant|{responses[1]}>",
+    ]
+    roles = [
+        "user: q?\n\nassistant: a\n\nuser: b\n\nassistant: x",
+        f"user: q?\n\nassistant: {responses[1]}",
+    ]
+    texts = [prompt + response for prompt, response in zip(prompts[2:], responses[2:], strict=True)]
+    as_chats = [f"<user|{p}><assistant|{r}>" for p, r in zip(prompts, responses, strict=True)][2:]
+    for given, chats, others, is_plain in [
+        (settings, framed, texts, (False, True)),
+        (settings | {"chat_template": True}, framed, as_chats, (False, False)),
+        (settings | {"chat_template": False}, roles, texts, (True, True)),
+        (none, roles, texts, (True, True)),
+        (none | {"chat_template": CHAT}, framed, as_chats, (False, False)),
+    ]:
+        of = score if given["path"] == settings["path"] else score_none
+        ids = [last(text, plain=is_plain[0]) for text in chats]
+        ids += [last(text, plain=is_plain[1]) for text in others]
+        scores = build_reward(given)(prompts, responses)
+        assert scores == pytest.approx(list(map(of, ids)), rel=1e-4, abs=1e-5)
+        assert len({round(value, 4) for value in scores}) == len(scores)
+    with pytest.raises(ConfigError, match=r"give a Jinja template as reward\.chat_template"):
+        build_reward(none | {"chat_template": True})
+
+
+def test_a_template_of_a_classifier_is_for_prompt_and_response(tmp_path):
+    settings, _ = reward_with_template(tmp_path, 2, CHAT)
+    with pytest.raises(ConfigError, match=r"set reward\.include_prompt=true too"):
+        build_reward(settings | {"include_prompt": False, "chat_template": True})
 
 
 # --------------------------------------------------------------------------------- a language model

@@ -20,6 +20,7 @@ def classifier(
     label: str,
     output: str = "probability",
     include_prompt: bool = False,
+    chat_template: bool | str | None = None,
     batch_size: int = 32,
 ) -> Score:
     """One label of a text-classification model, by path or hub id.
@@ -27,8 +28,9 @@ def classifier(
     label: its name in the model's config.
     output: "probability", or "log_odds" log p/(1-p).
     include_prompt: classify prompt and response together instead of the response alone: one text
-        behind the other; a conversation as `role: content` of each message, the response's too,
-        separated by blank lines.
+        behind the other, of which one that is too long keeps its end.
+    chat_template: of prompt and response together, as in reward_model. A conversation without one
+        is `role: content` of each message, the response's too, separated by blank lines.
     """
     import torch  # here, so that checking a config stays light
     from transformers import AutoModelForSequenceClassification, AutoTokenizer
@@ -51,20 +53,32 @@ def classifier(
         raise ConfigError(
             f"reward.label={label!r} is not a label of {path}; {nearest(label, labels)}"
         )
+    if chat_template and not include_prompt:
+        raise ConfigError(
+            f"reward.chat_template={chat_template} formats prompt and response together; set"
+            " reward.include_prompt=true too"
+        )
+    is_chat = _use_template(tokenizer, chat_template, path)
+    if include_prompt:
+        tokenizer.truncation_side = "left"
     device = _device()
     model.to(device)
     check = _fit_tokenizer(tokenizer, model, f"reward.path={path}")
 
+    def tokenise(prompt: str, response: str) -> list[int]:
+        if include_prompt and is_chat(prompt):
+            return _chat_ids(tokenizer, prompt, response, tokenizer.model_max_length)
+        text = _joined(prompt, response) if include_prompt else response
+        return tokenizer(text, truncation=True)["input_ids"]
+
     @torch.no_grad()
     def score(prompts: list[str], responses: list[str]) -> list[float]:
-        texts = responses
-        if include_prompt:
-            texts = list(map(_joined, prompts, responses))
+        rows = [tokenise(*texts) for texts in zip(prompts, responses, strict=True)]
+        check(rows)
         values = []
-        for begin in range(0, len(texts), batch_size):
-            part = texts[begin : begin + batch_size]
-            inputs = tokenizer(part, padding=True, truncation=True, return_tensors="pt")
-            check(inputs["input_ids"].tolist())
+        for begin in range(0, len(rows), batch_size):
+            part = {"input_ids": rows[begin : begin + batch_size]}
+            inputs = tokenizer.pad(part, return_tensors="pt")
             log_p, log_q = _label_logps(model(**inputs.to(device)).logits, labels[label])
             values.extend((log_p.exp() if output == "probability" else log_p - log_q).tolist())
         return values
@@ -96,7 +110,7 @@ def _label_logps(logits, index: int):
 def reward_model(
     *,
     path: str,
-    chat_template: bool | str = False,
+    chat_template: bool | str | None = None,
     max_length: int | None = None,
     batch_size: int = 16,
     head: str | None = None,
@@ -108,7 +122,9 @@ def reward_model(
         on, whatever chat_template says, with the chat_template_kwargs and chat_date of its run.
     chat_template: format the conversation with the template of the model's tokenizer (true), or
         with the given Jinja template; a prompt of text is a user's message. Tools and options that
-        the row of a conversation has reach the template.
+        the row of a conversation has reach the template. null: conversations by the tokenizer's
+        template if it has one, and text as it is. A conversation without a template is `role:
+        content` of each message, the response's too, separated by blank lines.
     max_length: tokens that are used, from the end, behind a BOS that the text begins with (null: as
         many as the model takes).
     head: the name of the output layer in the weights, if it is not the name that transformers uses;
@@ -120,19 +136,13 @@ def reward_model(
 
     path = str(model_folder(path))
     tokenizer, model = _load_reward_model(path, head, trust_remote_code)
-    if isinstance(chat_template, str):
-        tokenizer.chat_template = chat_template
-    if chat_template and not tokenizer.chat_template:
-        raise ConfigError(
-            f"reward.chat_template=true, and the tokenizer of {path} has none;"
-            " give a Jinja template as reward.chat_template"
-        )
+    is_chat = _use_template(tokenizer, chat_template, path)
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token
     check = _fit_tokenizer(tokenizer, model, f"reward.path={path}")
     model.config.pad_token_id = tokenizer.pad_token_id
     limit = max_length or getattr(model.config, "max_position_embeddings", None)
-    tokenise = _tokenise_for(Path(path), tokenizer, chat_template)
+    tokenise = _tokenise_for(Path(path), tokenizer, is_chat)
     device = _device()
     model.to(device)
 
@@ -153,10 +163,31 @@ def reward_model(
     return score
 
 
-def _tokenise_for(path: Path, tokenizer, chat_template: bool | str) -> Callable[..., list[int]]:
+def _use_template(tokenizer, chat_template: bool | str | None, path: str) -> Callable[[str], bool]:
+    """Give the tokenizer the template of a setting; returns whether a prompt goes through it.
+
+    Raises ConfigError where the setting asks for a template and there is none.
+    """
+    if isinstance(chat_template, str):
+        tokenizer.chat_template = chat_template
+    if chat_template and not tokenizer.chat_template:
+        raise ConfigError(
+            f"reward.chat_template=true, and the tokenizer of {path} has none;"
+            " give a Jinja template as reward.chat_template"
+        )
+    if chat_template is None and tokenizer.chat_template:
+        return lambda prompt: isinstance(prompt, PromptText)
+    return lambda prompt: bool(chat_template)
+
+
+def _tokenise_for(
+    path: Path, tokenizer, is_chat: Callable[[str], bool]
+) -> Callable[..., list[int]]:
     """How a reward model reads prompt and response: (tokenizer, prompt, response, limit) to ids."""
     if not (path / TRAINING_CONFIG).is_file():
-        return _chat_ids if chat_template else _plain_ids
+        return lambda tokenizer, prompt, *more: (_chat_ids if is_chat(prompt) else _plain_ids)(
+            tokenizer, prompt, *more
+        )
     set_chat(tokenizer, _own_chat(path / TRAINING_CONFIG))  # trained here: by the rules of training
     return _own_ids
 
@@ -231,6 +262,8 @@ def _plain_ids(tokenizer, prompt: str, response: str, limit: int | None) -> list
 
 
 def _separate_ids(tokenizer, prompt: str, response: str) -> list[int]:
+    """The ids of a prompt, of a conversation with the role of the answer, and of a response."""
+    prompt = _joined(prompt, "") if isinstance(prompt, PromptText) else prompt
     return [
         token
         for text in (prompt, response)
@@ -409,8 +442,7 @@ def _mean_logps(path: str, key: str, batch_size: int) -> tuple[Score, bool]:
         if isinstance(prompt, PromptText) and tokenizer.chat_template:
             before, answer = conversation_ids(tokenizer, prompt.chat, response, where=key)
             return _last_ids(tokenizer, before + answer, limit)
-        before = _joined(prompt, "") if isinstance(prompt, PromptText) else prompt
-        ids = _separate_ids(tokenizer, before, response)
+        ids = _separate_ids(tokenizer, prompt, response)
         return bos + (ids[-(limit - len(bos)) :] if limit else ids)
 
     @torch.no_grad()
