@@ -4,10 +4,10 @@
         --base_model_name BASE --output_name MERGED
 
 The adapter is a folder with adapter_config.json and adapter_model.safetensors. The base is the
-model that it was trained on: a folder, a run or a hub name. The output must not exist. The adapter
-determines the type of the result: a causal language model, or a sequence classifier with one output
-(a reward model). Checkpoints of train.py have the merged model in `hf/` already; this script is for
-adapters without a checkpoint, and for those of other programs.
+model that it was trained on: a folder, a run, a GGUF file or a hub name. The output must not exist.
+The adapter determines the type of the result: a causal language model, or a sequence classifier
+with one output (a reward model). Checkpoints of train.py have the merged model in `hf/` already;
+this script is for adapters without a checkpoint, and for those of other programs.
 """
 
 import argparse
@@ -25,6 +25,9 @@ from transformers import (
 from transformers.utils import logging
 
 from preflab.modeling.adapters import add_adapter, read_adapter
+from preflab.modeling.model_source import ModelSource, model_source
+from preflab.modeling.pretrained import forget_gguf
+from preflab.modeling.weights_io import readable
 from preflab.settings.refused import errors_in_one_line
 from utils import ConfigError, atomic_directory, check_writable, model_folder, path_argument
 
@@ -46,7 +49,11 @@ def main() -> None:
         help="folder of the adapter",
     )
     parser.add_argument(
-        "--base_model_name", metavar="B", required=True, help="the model it was trained on"
+        "--base_model_name",
+        metavar="B",
+        type=lambda text: str(path_argument(text)),
+        required=True,
+        help="the model it was trained on",
     )
     parser.add_argument(
         "--output_name", metavar="C", type=path_argument, required=True, help="folder to write"
@@ -75,34 +82,38 @@ def merge(adapter: Path, base: str, output: Path) -> None:
     check_writable(output.parent, "--output_name")
     name, base_name = f"--adapter_model_name {adapter}", f"--base_model_name {base}"
     settings, weights = read_adapter(adapter, name)
-    model = _read_base(base, settings, weights)
+    source = model_source(str(model_folder(base)), "--base_model_name")
+    if source.adapter is not None:
+        raise ConfigError(
+            f"{base_name} is an adapter itself; merge it into its own base first, and give the"
+            " result"
+        )
+    model = _read_base(base, source, settings, weights)
     model = add_adapter(model, settings, weights, name, base_name).merge_and_unload()
-    own = adapter if (adapter / "tokenizer_config.json").is_file() else model_folder(base)
-    tokenizer = AutoTokenizer.from_pretrained(own)
+    with readable("--base_model_name", base):
+        if (adapter / "tokenizer_config.json").is_file():
+            tokenizer = AutoTokenizer.from_pretrained(adapter)
+        else:
+            tokenizer = AutoTokenizer.from_pretrained(source.path, **source.options)
     with atomic_directory(output) as folder:
         model.save_pretrained(folder)
         tokenizer.save_pretrained(folder)
 
 
-def _read_base(base: str, settings, weights: dict):
+def _read_base(base: str, source: ModelSource, settings, weights: dict):
     cls, options = MODEL_CLASSES[settings.task_type]
-    try:
-        config = AutoConfig.from_pretrained(model_folder(base))
+    with readable("--base_model_name", base):
+        config = AutoConfig.from_pretrained(source.path, **source.options)
         if getattr(config, "quantization_config", None):
             raise ConfigError(
                 f"--base_model_name {base} has quantised weights, into which no adapter is merged;"
                 " give the model that they were made from"
             )
         model, loading = cls.from_pretrained(
-            model_folder(base), dtype="auto", output_loading_info=True, **options
+            source.path, dtype="auto", output_loading_info=True, **source.options, **options
         )
-    except ConfigError:
-        raise
-    except (OSError, ValueError, RuntimeError) as error:
-        raise ConfigError(
-            f"--base_model_name {base} cannot be loaded as {cls.__name__}:"
-            f" {str(error).splitlines()[0]}"
-        ) from error
+    if source.options:
+        forget_gguf(model)
     missing = [
         name for name in loading["missing_keys"] if not any(name in saved for saved in weights)
     ]

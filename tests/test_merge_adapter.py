@@ -182,7 +182,7 @@ def no_base(adapter, base):
         (fewer_layers, "layers.1.*and the base takes none, and so on for"),
         (more_layers, "layers.1.*the adapter has none"),
         (another_width, r"does not fit .* the adapter has \(4, 63\) and the base takes \(4, 64\)"),
-        (no_base, "cannot be loaded"),
+        (no_base, "is neither a folder here nor a name on a reachable hub"),
     ],
 )
 def test_an_adapter_that_does_not_fit_is_refused_and_nothing_is_written(

@@ -3,11 +3,20 @@
 import json
 import logging
 import shutil
+import sys
 from pathlib import Path
 
 import pytest
 import torch
-from conftest import final_weights, make_model, make_tokenizer, run_here, save_model, small_run
+from conftest import (
+    ROOT,
+    final_weights,
+    make_model,
+    make_tokenizer,
+    run_here,
+    save_model,
+    small_run,
+)
 from omegaconf import OmegaConf
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, LlamaConfig
@@ -28,6 +37,10 @@ from preflab.modeling.weights_io import read_archive
 from preflab.settings.keys import CONFIG_DIR
 from trainers import BasicTrainer
 from utils import ConfigError
+
+sys.path.insert(0, str(ROOT / "scripts"))
+
+from merge_adapter import merge
 
 TREES = [([5, 6, 7], [[8, 9, 10], [11]]), ([12, 13], [[14, 15, 16, 17]])]
 
@@ -339,6 +352,43 @@ def test_training_starts_from_the_weights_of_a_gguf_file(tmp_path, imdb_dir):
     config = json.loads((run / "LATEST" / "hf" / "config.json").read_text())
     assert "quantization_config" not in config
     assert not (run / "LATEST" / "hf").is_symlink()  # it is not the adapter of a quantised base
+
+
+def test_an_adapter_on_a_gguf_file_is_an_adapter_like_any_other(tmp_path, imdb_dir):
+    """Its base is the file: it is read as a model, and merged, into the weights of hf/."""
+    pytest.importorskip("gguf", reason="the package gguf is not installed")
+    file = tmp_path / "model" / "tiny.gguf"
+    file.parent.mkdir()
+    write_gguf(file, make_model("llama"), make_tokenizer())
+    make_tokenizer().save_pretrained(tmp_path / "tokenizer")
+    run = tmp_path / "run"
+    more = "n_examples=8", "sample_during_eval=false", "model.lora.r=2", "lr=1e-2"
+    tokenizer = f"model.tokenizer_name_or_path={tmp_path / 'tokenizer'}"
+    run_here(*small_run(file, imdb_dir, run, tokenizer, *more))
+    adapter, trained = run / "LATEST/adapter", load_file(run / "LATEST/hf/model.safetensors")
+    assert model_source(str(adapter)).options == {"gguf_file": file.name}
+    make_tokenizer().save_pretrained(adapter)  # that of the file is not one that can be read
+    merge(adapter, str(file), tmp_path / "merged")
+    for state in (
+        load_model(settings(adapter), "float32").state_dict(),
+        load_file(tmp_path / "merged" / "model.safetensors"),
+    ):
+        for name, weight in trained.items():
+            torch.testing.assert_close(state[name], weight, rtol=0, atol=1e-6)
+    assert weight_files(settings(adapter), None)[0] == file
+    config = json.loads((tmp_path / "merged" / "config.json").read_text())
+    assert "quantization_config" not in config
+
+
+def test_a_file_that_is_no_gguf_file_is_refused_in_a_line(tmp_path, adapted):
+    pytest.importorskip("gguf", reason="the package gguf is not installed")
+    file = tmp_path / "tiny.gguf"
+    file.write_bytes(b"nothing of the sort")
+    with pytest.raises(ConfigError, match=r"tiny\.gguf is a file that cannot be read as such"):
+        load_model(settings(file), "float32")
+    with pytest.raises(ConfigError, match=r"tiny\.gguf is a file that cannot be read") as caught:
+        merge(adapted[1], str(file), tmp_path / "merged")
+    assert "\n" not in str(caught.value) and not (tmp_path / "merged").exists()
 
 
 def test_a_gguf_file_without_the_package_says_what_to_install(tmp_path, monkeypatch):

@@ -120,15 +120,15 @@ def merge_adapter(
 
 
 def base_of(folder: Path, name: str) -> str:
-    """The folder or hub name of the model that an adapter was trained on. Raises ConfigError for a
-    folder that is not there."""
+    """The folder, GGUF file or hub name of the model that an adapter was trained on. Raises
+    ConfigError for a path that is not there."""
     from peft import PeftConfig
 
     try:
         base = PeftConfig.from_pretrained(folder).base_model_name_or_path
     except Exception as error:  # JSON and peft raise different errors
         raise ConfigError(f"{name} cannot be read: {first_line(error)}") from error
-    if not base or (Path(base).is_absolute() and not Path(base).is_dir()):
+    if not base or (Path(base).is_absolute() and not Path(base).exists()):
         raise ConfigError(
             f"{name} is an adapter, and its base_model_name_or_path={base} is not here; set"
             f" model.name_or_path to the base and model.archive={folder}"

@@ -33,7 +33,7 @@ from preflab.modeling.model_checks import (
 )
 from preflab.modeling.model_source import instead_of_run, model_config, model_source
 from preflab.modeling.parallelism import Place
-from preflab.modeling.pretrained import load_complete
+from preflab.modeling.pretrained import forget_gguf, load_complete
 from preflab.modeling.quantization import (
     check_blocks,
     check_quantization,
@@ -100,6 +100,9 @@ def load_tokenizer(config, rows: int | None = None):
 def _tokenizer_source(config) -> tuple[str, dict]:
     """Path and options of the tokenizer; an adapter folder may have one of its own."""
     if path := config.tokenizer_name_or_path:
+        if Path(path).suffix.lower() == ".gguf":
+            source = model_source(path, "model.tokenizer_name_or_path")
+            return source.path, source.options
         if (hint := instead_of_run(path)) and not is_adapter(path):
             raise ConfigError(f"model.tokenizer_name_or_path={path} holds no tokenizer; {hint}")
         return path, {}
@@ -290,10 +293,8 @@ def load_model(config, dtype: str, *, scalar_head: bool = False, mapped: bool = 
         model = load_complete(
             cls, source.path, "model.name_or_path", new_head=scalar_head, **options
         )
-    if source.options:  # transformers has dequantised the weights of a GGUF file
-        model.is_quantized = False
-        if hasattr(model.config, "quantization_config"):
-            del model.config.quantization_config
+    if source.options:
+        forget_gguf(model)
     elif is_quantized(model):
         prepare_quantized(model)
     if source.adapter is not None:

@@ -71,7 +71,8 @@ def weight_files(model, archive: str | Path | None) -> list[Path]:
     """The files that determine the weights of a model. model: its settings. archive: as in
     `model.archive`."""
     source = model_source(model.name_or_path)
-    files = [Path(model.name_or_path)] if source.options else model_files(source.path)
+    file = source.options.get("gguf_file")
+    files = [Path(source.path) / file] if file else model_files(source.path)
     if source.adapter is not None:
         files += adapter_files(source.adapter)
     if not archive:

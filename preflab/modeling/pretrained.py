@@ -46,6 +46,13 @@ def load_complete(
     return model
 
 
+def forget_gguf(model: nn.Module) -> None:
+    """Let a model of a GGUF file be what it is, one with the dequantised weights."""
+    model.is_quantized, model.hf_quantizer = False, None
+    if hasattr(model.config, "quantization_config"):
+        del model.config.quantization_config
+
+
 def _check_unused(model: nn.Module, names, place: str, new_head: bool) -> None:
     """Refuse unused weights of the model's own parts, and log others."""
     unused = sorted(name for name in names if not name.endswith(OLD_BUFFERS))

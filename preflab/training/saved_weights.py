@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from preflab.distributed.process_group import World
 from preflab.modeling.loading import dtype_of, skeleton
 from preflab.modeling.logprobs import Scorer
+from preflab.modeling.model_source import model_source
 from preflab.modeling.placed_weights import full_weights, on_disk
 from preflab.modeling.quantization import is_quantized
 from preflab.modeling.weights_io import archive_state
@@ -137,6 +138,8 @@ def _assembled(
         return model
     if start := settings.model.archive:  # what the adapter was trained on
         model.active_peft_config.base_model_name_or_path = str(model_folder(start))
+    elif model_source(settings.model.name_or_path).options:  # a GGUF file, not its folder
+        model.active_peft_config.base_model_name_or_path = settings.model.name_or_path
     model.save_pretrained(folder / "adapter")
     return model.merge_and_unload()
 
