@@ -1,5 +1,7 @@
 """function=plan: what it counts is what a run then has."""
 
+import contextlib
+import itertools
 import json
 
 import pytest
@@ -127,18 +129,38 @@ def test_the_peak_of_a_step_is_that_of_the_allocator(imdb_dir, llama_folder, tmp
     assert two.memory["activations"] < plan.memory["activations"]
 
 
+@pytest.mark.parametrize("more", [(), ("model.lora.r=4",)])
+def test_the_heap_grows_with_all_that_a_forward_pass_makes(imdb_dir, llama_folder, tmp_path, more):
+    """With LoRA the activations are almost the same, and most of what is made is released."""
+    plan = planned(small_run(llama_folder, imdb_dir, tmp_path / "run", *more))
+    model = build_policy(settings_of(small_run(llama_folder, imdb_dir, tmp_path, *more)).model)
+    model.model.train()
+    score_responses(model, plan.largest)  # makes caches too
+    with allocations() as sizes:
+        scores = score_responses(model, plan.largest)
+    made = sum(size for size in sizes if size > 0)
+    assert plan.memory["heap"] == pytest.approx(memory_plan.HEAP * made, rel=0.05)
+    kept = sum(sizes)
+    assert kept < made * (0.6 if more else 0.8) and scores.logps.requires_grad
+
+
 def allocated_peak(policy, batch) -> int:
     """The most bytes that the allocator has given out at a time during a step."""
-    activities = [torch.profiler.ProfilerActivity.CPU]
-    with torch.profiler.profile(activities=activities, profile_memory=True) as profile:
+    with allocations() as sizes:
         score_responses(policy, batch).logps.sum().backward()
     policy.model.zero_grad()
+    return max(itertools.accumulate(sizes))
+
+
+@contextlib.contextmanager
+def allocations():
+    """Yields a list that has, after the block, the bytes that the allocator gave out in it, in
+    order, negative where they came back."""
+    activities, sizes = [torch.profiler.ProfilerActivity.CPU], []
+    with torch.profiler.profile(activities=activities, profile_memory=True) as profile:
+        yield sizes
     events = [e for e in profile.profiler.kineto_results.events() if e.name() == "[memory]"]
-    now = peak = 0
-    for event in sorted(events, key=lambda e: e.start_ns()):
-        now += event.nbytes()
-        peak = max(peak, now)
-    return peak
+    sizes += [event.nbytes() for event in sorted(events, key=lambda e: e.start_ns())]
 
 
 def test_a_model_of_seven_billion_parameters_on_eight_ranks_without_its_weights(imdb_dir, tmp_path):

@@ -39,9 +39,12 @@ GIB = 2**30
 # The tokens of an example and the largest microbatch are those of the first steps.
 STEPS_TO_MEASURE = 50
 
-# Of a CPU's memory, the share of activations that the heap keeps in blocks which the next step does
-# not fit into, because its rows have another width. benchmarks/plan_memory.py compares plans with
-# measured peaks.
+# The heap of a process on a CPU grows beyond the tensors that are alive. What a forward pass makes
+# and releases leaves holes, which nodes of the graph and other small objects split before the next
+# tensor comes; what it keeps leaves them for the next step, whose rows have another width. This is
+# the share of all that a forward pass makes. LoRA releases more than it keeps: three tensors of the
+# size of its output for each layer that has an adapter. benchmarks/plan_memory.py compares plans
+# with measured peaks.
 HEAP = 0.25
 
 # Microbatches that a model of one layer computes to measure what the libraries take on a CPU.
@@ -106,16 +109,15 @@ def make_plan(config: Settings, loss, data: PreferenceData) -> Plan:
     if loss.calibration:  # two gradients of the head in float32, while the activations are there
         text = model.config.get_text_config()
         plan.memory["calibration"] = 2 * 4 * text.vocab_size * text.hidden_size
-    if _device(config) != "cuda":
-        plan.memory["heap"] = int(HEAP * plan.memory["activations"])
-        if not config.debug:
-            plan.memory["checkpoint in writing"] = _snapshot_bytes(config, plan, trained_bytes)
+    if _device(config) != "cuda" and not config.debug:
+        plan.memory["checkpoint in writing"] = _snapshot_bytes(config, plan, trained_bytes)
     plan.memory["libraries"] = libraries
     return plan
 
 
 def _count_activations(plan: Plan, config: Settings, loss) -> None:
-    """Add what is alive in a step at its peak beside weights, optimizer and gradients."""
+    """Add what is alive in a step at its peak beside weights, optimizer and gradients, and on a CPU
+    what the heap takes beside it."""
     sharded = find_trainer(config.trainer).placement.shards_state
     uses, models = reference_plan(config, loss), []
     in_step = "token_kl" in loss.reads or (uses.built and uses.read and not uses.cached)
@@ -126,7 +128,7 @@ def _count_activations(plan: Plan, config: Settings, loss) -> None:
         policy.model.gradient_checkpointing_enable(
             gradient_checkpointing_kwargs={"use_reentrant": False}
         )
-    alive = step_bytes(
+    alive, made = step_bytes(
         policy,
         reference,
         loss,
@@ -140,6 +142,8 @@ def _count_activations(plan: Plan, config: Settings, loss) -> None:
     if sharded and plan.one_microbatch:
         # Backward frees the activations of a layer before the next layer's gradients are there.
         plan.memory["freed during backward"] = -min(gradients, alive)
+    if _device(config) != "cuda":
+        plan.memory["heap"] = int(HEAP * made)
 
 
 def _on_meta(config: Settings, scalar: bool) -> Scorer:

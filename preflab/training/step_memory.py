@@ -29,12 +29,13 @@ COUNTED = "preflab_counted"
 class LiveBytes(TorchDispatchMode):
     """Counts the storages that operations inside this context make, until they are released.
 
-    known: tensors that are counted elsewhere. now, peak: bytes.
+    known: tensors that are counted elsewhere. now, peak: bytes that are alive. made: bytes of all
+    storages so far, of released ones too.
     """
 
     def __init__(self, known):
         super().__init__()
-        self.now = self.peak = 0
+        self.now = self.peak = self.made = 0
         self._alive = {tensor.untyped_storage()._cdata for tensor in known}
 
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
@@ -50,6 +51,7 @@ class LiveBytes(TorchDispatchMode):
             return
         self._alive.add(key)
         self.now += n_bytes
+        self.made += n_bytes
         self.peak = max(self.peak, self.now)
         weakref.finalize(storage, self._release, key, n_bytes)
 
@@ -67,8 +69,9 @@ def step_bytes(
     device: str,
     keeps_gradients: bool,
     n_microbatches: int,
-) -> int:
-    """The most bytes that are alive at a time in a step, without those of weights and optimizer.
+) -> tuple[int, int]:
+    """The most bytes that are alive at a time in a step, without those of weights and optimizer,
+    and the bytes of all that a forward pass makes, kept or released.
 
     policy, reference: models on the meta device, which get fake weights; reference is None where
     nothing runs it. batch: the largest microbatch. device: the type that the step will run on.
@@ -82,9 +85,12 @@ def step_bytes(
                 if parameter.requires_grad:
                     parameter.register_post_accumulate_grad_hook(_drop_gradient)
         with LiveBytes(weights) as live:
-            for _ in range(min(n_microbatches, 2)):
-                _forward_and_backward(policy, reference, loss, batch)
-    return live.peak
+            total, made = _forward(policy, reference, loss, batch), live.made
+            total.backward()
+            del total
+            if n_microbatches > 1:
+                _forward(policy, reference, loss, batch).backward()
+    return live.peak, made
 
 
 def forward_bytes(policy: Scorer, batch: Batch, *, device: str) -> int:
@@ -139,14 +145,13 @@ def _drop_gradient(parameter: torch.Tensor) -> None:
     parameter.grad = None
 
 
-def _forward_and_backward(
+def _forward(
     policy: Scorer, reference: Scorer | None, loss: BoundLoss, batch: Batch
-) -> None:
-    """The models as far as the loss reads them, and a backward pass from a sum of their values."""
+) -> torch.Tensor:
+    """The models as far as the loss reads them; a sum of their values."""
     needs = needs_of(loss.reads).values()
     if any(need.source == "head" for need in needs):
-        policy.values(batch).sum().backward()
-        return
+        return policy.values(batch).sum()
     options = {}
     for need in needs:
         options |= need.score_options
@@ -154,7 +159,7 @@ def _forward_and_backward(
     total = scores.logps.sum()
     if scores.kl is not None:
         total = total + scores.kl.sum()
-    total.backward()
+    return total
 
 
 class _FusedAttention(torch.autograd.Function):
