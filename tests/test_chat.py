@@ -448,6 +448,10 @@ def test_the_prompt_is_what_chosen_and_rejected_share_whatever_the_column_says(t
             "'system' is for a chat template, and 'prompt' is text",
         ),
         (
+            {"prompt": "q", "chosen": "a", "rejected": "b", "chat_template_kwargs": {"a": 1}},
+            "'chat_template_kwargs' is for a chat template, and 'prompt' is text",
+        ),
+        (
             {"prompt": chat("q"), "chosen": "a", "rejected": "b", "tools": "[{"},
             "'tools'",
         ),

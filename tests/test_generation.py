@@ -27,6 +27,7 @@ from preflab.modeling.generation import InverseCDF, sample
 from preflab.modeling.logprobs import Scorer
 from preflab.modeling.response_ends import ResponseEnds, response_ends
 from preflab.online.measures import RoundMeasures
+from utils import ConfigError
 
 PROMPT, N = [256, *b"abab"], 12
 EVEN = list(range(0, 256, 2))
@@ -160,6 +161,8 @@ def test_ignored_values_are_logged_once(plain, tmp_path, caplog):
         draw(model)
     [message] = caplog.messages
     assert message.endswith("{'do_sample': True, 'repetition_penalty': 1.1, 'use_cache': False}")
+    draw(load(with_values(plain, tmp_path / "greedy", {"temperature": 0.0})))
+    assert caplog.messages[-1].endswith("{'temperature': 0.0}")
 
 
 # ------------------------------------------------------------------------------------------- ends
@@ -174,6 +177,12 @@ def test_end_tokens_are_those_of_tokenizer_and_model(plain):
     model = load(plain)
     assert ends_of(model, None) == ends_of(model, 256) == ends_of(model, [256]) == (256,)
     assert ends_of(model, 7) == ends_of(model, [7, 256, 7]) == (256, 7)
+
+
+@pytest.mark.parametrize("ids", ["256", [256, "7"], [True], 2.5])
+def test_an_end_token_that_is_no_id_is_refused(plain, ids):
+    with pytest.raises(ConfigError, match="expected the id of a token, or a list of ids"):
+        ends_of(load(plain), ids)
 
 
 def test_end_tokens_of_a_config_count_where_a_generation_config_has_none(plain):

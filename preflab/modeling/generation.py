@@ -34,6 +34,7 @@ NO_EFFECT = {
     "num_beam_groups": 1,
     "num_return_sequences": 1,
 }
+EFFECT_OF_ZERO = ("use_cache", "temperature")  # None aside, which is no value
 # Keys of a model's generation config that do not choose tokens.
 DESCRIPTIVE = ("bos_token_id", "eos_token_id", "pad_token_id", "transformers_version")
 
@@ -396,9 +397,10 @@ def _ignored(model: nn.Module) -> dict:
         name: value
         for name, value in sorted(values.items())
         if not name.startswith("_")
+        and value is not None
         and name not in DESCRIPTIVE
         and value != NO_EFFECT.get(name)
-        and (value or name == "use_cache")
+        and (value or name in EFFECT_OF_ZERO)
     }
 
 

@@ -8,6 +8,7 @@ from torch import Tensor, nn
 from transformers import StoppingCriteria, StoppingCriteriaList
 
 from preflab.batching.turn_ends import TurnEnd, end_of_turn, known_turn_end
+from utils import ConfigError
 
 
 @dataclass(frozen=True)
@@ -76,4 +77,10 @@ def response_ends(tokenizer, model: nn.Module) -> ResponseEnds:
 def _ids(value: int | list[int] | None) -> list[int]:
     if value is None:
         return []
-    return list(value) if isinstance(value, (list, tuple)) else [value]
+    ids = list(value) if isinstance(value, (list, tuple)) else [value]
+    if not all(isinstance(one, int) and not isinstance(one, bool) for one in ids):
+        raise ConfigError(
+            f"the model's generation_config.json or config.json has eos_token_id={value!r};"
+            " expected the id of a token, or a list of ids; correct the file"
+        )
+    return ids

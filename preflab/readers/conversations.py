@@ -6,6 +6,7 @@ alone, as text or as a message, behind what its prompt column says, or the whole
 
 from preflab.readers.fields import text
 from preflab.readers.messages import (
+    CONTEXT,
     Chat,
     chat,
     messages_of,
@@ -21,7 +22,7 @@ def prompt_of(row: dict, where: str, *, asked: str = "prompt") -> str | Chat:
     """The column that asks: text, or messages."""
     if (messages := messages_of(row, asked, where)) is not None:
         return chat(row, messages, where)
-    for column in ("tools", "system"):
+    for column in CONTEXT:
         if row.get(column):
             raise DataError(
                 f"{where}: {column!r} is for a chat template, and {asked!r} is text, so it would"
