@@ -33,21 +33,10 @@ def classifier(
         is `role: content` of each message, the response's too, separated by blank lines.
     """
     import torch  # here, so that checking a config stays light
-    from transformers import AutoModelForSequenceClassification, AutoTokenizer
-
-    from preflab.modeling.pretrained import load_complete
 
     if output not in ("probability", "log_odds"):
         raise ConfigError(f"reward.output={output!r}; accepted: probability, log_odds")
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(path)
-        model = load_complete(AutoModelForSequenceClassification, path, "reward.path").eval()
-    except ConfigError:
-        raise
-    except (OSError, ValueError) as error:
-        raise ConfigError(
-            f"reward.path={path} is not a text-classification model: {str(error).splitlines()[0]}"
-        ) from error
+    tokenizer, model = _load_classifier(path)
     labels = {str(name): int(i) for i, name in model.config.id2label.items()}
     if label not in labels:
         raise ConfigError(
@@ -84,6 +73,23 @@ def classifier(
         return values
 
     return score
+
+
+def _load_classifier(path: str) -> tuple:
+    from transformers import AutoModelForSequenceClassification, AutoTokenizer
+
+    from preflab.modeling.pretrained import load_complete
+
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(path)
+        model = load_complete(AutoModelForSequenceClassification, path, "reward.path").eval()
+    except ConfigError:
+        raise
+    except (OSError, ValueError) as error:
+        raise ConfigError(
+            f"reward.path={path} is not a text-classification model: {str(error).splitlines()[0]}"
+        ) from error
+    return tokenizer, model
 
 
 def _joined(prompt: str, response: str) -> str:
