@@ -66,11 +66,10 @@ def main() -> None:
         if rates:
             print(winrate_table(rates, evaluations).with_notes())
     if any(rate["unjudged"] for rate in rates):
-        print(
-            "not everything was judged; the answers so far are cached, and the same command"
-            " continues from them",
-            file=sys.stderr,
-        )
+        reason = "scores that are no numbers decide nothing"
+        if arguments.by == "llm":
+            reason = "the answers so far are cached, and the same command continues from them"
+        print(f"not everything was judged; {reason}", file=sys.stderr)
         raise SystemExit(1)
 
 

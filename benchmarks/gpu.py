@@ -221,8 +221,18 @@ class Benchmark:
         if not path.is_file():
             return None
         earlier = json.loads(path.read_text(encoding="utf-8"))
-        is_same = all(earlier[key] == self.card[key] for key in ("machine", "packages"))
-        return earlier if is_same else None
+        # Packages may have come, as TRL may, but none may have another version.
+        is_same = earlier["machine"] == self.card["machine"] and (
+            earlier["packages"].items() <= self.card["packages"].items()
+        )
+        if is_same:
+            return earlier | {"packages": self.card["packages"]}
+        for file in (path, path.with_suffix(".md")):
+            if file.is_file():
+                before = f"{file.stem}-{file.stat().st_mtime:.0f}{file.suffix}"
+                print(f"{file} is of another machine or versions; kept as {before}", flush=True)
+                file.rename(file.with_name(before))
+        return None
 
     def _save(self, name: str, outcome: dict) -> None:
         self.results["parts"][name] = outcome
@@ -365,7 +375,14 @@ def run_process(
     after `limit` seconds. All processes that it has started end with it."""
     with open(log, "w", encoding="utf-8") as f:
         process = subprocess.Popen(
-            command, cwd=ROOT, stdout=f, stderr=f, env=environment, start_new_session=True
+            command,
+            cwd=ROOT,
+            stdout=f,
+            stderr=f,
+            env=environment,
+            start_new_session=True,
+            # A shell's background jobs ignore it, and so would all that they start.
+            preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
         )
     try:
         return process.wait(limit)

@@ -3,12 +3,12 @@
     python benchmarks/many_runs.py --output benchmarks/results [--runs 32] [--commands 4]
 
 The runs train the shipped model on 512 pairs with each of four losses and several seeds, evaluate
-and sample twice, and save. Some of them are commands of their own, the others are estimated by
-their mean; the sweep makes all of them in one process, with a page for each run and without
-(`report=false`), with two runs at a time (`hydra/launcher=local`), and ends with the report of the
-sweep. All begin with an empty cache; a command has its own. The numbers of the runs must be those
-of the commands. Times are processor seconds, and those of the clock for two runs at a time. Writes
-many-runs.json.
+and sample twice, and save. Some of them are commands, which share a cache as commands do; the first
+finds it empty, and the others that were not run count as much as the mean of those after it. The
+sweep makes all of them in one process, with a page for each run and without (`report=false`), and
+with two runs at a time (`hydra/launcher=local`), and ends with its report. Each sweep is compared
+with commands that draw pages or not, as it does, and has their numbers. Times are processor
+seconds, and those of the clock for two runs at a time. Writes many-runs.json.
 """
 
 import argparse
@@ -32,11 +32,7 @@ RUN = (
 )
 SWEEPS = {
     "sweep": (),
-    "sweep, report=false": ("report=false",),
     "sweep, two at a time": ("hydra/launcher=local", "hydra.launcher.n_jobs=2"),
-    "sweep, two at a time, report=false": (
-        *("hydra/launcher=local", "hydra.launcher.n_jobs=2", "report=false"),
-    ),
 }
 # What must be equal: weights and samples decide all of it.
 NUMBERS = ("policy_reward", "kl", "eval_loss", "eval_accuracy")
@@ -56,33 +52,30 @@ def main() -> None:
     if (
         arguments.runs % len(LOSSES)
         or arguments.runs < least
-        or not 0 < arguments.commands <= arguments.runs
+        or not 1 < arguments.commands <= arguments.runs
     ):
         parser.error(
             f"--runs {arguments.runs} --commands {arguments.commands}: give a multiple of"
-            f" {len(LOSSES)}, {least} or more, and at most as many commands"
+            f" {len(LOSSES)}, {least} or more, and at most as many commands, two or more"
         )
     seeds = range(arguments.runs // len(LOSSES))
     runs = [(loss, seed) for seed in seeds for loss in LOSSES]
+    swept = (f"loss={','.join(LOSSES)}", f"seed={','.join(map(str, seeds))}")
+    results: dict[str, dict] = {}
     with tempfile.TemporaryDirectory() as folder:
-        work = Path(folder)
-        commands = [
-            measure(work / f"{loss}-{seed}", f"loss={loss}", f"seed={seed}")
-            for loss, seed in runs[: arguments.commands]
-        ]
-        command = {
-            key: statistics.mean(one[key] for one in commands) for key in ("cpu_seconds", "seconds")
-        }
-        results = {"command": command | {"measured": len(commands)}}
-        swept = (f"loss={','.join(LOSSES)}", f"seed={','.join(map(str, seeds))}")
-        for number, (name, more) in enumerate(SWEEPS.items()):
-            sweep = measure(work / f"sweep-{number}", "-m", *swept, *more)
-            check(runs[: arguments.commands], work, work / f"sweep-{number}")
-            results[name] = sweep | {
-                f"{key} of the commands": sweep[key] / (len(runs) * command[key])
-                for key in ("cpu_seconds", "seconds")
-            }
-            print(f"{name}: {results[name]}", file=sys.stderr)
+        for pages, name in (((), "commands"), (("report=false",), "commands, report=false")):
+            work = Path(folder) / f"pages-{not pages}"
+            work.mkdir()
+            measured = runs[: arguments.commands]
+            results[name] = total = of_commands(work, measured, len(runs), pages)
+            for number, (kind, launcher) in enumerate(SWEEPS.items()):
+                place = work / f"sweep-{number}"
+                sweep = measure(place, f"{place}-cache", "-m", *swept, *launcher, *pages)
+                check(measured, work, place)
+                results[name.replace("commands", kind)] = sweep | {
+                    f"{key} of the commands": sweep[key] / total[key]
+                    for key in ("cpu_seconds", "seconds")
+                }
     arguments.output.mkdir(parents=True, exist_ok=True)
     written = {"machine": machine(), "runs": len(runs), "results": results}
     path = arguments.output / "many-runs.json"
@@ -90,10 +83,22 @@ def main() -> None:
     print(table(len(runs), results))
 
 
-def measure(folder: Path, *words: str) -> dict:
-    """What `python train.py` with these words takes, with an empty cache."""
+def of_commands(work: Path, measured: list[tuple[str, int]], n: int, more: tuple) -> dict:
+    """What n commands take, of which some are measured."""
+    first, *others = [
+        measure(work / f"{loss}-{seed}", f"{work}/cache", f"loss={loss}", f"seed={seed}", *more)
+        for loss, seed in measured
+    ]
+    return {"measured": len(measured)} | {
+        key: first[key] + (n - 1) * statistics.mean(one[key] for one in others)
+        for key in ("cpu_seconds", "seconds")
+    }
+
+
+def measure(folder: Path, cache: str, *words: str) -> dict:
+    """What `python train.py` with these words takes."""
     command = [sys.executable, str(ROOT / "train.py"), *words, *RUN, f"local_run_dir={folder}"]
-    command.append(f"cache_dir={folder}-cache")
+    command.append(f"cache_dir={cache}")
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
     started = time.perf_counter()
     with open(f"{folder}.log", "w+", encoding="utf-8") as log:
@@ -123,16 +128,14 @@ def check(runs: list[tuple[str, int]], work: Path, sweep: Path) -> None:
 
 def table(n: int, results: dict) -> str:
     lines = [f"{n} runs".ljust(38) + "  cpu s  clock s  of the commands (cpu, clock)"]
-    command = results["command"]
-    lines.append(
-        "commands".ljust(38) + f"{n * command['cpu_seconds']:>7.1f}{n * command['seconds']:>9.1f}"
-    )
-    lines += [
-        name.ljust(38) + f"{values['cpu_seconds']:>7.1f}{values['seconds']:>9.1f}"
-        f"  {values['cpu_seconds of the commands']:.2f}  {values['seconds of the commands']:.2f}"
-        for name, values in results.items()
-        if name != "command"
-    ]
+    for name, values in results.items():
+        line = name.ljust(38) + f"{values['cpu_seconds']:>7.1f}{values['seconds']:>9.1f}"
+        if "cpu_seconds of the commands" in values:
+            line += (
+                f"  {values['cpu_seconds of the commands']:.2f}"
+                f"  {values['seconds of the commands']:.2f}"
+            )
+        lines.append(line)
     return "\n".join(lines)
 
 

@@ -83,7 +83,8 @@ def measure(folder: Path, arguments: argparse.Namespace) -> dict:
 
 def _make_job(folder: Path, steps: int, arguments: argparse.Namespace) -> dict:
     """The pairs of so many steps, and the model as a folder."""
-    pairs = make_pairs(*LENGTHS["tldr"], steps * PAIRS_A_STEP + TEST_PAIRS, VOCABULARY)
+    n = steps * PAIRS_A_STEP + TEST_PAIRS
+    pairs = make_pairs(*LENGTHS["tldr"], n, n)
     train, test = pairs[:-TEST_PAIRS], pairs[-TEST_PAIRS:]
     if arguments.model is None:
         make_job(folder, MODELS[arguments.size], VOCABULARY, "dpo", train, False)

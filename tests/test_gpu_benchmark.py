@@ -237,7 +237,7 @@ def test_a_part_writes_its_error(monkeypatch, tmp_path):
 
 
 def test_a_process_over_its_limit_ends_with_all_that_it_has_started(monkeypatch, tmp_path):
-    monkeypatch.setattr(gpu, "LAST_WORDS", 0.2)
+    monkeypatch.setattr(gpu, "LAST_WORDS", 1.5)
     log = tmp_path / "log"
     script = "trap 'echo asked' INT; sleep 300 & echo $!; while true; do sleep 0.05; done"
     assert gpu.run_process(["bash", "-c", script], 1.0, log, dict(os.environ)) is None

@@ -432,6 +432,15 @@ def test_two_checkpoints_of_one_seed_are_not_averaged():
     assert shown(**ranks) == [f"{dpo} model.lora.r=0", f"{dpo} model.lora.r=8"]
 
 
+def test_a_base_model_adds_no_setting_to_the_names_of_others():
+    [run] = evaluated_rows(losses=("dpo",), seeds=(0,), temperatures=(1.0,))
+    run["training"]["eval_every"] = 32
+    base = {key: value for key, value in run.items() if key not in ("training", "run", "step")}
+    base |= {"checkpoint": None, "name": "base"}
+    names = [row[0] for row in evaluation_tables([run, base])[0].rows]
+    assert names == ["dpo beta=0.1", "base"]
+
+
 def legend_of(figure) -> list[str]:
     return [text.get_text() for text in figure.legends[0].get_texts()]
 

@@ -137,7 +137,7 @@ PLACES = {
     "first evaluation": ("preflab.evaluation.held_out.compute_loss", 1, 0),
     "a step": ("preflab.training.learner.compute_loss", 9, 1),
     "evaluation": ("preflab.evaluation.held_out.compute_loss", 3, 2),
-    "sampling": ("preflab.modeling.generation.InverseCDF.__call__", 12, 2),
+    "sampling": ("preflab.modeling.generation.InverseCDF.__call__", 8, 2),
     "saving": ("preflab.training.learner.save_weights", 2, 2),
 }
 

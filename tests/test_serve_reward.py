@@ -545,11 +545,11 @@ def test_a_run_whose_service_is_killed_ends_as_one_that_labels_itself(
     )
     learn = rounds.OnlineTrainer._learn
 
-    def and_kill(self, rollouts, labels, bar):
-        if rollouts.round == 3:  # after one that bought, and before it buys again
+    def and_kill(self, steps, bar):
+        if steps.round == 3:  # after one that bought, and before it buys again
             server.kill()
             server.start()  # takes seconds, in which the run asks in vain
-        return learn(self, rollouts, labels, bar)
+        return learn(self, steps, bar)
 
     monkeypatch.setattr(rounds.OnlineTrainer, "_learn", and_kill)
     try:

@@ -530,9 +530,9 @@ def test_preferences_and_rounds_are_drawn_by_a_server(
 
 
 def test_the_stamp_changes_with_the_weights(settings, tmp_path):
-    folder = save_model(tmp_path / "a")
+    folder, other = save_model(tmp_path / "a"), save_model(tmp_path / "b")
     model = changed(settings.model, name_or_path=str(folder))
     before = weights_stamp(model, None)
-    assert weights_stamp(model, None) == before != weights_stamp(model, str(folder))
+    assert weights_stamp(model, None) == before != weights_stamp(model, str(other))
     write_jsonl(folder / "model.safetensors", [{}])
     assert weights_stamp(model, None) != before

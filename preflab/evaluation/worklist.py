@@ -13,7 +13,7 @@ from preflab.modeling.weights_io import POLICY_PT, archive_files, archive_place,
 from preflab.reports.run_files import read_config, read_jsonl
 from preflab.reports.runs import NOT_SETTINGS, flatten
 from preflab.settings.keys import CONFIG_DIR, GROUPS, load_yaml
-from preflab.settings.schema import ModelSettings, Settings
+from preflab.settings.schema import ModelSettings, Settings, part_of_run
 from preflab.settings.values import temperatures
 from utils import ConfigError, append_rows, atomic_write, content_hash
 
@@ -159,6 +159,7 @@ def _training(config: dict) -> dict:
         and value != defaults[key]
         and "${" not in str(defaults[key])  # differs wherever the repository lies
         and key.split(".")[0] not in (*DESCRIBING_KEYS, *GROUPS, *NOT_SETTINGS)
+        and part_of_run(key)
     }
     return (
         {key: config.get(key) for key in DESCRIBING_KEYS}

@@ -1,5 +1,7 @@
 """The transformer blocks of a model, and the dtype of its parameters."""
 
+import contextlib
+
 import torch
 from torch import nn
 from torch.distributed.tensor import DTensor
@@ -39,3 +41,11 @@ def cast(module: nn.Module, dtype: torch.dtype) -> None:
     for parameter in module.parameters():
         if not isinstance(parameter, DTensor) and parameter.dtype != dtype:
             parameter.data = parameter.data.to(dtype)
+
+
+def compiled_blocks_off(model: nn.Module) -> contextlib.AbstractContextManager:
+    """Run the blocks of a model as they are. The stance is one for all threads of the process, so
+    it stays as it is where nothing was compiled."""
+    if any(module._compiled_call_impl is not None for module in model.modules()):
+        return torch.compiler.set_stance("force_eager")
+    return contextlib.nullcontext()

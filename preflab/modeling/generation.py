@@ -15,6 +15,7 @@ from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 from transformers.pytorch_utils import Conv1D
 
 from preflab.distributed.process_group import ALONE, World
+from preflab.modeling.blocks import compiled_blocks_off
 from preflab.modeling.logprobs import Scorer
 from preflab.modeling.response_ends import response_ends
 from utils import Progress
@@ -270,11 +271,7 @@ def _generate(
         eos_token_id=list(ends.tokens),
         pad_token_id=tokenizer.pad_token_id,
     )
-    with (
-        policy.active(),
-        _eval_mode(model),
-        torch.compiler.set_stance("force_eager"),
-    ):
+    with policy.active(), _eval_mode(model), compiled_blocks_off(model):
         if repeated:
             _read_prompts(model, prompts, input_ids, mask, cache, synced=synced)
         with _generation_config(model, ours), _head_inputs(model, hidden is not None) as states:
@@ -315,7 +312,7 @@ def _by_response(
     """The states (rows, H) of each step as those of each response, (tokens, H)."""
     if len(states) != n_steps:  # a model that does not call its head as a module once a step
         return [None] * len(responses)
-    by_row = torch.stack(states, dim=1)
+    by_row = torch.stack(states, dim=1).cpu()  # those of a round may not fit on a GPU
     return [by_row[row, : len(tokens)] for row, tokens in enumerate(responses)]
 
 

@@ -74,7 +74,12 @@ def equal_models(a: Scorer, b: Scorer) -> bool:
     if a.autocast != b.autocast or a.device != b.device or a.placed_on or b.placed_on:
         return False
     if a.model is b.model:
-        adapter = (p for name, p in a.model.named_parameters() if ".lora_B." in name)
+        # The one of the two matrices that begins at zero; for embeddings that is the other one.
+        adapter = (
+            weight
+            for name, weight in a.model.named_parameters()
+            if ".lora_B." in name or ".lora_embedding_A" in name
+        )
         return a.adapter_off == b.adapter_off or not any(weight.any() for weight in adapter)
     if a.causal_lm.generation_config.to_dict() != b.causal_lm.generation_config.to_dict():
         return False

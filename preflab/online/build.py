@@ -67,8 +67,9 @@ def build_parts(
     drawing = Drawing(settings, sampler, tokenizer, world, served, keeps_hidden=keeps)
     ahead = None
     if is_ahead:
-        own = sampler if served else twin_of(sampler)
-        own_drawing = Drawing(settings, own, tokenizer, World(), served)
+        # A served one is compared with the server's in the thread, where switching an adapter of
+        # the policy off would reach the training step.
+        own_drawing = Drawing(settings, twin_of(sampler), tokenizer, World(), served)
         ahead = Ahead(own_drawing, sampler if is_policy else None)
     score = next(iter(rewards.values()))  # of the reward that labels
     ranks = loss.examples == "lists"

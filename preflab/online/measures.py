@@ -144,7 +144,10 @@ class RoundMeasures:
         learner, hidden = self.learner, None
         if rollouts.hidden is not None:
             states = [rollouts.hidden[i][j] for i, j in responses]
-            hidden = None if any(of is None for of in states) else torch.cat(states)
+            missing = any(of is None for of in states)
+            hidden = None if missing else torch.cat(states).to(learner.policy.device)
+        if reference_hidden is not None:
+            reference_hidden = reference_hidden.to(learner.policy.device)
         scores = score_responses(
             learner.policy,
             batch.to(learner.policy.device),

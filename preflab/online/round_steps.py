@@ -23,7 +23,8 @@ class ReadBatch:
     """A microbatch that the reference has read.
 
     counts: whether its responses count on this rank. responses: the prompt and the number of each
-    among the rollouts. hidden (tokens, H): the reference's last hidden states.
+    among the rollouts. hidden (tokens, H): the reference's last hidden states, in the
+    memory of the CPU.
     """
 
     batch: Batch
@@ -88,7 +89,9 @@ class RoundSteps:
                 learner.world.stop_if_asked()
                 hidden, logps = learner.reference.read(batch.to(learner.policy.device))
                 batch.reference_logps = logps.cpu()
-                read.append(ReadBatch(batch, n_real > 0, self._responses_of(batch), hidden))
+                # Those of a whole round may not fit on a GPU.
+                responses = self._responses_of(batch)
+                read.append(ReadBatch(batch, n_real > 0, responses, hidden.cpu()))
         return read
 
     def _responses_of(self, batch: Batch) -> list[tuple[int, int]]:

@@ -20,7 +20,7 @@ from preflab.reports.plot_style import (
 from preflab.reports.run_files import WRONG_TYPES, read_jsonl
 from preflab.reports.runs import Run
 from preflab.reports.tables import Table, plus_minus
-from utils import DataError
+from utils import DataError, PrefLabError
 
 ROWS = "atlas.jsonl"
 MARKERS = "os^Dv"
@@ -47,6 +47,8 @@ def write_atlas_report(run: Run) -> str:
         raise DataError(f"{run.folder}: no checkpoint of this atlas is measured yet")
     try:
         return _write(run, rows)
+    except PrefLabError:
+        raise
     except (*WRONG_TYPES, StopIteration, OverflowError, IndexError) as error:
         raise DataError(
             f"{run.folder / ROWS}: not what was written there ({type(error).__name__}: {error});"

@@ -170,7 +170,8 @@ def _labels(evaluations: Sequence[dict]) -> list[str]:
     names = training_names(evaluations)
     further = [_further(row) for row in evaluations]
     keys = dict.fromkeys(key for of_row in further for key in of_row)
-    differing = [key for key in keys if _differs(key, further)]
+    of_runs = [of_row for of_row in further if of_row]  # a base model has no settings of a training
+    differing = [key for key in keys if _differs(key, of_runs)]
     labels = []
     for name, short, row, of_row in zip(names, named, evaluations, further, strict=True):
         if name == str(row.get("name")):

@@ -60,7 +60,7 @@ def frontier_figure(
     (ax,) = new_axes(figure, 1, 1)
     reached = max(kl for runs in families.values() for run in runs for kl, _, _ in run.frontier())
     max_kl = min(reached, largest_kl)
-    grid = [max_kl * i / N_GRID for i in range(N_GRID + 1)]
+    grid = [max_kl * (i / N_GRID) for i in range(N_GRID + 1)]
     curves = fitted_curves(families)
     for i, (name, runs) in enumerate(families.items()):
         detailed = len(families) <= MOST_DETAILED

@@ -28,6 +28,17 @@ MAX_CONSECUTIVE_FAILURES = 8  # then the server counts as down
 REJECTED_STATUS = (400, 413, 422)  # about one question, such as one that is too long
 
 
+# Primary codes of SQLite where nothing is wrong with the file itself.
+IN_THE_WAY = {
+    sqlite3.SQLITE_BUSY,
+    sqlite3.SQLITE_LOCKED,
+    sqlite3.SQLITE_FULL,
+    sqlite3.SQLITE_READONLY,
+    sqlite3.SQLITE_IOERR,
+    sqlite3.SQLITE_PERM,
+}
+
+
 class EndpointError(PrefLabError):
     """The endpoint refuses the requests, or has stopped answering."""
 
@@ -103,6 +114,11 @@ class Endpoint:
         try:
             yield
         except sqlite3.Error as error:
+            if error.sqlite_errorcode & 0xFF in IN_THE_WAY:
+                raise ConfigError(
+                    f"{cache}: the cache of answers cannot be used now ({error}); the answers in it"
+                    " are kept: end other commands that use it, or make room, and run this again"
+                ) from error
             raise ConfigError(
                 f"{cache}: no cache of answers that can be used ({error}); name another file, or"
                 " delete this one"

@@ -54,20 +54,21 @@ def classifier(
     model.to(device)
     check = _fit_tokenizer(tokenizer, model, f"reward.path={path}")
 
-    def tokenise(prompt: str, response: str) -> list[int]:
+    def tokenise(prompt: str, response: str) -> dict[str, list[int]]:
         if include_prompt and is_chat(prompt):
-            return _chat_ids(tokenizer, prompt, response, tokenizer.model_max_length)
+            return {"input_ids": _chat_ids(tokenizer, prompt, response, tokenizer.model_max_length)}
         text = _joined(prompt, response) if include_prompt else response
-        return tokenizer(text, truncation=True)["input_ids"]
+        return dict(tokenizer(text, truncation=True))
 
     @torch.no_grad()
     def score(prompts: list[str], responses: list[str]) -> list[float]:
         rows = [tokenise(*texts) for texts in zip(prompts, responses, strict=True)]
-        check(rows)
+        check([row["input_ids"] for row in rows])
+        if any(row.keys() != rows[0].keys() for row in rows):  # conversations and text
+            rows = [{"input_ids": row["input_ids"]} for row in rows]
         values = []
         for begin in range(0, len(rows), batch_size):
-            part = {"input_ids": rows[begin : begin + batch_size]}
-            inputs = tokenizer.pad(part, return_tensors="pt")
+            inputs = tokenizer.pad(rows[begin : begin + batch_size], return_tensors="pt")
             log_p, log_q = _label_logps(model(**inputs.to(device)).logits, labels[label])
             values.extend((log_p.exp() if output == "probability" else log_p - log_q).tolist())
         return values

@@ -12,13 +12,13 @@ import torch
 from preflab.batching.packing import Layout, lay_out
 from preflab.distributed.process_group import ALONE, World
 from preflab.modeling.logprobs import Scorer
+from preflab.modeling.model_source import weight_files
 from preflab.modeling.response_ends import response_ends
-from preflab.modeling.weights_io import archive_files
 from preflab.reports.run_files import read_jsonl
 from preflab.serving.protocol import Completion, Limits, Protocol, WrongAnswerError
 from preflab.serving.server import SamplerError, Server
 from preflab.settings.schema import ModelSettings, SamplerSettings
-from utils import DataError, Progress, content_hash, drop_incomplete_line, model_folder
+from utils import DataError, Progress, content_hash, drop_incomplete_line
 
 logger = logging.getLogger(__name__)
 
@@ -274,15 +274,10 @@ def _seed(seed: int, key: int | tuple[int, ...]) -> int:
 
 
 def weights_stamp(model: ModelSettings, archive: str | None) -> str:
-    """A hash that changes with the files of a model: of its archive, or of its folder."""
-    if archive:
-        files = archive_files(archive)
-    else:
-        folder = Path(model_folder(model.name_or_path))
-        files = sorted(folder.iterdir()) if folder.is_dir() else []
+    """A hash that changes with the files that determine the weights of a model."""
     stats = [
         (file.name, file.stat().st_size, file.stat().st_mtime_ns)
-        for file in (file.resolve() for file in files)
+        for file in (file.resolve() for file in weight_files(model, archive))
         if file.is_file()
     ]
     about = [model.name_or_path, archive if not stats else None, model.from_scratch, stats]

@@ -62,17 +62,25 @@ def table_of_measure(study: Study, runs: Sequence[StudyRun], measure: str) -> Ta
     each loss is the best of as many trials. It has no value where no evaluation is within the KL,
     and where a trial has no evaluations.
     """
+    table: Table = {loss: {} for loss in study.arms}
+    for (loss, seed), trials in finished_cells(study, runs).items():
+        evaluations = [e for trial in trials for e in trial.evaluations]
+        if values := _value(study, evaluations, measure):
+            table[loss][str(seed)] = values
+    return table
+
+
+def finished_cells(study: Study, runs: Sequence[StudyRun]) -> dict[tuple[str, int], list[StudyRun]]:
+    """The trials of each loss and seed of a case of which nothing is left to run."""
     cells: dict[tuple[str, int], list[StudyRun]] = defaultdict(list)
     for run in runs:
         cells[run.planned.loss, run.planned.seed].append(run)
-    table: Table = {loss: {} for loss in study.arms}
-    for (loss, seed), trials in cells.items():
-        are_finished = all(trial.evaluations for trial in trials)
-        if are_finished and not due(study, [trial.planned for trial in trials]):
-            evaluations = [e for trial in trials for e in trial.evaluations]
-            if values := _value(study, evaluations, measure):
-                table[loss][str(seed)] = values
-    return table
+    return {
+        key: trials
+        for key, trials in cells.items()
+        if all(trial.evaluations for trial in trials)
+        and not due(study, [trial.planned for trial in trials])
+    }
 
 
 def _value(

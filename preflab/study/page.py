@@ -22,6 +22,7 @@ from preflab.study.measures import (
     StudyRun,
     Table,
     best_of,
+    finished_cells,
     load_runs,
     of_case,
     table_of_measure,
@@ -138,11 +139,9 @@ def _without_value(
     study: Study, runs: Sequence[StudyRun], measure: str, known: Sequence[str]
 ) -> list[str]:
     """Which losses have no value: those that do not reach it, and those that are not done."""
-    waiting = {run.planned.loss for run in runs if not run.evaluations}
-    done_in = Counter((r.planned.loss, r.planned.seed) for r in runs if r.evaluations)
-    done = {loss for (loss, _), n in done_in.items() if n == len(study.arms[loss].trials)}
+    done = {loss for loss, _ in finished_cells(study, runs)}
     missed = [loss for loss in study.arms if loss not in known and loss in done]
-    others = [loss for loss in study.arms if loss not in known and loss in waiting - done]
+    others = [loss for loss in study.arms if loss not in known and loss not in done]
     texts = []
     if missed:
         limit = "this KL" if measure.startswith(AT_KL) else "an evaluation with this measure"
