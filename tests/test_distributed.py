@@ -421,7 +421,7 @@ def test_workers_die_with_the_process_that_started_them(setting):
 
 
 DIES = """
-import os, signal
+import os, signal, subprocess
 from losses import LossOutput, register_loss
 
 calls = 0
@@ -431,7 +431,10 @@ def dies(pair, *, death: str):
     global calls
     calls += 1
     if os.environ.get("RANK") == "1" and calls > 3:
-        if death == "killed":
+        if death == "killed unseen":  # the launcher looks again when both workers have failed
+            subprocess.Popen(f"sleep 2; kill -CONT {os.getppid()}", shell=True)
+            os.kill(os.getppid(), signal.SIGSTOP)
+        if death != "raises":
             os.kill(os.getpid(), signal.SIGKILL)
         raise RuntimeError("this rank is unwell")
     return LossOutput(-pair.policy_chosen_logps)
@@ -440,7 +443,11 @@ def dies(pair, *, death: str):
 
 @pytest.mark.parametrize(
     "death, message",
-    [("raises", "RuntimeError: this rank is unwell"), ("killed", "killed by SIGKILL")],
+    [
+        ("raises", "RuntimeError: this rank is unwell"),
+        ("killed", "worker 1 was killed by SIGKILL"),
+        ("killed unseen", "worker 1 was killed by SIGKILL"),
+    ],
 )
 def test_a_worker_that_dies_takes_the_run_down(setting, tmp_path, death, message):
     (tmp_path / "dies.py").write_text(DIES)
@@ -450,7 +457,7 @@ def test_a_worker_that_dies_takes_the_run_down(setting, tmp_path, death, message
     )
     process = start(
         setting,
-        f"dies-{death}",
+        f"dies-{death.split()[-1]}",
         *TWO,
         f"--config-dir={tmp_path / 'config'}",
         "loss=dies",

@@ -36,6 +36,7 @@ def sheltered():
 
 # Linux: the signal that a process receives when its parent dies, see prctl(2).
 PR_SET_PDEATHSIG = 1
+SECONDS_TO_BE_STOPPED = 10.0  # that a worker which has lost another waits for the launcher
 
 
 class WorkerError(RuntimeError):
@@ -139,11 +140,31 @@ def _run_worker(worker: Callable, arguments: tuple, folder: str, launcher: int) 
         }
         path = Path(folder) / f"{os.environ['RANK']}.json"
         path.write_text(json.dumps(report), encoding="utf-8")
+        if _lost_a_peer(error):
+            _wait_to_be_stopped(stop)
         # The launching process prints the error.
         end_process(1)
     # After torch has handed over what this function returns, for the reason in `end_process`.
     atexit.register(os._exit, 0)
     return signum
+
+
+def _lost_a_peer(error: BaseException) -> bool:
+    """Whether an exchange failed because another rank, which has died or is dying, left it."""
+    import torch.distributed
+
+    return isinstance(error, torch.distributed.DistError) or "gloo/" in str(error)
+
+
+def _wait_to_be_stopped(stop: StopSignals) -> None:
+    """Return when the launcher has asked this worker to stop, or after SECONDS_TO_BE_STOPPED.
+
+    The launcher learns of one worker that failed. If this one ended within the same tenth of a
+    second as the rank that it lost, that one could be it, and a kill would go unreported.
+    """
+    give_up = time.monotonic() + SECONDS_TO_BE_STOPPED
+    while stop.received is None and time.monotonic() < give_up:
+        time.sleep(0.05)
 
 
 def _end_with(launcher: int) -> None:
