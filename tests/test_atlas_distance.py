@@ -1,11 +1,13 @@
 """Whether the atlas ranks trained policies: the correlations, and runs that are missing."""
 
 import math
+import sys
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
 from conftest import write_jsonl
+from matplotlib.figure import Figure
 from omegaconf import OmegaConf
 from test_study import make_study
 
@@ -73,7 +75,7 @@ def planted(tmp_path, monkeypatch):
 
 def test_distances_that_rank_alike_hold_and_others_do_not(planted):
     study, _, ends = planted
-    result, figure = atlas_distance.answer(study.work, partial=False)
+    result, figure = atlas_distance.answer(study, partial=False)
     [of] = result["cases"].values()
     assert result["holds"] and of["start"]["mean"] > 0.9 and len(figure.axes) == 1
     assert of["losses"] == {"1": 4, "2": 4, "3": 4}
@@ -82,7 +84,7 @@ def test_distances_that_rank_alike_hold_and_others_do_not(planted):
     assert of["from_baseline"]["d"]["start"] == pytest.approx(1 - math.cos(0.9), abs=1e-6)
     assert result["left_out"] == {"e (no atlas)": "reads weights of tokens"}
     ends |= {"b": 1.8, "c": 0.2, "d": 0.7}
-    result, _ = atlas_distance.answer(study.work, partial=False)
+    result, _ = atlas_distance.answer(study, partial=False)
     assert not result["holds"] and result["cases"]["-"]["start"]["mean"] < 0.6
 
 
@@ -94,18 +96,18 @@ def test_middle_trials_without_a_policy_are_left_out_and_missing_ones_refused(pl
     ends["d"] = math.nan
     states[middle["e", 1]] = "failed: NaN"
     with pytest.raises(ConfigError, match="no case and seed has 4 losses"):
-        atlas_distance.answer(study.work, partial=False)
+        atlas_distance.answer(study, partial=False)
     ends["d"] = 1.8
     states[middle["b", 2]] = "failed: NaN"
-    result, _ = atlas_distance.answer(study.work, partial=False)
+    result, _ = atlas_distance.answer(study, partial=False)
     assert result["cases"]["-"]["losses"] == {"1": 4, "3": 4}
     assert result["left_out"][middle["b", 2]] == "failed: NaN"
     assert middle["e", 1] in result["found"]
     states[middle["c", 3]] = "not begun"
     states[study.runs()[0].name] = "not begun"  # no middle trial
     with pytest.raises(ConfigError, match=r"1 middle trials have not ended, such as .*loss-c.*3"):
-        atlas_distance.answer(study.work, partial=False)
-    result, _ = atlas_distance.answer(study.work, partial=True)
+        atlas_distance.answer(study, partial=False)
+    result, _ = atlas_distance.answer(study, partial=True)
     assert result["cases"]["-"]["losses"] == {"1": 4} and middle["c", 3] in result["left_out"]
 
 
@@ -134,3 +136,22 @@ def test_an_atlas_of_more_losses_is_made_again(tmp_path, monkeypatch):
     for n in (2, 3, 2):
         start, trained = atlas_distance.atlas_rows(study, runs[:n], tmp_path / "atlas")
         assert len(start["updates"]) == len(trained["updates"]) == n
+
+
+@pytest.mark.parametrize("holds", [True, False])
+def test_one_case_decides_only_where_it_falls_short(tmp_path, monkeypatch, capsys, holds):
+    study = make_study(tmp_path, cases={"one": [], "two": ["loss.beta=0.3"]})
+    written = []
+
+    def answer(study, partial):
+        assert list(study.cases) == ["one"] and not partial
+        return {"holds": holds, "found": "rho"}, Figure()
+
+    monkeypatch.setattr(atlas_distance, "study_in", lambda folder: study)
+    monkeypatch.setattr(atlas_distance, "answer", answer)
+    monkeypatch.setattr(atlas_distance, "write_results", lambda *what: written.append(what[1]))
+    monkeypatch.setattr(sys, "argv", ["atlas_distance.py", str(tmp_path), "--case", "one"])
+    atlas_distance.main()
+    assert "rho Not run: two." in capsys.readouterr().out
+    assert [result["holds"] for result in written] == ([] if holds else [False])
+    assert (tmp_path / "atlas_distance.json").exists() == holds
