@@ -150,10 +150,8 @@ def _run_worker(worker: Callable, arguments: tuple, folder: str, launcher: int) 
 
 
 def _lost_a_peer(error: BaseException) -> bool:
-    """Whether an exchange failed because another rank, which has died or is dying, left it."""
-    import torch.distributed
-
-    return isinstance(error, torch.distributed.DistError) or "gloo/" in str(error)
+    """Whether an exchange failed, which is so where another rank has died or is dying."""
+    return any(sign in str(error) for sign in ("gloo/", "ncclRemoteError"))
 
 
 def _wait_to_be_stopped(stop: StopSignals) -> None:
