@@ -80,6 +80,7 @@ def run_ours(job: dict, work: Path, phases: Phases) -> float:
         *(f"local_run_dir={work / 'run'}", f"cache_dir={work / 'cache'}"),
     ]
     from preflab import execution
+    from preflab.reports import run as reports
     from preflab.training.learner import Learner
     from preflab.training.session import Session
     from train import main as train
@@ -89,7 +90,7 @@ def run_ours(job: dict, work: Path, phases: Phases) -> float:
     phases.watch(Session, "step", "steps")
     phases.watch(Session, "evaluate", "evaluation")
     phases.watch(Session, "save", "saving")
-    phases.watch(execution, "write_report", "report")
+    phases.watch(reports, "write_report", "report")
     train()
     return json.loads((work / "run" / "summary.json").read_text(encoding="utf-8"))["eval_loss"]
 

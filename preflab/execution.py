@@ -14,7 +14,6 @@ from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
 
-from preflab.atlas.run import run_atlas
 from preflab.batching.chat_template import chat_of, set_chat
 from preflab.batching.examples import PreferenceData
 from preflab.batching.loader import count_steps
@@ -39,7 +38,6 @@ from preflab.modeling.reference_cache import cannot_write
 from preflab.objective.registry import BoundLoss
 from preflab.online.rounds import OnlineTrainer
 from preflab.readers.records import Source
-from preflab.reports.run import write_report
 from preflab.reports.run_files import read_config, read_data, read_jsonl, read_summary
 from preflab.reports.tables import summary_table
 from preflab.rewards.registry import build_rewards
@@ -255,6 +253,8 @@ def _train_or_evaluate(settings: Settings, run_dir: Path, inputs: Inputs, tracke
     if settings.function == "eval":
         return _evaluate(settings, run_dir, inputs, trainer, tracker)
     if settings.function == "atlas":
+        from preflab.atlas.run import run_atlas  # matplotlib takes a second to import
+
         pairs = inputs.data["train"]
         return run_atlas(settings, inputs.loss, inputs.tokenizer, pairs, run_dir, world())
     parts = (settings, run_dir, inputs.loss, inputs.tokenizer, inputs.data)
@@ -361,6 +361,8 @@ def _status(run_dir: Path, rank: int):
 
 def _report(settings: Settings, run_dir: Path, summary: dict) -> dict:
     if world().rank == 0 and settings.report:
+        from preflab.reports.run import write_report  # matplotlib takes a second to import
+
         logger.info(write_report(run_dir))
         logger.info(f"pictures and samples: {run_dir / 'report.html'}")
     elif world().rank == 0:

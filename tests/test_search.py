@@ -182,7 +182,7 @@ def searched(monkeypatch, tmp_path):
     def no_report(folder):
         raise DataError("no runs")
 
-    monkeypatch.setattr("preflab.sweeps.grid.report_folder", no_report)
+    monkeypatch.setattr("preflab.reports.sweep.report_folder", no_report)
     defaults = OmegaConf.load(CONFIG_DIR / "hydra/sweeper/optuna.yaml")
     of_sampler = OmegaConf.load(CONFIG_DIR / "hydra/sweeper/sampler/tpe.yaml")
 

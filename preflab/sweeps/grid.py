@@ -9,7 +9,6 @@ from hydra.core.utils import JobReturn, JobStatus
 from hydra.errors import HydraException
 from omegaconf import OmegaConf
 
-from preflab.reports.sweep import report_folder
 from preflab.settings.command_line import parse_flags, sources_of
 from preflab.settings.overrides import check_overrides, fail
 from preflab.settings.sweep_words import folder_names, grids_of, runs_of
@@ -90,6 +89,8 @@ def check_runs(runs: Sequence[Sequence[str]]) -> None:
 
 def finish(folder: Path, names: Sequence[str], returns: Sequence[JobReturn]) -> None:
     """Print the comparison of the runs and what failed; exit code 1 if anything did."""
+    from preflab.reports.sweep import report_folder  # matplotlib takes a second to import
+
     try:
         print(report_folder(folder)[0])
         print(folder / "report.html", flush=True)
