@@ -216,7 +216,7 @@ def sampling(part: dict) -> dict:
     from benchmarks.sampling import measure as measure_sampling
 
     return measure_sampling(
-        part["model"], part["rounds"], torch.bfloat16, vocabulary=part["vocabulary"]
+        part["model"], "64 tokens", part["rounds"], torch.bfloat16, vocabulary=part["vocabulary"]
     )
 
 

@@ -24,7 +24,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from benchmarks.cases import MODELS, VOCABULARY
 from benchmarks.placement import machine
-from preflab.modeling import generation
+from preflab.modeling import decoding, generation
 from preflab.modeling.logprobs import Scorer
 
 K, PROMPTS, NEW = 8, 2, 64
@@ -70,7 +70,7 @@ def measure(name: str, length: int, rounds: int) -> dict:
     )
     model = AutoModelForCausalLM.from_config(config).to(device).eval()
     prompts = torch.randint(1, VOCABULARY, (PROMPTS, length)).tolist()
-    batches = generation._batches
+    batches, can_join = generation._batches, decoding.can_join
 
     def each(*arguments):
         """The same batches, in which no prompt is said to repeat."""
@@ -78,6 +78,8 @@ def measure(name: str, length: int, rounds: int) -> dict:
 
     def draw(variant) -> list[list[int]]:
         generation._batches = variant
+        if variant is each:
+            decoding.can_join = lambda cache: False  # `generate` reads the prompts
         drawn = generation.sample(
             Scorer(model),
             _Tokenizer,
@@ -86,7 +88,7 @@ def measure(name: str, length: int, rounds: int) -> dict:
             max_new_tokens=NEW,
             batch_size=K * PROMPTS,
         )
-        generation._batches = batches
+        generation._batches, decoding.can_join = batches, can_join
         return drawn
 
     clock = time.perf_counter if device == "cuda" else time.process_time

@@ -386,7 +386,7 @@ CALLS = {
     "tokens": ("preflab.batching.token_store._load_store", 1),
     "reference": ("preflab.modeling.reference_cache._logps_of_groups", 2),
     "step": ("preflab.training.learner.compute_loss", 3),
-    "sampling": ("preflab.modeling.generation._generate", 1),
+    "sampling": ("preflab.modeling.decoding.Decoder._decode", 1),
     "saving": ("preflab.training.learner.save_weights", 1),
 }
 

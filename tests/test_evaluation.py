@@ -28,7 +28,7 @@ from preflab.distributed.process_group import world
 from preflab.evaluation import samples as samples_module
 from preflab.evaluation.samples import distinct, measure_samples, repetition
 from preflab.evaluation.worklist import expand_archives, says_compared_with_itself
-from preflab.modeling import generation
+from preflab.modeling import packed_linear
 from preflab.modeling.generation import InverseCDF, sample
 from preflab.modeling.logprobs import Scorer
 from preflab.rewards.registry import REWARDS, RewardError, build_reward, register_reward
@@ -71,9 +71,9 @@ def test_greedy_tokens_are_those_of_plain_generate(architecture):
 
 def test_packed_weights_are_there_for_sampling_only(monkeypatch):
     model, packed = make_model("gpt2"), []
-    product = generation._packed_linear
+    product = packed_linear._packed_linear
     monkeypatch.setattr(
-        generation, "_packed_linear", lambda *operands: packed.append(1) or product(*operands)
+        packed_linear, "_packed_linear", lambda *operands: packed.append(1) or product(*operands)
     )
     before = model(torch.tensor([[1, 2, 3]])).logits
     draw(model)

@@ -1,5 +1,6 @@
 """Samples are the policy's, whatever its folder says beside its weights, and where they end."""
 
+import itertools
 import json
 import logging
 import shutil
@@ -22,7 +23,7 @@ from preflab.batching.chat import response_text
 from preflab.batching.examples import PromptToSample
 from preflab.distributed.process_group import ALONE, World
 from preflab.evaluation import samples
-from preflab.modeling import generation
+from preflab.modeling import decoding, generation, kv_cache
 from preflab.modeling.generation import InverseCDF, sample
 from preflab.modeling.logprobs import Scorer
 from preflab.modeling.response_ends import ResponseEnds, response_ends
@@ -401,7 +402,7 @@ def test_a_prompt_with_one_sample_takes_the_plain_path():
 
 def test_models_with_another_cache_read_every_row():
     model = make_recurrent()
-    assert generation._make_cache(model) is None
+    assert kv_cache.make_cache(model) is None
     prompts = [[256, *b"abc"]] * 3
     drawn, n_read = draw_and_count(model, prompts, range(3))
     assert n_read == 3 * 4
@@ -420,11 +421,12 @@ def test_batches_hold_whole_prompts_and_ranks_run_equally_often(k, size, peers):
         batches = list(generation._batches(prompts, 4, world))
         counts.append(len(batches))
         flags.append([repeated for *_, repeated in batches])
-        assert all(1 <= len(rows) <= 4 and n in (0, len(rows)) for rows, n, _ in batches)
+        flat = [(list(itertools.chain(*groups)), n) for groups, n, _ in batches]
+        assert all(1 <= len(rows) <= 4 and n in (0, len(rows)) for rows, n in flat)
         if k == 1:
-            assert [(rows, n) for rows, n, _ in batches] == list(world.batches(by_length, 4))
+            assert flat == list(world.batches(by_length, 4))
         if rank % peers == 0:
-            seen += [rows for rows, n, _ in batches if n]
+            seen += [rows for rows, n in flat if n]
     assert sorted(i for rows in seen for i in rows) == list(range(5 * k))
     assert len(set(counts)) == 1 and flags == [[k > 1] * counts[0]] * size
     for number in range(5):
@@ -435,5 +437,78 @@ def test_batches_hold_whole_prompts_and_ranks_run_equally_often(k, size, peers):
 def test_ranks_agree_on_whether_prompts_repeat():
     prompts = [[1], [2, 2], [3, 3, 3], [3, 3, 3]]
     batches = [list(generation._batches(prompts, 2, World(rank, 2))) for rank in range(2)]
-    assert batches[0] == [([0], 1, False), ([2, 3], 2, True)]
-    assert batches[1] == [([1], 1, False), ([0], 0, True)]
+    assert batches[0] == [([[0]], 1, False), ([[2, 3]], 2, True)]
+    assert batches[1] == [([[1]], 1, False), ([[0]], 0, True)]
+
+
+# ------------------------------------------------------------------------- batches that change
+
+
+@pytest.fixture
+def changing(monkeypatch):
+    """Batches of small models change too. Gets the number of rows of each call of `generate`."""
+    monkeypatch.setattr(decoding, "SMALLEST_STEP", 0)
+    sizes, decode = [], decoding.Decoder._decode
+
+    def counted(decoder, enough):
+        sizes.append(len(decoder.rows))
+        return decode(decoder, enough)
+
+    monkeypatch.setattr(decoding.Decoder, "_decode", counted)
+    return sizes
+
+
+@pytest.mark.parametrize("k", [1, 5])
+@pytest.mark.parametrize(
+    "architecture, options",
+    [
+        *((name, {}) for name in ("gpt2", "llama", "bloom", "gptj", "gemma2")),
+        ("llama", {"temperature": 0}),
+        ("gpt2", {"temperature": 0.7, "top_p": 0.9}),
+    ],
+)
+def test_rows_that_end_make_room_and_every_sample_is_the_one_drawn_alone(
+    changing, architecture, k, options
+):
+    model = make_bloom() if architecture == "bloom" else make_model(architecture)
+    model.generation_config.eos_token_id = EVEN[:32]  # lengths differ
+    prompts, keys = zip(
+        *[([256, *[97 + i] * (7 * i % 13)], (i, j)) for i in (3, 0, 5, 1, 2, 4) for j in range(k)],
+        strict=True,
+    )
+
+    def draw(numbers, **more):
+        return sample(
+            Scorer(model),
+            make_tokenizer(),
+            [prompts[i] for i in numbers],
+            keys=[keys[i] for i in numbers],
+            max_new_tokens=N,
+            **options,
+            **more,
+        )
+
+    hidden: list = []
+    drawn = draw(range(len(keys)), batch_size=4, hidden=hidden)
+    windowed = kv_cache.make_cache(model).layers[0].is_sliding
+    assert max(changing) <= 4 and (windowed or len(changing) > len(keys) / 4)
+    alone = [draw([i])[0] for i in range(len(keys))]
+    assert drawn == alone
+    lengths = set(map(len, drawn))
+    assert len(lengths) > 2 or options.get("temperature") == 0
+    assert [len(states) for states in hidden] == list(map(len, drawn))
+
+
+@pytest.mark.parametrize(
+    "limit", ["max_position_embeddings", "max_seq_len", "original_max_position_embeddings"]
+)
+def test_rows_do_not_join_where_their_columns_could_pass_the_positions_of_a_model(changing, limit):
+    model = make_model("llama")
+    model.generation_config.eos_token_id = EVEN[:32]
+    prompts = [[256, 97, 97 + i] for i in range(12)]
+    for most, joins in ((3 + 2 * N - 1, False), (3 + 2 * N, True)):
+        changing.clear()
+        setattr(model.config, limit, most)
+        options = {"keys": range(12), "max_new_tokens": N, "batch_size": 4}
+        sample(Scorer(model), make_tokenizer(), prompts, **options)
+        assert (len(changing) > 3) is joins

@@ -1,23 +1,20 @@
 """Sampling from a policy. The k-th sample of a prompt depends on (seed, prompt, k) only, not on the
 batch it was drawn in."""
 
-import contextlib
 import functools
 import itertools
 import logging
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 
 import numpy as np
 import torch
 from torch import Tensor, nn
-from transformers import DynamicCache, GenerationConfig, LogitsProcessor
-from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
-from transformers.pytorch_utils import Conv1D
+from transformers import LogitsProcessor
 
 from preflab.distributed.process_group import ALONE, World
-from preflab.modeling.blocks import compiled_blocks_off
+from preflab.modeling.decoding import Decoder, Row
 from preflab.modeling.logprobs import Scorer
-from preflab.modeling.response_ends import response_ends
+from preflab.modeling.packed_linear import packed_weights
 from utils import Progress
 
 logger = logging.getLogger(__name__)
@@ -149,35 +146,52 @@ def sample(
     """
     _log_ignored(str(_ignored(policy.causal_lm)))
     bar = _progress_bar(len(prompts), description, world)
-    choose = functools.partial(
-        InverseCDF, temperature=temperature, top_p=top_p, top_k=top_k, min_p=min_p
+    decoder = Decoder(
+        policy,
+        tokenizer,
+        functools.partial(
+            InverseCDF, temperature=temperature, top_p=top_p, top_k=top_k, min_p=min_p
+        ),
+        _ObeysStop(world),
+        size=batch_size,
+        # A row joins at the last column of the others, and may go on for as many again.
+        columns=max(map(len, prompts), default=0) + 2 * max_new_tokens,
+        synced=world.size > 1,
     )
-    drawn = []  # (index of the prompt, response) of this rank
-    states: dict[int, Tensor | None] = {}  # by index of the prompt
-    with _packed_weights(policy):
-        for rows, n_real, repeated in _batches(prompts, batch_size, world):
+    drawn: dict[int, Row] = {}  # of this rank
+    with packed_weights(policy):
+        for groups, n_real, repeated in _work(decoder, prompts, world):
             world.stop_if_asked()
-            uniforms = np.stack([_uniforms(seed, keys[i], max_new_tokens) for i in rows])
-            of_rows: list[Tensor | None] | None = None if hidden is None else []
-            responses = _generate(
-                policy,
-                tokenizer,
-                [prompts[i] for i in rows],
-                torch.from_numpy(uniforms),
-                choose,
-                _ObeysStop(world),
-                synced=world.size > 1,
-                repeated=repeated,
-                hidden=of_rows,
-            )
-            drawn += list(zip(rows, responses, strict=True))[:n_real]
-            states |= zip(rows, of_rows or [None] * len(rows), strict=True)
-            bar.update(n_real * world.data_ranks)
+            uniforms = {
+                i: _uniforms(seed, keys[i], max_new_tokens) for i in itertools.chain(*groups)
+            }
+            rows = [[Row(i, prompts[i], uniforms[i]) for i in group] for group in groups]
+            for row in decoder.run(rows, repeated, show_hidden=hidden is not None):
+                if n_real:
+                    drawn[row.number] = row
+                    bar.update(world.data_ranks)
     bar.close()
     if hidden is not None:
-        hidden += [states[i] for i in range(len(prompts))]
-    by_prompt = dict(world.gather(drawn))
+        hidden += [_joined(drawn[i].hidden) for i in range(len(prompts))]
+    by_prompt = dict(world.gather([(i, row.response) for i, row in drawn.items()]))
     return [by_prompt[i] for i in range(len(prompts))]
+
+
+def _work(
+    decoder: Decoder, prompts: list[list[int]], world: World
+) -> list[tuple[list[list[int]], int, bool]]:
+    """The batches; all as one where rows of later batches take the places of those that ended."""
+    batches = list(_batches(prompts, decoder.size, world))
+    if not decoder.changes:
+        return batches
+    groups = [group for of_batch, *_ in batches for group in of_batch]
+    return [(groups, len(prompts), any(repeated for *_, repeated in batches))]
+
+
+def _joined(parts: list[Tensor] | None) -> Tensor | None:
+    if parts is None or len(parts) == 1:
+        return parts and parts[0]
+    return torch.cat(parts)
 
 
 def _progress_bar(n: int, description: str, world: World) -> Progress:
@@ -193,9 +207,9 @@ def _progress_bar(n: int, description: str, world: World) -> Progress:
 
 def _batches(
     prompts: list[list[int]], size: int, world: World
-) -> Iterator[tuple[list[int], int, bool]]:
-    """This rank's batches: numbers of prompts, how many of them count, and whether any prompt of
-    this step occurs more than once.
+) -> Iterator[tuple[list[list[int]], int, bool]]:
+    """This rank's batches: numbers of prompts in groups of equal ones, how many of them count, and
+    whether any prompt of this step occurs more than once.
 
     All ranks get the same number of batches and the same answer, because a sharded model runs on
     all of them together. A rank with fewer batches gets stand-ins, of which 0 prompts count.
@@ -211,8 +225,7 @@ def _batches(
     for step in itertools.zip_longest(*shares):
         repeated = any(len(group) > 1 for batch in step for group in batch or groups[:1])
         mine = step[world.data_rank]
-        rows = list(itertools.chain(*(mine or groups[:1])))
-        yield rows, len(rows) if mine else 0, repeated
+        yield mine or groups[:1], sum(map(len, mine or [])), repeated
 
 
 def _evenly_split(group: list[int], size: int) -> list[list[int]]:
@@ -239,152 +252,6 @@ def _uniforms(seed: int, key: int | tuple[int, int], n: int) -> np.ndarray:
     return np.random.default_rng([seed, *np.atleast_1d(key)]).random(n)
 
 
-def _generate(
-    policy: Scorer,
-    tokenizer,
-    prompts: list[list[int]],
-    uniforms: Tensor,
-    choose: Callable[..., InverseCDF],
-    obeys_stop: _ObeysStop,
-    *,
-    synced: bool,
-    repeated: bool,
-    hidden: list[Tensor | None] | None,
-) -> list[list[int]]:
-    """Responses of one batch. uniforms: (prompts, max_new_tokens). synced: ranks whose rows have
-    all ended run on until those of every rank have, as a sharded model needs. repeated: the model
-    reads each distinct prompt once, in a forward pass before the others. hidden: as in
-    `sample`."""
-    model, device = policy.causal_lm, policy.device
-    ends = response_ends(tokenizer, model)
-    cache = _make_cache(model)
-    repeated = repeated and cache is not None
-    # With two columns at least, one is left for the pass over the distinct prompts.
-    width = max(*map(len, prompts), 2 if repeated else 1)
-    input_ids, mask = (
-        rows.to(device) for rows in _left_padded(prompts, width, tokenizer.pad_token_id)
-    )
-    ours = GenerationConfig(
-        max_new_tokens=uniforms.shape[1],
-        do_sample=False,
-        use_cache=True,
-        eos_token_id=list(ends.tokens),
-        pad_token_id=tokenizer.pad_token_id,
-    )
-    with policy.active(), _eval_mode(model), compiled_blocks_off(model):
-        if repeated:
-            _read_prompts(model, prompts, input_ids, mask, cache, synced=synced)
-        with _generation_config(model, ours), _head_inputs(model, hidden is not None) as states:
-            output = model.generate(
-                input_ids=input_ids,
-                attention_mask=mask,
-                generation_config=ours,
-                logits_processor=[choose(uniforms.to(device), prompt_width=width), obeys_stop],
-                synced_gpus=synced,
-                **ends.criteria(width),
-                **({} if cache is None else {"past_key_values": cache}),
-            )
-    responses = [ends.cut(row) for row in output[:, width:].tolist()]
-    if hidden is not None:
-        hidden += _by_response(states, responses, n_steps=output.shape[1] - width)
-    return responses
-
-
-@contextlib.contextmanager
-def _head_inputs(model: nn.Module, wanted: bool) -> Iterator[list[Tensor]]:
-    """What the head reads in each forward pass inside, if it is wanted: the last hidden states of
-    the last column, (rows, H) each."""
-    states: list[Tensor] = []
-    head = model.get_output_embeddings() if wanted else None
-    if head is None:
-        yield states
-        return
-    hook = head.register_forward_pre_hook(lambda _, inputs: states.append(inputs[0][:, -1].clone()))
-    try:
-        yield states
-    finally:
-        hook.remove()
-
-
-def _by_response(
-    states: list[Tensor], responses: list[list[int]], *, n_steps: int
-) -> list[Tensor | None]:
-    """The states (rows, H) of each step as those of each response, (tokens, H)."""
-    if len(states) != n_steps:  # a model that does not call its head as a module once a step
-        return [None] * len(responses)
-    by_row = torch.stack(states, dim=1).cpu()  # those of a round may not fit on a GPU
-    return [by_row[row, : len(tokens)] for row, tokens in enumerate(responses)]
-
-
-def _left_padded(prompts: list[list[int]], width: int, pad: int) -> tuple[Tensor, Tensor]:
-    """Token ids and attention mask, (prompts, width) each."""
-    input_ids = torch.full((len(prompts), width), pad)
-    mask = torch.zeros_like(input_ids)
-    for row, prompt in enumerate(prompts):
-        input_ids[row, width - len(prompt) :] = torch.tensor(prompt)
-        mask[row, width - len(prompt) :] = 1
-    return input_ids, mask
-
-
-def _read_prompts(
-    model: nn.Module,
-    prompts: list[list[int]],
-    input_ids: Tensor,
-    mask: Tensor,
-    cache: DynamicCache,
-    *,
-    synced: bool,
-) -> None:
-    """Fill the cache with all tokens of the prompts but the last, which `generate` reads next. Each
-    distinct prompt is computed once, and its keys and values are copied to its rows."""
-    distinct: dict[tuple[int, ...], int] = {}
-    for prompt in map(tuple, prompts):
-        distinct.setdefault(prompt, len(distinct))
-    rows = [distinct[tuple(prompt)] for prompt in prompts]
-    first = [rows.index(number) for number in range(len(distinct))]
-    # One token, which is dropped: `generate` knows what the model's forward pass takes. Without a
-    # pad token, it does not take the last column for padding.
-    one = GenerationConfig(max_new_tokens=1, do_sample=False, use_cache=True)
-    with _generation_config(model, one):
-        model.generate(
-            input_ids=input_ids[first, :-1],
-            attention_mask=mask[first, :-1],
-            generation_config=one,
-            past_key_values=cache,
-            synced_gpus=synced,
-        )
-    # Where layers are split over devices, each part has a cache of its own.
-    for part in getattr(cache, "of_shards", [cache]):
-        part.batch_select_indices(torch.tensor(rows))
-
-
-@contextlib.contextmanager
-def _eval_mode(model: nn.Module):
-    """The model in eval mode: in training mode, layers with activation checkpointing use no cache
-    and would see each new token alone."""
-    training = model.training
-    model.eval()
-    try:
-        yield
-    finally:
-        model.train(training)
-
-
-@contextlib.contextmanager
-def _generation_config(model: nn.Module, config: GenerationConfig):
-    """The model with this generation config.
-
-    `generate` fills every unset value of the config that it is given from the model's own, so that
-    passing a config is not enough.
-    """
-    own = model.generation_config
-    model.generation_config = config
-    try:
-        yield
-    finally:
-        model.generation_config = own
-
-
 def _ignored(model: nn.Module) -> dict:
     """The values of the model's generation config that `generate` would sample by."""
     values = model.generation_config.to_dict()
@@ -405,93 +272,3 @@ def _ignored(model: nn.Module) -> dict:
 def _log_ignored(values: str) -> None:
     if values != "{}":
         logger.info(f"samples ignore these values of the model's generation config: {values}")
-
-
-class _GrowingLayer(DynamicLayer):
-    """A layer's keys and values in buffers that double in size when they are full. The library's
-    layer copies all of them for each token."""
-
-    def update(
-        self, key_states: Tensor, value_states: Tensor, *args, **kwargs
-    ) -> tuple[Tensor, Tensor]:
-        if not self.is_initialized:
-            self.lazy_initialization(key_states, value_states)
-            self.length, self.buffers = 0, None
-        end = self.length + key_states.shape[-2]
-        if self.buffers is None or end > self.buffers[0].shape[-2]:
-            self._grow(key_states, value_states, max(64, 2 * end))
-        for buffer, states in zip(self.buffers, (key_states, value_states), strict=True):
-            buffer[..., self.length : end, :] = states
-        self.keys, self.values = (buffer[..., :end, :] for buffer in self.buffers)
-        self.length = end
-        return self.keys, self.values
-
-    def batch_select_indices(self, indices: Tensor) -> None:
-        """Copy or drop rows; the next update makes buffers for them."""
-        super().batch_select_indices(indices)
-        self.buffers = None
-
-    def _grow(self, key_states: Tensor, value_states: Tensor, size: int) -> None:
-        """New buffers for `size` positions, with the keys and values so far."""
-        buffers = [
-            states.new_empty(*states.shape[:-2], size, states.shape[-1])
-            for states in (key_states, value_states)
-        ]
-        if self.length:
-            for buffer, states in zip(buffers, (self.keys, self.values), strict=True):
-                buffer[..., : self.length, :] = states
-        self.buffers = buffers
-
-
-def _make_cache(model: nn.Module) -> DynamicCache | None:
-    """An empty cache whose rows can be copied; its layers grow in buffers if all of them attend to
-    every position. None for other models, for example recurrent ones, which make their own."""
-    cache = DynamicCache(config=model.config)
-    types = {type(layer) for layer in cache.layers}
-    if types == {DynamicLayer}:
-        cache.layers = [_GrowingLayer() for _ in cache.layers]
-    elif not types <= {DynamicLayer, DynamicSlidingWindowLayer}:
-        return None
-    return cache
-
-
-@contextlib.contextmanager
-def _packed_weights(policy: Scorer):
-    """Inside, the linear layers of a float32 model on a CPU use weights in oneDNN's blocked format.
-
-    A decoding step multiplies them with a few rows only, which takes up to three times as long with
-    plain weights. It costs a second copy of the weights. Models that are placed over ranks or
-    devices stay as they are.
-    """
-    model, changed = policy.causal_lm, []
-    usable = (
-        policy.placed_on is None
-        and policy.autocast is None
-        and torch.backends.mkldnn.is_available()
-    )
-    try:
-        for module in model.modules() if usable else ():
-            if not _can_pack(module):
-                continue
-            weight = module.weight.detach()
-            if isinstance(module, Conv1D):  # GPT-2's layers store the transposed weight
-                weight = weight.t()
-            packed = torch.ops.mkldnn._reorder_linear_weight(weight.contiguous())
-            module.forward = functools.partial(_packed_linear, packed, module.bias)
-            changed.append(module)
-        yield
-    finally:
-        for module in changed:
-            del module.forward
-
-
-def _can_pack(module: nn.Module) -> bool:
-    return (
-        type(module) in (nn.Linear, Conv1D)
-        and module.weight.device.type == "cpu"
-        and module.weight.dtype == torch.float32
-    )
-
-
-def _packed_linear(weight: Tensor, bias: Tensor | None, rows: Tensor) -> Tensor:
-    return torch.ops.mkldnn._linear_pointwise(rows, weight, bias, "none", [], "")

@@ -3,9 +3,7 @@
 from dataclasses import dataclass, field
 from typing import Any
 
-import torch
-from torch import Tensor, nn
-from transformers import StoppingCriteria, StoppingCriteriaList
+from torch import nn
 
 from preflab.batching.turn_ends import TurnEnd, end_of_turn, known_turn_end
 from utils import ConfigError
@@ -37,23 +35,6 @@ class ResponseEnds:
             if token in self.tokens or self.by_text(response[: i + 1]):
                 return response[: i + 1]
         return response
-
-    def criteria(self, width: int) -> dict:
-        """What `generate` needs to stop at an end that is text, beside `eos_token_id`. width:
-        columns of the prompts."""
-        if self.turn is None:
-            return {}
-        return {"stopping_criteria": StoppingCriteriaList([_StopsAtText(self, width)])}
-
-
-class _StopsAtText(StoppingCriteria):
-    def __init__(self, ends: ResponseEnds, width: int):
-        self.ends, self.width = ends, width
-
-    def __call__(self, input_ids: Tensor, scores: Tensor, **more) -> Tensor:
-        rows = input_ids[:, self.width :].tolist()
-        stops = [self.ends.by_text(row) for row in rows]
-        return torch.tensor(stops, dtype=torch.bool, device=input_ids.device)
 
 
 def response_ends(tokenizer, model: nn.Module) -> ResponseEnds:
