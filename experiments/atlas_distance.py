@@ -149,7 +149,7 @@ def answer(study: Study, *, partial: bool) -> tuple[dict, Figure]:
         "cases": cases,
         "left_out": left_out,
     }
-    return result, picture(by_case, study.baseline)
+    return result, picture(cases, study.baseline)
 
 
 def holds(cases: Mapping[str, dict], study: Study) -> bool:
@@ -393,24 +393,32 @@ def _number(of: dict, digits: int = 2) -> str:
     return f"{of['mean']:.{digits}f}{ends}"
 
 
-def picture(by_case: Mapping[str, Mapping[str, Distances]], baseline: str) -> Figure:
-    """End distance against atlas distance, a panel for each case: means over seeds of each pair of
-    losses, those with the baseline named."""
-    figure = Figure(figsize=(5 * len(by_case), 4.6), layout="constrained")
-    axes = new_axes(figure, 1, len(by_case))
-    for ax, (case, by_seed) in zip(axes, by_case.items(), strict=True):
-        losses, start = _shared(by_seed, "start")
-        start = np.mean(list(start.values()), axis=0)
-        end = np.mean(list(_shared(by_seed, "end")[1].values()), axis=0)
-        ax.scatter(pairs_in(start), pairs_in(end), s=5, color="0.75", label="two losses")
-        own = {"s": 14, "color": COLOR_CYCLE[0], "label": f"with {baseline}"}
-        ax.scatter(start[0, 1:], end[0, 1:], **own)
-        off = np.abs(mid_ranks(start[0, 1:]) - mid_ranks(end[0, 1:]))
-        for i in np.argsort(-off)[:6] + 1:  # those that the atlas ranks worst
-            ax.annotate(losses[i], (start[0, i], end[0, i]), fontsize=7)
-        ax.set_xscale("symlog", linthresh=1e-3)  # many are at 0
-        ax.set_yscale("log")
-        label_axes(ax, case, "1 - cosine of the updates at the start", "1 - cosine at the end")
+def picture(cases: Mapping[str, dict], baseline: str) -> Figure:
+    """End distance of each loss from the baseline against atlas distance, at the start and at the
+    end of the baseline's run, a row for each case: means over seeds. Distances below the rounding
+    of the results are drawn there."""
+    figure = Figure(figsize=(12, 5.4 * len(cases)), layout="constrained")
+    axes = iter(new_axes(figure, len(cases), 2))
+    for case, of in cases.items():
+        found = of["from_baseline"]
+        for which, when in (("start", "the start"), ("trained", f"the end of {baseline}'s run")):
+            ax = next(axes)
+            points = {
+                loss: [max(d[key], 10.0**-DIGITS) for key in (which, "end")]
+                for loss, d in found.items()
+            }
+            for i, (loss, place) in enumerate(sorted(points.items(), key=lambda item: item[1])):
+                ax.plot(*place, "o", ms=4, color=COLOR_CYCLE[0])
+                side = (
+                    {"xytext": (4, 1), "ha": "left"}
+                    if i % 2
+                    else {"xytext": (-4, 1), "ha": "right"}
+                )
+                ax.annotate(loss, place, textcoords="offset points", fontsize=6, **side)
+            ax.margins(x=0.12)
+            ax.set_xscale("log")
+            ax.set_yscale("log")
+            label_axes(ax, f"{case}: from {baseline}", f"atlas distance at {when}", "end distance")
     return figure
 
 

@@ -77,7 +77,7 @@ def test_distances_that_rank_alike_hold_and_others_do_not(planted):
     study, _, ends = planted
     result, figure = atlas_distance.answer(study, partial=False)
     [of] = result["cases"].values()
-    assert result["holds"] and of["start"]["mean"] > 0.9 and len(figure.axes) == 1
+    assert result["holds"] and of["start"]["mean"] > 0.9 and len(figure.axes) == 2
     assert of["losses"] == {"1": 4, "2": 4, "3": 4}
     assert of["baseline again"]["mean"] == pytest.approx(1 - math.cos(0.01))
     assert of["other seeds"]["mean"] == pytest.approx(1)
