@@ -22,7 +22,6 @@ import torch
 from transformers import (
     AutoModelForCausalLM,
     GPT2Config,
-    LogitsProcessor,
     StoppingCriteria,
     StoppingCriteriaList,
 )
@@ -32,10 +31,9 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from benchmarks.cases import LENGTHS, MODELS, VOCABULARY, Tokens
 from benchmarks.placement import machine
-from preflab.modeling.decoding import Decoder, Row, left_padded
-from preflab.modeling.generation import InverseCDF
+from preflab.modeling import generation
+from preflab.modeling.decoding import left_padded
 from preflab.modeling.logprobs import Scorer
-from preflab.modeling.packed_linear import packed_weights
 
 BATCH = 32
 CASES = {  # lengths of prompts and responses, prompts, responses to each
@@ -126,28 +124,22 @@ def make_rows(case: str, vocabulary: int) -> list[tuple[list[int], int]]:
 
 
 def draw_ours(model, rows: list[tuple[list[int], int]], temperature: float) -> list[list[int]]:
-    groups: dict[tuple[int, ...], list[Row]] = {}
-    for number, (prompt, length) in enumerate(rows):
-        uniforms = np.random.default_rng([0, number]).random(length)
-        groups.setdefault(tuple(prompt), []).append(Row(number, prompt, uniforms))
-    policy = Scorer(model)
-
-    def choose(uniforms, prompt_width):
-        return InverseCDF(uniforms, temperature, 1.0, prompt_width)
-
-    decoder = Decoder(
-        policy,
-        _Tokenizer,
-        choose,
-        _Nothing(),
-        size=BATCH,
-        columns=max(len(prompt) for prompt, _ in rows) + 2 * max(length for _, length in rows),
-        synced=False,
-    )
-    with torch.no_grad(), packed_weights(policy):
-        repeated = len(groups) < len(rows)
-        drawn = {row.number: row.response for row in decoder.run([*groups.values()], repeated)}
-    return [drawn[number] for number in range(len(rows))]
+    prompts, limits = zip(*rows, strict=True)
+    uniforms = generation._uniforms
+    # A response ends where its random numbers do.
+    generation._uniforms = lambda seed, key, n: uniforms(seed, key, limits[key])
+    try:
+        return generation.sample(
+            Scorer(model),
+            _Tokenizer,
+            list(prompts),
+            keys=list(range(len(rows))),
+            max_new_tokens=max(limits),
+            temperature=temperature,
+            batch_size=BATCH,
+        )
+    finally:
+        generation._uniforms = uniforms
 
 
 def draw_by_transformers(
@@ -194,13 +186,8 @@ class _Lengths(StoppingCriteria):
         return (self.limits <= input_ids.shape[1] - self.width).to(input_ids.device)
 
 
-class _Nothing(LogitsProcessor):
-    def __call__(self, input_ids, scores):
-        return scores
-
-
 class _Tokenizer:
-    """The attributes of a tokenizer that decoding reads, without an EOS."""
+    """The attributes of a tokenizer that `sample` reads, without an EOS."""
 
     eos_token_id, pad_token_id = -1, 0
     chat_template = None
