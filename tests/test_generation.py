@@ -1,5 +1,6 @@
 """Samples are the policy's, whatever its folder says beside its weights, and where they end."""
 
+import copy
 import itertools
 import json
 import logging
@@ -512,3 +513,21 @@ def test_rows_do_not_join_where_their_columns_could_pass_the_positions_of_a_mode
         options = {"keys": range(12), "max_new_tokens": N, "batch_size": 4}
         sample(Scorer(model), make_tokenizer(), prompts, **options)
         assert (len(changing) > 3) is joins
+
+
+def test_a_model_that_drops_its_cache_is_refused_before_a_wrong_token(changing, monkeypatch):
+    """As a model does that replaces the cache it was given."""
+    model = make_model("llama")
+    model.generation_config.eos_token_id = EVEN[:32]
+    generate, prompts = model.generate, [[256, 97, 97 + i] for i in range(12)]
+
+    def replaces(**inputs):
+        cache = inputs["past_key_values"]
+        return generate(**inputs | {"past_key_values": copy.deepcopy(cache)})
+
+    monkeypatch.setattr(decoding, "_read_prompts", lambda *arguments, **options: None)
+    monkeypatch.setattr(model, "generate", replaces)
+    options = {"keys": range(12), "max_new_tokens": N}
+    with pytest.raises(RuntimeError, match=r"has 0 of .* positions after sampling.* size of 1"):
+        sample(Scorer(model), make_tokenizer(), prompts, batch_size=4, **options)
+    assert len(sample(Scorer(model), make_tokenizer(), prompts, batch_size=1, **options)) == 12

@@ -70,7 +70,9 @@ class Decoder:
         self.ends, self.pad = response_ends(tokenizer, self.model), tokenizer.pad_token_id
         self.choose, self.processor = choose, processor
         self.size, self.synced = size, synced
+        # The rows that are decoded, and their columns: prompts and responses, padded on the left.
         self.rows: list[Row] = []
+        self.ids = self.mask = torch.empty(0, 0, dtype=torch.int64)
         self.cache: DynamicCache | None = None
         # Rows and columns that stay in the cache, until it is copied for the next step.
         self.kept: tuple[list[int], int] | None = None
@@ -174,15 +176,10 @@ class Decoder:
                 synced_gpus=self.synced,
                 **cache,
             )
-        if self.changes and self.cache.get_seq_length() != output.shape[1] - 1:
-            raise RuntimeError(
-                f"{type(self.model).__name__} kept {self.cache.get_seq_length()} positions of"
-                f" {output.shape[1] - 1} while it sampled; further tokens would be wrong"
-            )
-        self._take(output[:, width:].tolist(), ended.rows, states)
-        over = [row for row, is_over in zip(rows, ended.rows, strict=True) if is_over]
-        self._keep([i for i, is_over in enumerate(ended.rows) if not is_over], output)
-        return over
+        is_over = ended.ended.tolist()
+        self._take(output[:, width:].tolist(), is_over, states)
+        self._keep([i for i, over in enumerate(is_over) if not over], output)
+        return [row for row, over in zip(rows, is_over, strict=True) if over]
 
     def _take(self, drawn: list[list[int]], ended: list[bool], states: list[Tensor]) -> None:
         """Add the tokens that were drawn, and their states, to the rows."""
@@ -208,6 +205,12 @@ class Decoder:
         if not kept:
             self.cache = None
             return
+        if (n := self.cache.get_seq_length()) != output.shape[1] - 1:
+            raise RuntimeError(
+                f"the cache of {type(self.model).__name__} has {n} of {output.shape[1] - 1}"
+                " positions after sampling, so further tokens would be wrong; sample with a batch"
+                " size of 1, whose rows never change"
+            )
         new = torch.ones_like(output[:, self.mask.shape[1] :])
         self.ids, self.mask = output[kept], torch.cat([self.mask, new], dim=1)[kept]
         begin = int(self.mask.any(0).int().argmax())
@@ -233,19 +236,17 @@ def _most_columns(model: nn.Module) -> float:
     config = model.config.get_text_config()
     rope = getattr(config, "rope_parameters", None) or getattr(config, "rope_scaling", None)
     name = "original_max_position_embeddings"
-    limits = [
-        getattr(config, "max_position_embeddings", None),
-        getattr(config, "max_seq_len", None),
-    ]
-    limits += [getattr(config, name, None), rope.get(name) if isinstance(rope, dict) else None]
+    names = ("max_position_embeddings", "max_seq_len", name)
+    limits = [getattr(config, each, None) for each in names]
+    limits.append(rope.get(name) if isinstance(rope, dict) else None)
     return min((limit for limit in limits if isinstance(limit, int)), default=math.inf)
 
 
 class _Ended(StoppingCriteria):
     """Whether each row's response has ended. All rows stop when `enough` of them have.
 
-    left: tokens that each row may still have. width: columns of the prompts. rows: what has been
-    decided, for each row.
+    left: tokens that each row may still have. width: columns of the prompts. ended: (rows,), what
+    has been decided.
     """
 
     def __init__(
@@ -263,10 +264,6 @@ class _Ended(StoppingCriteria):
         self.left = torch.tensor(left, device=device)
         self.ended = torch.zeros(len(rows), dtype=torch.bool, device=device)
 
-    @property
-    def rows(self) -> list[bool]:
-        return self.ended.tolist()
-
     def __call__(self, input_ids: Tensor, scores: Tensor, **more) -> Tensor:
         self.ended |= torch.isin(input_ids[:, -1], self.tokens)
         self.ended |= self.left <= input_ids.shape[1] - self.width
@@ -276,8 +273,7 @@ class _Ended(StoppingCriteria):
             self.ended |= torch.tensor(
                 [self.ends.by_text(text) for text in texts], device=input_ids.device
             )
-        is_enough = self.ended.sum() >= self.enough
-        return self.ended | is_enough
+        return self.ended | (self.ended.sum() >= self.enough)
 
 
 def left_padded(prompts: list[list[int]], width: int, pad: int) -> tuple[Tensor, Tensor]:
@@ -317,7 +313,7 @@ def _read_prompts(
             past_key_values=cache,
             synced_gpus=synced,
         )
-    # Where layers are split over devices, each part has a cache of its own.
+    # Where layers are split over devices, each part has its own cache.
     for part in getattr(cache, "of_shards", [cache]):
         part.batch_select_indices(torch.tensor(rows))
 
