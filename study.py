@@ -5,7 +5,7 @@
     python study.py NAME --report         the page: verdicts, frontiers, tuning budgets, failures
     python study.py NAME --jobs 4         four runs at a time; by default one for each GPU, or two
     python study.py NAME --limit 2        no more than two runs for each worker, to see how long
-    python study.py NAME --case CASE      one of the study's cases, with a page of its own
+    python study.py NAME --case CASE      one of the study's cases, with its own page
 
 NAME is a file of config/study/, or a path that ends in .yaml. The same command continues after a
 kill. Runs and page are in runs/study/NAME. On a cluster, `sbatch --array=0-15
@@ -49,7 +49,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--report", action="store_true", help="write the page from the runs so far")
     parser.add_argument("--jobs", type=int, help="runs at a time on this machine")
     parser.add_argument("--limit", type=int, help="runs of each worker, after which it ends")
-    parser.add_argument("--case", help="this case alone, with a page of its own")
+    parser.add_argument("--case", help="this case alone, with its own page")
     parser.add_argument(
         "--amended",
         action="store_true",

@@ -369,7 +369,7 @@ def path_argument(text: str) -> Path:
 def load_module(module: str, key: str) -> ModuleType:
     """Import `my_losses` or `path/to/my_losses.py`, whose decorators add to a registry.
 
-    A file is imported under a name of its own, once until its content changes; it can import the
+    A file is imported under a unique name, once until its content changes; it can import the
     modules beside it. key: the setting that names the module. Raises ConfigError for one that does
     not exist, and, with file and line, for one that fails.
     """

@@ -3,7 +3,7 @@
     python benchmarks/plan_memory.py [--sizes tiny 30M 124M] [--model FOLDER] [--output FILE]
 
 The models are the small one in data/tiny and random GPT-2s, or the given one. Each of three
-settings (float32, bfloat16, LoRA) trains three steps in a process of its own, whose peak is that of
+settings (float32, bfloat16, LoRA) trains three steps in its own process, whose peak is that of
 its resident memory.
 """
 

@@ -126,7 +126,7 @@ def _with_words(row: dict, words: list[str]) -> dict:
 
 
 def run(job: dict, command: str) -> dict:
-    """Run a command in a process of its own: its times, split into phases, and its peak memory."""
+    """Run a command in its own process: its times, split into phases, and its peak memory."""
     work = Path(job["folder"]) / "work"
     shutil.rmtree(work, ignore_errors=True)
     work.mkdir()

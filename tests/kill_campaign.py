@@ -441,7 +441,7 @@ class Ranks:
         (folder / "dies.py").write_text(DIES)
 
     def start(self, name: str, *more: str, **death: str) -> subprocess.Popen:
-        """Start a command in a session of its own; death: PHASE, RANK and END."""
+        """Start a command in its own session; death: PHASE, RANK and END."""
         command = self.campaign.command(KINDS["ranks"], self.folder / name, "run")
         command += [f"dataset_module={self.folder / 'dies.py'}", *more]
         self.note.unlink(missing_ok=True)

@@ -410,7 +410,7 @@ def test_a_mistyped_path_is_called_a_path(key, tmp_path):
 
 
 @pytest.mark.parametrize(
-    "override, told",
+    "override, message",
     [
         ("lerning_rate=1", "unknown key lerning_rate; here it is lr"),
         ("bach_size=8", "did you mean batch_size"),
@@ -445,8 +445,8 @@ def test_a_mistyped_path_is_called_a_path(key, tmp_path):
         ("loss=dpo,tdop2", "did you mean tdpo2"),
     ],
 )
-def test_misspelt_keys_and_options_are_refused_with_the_nearest(override, told):
-    with pytest.raises(ConfigError, match=re.escape(told)):
+def test_misspelt_keys_and_options_are_refused_with_the_nearest(override, message):
+    with pytest.raises(ConfigError, match=re.escape(message)):
         check_overrides([override])
 
 
@@ -464,13 +464,13 @@ def test_correct_command_lines_pass():
 
 def test_the_command_says_it_in_one_line_and_leaves_no_folder(tmp_path):
     folder = tmp_path / "run"
-    for arguments, told in (
+    for arguments, message in (
         (["bach_size=8"], "did you mean batch_size"),
         (["batch_size=7", "gradient_accumulation_steps=2"], "must be divisible"),
         (["datasets=[imbd]"], "did you mean imdb"),
     ):
         result = run_command("train.py", *arguments, f"local_run_dir={folder}", check=False)
-        assert result.returncode == 2 and told in result.stderr
+        assert result.returncode == 2 and message in result.stderr
         assert result.stderr.startswith("error: ") and "Traceback" not in result.stderr
         assert not folder.exists()
 
@@ -498,13 +498,13 @@ def test_must_match_tells_what_differs_and_lets_the_rest_change():
         before,
         compose("n_epochs=5", "eval_every=7", "wandb.enabled=false", "local_run_dir=elsewhere"),
     )
-    for override, told in (
+    for override, message in (
         ("loss.beta=0.5", "loss.beta was 0.1 and is now 0.5"),
         ("seed=1", "seed was 0"),
         ("loss=odpo", "loss.name was dpo"),
         ("datasets=[hh]", "datasets was"),
     ):
-        with pytest.raises(ConfigError, match=told):
+        with pytest.raises(ConfigError, match=message):
             must_match(before, compose(override))
 
 

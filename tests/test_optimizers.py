@@ -276,7 +276,7 @@ def test_an_optimizer_of_your_own_file_trains(own_file):
 
 
 @pytest.mark.parametrize(
-    "name, given, placement, told",
+    "name, given, placement, message",
     [
         ("RMSProp", {}, None, "did you mean RMSprop"),
         ("LBFGS", {}, None, "optimizer=LBFGS; "),
@@ -291,7 +291,7 @@ def test_an_optimizer_of_your_own_file_trains(own_file):
         ("AdamW", {"beta": 0.9}, None, "has no argument beta; did you mean betas"),
         ("AdamW", {"zzz": 0.9}, None, "accepted: amsgrad, betas, capturable, differentiable, eps"),
         ("AdamW", {"betas": [0.9, 2.0]}, None, "Invalid beta parameter at index 1"),
-        ("AdamW", {"lr": 0.1}, None, "the learning rate is a setting of its own; say lr=0.1"),
+        ("AdamW", {"lr": 0.1}, None, "the learning rate is a separate setting; say lr=0.1"),
         ("SGD", {"betas": [0.9, 0.9]}, None, "optimizer=SGD has no argument betas"),
         ("Muon", {"adamw": {"beta": 1}}, None, "are arguments of AdamW: did you mean betas"),
         ("Muon", {"adamw": 3}, None, "optimizer_args.adamw=3 are arguments of AdamW"),
@@ -301,9 +301,9 @@ def test_an_optimizer_of_your_own_file_trains(own_file):
         ("Adafactor", {}, SHARDED, "cannot shard"),
     ],
 )
-def test_what_cannot_be_used_is_refused(own_file, name, given, placement, told):
+def test_what_cannot_be_used_is_refused(own_file, name, given, placement, message):
     chosen = settings(name.replace("FILE", str(own_file)), **given)
-    with pytest.raises(ConfigError, match=told):
+    with pytest.raises(ConfigError, match=message):
         check_optimizer(chosen, placement or Placement())
 
 

@@ -358,7 +358,7 @@ def test_risk_preferences_train_a_model_that_loads_and_speaks(tmp_path, monkeypa
     ran = []
     monkeypatch.setattr(
         train, "main", lambda: ran.append(run_here(*sys.argv[1:]))
-    )  # hydra's own start is for a process of its own
+    )  # hydra's own start needs a separate process
     assert (
         call(
             monkeypatch,

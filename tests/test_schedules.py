@@ -75,11 +75,11 @@ def command(imdb_dir, llama_folder, tmp_path):
     return command
 
 
-def refuses(command, told: str):
+def refuses(command, message: str):
     """A command is refused before a model loads."""
     with (
         mock.patch.object(execution, "_run_here_or_on_workers", side_effect=AssertionError),
-        pytest.raises(ConfigError, match=told),
+        pytest.raises(ConfigError, match=message),
     ):
         run_here(*command)
 
@@ -139,7 +139,7 @@ def test_an_extension_is_exact_or_refused(name):
 
 
 @pytest.mark.parametrize(
-    "more, told",
+    "more, message",
     [
         (("lr_schedule=cosin",), "did you mean cosine"),
         (("lr_schedule=linear", "warmup_steps=6"), "6 steps of warm-up do not fit into the 6"),
@@ -154,5 +154,5 @@ def test_an_extension_is_exact_or_refused(name):
         (("function=online", "loss=dpo", "warmup_steps=0.1"), "take lr_schedule=constant or inv"),
     ],
 )
-def test_what_cannot_be_followed_is_refused_before_a_model_loads(command, more, told):
-    refuses(command("run", *more), told)
+def test_what_cannot_be_followed_is_refused_before_a_model_loads(command, more, message):
+    refuses(command("run", *more), message)

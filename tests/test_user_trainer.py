@@ -35,7 +35,7 @@ class PlainTrainer(BasicTrainer):
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    """Data, a model, and the trainer of docs/extending.md in a file of its own."""
+    """Data, a model, and the trainer of docs/extending.md in its own file."""
     folder = tmp_path_factory.mktemp("user trainer")
     for split, n in (("train", 24), ("test", 7)):
         write_jsonl(folder / "data" / f"imdb-sft-{split}.jsonl", scored_rows(n))
@@ -57,7 +57,7 @@ def command(folder, name: str, *more: str) -> list[str]:
 
 
 def train(folder, name: str, *more: str):
-    """One run in a process of its own; returns its folder and what it printed."""
+    """One run in its own process; returns its folder and what it printed."""
     return folder / name, run_command("train.py", *command(folder, name, *more)).stdout
 
 

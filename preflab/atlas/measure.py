@@ -3,7 +3,7 @@ of each loss.
 
 A loss whose gradient goes through log-probs of responses alone has the update sum_r c_r g_r, with c
 from one call of autograd on as many numbers as there are responses. A loss that reads whole
-distributions or weighs tokens has a gradient of its own, a row beside those of the responses.
+distributions or weighs tokens has its own gradient, a row beside those of the responses.
 """
 
 from collections.abc import Callable, Mapping, Sequence

@@ -116,7 +116,7 @@ def _models(
     which is built with the first policy.
 
     An adapter of a checkpoint lies on the weights of the reference. On merged weights of a
-    checkpoint it is a new one, and the reference is a model of its own.
+    checkpoint it is a new one, and the reference is a separate model.
     """
     model = changed(settings.model, archive=checkpoint.source)
     step = _step_with_adapter(checkpoint) if model.lora.r else None

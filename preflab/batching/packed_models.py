@@ -82,7 +82,7 @@ def _finite_mask(*arguments, dtype: torch.dtype = torch.float32, **options) -> T
 def by_segments_only(model: nn.Module) -> str:
     """Why packed rows of a model never attend by FlexAttention; empty where they may."""
     if _modules(model, _IN_PIECES):
-        return "the model computes attention in a module of its own"
+        return "the model computes attention in its own module"
     if not model._supports_sdpa and not _modules(model, _OWN):
         return "the model has soft caps or sinks in its attention"
     return ""

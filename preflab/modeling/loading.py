@@ -150,7 +150,7 @@ def build_reference(
     config, policy: Scorer, *, training: bool, place: Place | None = None, own: bool = False
 ) -> Scorer:
     """The reference, without gradients. For a LoRA policy it is the same model with the adapter
-    disabled, unless `own` asks for a model of its own.
+    disabled, unless `own` asks for a separate model.
 
     Its weights are those of `reference_archive`; without it, those of `archive` in training, where
     the policy starts, and those of `name_or_path` otherwise.

@@ -53,7 +53,7 @@ def model_source(name_or_path: str, key: str = "model.name_or_path") -> ModelSou
     if os.path.isfile(path / CONFIG):
         raise ConfigError(
             f"{key}={path} holds a whole model and an adapter ({CONFIG}), and transformers would"
-            " load both; move the adapter to a folder of its own"
+            " load both; move the adapter to its own folder"
         )
     return ModelSource(name_or_path)
 

@@ -333,7 +333,7 @@ def _check_weight(loss: BoundLoss) -> None:
     if loss.examples != "pairs":
         reason = f"is a loss of {loss.examples}, and columns of numbers belong to pairs"
     elif not loss.has_own_losses:
-        reason = "couples the pairs of a batch, so that no pair has a loss of its own to weight"
+        reason = "couples the pairs of a batch, so that no pair has its own loss to weight"
     if reason:
         raise ConfigError(f"loss.weight={loss.weight}: loss={loss.name} {reason}; set it to null")
 

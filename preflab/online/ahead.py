@@ -27,7 +27,7 @@ CHECK_SECONDS = 0.2  # between two looks at whether a signal asks the run to sto
 class Ahead:
     """Draws the responses of rounds in a thread.
 
-    drawing: draws them, from a model that nothing else uses, in a world of its own, whose only
+    drawing: draws them, from a model that nothing else uses, in its own world, whose only
     signal is that of `abandon`. follows: the policy whose weights this model gets; None where the
     sampler does not change.
     """

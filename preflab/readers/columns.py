@@ -255,7 +255,7 @@ class UserPairs(Reader):
         return *shared, scores
 
     def _completions(self, row: dict, where: str) -> tuple[list[tuple[dict, str]], list[float]]:
-        """The responses, each in a row of its own with its place, and the scores of a row of
+        """The responses, each in its own row with its place, and the scores of a row of
         UltraFeedback. A conversation may be called `messages`."""
         rows, scores, key = [], [], self.columns.get("scores") or COMPLETION_SCORE
         for i, entry in enumerate(items(row, "completions", where), 1):
@@ -397,7 +397,7 @@ def parse_cell(value: str, key: str, where: str, numbers: Collection[str] = CSV_
 
 
 def _scored_list(row: dict, where: str) -> tuple[list[tuple[dict, str]], list[float]]:
-    """The responses, each in a row of its own with its place, and the scores of a list."""
+    """The responses, each in its own row with its place, and the scores of a list."""
     responses, scores = items(row, "responses", where), items(row, "scores", where)
     if len(responses) != len(scores):
         raise DataError(

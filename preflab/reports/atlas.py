@@ -120,7 +120,7 @@ def atlas_table(row: dict, at: str = "") -> Table:
     notes = [note.format(baseline=row["baseline"], pairs=row["pairs"]) for note in NOTES]
     if any(loss["own_gradient"] for loss in losses):
         notes.append(
-            "* It reads whole distributions or weighs tokens, and has a gradient of its own instead"
+            "* It reads whole distributions or weighs tokens, and has its own gradient instead"
             " of coefficients of responses."
         )
     heads = ["cosine", "chosen", "rejected", "ratio", "share", "length", "settings"]

@@ -196,7 +196,7 @@ def _check_value(key: str, value: Any) -> None:
 
 
 def _check_form(override: Override) -> None:
-    """Refuse what hydra would refuse later, with a message of its own."""
+    """Refuse what hydra would refuse later, with a message that says more."""
     key, word = override.key_or_group, _in_a_line(override.input_line or "")
     if isinstance(override.value(), Glob):
         raise ConfigError(f"{word}: patterns are for groups such as loss; give the values")

@@ -50,7 +50,7 @@ def begin(study: Study, *, amended: bool) -> Path:
     """The copy of the study's file in its folder, which is the criterion of its runs.
 
     Raises ConfigError where the file has changed since the first start; with `amended`, the copy of
-    the new one has a name of its own, and the report names both.
+    the new one has its own name, and the report names both.
     """
     copies = sorted(study.work.glob("study*.yaml"), key=lambda path: (len(path.name), path.name))
     for copy in copies:

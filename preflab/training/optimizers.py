@@ -82,7 +82,7 @@ def arguments(settings: Settings, cls: type[Optimizer]) -> dict[str, Any]:
     given, accepted = dict(settings.optimizer_args), accepted_arguments(cls)
     if "lr" in given:
         raise ConfigError(
-            f"optimizer_args.lr={given['lr']}: the learning rate is a setting of its own; say"
+            f"optimizer_args.lr={given['lr']}: the learning rate is a separate setting; say"
             f" lr={given['lr']}"
         )
     unknown = [] if accepted is None else [key for key in given if key not in accepted]

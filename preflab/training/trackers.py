@@ -257,7 +257,7 @@ def _cause(error: BaseException | None) -> str:
 
 
 class Tracker:
-    """Calls a backend in a thread of its own, one call after the other.
+    """Calls a backend in its own thread, one call after the other.
 
     A call that raises, or takes longer than CALL_SECONDS, switches the tracker off with one
     warning; the run has its metrics.jsonl in any case. After one that takes too long, the process
