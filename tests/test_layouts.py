@@ -2,6 +2,7 @@
 parameter's gradient."""
 
 import copy
+import itertools
 
 import pytest
 import torch
@@ -12,7 +13,7 @@ from omegaconf import OmegaConf
 from torch.nn.attention.flex_attention import flex_attention
 from torch.nn.functional import scaled_dot_product_attention
 
-from preflab.batching import packed_attention, packed_models
+from preflab.batching import packed_attention, packed_models, short_rows
 from preflab.batching.packed_attention import (
     allowed_pairs,
     block_mask,
@@ -97,9 +98,14 @@ def largest_difference(ours, theirs):
     return max((ours[name] - theirs[name]).abs().max().item() for name in theirs) / scale.item()
 
 
-@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize(
+    "layout, short",
+    [*((layout, 64) for layout in LAYOUTS), ("prefix_shared", 20), ("prefix_shared", 0)],
+)
 @pytest.mark.parametrize("architecture", SHARING)
-def test_values_and_gradients_match_each_response_alone(architecture, layout, monkeypatch):
+def test_values_and_gradients_match_each_response_alone(architecture, layout, short, monkeypatch):
+    """Rows of up to `short` tokens attend in groups: here all, some, or none."""
+    monkeypatch.setattr(short_rows, "LONGEST", short)
     # Several chunks of the head, and a smaller last one.
     monkeypatch.setattr(fused_head, "CHUNK_ELEMENTS", 9 * 258)
     plain = make_model(architecture, dtype=torch.float64)
@@ -172,6 +178,87 @@ def test_windows_are_counted_in_positions_not_in_places(architecture):
             Scorer(ready(copy.deepcopy(plain))), lay_out(trees, Layout("prefix_shared"))
         ).token_logps
         assert torch.allclose(ours, naive(plain, trees), rtol=1e-6)
+
+
+def draw_states(trees, heads, kv_heads, dtype):
+    """Segments of a packed row, and a query, key and value of its tokens."""
+    segments, n = [], 0
+    for prompt, responses in trees:
+        begins = itertools.accumulate(responses, initial=n + prompt)
+        segments += [[n, prompt, *part] for part in zip(begins, responses, strict=False)]
+        n += prompt + sum(responses)
+    generator = torch.Generator().manual_seed(n)
+    states = [
+        torch.randn(1, n, h, 8, generator=generator, dtype=dtype).transpose(1, 2)
+        for h in (heads, kv_heads, kv_heads)
+    ]
+    return torch.tensor(segments)[None, None], states
+
+
+def attention_module(heads, kv_heads):
+    module = torch.nn.Module().eval()
+    module.num_key_value_groups = heads // kv_heads
+    return module
+
+
+TREES = st.lists(
+    st.tuples(st.integers(1, 9), st.lists(st.integers(0, 9), min_size=1, max_size=4)),
+    min_size=1,
+    max_size=6,
+)
+
+
+@given(TREES, st.sampled_from([None, 3, 7]), st.sampled_from([4, 2, 1]), st.integers(0, 20))
+@settings(max_examples=100, deadline=None)
+def test_attention_equals_the_dense_mask(trees, window, kv_heads, short):
+    """Values and gradients in float64: rows in groups beside long ones, windows, shared heads,
+    responses without tokens."""
+    segments, states = draw_states(trees, 4, kv_heads, torch.float64)
+    query, key, value = (state.requires_grad_() for state in states)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(short_rows, "LONGEST", short)
+        short_rows._find_places.cache_clear()
+        ours, _ = packed_attention.segment_attention(
+            attention_module(4, kv_heads),
+            *states,
+            segments,
+            scaling=0.3,
+            sliding_window=window,
+        )
+    short_rows._find_places.cache_clear()
+    repeated = (tensor.repeat_interleave(4 // kv_heads, dim=1) for tensor in (key, value))
+    mask = allowed_pairs(segments, query.shape[2], window)
+    dense = scaled_dot_product_attention(query, *repeated, attn_mask=mask, scale=0.3)
+    weight = torch.linspace(-1, 2, ours.numel(), dtype=torch.float64).view_as(ours)
+    results = [
+        (output, *torch.autograd.grad((output * weight).sum(), (query, key, value)))
+        for output in (ours, dense.transpose(1, 2))
+    ]
+    for one, other in zip(*results, strict=True):
+        assert torch.allclose(one, other, rtol=1e-9, atol=1e-12)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_short_texts_get_the_same_bits_whatever_stands_beside_them(dtype):
+    """A prompt, and a response to it: alone, with other responses, in rows of other texts. Cached
+    log-probs of the reference then equal those of the policy at the start."""
+    trees = [(3, (5,)), (9, (20, 4, 12)), (12, (3, 30)), (2, (70, 6)), (5, (1, 16, 16, 2))]
+    segments, states = draw_states(trees, 4, 2, dtype)
+    module = attention_module(4, 2)
+
+    def attend(segments, states):
+        return packed_attention.segment_attention(module, *states, segments, scaling=0.3)[0][0]
+
+    together = attend(segments, states)
+    for begin, prompt, response, length in segments[0, 0].tolist():
+        if prompt + length > short_rows.LONGEST:
+            continue
+        tokens = [*range(begin, begin + prompt), *range(response, response + length)]
+        alone = torch.tensor([[[[0, prompt, prompt, length]]]])
+        own = attend(alone, [state[:, :, tokens] for state in states])
+        assert torch.equal(own[prompt:], together[tokens[prompt:]])
+        if begin + prompt == response:
+            assert torch.equal(own[:prompt], together[tokens[:prompt]])
 
 
 @pytest.mark.parametrize("name", PACKED)

@@ -7,8 +7,9 @@ reach every layer in place of the attention mask, which transformers passes thro
 it has four dimensions.
 """
 
+import functools
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -17,6 +18,7 @@ from torch.nn.attention.flex_attention import BlockMask
 from transformers.integrations.flex_attention import flex_attention_forward
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
+from preflab.batching.short_rows import Tree, attend_in_rows, rows_are_faster
 from utils import first_line
 
 NAME = "preflab_segments"
@@ -81,38 +83,58 @@ def _by_segments(
     window: int | None,
     **options,
 ) -> Tensor:
-    """Attention tree by tree: a prompt with its first response in one causal call, then each other
-    response over the prompt's keys and its own."""
-    trees, attend = split_trees(segments), _plain_attention(module)
+    """Attention of short texts in groups, and of long ones one by one."""
+    states, trees = (query, key, value), split_trees(segments)
+    attend = functools.partial(_attend, module, window, options)
+    # Matrix products of an eager attention depend, in the last digit, on the rows beside them.
+    is_fused = _plain_attention(module) is sdpa_attention_forward
+    if is_fused and rows_are_faster(trees, query):
+        return attend_in_rows(states, trees, attend)
+    return attend_by_tree(states, trees, attend)
+
+
+def _attend(
+    module: nn.Module,
+    window: int | None,
+    options: Mapping,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    hidden: int,
+) -> Tensor:
+    """Causal attention. hidden: how many of the first keys have no query."""
+    attend, n = _plain_attention(module), key.shape[2]
     # Only `sdpa` knows `is_causal`, which is faster than a mask.
-    masks_all = attend is not sdpa_attention_forward
-    masked = [prompt + n for prompt, (_, *others) in trees for n in others]
-    if window is not None or masks_all:
-        masked += [prompt + first for prompt, (first, *_) in trees]
-    causal = causal_mask(max(masked), window, query.dtype, query.device) if masked else None
+    mask = None
+    if hidden or attend is not sdpa_attention_forward or (window is not None and n > window):
+        mask = causal_mask(n, window, query.dtype, query.device)[:, :, hidden:n, :n]
+    return attend(module, query, key, value, mask, is_causal=True, **options)[0]
+
+
+def attend_by_tree(
+    states: Sequence[Tensor], trees: Sequence[Tree], attend: Callable[..., Tensor]
+) -> Tensor:
+    """Attention tree by tree: a prompt with its first response in one causal call, then each other
+    response over the prompt's keys and its own. As `attend_in_rows`."""
     sizes = []
     for prompt, (first, *others) in trees:
         sizes += [prompt + first, *filter(None, others)]
     # Split and concatenate: in the backward pass, each slice of a whole tensor would fill a zero
     # tensor of the whole's size.
-    pieces = zip(*(tensor.split(sizes, dim=2) for tensor in (query, key, value)), strict=True)
+    pieces = zip(*(tensor.split(sizes, dim=2) for tensor in states), strict=True)
     outputs = []
-    for prompt, (first, *others) in trees:
+    for prompt, (_, *others) in trees:
         q, k, v = next(pieces)
-        n = prompt + first
-        is_masked = masks_all or (window is not None and n > window)
-        band = causal[:, :, :n, :n] if is_masked else None
-        outputs.append(attend(module, q, k, v, band, is_causal=True, **options)[0])
+        outputs.append(attend(q, k, v, 0))
         prompt_k, prompt_v = k[:, :, :prompt], v[:, :, :prompt]
-        for n in (prompt + length for length in others if length):
+        for _ in filter(None, others):
             q, k, v = next(pieces)
             k, v = torch.cat([prompt_k, k], dim=2), torch.cat([prompt_v, v], dim=2)
-            mask = causal[:, :, prompt:n, :n]
-            outputs.append(attend(module, q, k, v, mask, **options)[0])
+            outputs.append(attend(q, k, v, prompt))
     return torch.cat(outputs, dim=1)
 
 
-def split_trees(segments: Tensor) -> list[tuple[int, tuple[int, ...]]]:
+def split_trees(segments: Tensor) -> list[Tree]:
     """Segments as [(prompt length, response lengths)], in the order of the row."""
     trees: dict[int, tuple[int, list[int]]] = {}
     for begin, prompt, _, length in segments.flatten(0, 2).tolist():

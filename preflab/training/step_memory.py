@@ -16,8 +16,9 @@ from torch.utils._pytree import tree_leaves
 from transformers import AttentionInterface
 from transformers.masking_utils import AttentionMaskInterface
 
-from preflab.batching.packed_attention import split_trees
+from preflab.batching.packed_attention import attend_by_tree, split_trees
 from preflab.batching.packing import Batch
+from preflab.batching.short_rows import attend_rows, make_rows, rows_are_faster
 from preflab.modeling.fused_head import planned_on
 from preflab.modeling.logprobs import Scorer, score_responses
 from preflab.objective.registry import BoundLoss
@@ -183,21 +184,26 @@ def _fused_attention(trees, module, query, key, value, attention_mask, **options
     packed_attention.py; None for padded rows."""
     if trees is None:
         return _attend(query, key, value), None
-    sizes = []
-    for prompt, (first, *others) in trees:
-        sizes += [prompt + first, *filter(None, others)]
-    pieces = zip(*(tensor.split(sizes, dim=2) for tensor in (query, key, value)), strict=True)
-    outputs = []
-    for prompt, (_, *others) in trees:
-        q, k, v = next(pieces)
-        outputs.append(_attend(q, k, v))
-        prompt_k, prompt_v = k[:, :, :prompt], v[:, :, :prompt]
-        for _ in filter(None, others):
-            q, k, v = next(pieces)
-            k, v = torch.cat([prompt_k, k], dim=2), torch.cat([prompt_v, v], dim=2)
-            outputs.append(_attend(q, k, v))
-    return torch.cat(outputs, dim=1), None
+    states = query, key, value
+    if not rows_are_faster(trees, query):
+        return attend_by_tree(states, trees, _attend), None
+    rows = make_rows(trees)
+    copied = [_Moved.apply(state[0].transpose(0, 1), sum(rows.sizes)) for state in states]
+    return _Moved.apply(attend_rows(copied, rows, _attend), query.shape[2])[None], None
 
 
-def _attend(query, key, value):
+class _Moved(torch.autograd.Function):
+    """`n` rows, made of others, and their gradient."""
+
+    @staticmethod
+    def forward(ctx, rows, n):
+        ctx.n = len(rows)
+        return rows.new_empty(n, *rows.shape[1:])
+
+    @staticmethod
+    def backward(ctx, gradient):
+        return gradient.new_empty(ctx.n, *gradient.shape[1:]), None
+
+
+def _attend(query, key, value, hidden=0):
     return _FusedAttention.apply(query, key, value).transpose(1, 2).contiguous()
