@@ -13,7 +13,7 @@ import hydra
 from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig
 
-from preflab.settings.command_line import check_command_line, run_config
+from preflab.settings.command_line import check_command_line, large_imports, run_config
 from preflab.settings.refused import errors_in_one_line
 from preflab.settings.run_folder import register_resolvers
 from utils import ConfigError, check_writable
@@ -37,15 +37,16 @@ def run(config: DictConfig) -> None:
 def generate(config: DictConfig, run_dir: Path) -> Path:
     """Sample responses to `n_eval_examples` test prompts; returns the file."""
     # These import torch, and a mistake on the command line is answered before.
-    from preflab.checks import check_settings
-    from preflab.distributed.console import configure_logging
-    from preflab.evaluation.generations import write_generations
-    from preflab.evaluation.worklist import expand_archives
-    from preflab.execution import load_inputs, register_built_in
-    from preflab.serving.checks import check_policy_only
-    from preflab.settings.load import validate
-    from preflab.settings.values import changed, temperatures
-    from preflab.training.registry import find_trainer
+    with large_imports():
+        from preflab.checks import check_settings
+        from preflab.distributed.console import configure_logging
+        from preflab.evaluation.generations import write_generations
+        from preflab.evaluation.worklist import expand_archives
+        from preflab.execution import load_inputs, register_built_in
+        from preflab.serving.checks import check_policy_only
+        from preflab.settings.load import validate
+        from preflab.settings.values import changed, temperatures
+        from preflab.training.registry import find_trainer
 
     register_built_in()
     configure_logging()

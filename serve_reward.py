@@ -21,7 +21,7 @@ import hydra
 from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig, OmegaConf
 
-from preflab.settings.command_line import check_command_line, run_config
+from preflab.settings.command_line import check_command_line, large_imports, run_config
 from preflab.settings.refused import errors_in_one_line
 from preflab.settings.run_folder import register_resolvers
 from utils import ConfigError, atomic_write, in_use, remove_leftovers
@@ -39,15 +39,16 @@ def main() -> None:
 def run(config: DictConfig) -> None:
     """Serve a composed config."""
     # These import torch, and a mistake on the command line is answered before.
-    import losses  # noqa: F401  registers the losses
-    import preference_datasets  # noqa: F401  registers the datasets
-    from preflab.checks import check_service
-    from preflab.distributed.console import configure_logging
-    from preflab.online.connections import make_server
-    from preflab.online.service import Service, make_app
-    from preflab.reports.run_files import read_config
-    from preflab.settings.load import validate
-    from trainers import BasicTrainer
+    with large_imports():
+        import losses  # noqa: F401  registers the losses
+        import preference_datasets  # noqa: F401  registers the datasets
+        from preflab.checks import check_service
+        from preflab.distributed.console import configure_logging
+        from preflab.online.connections import make_server
+        from preflab.online.service import Service, make_app
+        from preflab.reports.run_files import read_config
+        from preflab.settings.load import validate
+        from trainers import BasicTrainer
 
     configure_logging()
     folder = Path(HydraConfig.get().runtime.output_dir)

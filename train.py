@@ -11,7 +11,12 @@ from hydra.core.hydra_config import HydraConfig
 from hydra.types import RunMode
 from omegaconf import DictConfig
 
-from preflab.settings.command_line import check_command_line, run_config, words_for_hydra
+from preflab.settings.command_line import (
+    check_command_line,
+    large_imports,
+    run_config,
+    words_for_hydra,
+)
 from preflab.settings.keys import CONFIG_DIR
 from preflab.settings.overrides import fail
 from preflab.settings.refused import machine_errors_named
@@ -53,12 +58,13 @@ def join_ranks(stack: contextlib.ExitStack) -> None:
 @hydra.main(version_base="1.3", config_path=str(CONFIG_DIR), config_name="config")
 def run(config: DictConfig) -> float | list[float] | None:
     """Run a config; returns the number that a search optimises, see `objective`."""
-    from preflab.distributed.launch import WorkerError
-    from preflab.distributed.process_group import leave, world
-    from preflab.distributed.signals import Stopped, StopSignals
-    from preflab.execution import execute
-    from preflab.modeling.shared_samples import share_samples
-    from preflab.sweeps.objective import objective_of
+    with large_imports():
+        from preflab.distributed.launch import WorkerError
+        from preflab.distributed.process_group import leave, world
+        from preflab.distributed.signals import Stopped, StopSignals
+        from preflab.execution import execute
+        from preflab.modeling.shared_samples import share_samples
+        from preflab.sweeps.objective import objective_of
 
     stop = StopSignals()
     stop.listen()

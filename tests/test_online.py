@@ -14,6 +14,7 @@ import torch
 from conftest import (
     losses_to_run,
     make_model,
+    make_pictures,
     read_rows,
     run_here,
     save_model,
@@ -555,6 +556,7 @@ def test_a_run_in_two_parts_is_the_run_in_one(go, settings):
         whole
     ) == asked(parts)
     assert read_rows(whole / "rollouts.jsonl") == read_rows(parts / "rollouts.jsonl")
+    make_pictures(parts)
 
 
 def test_sampled_ahead_a_round_has_the_samples_of_the_policy_before_the_last(go):

@@ -9,6 +9,7 @@ import torch
 from conftest import (
     final_weights,
     losses_to_run,
+    make_pictures,
     read_rows,
     run_here,
     same_weights,
@@ -95,6 +96,7 @@ def test_every_loss_trains_and_starts_where_it_must(run, imdb_dir, name):
     # and it learns; the target of alpha-dpo grows with the gap, and so may its loss
     key, sign = ("rewards_eval/margins", -1) if name == "alpha-dpo" else ("loss/eval", 1)
     assert sign * rows[-1][key] < sign * rows[0][key]
+    make_pictures(folder)
 
 
 def test_steps_are_profiled_and_stay_what_they_are(run):

@@ -5,6 +5,7 @@ script's process in all else: it is `__main__`, with its own streams, environmen
 """
 
 import atexit
+import gc
 import multiprocessing
 import os
 import runpy
@@ -68,6 +69,7 @@ def run_script(command: list[str], cwd: Path, timeout: float) -> subprocess.Comp
 
 def _be(command: list[str], cwd: str, environment: dict, output: str, errors: str) -> None:
     """Be a script, until it ends."""
+    gc.freeze()  # as train.py does with what it imports
     os.setsid()
     signal.signal(signal.SIGHUP, signal.SIG_DFL)  # the tests may run under nohup, which ignores it
     os.chdir(cwd)

@@ -4,8 +4,11 @@ Nothing here imports torch, so that a question or a slip is answered in about a 
 """
 
 import argparse
+import contextlib
+import gc
 import os
-from collections.abc import Callable, Sequence
+import sys
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 from hydra._internal.utils import get_args_parser
@@ -110,3 +113,23 @@ def sources_of(given: argparse.Namespace) -> Sources:
             raise ConfigError(f"{flag} {folder}: no such folder")
     first = folders.pop("--config-path", CONFIG_DIR)
     return Sources((first, *folders.values()), given.config_name or "config")
+
+
+@contextlib.contextmanager
+def large_imports() -> Iterator[None]:
+    """Import torch, transformers and what needs them, for the rest of the process.
+
+    Python looks through all objects again and again for some that nothing reaches. What these
+    packages make stays, so it is left out of every such search, now and later: about a second of
+    the start of a command, and a third of a second of each search. Nothing happens where they are
+    imported already, because garbage of an earlier run would stay too.
+    """
+    if "transformers" in sys.modules or not gc.isenabled():
+        yield
+        return
+    gc.disable()
+    try:
+        yield
+    finally:
+        gc.freeze()
+        gc.enable()
