@@ -20,7 +20,7 @@ Tree = tuple[int, tuple[int, ...]]  # the lengths of a prompt and of its respons
 # Where rows are longer, or all heads together wider, a call for each response takes less time than
 # the copies do.
 LONGEST = 64
-WIDEST = 256
+WIDEST = 128
 
 _MULTIPLE = 8  # of the padded lengths
 
