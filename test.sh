@@ -3,4 +3,4 @@
 # runs in the repository.
 source "$(dirname "${BASH_SOURCE[0]}")/scripts/env.sh"
 cd "$root"
-exec "$venv/bin/python" -m pytest -n 2 --dist loadfile "$@"
+exec "$venv/bin/python" -m pytest -n 2 --dist loadfile --no-loadscope-reorder "$@"

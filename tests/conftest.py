@@ -46,6 +46,24 @@ register_built_in()
 Plugins.instance()
 
 
+# The longest first, so that no worker has to wait for another one's long file at the end.
+LONG_FILES = [
+    "distributed",
+    "online",
+    "commands",
+    "resume",
+    "training",
+    "plan",
+    "api",
+    "user_trainer",
+]
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    ranks = {f"test_{name}": rank for rank, name in enumerate(LONG_FILES)}
+    items.sort(key=lambda item: ranks.get(item.path.stem, len(ranks)))
+
+
 def pytest_collection_finish() -> None:
     """Leave what the imports have made out of every later search for unreachable objects. Runs ask
     for such searches, which would take a third of their time here."""

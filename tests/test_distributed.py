@@ -72,7 +72,7 @@ FEW = ("one", "two ranks")
 GROUPS = {
     "dpo": (("loss=dpo",), PLACEMENTS),
     "tdpo2": (("loss=tdpo2",), UP_TO_TWO),
-    "sft": (("loss=sft",), UP_TO_TWO),
+    "sft": (("loss=sft",), (*FEW, "two devices")),
     "lora": (("loss=dpo", *LORA), FEW),
     "recomputed": (("loss=tdpo2", "activation_checkpointing=true"), FEW),
     "offloaded": (("loss=dpo", "fsdp_cpu_offload=true"), ("two ranks",)),

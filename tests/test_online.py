@@ -708,26 +708,20 @@ FAILURES = {
 
 
 @pytest.mark.parametrize(
-    "settings, answer, message",
-    [
-        *(
-            (settings, *failure)
-            for settings in ((), D2PO, (*D2PO, "online.measure_gold=true"))
-            for failure in FAILURES.items()
-        ),
-        (AHEAD, "raise", FAILURES["raise"]),
-    ],
+    "settings",
+    [(), D2PO, (*D2PO, "online.measure_gold=true"), AHEAD],
+    ids=["opo", "d2po", "measured", "ahead"],
 )
-def test_a_gold_that_fails_stops_the_run_with_a_checkpoint_and_it_continues(
-    go, tmp_path, settings, answer, message
-):
+def test_a_gold_that_fails_stops_the_run_with_a_checkpoint_and_it_continues(go, tmp_path, settings):
+    """It fails in three ways, one after the other."""
     go("failing", *settings, "online.rounds=3", "online.save_every=100")
     trouble = tmp_path / "failing.asked.trouble"
-    trouble.write_text(answer)
-    with pytest.raises(RewardError, match=message):
-        go("failing", *settings, "online.save_every=100")
-    state = torch.load(tmp_path / "failing" / "LATEST" / "training_state.pt", weights_only=True)
-    assert state["online"]["round"] == 3
+    for answer, message in FAILURES.items():
+        trouble.write_text(answer)
+        with pytest.raises(RewardError, match=message):
+            go("failing", *settings, "online.save_every=100")
+        state = torch.load(tmp_path / "failing" / "LATEST" / "training_state.pt", weights_only=True)
+        assert state["online"]["round"] == 3
     trouble.unlink()
     folder = go("failing", *settings, "online.save_every=100")
     whole = go("whole", *settings, "online.save_every=100")
